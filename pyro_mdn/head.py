@@ -1,0 +1,158 @@
+r"""The last layer: features in, mixture out."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from pyro_mdn import kernels
+from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.noise import Diagonal, NoiseModel
+
+__all__ = ["MixtureHead"]
+
+
+class MixtureHead(nn.Module):
+    r"""Linear layer whose outputs parameterise a Gaussian mixture in the units of y.
+
+    .. math:: p(y \mid h) = \sum_k w_k(h) \, \mathcal{N}(y \mid \mu_k(h), \Sigma_k(h))
+
+    The layer works in standardised units; the buffers ``shift`` and ``scale`` hold the units of y
+    (0 and 1 until :meth:`initialize_` is called).
+
+    Args:
+        in_features: Width of the features.
+        dim_out: Number of outputs D.
+        n_components: Number of components K.
+        noise: Noise model of the components.
+
+    Raises:
+        ValueError: If a width is not a positive integer or the noise model does not fit ``dim_out``.
+
+    References:
+        Bishop (1994), Mixture Density Networks.
+
+    >>> MixtureHead(8, dim_out=2, n_components=3)(torch.randn(5, 8))
+    GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | None = None
+    ) -> None:
+        super().__init__()
+        for name, value in [("in_features", in_features), ("dim_out", dim_out), ("n_components", n_components)]:
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        self.noise = Diagonal() if noise is None else noise
+        if not isinstance(self.noise, NoiseModel):
+            raise ValueError(f"noise: expected a NoiseModel such as Diagonal(), got {noise!r}")
+        self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
+        n_noise = self.noise.num_params(dim_out) * (1 if self.noise.tied else n_components)
+        learned_here = n_noise if self.noise.homoscedastic else 0
+        self.sizes = [n_components, n_components * dim_out, n_noise - learned_here]
+        self.linear = nn.Linear(in_features, sum(self.sizes))
+        self.raw_noise = nn.Parameter(torch.empty(learned_here)) if learned_here else None
+        self.register_buffer("shift", torch.zeros(dim_out))
+        self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out))
+        self._start(torch.zeros(n_components), torch.randn(n_components, dim_out), torch.ones(n_components, dim_out))
+
+    def extra_repr(self) -> str:
+        """Describe the head in a module's printout."""
+        return f"dim_out={self.dim_out}, n_components={self.n_components}, noise={self.noise}"
+
+    def forward(self, features: Tensor) -> GaussianMixture:
+        """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
+        return self._standardized(features).affine(self.shift, self.scale)
+
+    def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
+        """Log-density of y given the features, in nats and the units of y, without building that mixture."""
+        mixture = self._standardized(features)
+        standardized = ((y - self.shift) / self.scale).to(mixture.locs.dtype)
+        return mixture.log_prob(standardized) - self.scale.expand(self.dim_out).log().sum()
+
+    def _standardized(self, features: Tensor) -> GaussianMixture:
+        if features.ndim < 1 or features.shape[-1] != self.in_features:
+            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
+        logits, locs, raw = self._raw(features)
+        covariance = self.noise.build(raw, self.dim_out, self.scale)
+        return GaussianMixture(logits, locs, covariance, validate_args=False)
+
+    def _raw(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits, locations and noise channels: views of one channel-first product, in float32 at least."""
+        flat = features.reshape(-1, self.in_features)
+        channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
+        channels = channels.to(torch.promote_types(channels.dtype, torch.float32))
+        channels = channels.reshape(-1, *features.shape[:-1])
+        logits, locs, noise = channels.split(self.sizes)
+        if self.raw_noise is not None:
+            noise = self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
+        return kernels.channels_last(logits, 1), self._grouped(locs, self.dim_out), self._grouped(noise, self._width())
+
+    def _width(self) -> int:
+        return self.noise.num_params(self.dim_out)
+
+    def _grouped(self, channels: Tensor, width: int) -> Tensor:
+        """View ``(width · K, *batch)`` as ``(*batch, K, width)``."""
+        groups = channels.shape[0] // width if width else 1
+        return kernels.channels_last(channels.reshape(width, groups, *channels.shape[1:]), 2)
+
+    @torch.no_grad()
+    def initialize_(self, y: Tensor) -> None:
+        """Set the units of y, and spread the components over the data, from targets ``(N, D)``.
+
+        Components start at the clusters of a k-means on the standardised targets (Lloyd, 1982), with their
+        proportions and spreads, so that they do not collapse into one.
+
+        Raises:
+            ValueError: If y is not ``(N, D)`` with N > 0, or not finite.
+        """
+        if y.ndim != 2 or y.shape[1] != self.dim_out or len(y) == 0:
+            raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
+        if not bool(y.isfinite().all()):
+            raise ValueError("y: expected finite numbers, got NaN or Inf")
+        y = y.to(torch.float64)
+        shift, scale = y.mean(0), y.std(0, correction=0)
+        if self.noise.common_unit:
+            scale = scale.square().mean(0, keepdim=True).sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
+        self._start(*_clusters((y - shift) / scale, self.n_components))
+
+    @torch.no_grad()
+    def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:
+        """Let the biases alone give this mixture, ``(K,)``, ``(K, D)`` and ``(K, D)``."""
+        if self.noise.tied:
+            scale = scale.square().mean(0, keepdim=True).sqrt()
+        raw = self.noise.start(scale).T.flatten().to(self.linear.bias)
+        if self.raw_noise is not None:
+            self.raw_noise.copy_(raw)
+            raw = raw[:0]
+        self.linear.bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+
+
+def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``."""
+    rows = y[torch.randperm(len(y))[:max_rows]]
+    distinct = rows.unique(dim=0)
+    if len(distinct) <= n_components:
+        extra = torch.randint(len(distinct), (n_components - len(distinct),))
+        centers = torch.cat([distinct, distinct[extra]])
+    else:
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "One of the clusters is empty")
+            centers = torch.as_tensor(kmeans2(rows.numpy(), n_components, minit="++", rng=rng)[0])
+    member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
+    # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
+    count = member.sum(0) + 1
+    spread = (member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1)
+    return (count / count.sum()).log(), centers, (spread / count[:, None]).sqrt()

@@ -1,0 +1,112 @@
+r"""Pure functions on raw tensors: the arithmetic under every density.
+
+Public tensors are batch-first, ``(*batch, K, D)``. Their memory is channel-first, ``(D, K, *batch)``, so that
+elementwise work streams over a contiguous batch and sums over components and outputs are outer reductions.
+:func:`channels_first` and :func:`channels_last` go between the two views without copying.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cat_channels",
+    "channels_first",
+    "channels_last",
+    "low_rank_capacitance",
+    "low_rank_project",
+    "normal_log_density",
+    "normalize_logits",
+    "sum_outputs",
+    "tril_matvec",
+    "tril_solve",
+    "unpack_tril",
+]
+
+
+def channels_first(tensor: Tensor, event_dim: int) -> Tensor:
+    """View ``(*batch, A, B)`` as ``(B, A, *batch)``, for ``event_dim`` trailing dimensions."""
+    batch = tensor.ndim - event_dim
+    return tensor.permute(*range(tensor.ndim - 1, batch - 1, -1), *range(batch))
+
+
+def channels_last(tensor: Tensor, event_dim: int) -> Tensor:
+    """View ``(B, A, *batch)`` as ``(*batch, A, B)``: the inverse of :func:`channels_first`."""
+    return tensor.permute(*range(event_dim, tensor.ndim), *range(event_dim - 1, -1, -1))
+
+
+def cat_channels(*tensors: Tensor) -> Tensor:
+    """Concatenate ``(*batch, K, C_i)`` along the last dimension, in channel-first memory."""
+    return channels_last(torch.cat([channels_first(t, 2) for t in tensors]), 2)
+
+
+def sum_outputs(tensor: Tensor) -> Tensor:
+    """Sum ``(*batch, K, D)`` over D; the result ``(*batch, K)`` is channel-first in memory."""
+    return channels_last(channels_first(tensor, 2).sum(0), 1)
+
+
+def normalize_logits(logits: Tensor) -> Tensor:
+    """Log-weights that sum to one: unlike ``log_softmax`` this keeps the strides."""
+    return logits - logits.logsumexp(-1, keepdim=True)
+
+
+def normal_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
+    """Gaussian log-density ``(*batch, K)`` from a whitened residual ``(*batch, K, D)`` and ½ log det Σ."""
+    constant = 0.5 * math.log(2 * math.pi) * whitened.shape[-1]
+    return -0.5 * sum_outputs(whitened.square()) - half_log_det - constant
+
+
+def tril_matvec(packed: Tensor, vector: Tensor) -> Tensor:
+    """Product of a packed lower triangle ``(*batch, K, D(D+1)/2)`` and a vector ``(*batch, K, D)``.
+
+    Packed order: the diagonal, then the strictly lower triangle row by row.
+    """
+    channels = channels_first(vector, 2)
+    products = [
+        diagonal * channels[i] + (row * channels[:i]).sum(0)
+        for i, (diagonal, row) in enumerate(_tril_rows(packed, vector))
+    ]
+    return channels_last(torch.stack(products), 2)
+
+
+def tril_solve(packed: Tensor, vector: Tensor) -> Tensor:
+    """Solve a packed lower triangle by forward substitution: the inverse of :func:`tril_matvec`."""
+    solution: list[Tensor] = []
+    for (diagonal, row), rest in zip(_tril_rows(packed, vector), channels_first(vector, 2), strict=True):
+        for coefficient, known in zip(row, solution, strict=True):
+            rest = rest - coefficient * known
+        solution.append(rest / diagonal)
+    return channels_last(torch.stack(solution), 2)
+
+
+def _tril_rows(packed: Tensor, vector: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Rows of a packed triangle as (diagonal entry, entries before it), aligned with the vector's batch."""
+    dim = vector.shape[-1]
+    channels = channels_first(packed[(None,) * (vector.ndim - packed.ndim)], 2)
+    lower = channels[dim:]
+    return [(channels[i], lower[i * (i - 1) // 2 : i * (i + 1) // 2]) for i in range(dim)]
+
+
+def unpack_tril(packed: Tensor, dim: int) -> Tensor:
+    """Dense lower-triangular ``(*batch, dim, dim)`` from packed ``(*batch, dim(dim+1)/2)``."""
+    zero = packed.shape[-1]
+    position = torch.full((dim, dim), zero, device=packed.device)
+    position[range(dim), range(dim)] = torch.arange(dim, device=packed.device)
+    rows, columns = torch.tril_indices(dim, dim, -1, device=packed.device)
+    position[rows, columns] = torch.arange(dim, zero, device=packed.device)
+    padded = torch.cat([packed, torch.zeros_like(packed[..., :1])], -1)
+    return padded[..., position.flatten()].unflatten(-1, (dim, dim))
+
+
+def low_rank_capacitance(factor: Tensor) -> Tensor:
+    """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``."""
+    rank = factor.shape[-1]
+    columns = factor.unbind(-1)
+    gram = torch.stack([torch.stack([(a * b).sum(-1) for b in columns], -1) for a in columns], -2)
+    return torch.linalg.cholesky(gram + torch.eye(rank, dtype=factor.dtype, device=factor.device))
+
+
+def low_rank_project(factor: Tensor, vector: Tensor) -> Tensor:
+    """``Bᵀv``, shape ``(*batch, R)``, for B ``(*batch, D, R)`` and v ``(*batch, D)``."""
+    return torch.stack([(column * vector).sum(-1) for column in factor.unbind(-1)], -1)

@@ -1,0 +1,278 @@
+r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any, Self
+
+import pyro
+import torch
+from pyro.distributions.util import is_validation_enabled
+from pyro.nn import PyroModule, pyro_method
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor, nn
+
+from pyro_mdn import serialization
+from pyro_mdn.head import MixtureHead
+from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.noise import NoiseModel
+
+__all__ = ["MixtureDensityNetwork"]
+
+
+class MixtureDensityNetwork(PyroModule):
+    r"""Network that maps x to a Gaussian mixture over y.
+
+    .. math:: p(y \mid x) = \sum_{k=1}^K w_k(x) \, \mathcal{N}(y \mid \mu_k(x), \Sigma_k(x))
+
+    Inputs and outputs are standardised inside, by buffers that :meth:`initialize_` sets; every mixture, density
+    and sample is in the units of y.
+
+    Args:
+        dim_in: Width of the inputs or, for a backbone that takes more than a vector, their shape.
+        dim_out: Number of outputs D.
+        n_components: Number of mixture components K.
+        hidden_dim: Width of two hidden layers, or a sequence of widths. With a ``backbone``: the width of the
+            features that it returns.
+        noise: Noise model of the components, by default ``Diagonal()``.
+        backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
+
+    Raises:
+        ValueError: If a size is not a positive integer or the noise model does not fit ``dim_out``.
+
+    References:
+        Bishop (1994), Mixture Density Networks.
+
+    >>> network = MixtureDensityNetwork(dim_in=2, dim_out=1, n_components=3)
+    >>> x, y = torch.randn(5, 2), torch.randn(5, 1)
+    >>> network(x)
+    GaussianMixture(batch_shape=(5,), n_components=3, dim=1, covariance=DiagonalCovariance)
+    >>> network.loss(x, y).shape, network.sample(x).shape
+    (torch.Size([5]), torch.Size([5, 1]))
+    """
+
+    x_shift: Tensor
+    x_scale: Tensor
+
+    def __init__(
+        self,
+        dim_in: int | Sequence[int],
+        dim_out: int,
+        n_components: int = 5,
+        hidden_dim: int | Sequence[int] = 64,
+        *,
+        noise: NoiseModel | None = None,
+        backbone: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_shape = _sizes(dim_in, "dim_in")
+        self.hidden_dim = _sizes([hidden_dim] * 2 if isinstance(hidden_dim, int) else hidden_dim, "hidden_dim")
+        if backbone is None and len(self.input_shape) != 1:
+            raise ValueError(f"dim_in: expected a width, or a backbone that takes shape {self.input_shape}")
+        if not (backbone is None or isinstance(backbone, nn.Module)):
+            raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
+        self.custom_backbone = backbone is not None
+        self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
+        self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
+        self.register_buffer("x_shift", torch.zeros(self.input_shape))
+        self.register_buffer("x_scale", torch.ones(self.input_shape))
+
+    @property
+    def dim_out(self) -> int:
+        """Number of outputs D."""
+        return self.head.dim_out
+
+    @property
+    def n_components(self) -> int:
+        """Number of mixture components K."""
+        return self.head.n_components
+
+    # Outside Pyro's handlers a call is plain PyTorch: it does not touch the global parameter store, where another
+    # network's weights may stand under the same names.
+
+    def __call__(self, x: Tensor) -> GaussianMixture:
+        """Mixture over y for inputs x, in the units of y; see :meth:`forward`."""
+        with self._context():
+            return nn.Module.__call__(self, x)
+
+    def _context(self) -> AbstractContextManager[Any]:
+        return self._pyro_context if am_i_wrapped() else nullcontext()
+
+    def forward(self, x: Tensor) -> GaussianMixture:
+        """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
+
+        Raises:
+            ValueError: If the shape, dtype or device of x does not fit or, when Pyro validates, if x is not finite.
+        """
+        return self.head(self._features(x))
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
+
+        Args:
+            x: Inputs ``(*batch, dim_in)``.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
+
+        Raises:
+            ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is not finite.
+        """
+        with self._context():
+            features = self._features(x)
+            return -self.head.log_prob(features, self._targets(y, features))
+
+    @torch.no_grad()
+    def sample(self, x: Tensor, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
+        r"""Draws of y given x, shape ``(*sample_shape, *batch, D)``.
+
+        Args:
+            x: Inputs ``(*batch, dim_in)``.
+            sample_shape: Shape of independent draws for each input.
+            temperature: :math:`\tau > 0` divides the logits by τ and multiplies the scales by √τ: below 1 draws
+                are more cautious, above 1 more adventurous (Ha & Schmidhuber, 2018, World Models).
+        """
+        return self(x).temper(temperature).sample(sample_shape)
+
+    @pyro_method
+    def model(self, x: Tensor, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
+        """Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
+
+        Args:
+            x: Inputs ``(N, ..., dim_in)``; the first dimension is the plate's, further ones belong to the event.
+            y: Targets ``(N, ..., D)`` to condition on, if any. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``.
+            num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
+        """
+        # Weights are global, so the network is evaluated outside the plate.
+        features = self._features(x)
+        mixture = self.head(features)
+        size = len(x) if num_data is None else num_data
+        if size < len(x):
+            raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
+        obs = None if y is None else self._targets(y, features)
+        # A given subsample spares the plate a permutation of the whole data.
+        with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
+            return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
+
+    @torch.no_grad()
+    def initialize_(self, x: Tensor, y: Tensor) -> None:
+        """Set the scalers from data, and spread the components over the targets.
+
+        Args:
+            x: Inputs ``(*batch, dim_in)``. A column that is constant is only shifted.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
+
+        Raises:
+            ValueError: If shapes, dtypes or devices do not agree, or if there are no data or some are not finite;
+                nothing is changed then.
+        """
+        self._check_inputs(x)
+        _require_finite(x, "x")
+        rows = x.reshape(-1, *self.input_shape).to(torch.float64)
+        if len(rows) == 0:
+            raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
+        self.head.initialize_(self._targets(y, self._features(x)).reshape(-1, self.dim_out))
+        scale = rows.std(0, correction=0)
+        self.x_shift.copy_(rows.mean(0))
+        self.x_scale.copy_(torch.where(scale > 0, scale, 1.0))
+
+    # Checks
+
+    def _features(self, x: Tensor) -> Tensor:
+        batch_shape = self._check_inputs(x)
+        features = self.backbone(((x - self.x_shift) / self.x_scale).to(self.x_shift.dtype))
+        n = features.ndim - 1 if isinstance(features, Tensor) else -1
+        fits = n >= min(1, len(batch_shape)) and features.shape == (*batch_shape[:n], self.hidden_dim[-1])
+        if not fits:
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"backbone: expected features (*batch, {self.hidden_dim[-1]}) for x of shape "
+                             f"{tuple(x.shape)}, got {got}")  # fmt: skip
+        return features
+
+    def _check_inputs(self, x: Tensor) -> torch.Size:
+        """Batch shape of the inputs."""
+        n = len(self.input_shape)
+        _require_float(x, "x", self.x_shift.device)
+        if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
+            raise ValueError(f"x: expected shape (*batch, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}")
+        if is_validation_enabled():
+            _require_finite(x, "x")
+        return x.shape[: x.ndim - n]
+
+    def _targets(self, y: Tensor, features: Tensor) -> Tensor:
+        """Targets as vectors, checked against the features that they belong to."""
+        batch_shape = features.shape[:-1]
+        _require_float(y, "y", features.device)
+        y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
+        expected = (*batch_shape, self.dim_out)
+        if y.shape[max(0, y.ndim - len(expected)) :] != expected:
+            raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
+        if is_validation_enabled():
+            _require_finite(y, "y")
+        return y
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole."""
+        config = {
+            "dim_in": list(self.input_shape),
+            "dim_out": self.dim_out,
+            "n_components": self.n_components,
+            "hidden_dim": list(self.hidden_dim),
+            "noise": serialization.noise_to_config(self.head.noise),
+            "custom_backbone": self.custom_backbone,
+        }
+        serialization.write_tensors(path, config, self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
+        """Read a network that :meth:`save` wrote; nothing in the file is executed.
+
+        Args:
+            path: The file.
+            backbone: A module of the same architecture, where the network was built with one; its weights are
+                taken from the file.
+
+        Raises:
+            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was.
+        """
+        config, tensors = serialization.read_tensors(path)
+        if config.pop("custom_backbone") != (backbone is not None):
+            raise ValueError(f"{path}: expected backbone= exactly if the network was built with one")
+        noise = serialization.noise_from_config(config.pop("noise"))
+        network = cls(**config, noise=noise, backbone=backbone)
+        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+        got = {name: tuple(t.shape) for name, t in tensors.items()}
+        if expected != got:
+            differing = sorted(name for name, _ in expected.items() ^ got.items())
+            raise ValueError(f"{path}: expected tensors that fit the network, got others for {differing}")
+        network.load_state_dict(tensors, assign=True)
+        return network
+
+
+def _mlp(widths: Sequence[int]) -> nn.Sequential:
+    layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise(widths)]
+    return nn.Sequential(*(module for layer in layers for module in layer))
+
+
+def _sizes(value: int | Sequence[int], name: str) -> tuple[int, ...]:
+    sizes = (value,) if isinstance(value, int) else tuple(value)
+    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{name}: expected a positive integer or a sequence of them, got {value!r}")
+    return sizes
+
+
+def _require_float(value: Tensor, name: str, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name}: expected floating point, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def _require_finite(value: Tensor, name: str) -> None:
+    if not bool(value.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")

@@ -1,0 +1,208 @@
+r"""Noise models: structure × sharing × source of the component covariances.
+
+A noise model says how many raw channels a covariance needs, how they are constrained and which operator they make.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pyro_mdn import kernels
+from pyro_mdn.covariance import (
+    Covariance,
+    DiagonalCovariance,
+    FullCovariance,
+    IsotropicCovariance,
+    LowRankCovariance,
+)
+
+__all__ = ["Diagonal", "Fixed", "Full", "Isotropic", "LowRank", "NoiseModel"]
+
+
+class NoiseModel(ABC):
+    """How a network's raw outputs become component covariances.
+
+    Attributes:
+        tied: One covariance for all components, instead of one each.
+        homoscedastic: Learned, but the same for every input, instead of predicted from it.
+        common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y.
+    """
+
+    tied: bool
+    homoscedastic: bool
+    common_unit: ClassVar[bool] = False
+
+    @abstractmethod
+    def num_params(self, dim_out: int) -> int:
+        """Raw channels per covariance; a ``ValueError`` if the model does not fit ``dim_out``."""
+
+    @abstractmethod
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        """Covariance in standardised units from raw channels ``(*batch, K, num_params)``.
+
+        ``unit`` is the size of one standardised unit in the units of y, shape ``(D,)`` or ``(1,)``.
+        """
+
+    @abstractmethod
+    def start(self, scale: Tensor) -> Tensor:
+        """Raw channels ``(K, num_params)`` that give standard deviations ``(K, D)`` (at least ``min_scale``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Learned(NoiseModel):
+    tied: bool = False
+    homoscedastic: bool = False
+    min_scale: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _require_positive(self.min_scale, "min_scale")
+
+    def _positive(self, raw: Tensor) -> Tensor:
+        return softplus(raw) + self.min_scale
+
+    def _unconstrained(self, scale: Tensor) -> Tensor:
+        excess = (scale - self.min_scale).clamp(min=0.1 * self.min_scale)
+        return excess + torch.log(-torch.expm1(-excess))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(_Learned):
+    r"""Independent outputs within a component: :math:`\Sigma_k = \mathrm{diag}(\sigma_k^2)`.
+
+    Args:
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation, in standardised units; it bounds the density.
+
+    >>> Diagonal(tied=True)
+    Diagonal(tied=True, homoscedastic=False, min_scale=0.001)
+    """
+
+    def num_params(self, dim_out: int) -> int:
+        return dim_out
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        return DiagonalCovariance(self._positive(raw))
+
+    def start(self, scale: Tensor) -> Tensor:
+        return self._unconstrained(scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isotropic(_Learned):
+    r"""One standard deviation for all outputs: :math:`\Sigma_k = \sigma_k^2 I`, in the units of y.
+
+    Args:
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation, in standardised units; it bounds the density.
+    """
+
+    common_unit: ClassVar[bool] = True
+
+    def num_params(self, dim_out: int) -> int:
+        return 1
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        return IsotropicCovariance(self._positive(raw).squeeze(-1), dim_out)
+
+    def start(self, scale: Tensor) -> Tensor:
+        return self._unconstrained(scale.square().mean(-1, keepdim=True).sqrt())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(_Learned):
+    r"""Unrestricted :math:`\Sigma_k`, through the inverse of its Cholesky factor.
+
+    Args:
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation of an output *given those before it*, in standardised units; it
+            bounds the density.
+
+    References:
+        Williams (1996), Using neural networks to model conditional multivariate densities.
+    """
+
+    def num_params(self, dim_out: int) -> int:
+        return dim_out * (dim_out + 1) // 2
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        diagonal = self._positive(raw[..., :dim_out]).reciprocal()
+        return FullCovariance(kernels.cat_channels(diagonal, raw[..., dim_out:]))
+
+    def start(self, scale: Tensor) -> Tensor:
+        dim_out = scale.shape[-1]
+        lower = scale.new_zeros(*scale.shape[:-1], self.num_params(dim_out) - dim_out)
+        return torch.cat([self._unconstrained(scale), lower], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(_Learned):
+    r"""Low rank plus diagonal: :math:`\Sigma_k = F_k F_k^\top + \mathrm{diag}(\sigma_k^2)`.
+
+    Args:
+        rank: Columns of F, at most the number of outputs.
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation of the diagonal part, in standardised units; it bounds the density.
+    """
+
+    rank: int = field(default=2, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rank, int) or self.rank < 1:
+            raise ValueError(f"rank: expected a positive integer, got {self.rank!r}")
+
+    def num_params(self, dim_out: int) -> int:
+        if self.rank > dim_out:
+            raise ValueError(f"rank: expected at most dim_out={dim_out}, got {self.rank}")
+        return dim_out * (self.rank + 1)
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        factor = raw[..., dim_out:].unflatten(-1, (dim_out, self.rank))
+        return LowRankCovariance(factor, self._positive(raw[..., :dim_out]))
+
+    def start(self, scale: Tensor) -> Tensor:
+        # A factor of zero would be a saddle point: its gradient vanishes there.
+        factor = 0.1 * scale.unsqueeze(-1) * torch.randn(*scale.shape, self.rank).to(scale)
+        return torch.cat([self._unconstrained(scale), factor.flatten(-2)], -1)
+
+
+@dataclass(frozen=True)
+class Fixed(NoiseModel):
+    r"""Known noise, nothing learned: :math:`\Sigma_k = \sigma^2 I`, in the units of y.
+
+    Args:
+        scale: Standard deviation :math:`\sigma`, in the units of y.
+    """
+
+    scale: float
+    tied: ClassVar[bool] = True
+    homoscedastic: ClassVar[bool] = True
+    common_unit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _require_positive(self.scale, "scale")
+
+    def num_params(self, dim_out: int) -> int:
+        return 0
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        return IsotropicCovariance((self.scale / unit).to(raw), dim_out)
+
+    def start(self, scale: Tensor) -> Tensor:
+        return scale[..., :0]
+
+
+def _require_positive(value: float, name: str) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")

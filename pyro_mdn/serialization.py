@@ -1,0 +1,107 @@
+r"""One safetensors file for a configuration and its tensors; loading executes nothing from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pyro_mdn import noise as noise_models
+from pyro_mdn.noise import NoiseModel
+
+__all__ = ["noise_from_config", "noise_to_config", "read_tensors", "write_atomically", "write_tensors"]
+
+_FORMAT = "pyro_mdn/1"
+
+
+def write_tensors(path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a JSON-able configuration and tensors; whatever stood at ``path`` survives a failure."""
+    text = json.dumps(config)
+    # Clones, because safetensors refuses tensors that share memory.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"format": _FORMAT, "config": text, "sha256": _digest(text, tensors)}
+    write_atomically(path, save(tensors, metadata))
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what :func:`write_tensors` wrote; a ``ValueError`` if the file is foreign or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got something else or a damaged one") from error
+    text = metadata.get("config", "")
+    if metadata.get("sha256") != _digest(text, tensors):
+        raise ValueError(f"{path}: expected contents that match their checksum, got a damaged file")
+    return json.loads(text), tensors
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Replace a file as a whole or not at all: write beside it, flush to disk, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
+    """Name and fields of a noise model.
+
+    >>> noise_to_config(noise_models.Fixed(0.5))
+    {'name': 'Fixed', 'scale': 0.5}
+    """
+    name = type(noise).__name__
+    if _NOISE_MODELS.get(name) is not type(noise):
+        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)} to save, got {name}")
+    return {"name": name, **dataclasses.asdict(noise)}  # type: ignore[call-overload]
+
+
+def noise_from_config(config: Mapping[str, Any]) -> NoiseModel:
+    """Build the noise model that :func:`noise_to_config` described."""
+    fields = dict(config)
+    name = fields.pop("name", None)
+    if name not in _NOISE_MODELS:
+        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)}, got {name!r}")
+    try:
+        return _NOISE_MODELS[name](**fields)
+    except TypeError as error:
+        raise ValueError(f"noise: expected the settings of {name}, got {fields}") from error
+
+
+_NOISE_MODELS: dict[str, type[NoiseModel]] = {
+    model.__name__: model
+    for model in (
+        noise_models.Diagonal,
+        noise_models.Fixed,
+        noise_models.Full,
+        noise_models.Isotropic,
+        noise_models.LowRank,
+    )
+}

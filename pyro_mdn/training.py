@@ -1,0 +1,277 @@
+r"""Training: objectives are modules, and one loop trains them all."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm.auto import tqdm
+
+from pyro_mdn.network import MixtureDensityNetwork
+
+__all__ = ["FitResult", "NegativeLogLikelihood", "fit"]
+
+logger = logging.getLogger(__name__)
+
+
+class NegativeLogLikelihood(nn.Module):
+    r"""Mean of :math:`-\log p(y \mid x)` over a batch, in nats.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> NegativeLogLikelihood(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([])
+    """
+
+    def __init__(self, network: MixtureDensityNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scalar loss of a batch."""
+        return self.network.loss(x, y).mean()
+
+
+@dataclass
+class FitResult:
+    """What a training run did.
+
+    Attributes:
+        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights), ``lr``.
+        best_epoch: Epoch whose averaged weights the network now has.
+        best_loss: Their validation loss; without validation, the training loss of the last epoch.
+        stopped_early: Whether the validation loss had stopped improving before the last epoch.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    stopped_early: bool = False
+
+
+def fit(
+    network: MixtureDensityNetwork,
+    x: Any,
+    y: Any,
+    *,
+    validation: float | tuple[Any, Any] = 0.1,
+    max_epochs: int = 300,
+    batch_size: int | None = None,
+    lr: float = 2e-3,
+    weight_decay: float = 1e-2,
+    patience: int = 60,
+    max_grad_norm: float = 1.0,
+    initialize: bool = True,
+    seed: int | None = None,
+    progress: bool = True,
+) -> FitResult:
+    r"""Train a network on data by its negative log-likelihood; the network changes in place.
+
+    AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, an exponential
+    average of the weights, and early stopping on held-out rows; the averaged weights of the best epoch are kept.
+
+    Args:
+        network: The network.
+        x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers.
+        y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``.
+        validation: Fraction of the rows to hold out, or a pair ``(x, y)``; 0 for none, and so no early stopping.
+        max_epochs: Passes over the training rows at most; the schedule is spread over them.
+        batch_size: Rows per step, at most; by default 1/64 of the rows, between 32 and 256.
+        lr: Largest learning rate.
+        weight_decay: Decoupled weight decay of the weight matrices (Loshchilov & Hutter, 2019).
+        patience: Epochs without improvement of the validation loss before training stops.
+        max_grad_norm: Gradients are scaled down to this norm.
+        initialize: Set scalers and components from the training rows first; ``False`` to train a network further.
+        seed: Seed of split, start and batches; the global generator is left as it was. ``None``: use the latter.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: If the data or a setting are not usable; nothing is changed then.
+        FloatingPointError: If the loss is not finite; the network keeps its best weights so far.
+
+    >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
+    >>> result = fit(MixtureDensityNetwork(1, 1), x, x**2, max_epochs=2, seed=0, progress=False)
+    >>> len(result.history)
+    2
+    """
+    _check_settings(max_epochs=max_epochs, batch_size=batch_size, lr=lr, patience=patience, max_grad_norm=max_grad_norm)
+    x, y = _as_data(network, x, y, "x", "y")
+    with _isolated(network, seed):
+        train, held_out = _split(network, x, y, validation)
+        if initialize:
+            network.initialize_(*train)
+        n_batches = math.ceil(len(train[0]) / (batch_size or min(256, max(32, len(train[0]) // 64))))
+        objective = NegativeLogLikelihood(network)
+        optimizer = _optimizer(objective, lr, weight_decay)
+        schedule = _schedule(optimizer, max_epochs * n_batches)
+        loop = _Loop(objective, optimizer, schedule, max_grad_norm)
+        return loop.run(train, held_out, n_batches, max_epochs, patience, progress)
+
+
+class _Loop:
+    """The training loop: it knows objectives and batches, not what is being trained."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        max_grad_norm: float,
+    ) -> None:
+        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.parameters = list(objective.parameters())
+        self.max_grad_norm = max_grad_norm
+        self.averaged = AveragedModel(objective, multi_avg_fn=_ramped_average, use_buffers=True)
+        self.best = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+
+    def run(
+        self,
+        train: tuple[Tensor, Tensor],
+        held_out: tuple[Tensor, Tensor] | None,
+        n_batches: int,
+        max_epochs: int,
+        patience: int,
+        progress: bool,
+    ) -> FitResult:
+        result = FitResult()
+        bar = tqdm(range(1, max_epochs + 1), desc="fit", unit="epoch", disable=not progress)
+        try:
+            for epoch in bar:
+                loss = self._epoch(epoch, *train, n_batches)
+                monitored = loss if held_out is None else self._evaluate(*held_out)
+                self._record(result, epoch, loss, monitored, keep_last=held_out is None)
+                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{monitored:.3f}")
+                if held_out is not None and epoch - result.best_epoch >= patience:
+                    result.stopped_early = True
+                    break
+        finally:
+            self.objective.load_state_dict(self.best)
+        return result
+
+    def _epoch(self, epoch: int, x: Tensor, y: Tensor, n_batches: int) -> float:
+        self.objective.train()
+        total = torch.zeros((), device=x.device)
+        for batch, rows in enumerate(torch.randperm(len(x), device=x.device).tensor_split(n_batches), start=1):
+            loss = self._step(x[rows], y[rows])
+            total += loss * len(rows)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"fit: loss is {float(loss)} in epoch {epoch}, batch {batch} of {n_batches}")
+        return float(total) / len(x)
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.objective(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if loss.isfinite():
+            self.optimizer.step()
+            self.averaged.update_parameters(self.objective)
+        self.schedule.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def _evaluate(self, x: Tensor, y: Tensor, rows: int = 8192) -> float:
+        self.averaged.eval()
+        losses = [self.averaged(a, b) * len(a) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
+        return float(torch.stack(losses).sum()) / len(x)
+
+    def _record(self, result: FitResult, epoch: int, loss: float, monitored: float, *, keep_last: bool) -> None:
+        lr = self.schedule.get_last_lr()[0]
+        result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
+        if keep_last or monitored < result.best_loss:
+            result.best_epoch, result.best_loss = epoch, monitored
+            for name, tensor in self.averaged.module.state_dict().items():
+                self.best[name].copy_(tensor)
+
+
+@torch.no_grad()
+def _ramped_average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    """Average over about the last tenth of all steps, 100 at most."""
+    decay = min(0.99, (1 + int(count)) / (10 + int(count)))
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+
+
+def _optimizer(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    parameters = [p for p in objective.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
+    warmup = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@contextmanager
+def _isolated(network: nn.Module, seed: int | None) -> Iterator[None]:
+    """Keep Pyro's parameter store, the mode of the network and, with a seed, the generators as they were."""
+    training = network.training
+    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
+    with (
+        pyro.get_param_store().scope(),
+        pyro.validation_enabled(False),
+        torch.random.fork_rng(devices, enabled=seed is not None),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            network.train(training)
+
+
+def _check_settings(**settings: float | None) -> None:
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def _as_data(network: MixtureDensityNetwork, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
+    x, y = _as_tensor(network, x, x_name), _as_tensor(network, y, y_name)
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise ValueError(
+            f"{x_name}, {y_name}: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    return x, y
+
+
+def _as_tensor(network: MixtureDensityNetwork, value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        array = np.asarray(value)
+        if not np.issubdtype(array.dtype, np.floating):
+            raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
+        value = torch.tensor(array)
+    return value.detach().to(network.x_shift.device)
+
+
+def _split(
+    network: MixtureDensityNetwork, x: Tensor, y: Tensor, validation: float | tuple[Any, Any]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """Training rows and held-out rows."""
+    if isinstance(validation, tuple):
+        return (x, y), _as_data(network, *validation, "validation x", "validation y")
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation: expected a fraction in [0, 1) or a pair (x, y), got {validation!r}")
+    if validation == 0:
+        return (x, y), None
+    held_out = max(1, round(validation * len(x)))
+    if held_out >= len(x):
+        raise ValueError(f"validation: expected to leave rows for training, got {len(x)} rows in all")
+    rows = torch.randperm(len(x), device=x.device)
+    return (x[rows[held_out:]], y[rows[held_out:]]), (x[rows[:held_out]], y[rows[:held_out]])
