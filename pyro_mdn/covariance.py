@@ -92,7 +92,9 @@ class Covariance(ABC):
     def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
         """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
         changes = {
-            f.name: function(getattr(self, f.name), f.metadata["event_dim"]) if f.metadata else getattr(self, f.name)
+            f.name: function(getattr(self, f.name), f.metadata["event_dim"])
+            if f.metadata
+            else getattr(self, f.name)
             for f in fields(self)
         }
         return type(self)(**changes)

@@ -48,7 +48,11 @@ class MixtureHead(nn.Module):
         self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | None = None
     ) -> None:
         super().__init__()
-        for name, value in [("in_features", in_features), ("dim_out", dim_out), ("n_components", n_components)]:
+        for name, value in [
+            ("in_features", in_features),
+            ("dim_out", dim_out),
+            ("n_components", n_components),
+        ]:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
         self.noise = Diagonal() if noise is None else noise
@@ -62,7 +66,9 @@ class MixtureHead(nn.Module):
         self.raw_noise = nn.Parameter(torch.empty(learned_here)) if learned_here else None
         self.register_buffer("shift", torch.zeros(dim_out))
         self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out))
-        self._start(torch.zeros(n_components), torch.randn(n_components, dim_out), torch.ones(n_components, dim_out))
+        self._start(
+            torch.zeros(n_components), torch.randn(n_components, dim_out), torch.ones(n_components, dim_out)
+        )
 
     def extra_repr(self) -> str:
         """Describe the head in a module's printout."""
@@ -70,20 +76,20 @@ class MixtureHead(nn.Module):
 
     def forward(self, features: Tensor) -> GaussianMixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
-        return self._standardized(features).affine(self.shift, self.scale)
+        return self._standardized(features, validate_args=None).affine(self.shift, self.scale)
 
     def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
         """Log-density of y given the features, in nats and the units of y, without building that mixture."""
-        mixture = self._standardized(features)
+        mixture = self._standardized(features, validate_args=False)
         standardized = ((y - self.shift) / self.scale).to(mixture.locs.dtype)
         return mixture.log_prob(standardized) - self.scale.expand(self.dim_out).log().sum()
 
-    def _standardized(self, features: Tensor) -> GaussianMixture:
+    def _standardized(self, features: Tensor, *, validate_args: bool | None) -> GaussianMixture:
         if features.ndim < 1 or features.shape[-1] != self.in_features:
             raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
         logits, locs, raw = self._raw(features)
         covariance = self.noise.build(raw, self.dim_out, self.scale)
-        return GaussianMixture(logits, locs, covariance, validate_args=False)
+        return GaussianMixture(logits, locs, covariance, validate_args=validate_args)
 
     def _raw(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits, locations and noise channels: views of one channel-first product, in float32 at least."""
@@ -94,7 +100,11 @@ class MixtureHead(nn.Module):
         logits, locs, noise = channels.split(self.sizes)
         if self.raw_noise is not None:
             noise = self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
-        return kernels.channels_last(logits, 1), self._grouped(locs, self.dim_out), self._grouped(noise, self._width())
+        return (
+            kernels.channels_last(logits, 1),
+            self._grouped(locs, self.dim_out),
+            self._grouped(noise, self._width()),
+        )
 
     def _width(self) -> int:
         return self.noise.num_params(self.dim_out)
@@ -154,5 +164,7 @@ def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Ten
     member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
     # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
     count = member.sum(0) + 1
-    spread = (member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1)
+    spread = (
+        member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1
+    )
     return (count / count.sum()).log(), centers, (spread / count[:, None]).sqrt()

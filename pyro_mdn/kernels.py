@@ -100,11 +100,25 @@ def unpack_tril(packed: Tensor, dim: int) -> Tensor:
 
 
 def low_rank_capacitance(factor: Tensor) -> Tensor:
-    """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``."""
+    """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``.
+
+    By modified Gram-Schmidt on the columns of B stacked on I, which never forms the squares: row i of I stands in
+    column i alone, so that the diagonal is at least 1 in floating point too, however dependent the columns.
+    """
     rank = factor.shape[-1]
-    columns = factor.unbind(-1)
-    gram = torch.stack([torch.stack([(a * b).sum(-1) for b in columns], -1) for a in columns], -2)
-    return torch.linalg.cholesky(gram + torch.eye(rank, dtype=factor.dtype, device=factor.device))
+    identity = torch.eye(rank, dtype=factor.dtype, device=factor.device)
+    stacked = torch.cat([factor, identity.expand(*factor.shape[:-2], rank, rank)], -2)
+    directions: list[Tensor] = []
+    rows: list[Tensor] = []
+    for i, column in enumerate(stacked.unbind(-1)):
+        row = []
+        for direction in directions:
+            row.append((direction * column).sum(-1))
+            column = column - row[-1].unsqueeze(-1) * direction
+        row.append(column.norm(dim=-1))
+        directions.append(column / row[-1].unsqueeze(-1))
+        rows.append(torch.nn.functional.pad(torch.stack(row, -1), (0, rank - 1 - i)))
+    return torch.stack(rows, -2)
 
 
 def low_rank_project(factor: Tensor, vector: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ class GaussianMixture(dist.MixtureSameFamily):
         return self._joint_log_prob(value).logsumexp(-1)
 
     def component_log_prob(self, value: Tensor) -> Tensor:
-        r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` of each component, ``(*sample, *batch, K)``."""
+        r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
         self._check_value(value)
         residual = value.unsqueeze(-2) - self.locs
         return kernels.normal_log_density(self.covariance.whiten(residual), self.covariance.half_log_det())

@@ -195,7 +195,9 @@ class MixtureDensityNetwork(PyroModule):
         n = len(self.input_shape)
         _require_float(x, "x", self.x_shift.device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
-            raise ValueError(f"x: expected shape (*batch, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"x: expected shape (*batch, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}"
+            )
         if is_validation_enabled():
             _require_finite(x, "x")
         return x.shape[: x.ndim - n]

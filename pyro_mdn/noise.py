@@ -30,14 +30,20 @@ class NoiseModel(ABC):
     """How a network's raw outputs become component covariances.
 
     Attributes:
-        tied: One covariance for all components, instead of one each.
-        homoscedastic: Learned, but the same for every input, instead of predicted from it.
         common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y.
     """
 
-    tied: bool
-    homoscedastic: bool
     common_unit: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def tied(self) -> bool:
+        """Whether all components share one covariance."""
+
+    @property
+    @abstractmethod
+    def homoscedastic(self) -> bool:
+        """Whether the covariance is the same for every input."""
 
     @abstractmethod
     def num_params(self, dim_out: int) -> int:
@@ -186,9 +192,15 @@ class Fixed(NoiseModel):
     """
 
     scale: float
-    tied: ClassVar[bool] = True
-    homoscedastic: ClassVar[bool] = True
     common_unit: ClassVar[bool] = True
+
+    @property
+    def tied(self) -> bool:
+        return True
+
+    @property
+    def homoscedastic(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         _require_positive(self.scale, "scale")

@@ -2,7 +2,7 @@ r"""Training: objectives are modules, and one loop trains them all."""
 
 from __future__ import annotations
 
-import logging
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +13,11 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from pyro_mdn.network import MixtureDensityNetwork
 
 __all__ = ["FitResult", "NegativeLogLikelihood", "fit"]
-
-logger = logging.getLogger(__name__)
 
 
 class NegativeLogLikelihood(nn.Module):
@@ -65,8 +62,10 @@ def fit(
     validation: float | tuple[Any, Any] = 0.1,
     max_epochs: int = 300,
     batch_size: int | None = None,
-    lr: float = 2e-3,
-    weight_decay: float = 1e-2,
+    lr: float = 5e-3,
+    weight_decay: float = 0.3,
+    input_noise: float = 0.05,
+    target_noise: float = 0.01,
     patience: int = 60,
     max_grad_norm: float = 1.0,
     initialize: bool = True,
@@ -75,8 +74,9 @@ def fit(
 ) -> FitResult:
     r"""Train a network on data by its negative log-likelihood; the network changes in place.
 
-    AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, an exponential
-    average of the weights, and early stopping on held-out rows; the averaged weights of the best epoch are kept.
+    AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, noise on inputs
+    and targets drawn every step (Rothfuss et al., 2019), an exponential average of the weights, and early stopping
+    on held-out rows; the averaged weights of the best epoch are kept.
 
     Args:
         network: The network.
@@ -84,9 +84,11 @@ def fit(
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``.
         validation: Fraction of the rows to hold out, or a pair ``(x, y)``; 0 for none, and so no early stopping.
         max_epochs: Passes over the training rows at most; the schedule is spread over them.
-        batch_size: Rows per step, at most; by default 1/64 of the rows, between 32 and 256.
+        batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay of the weight matrices (Loshchilov & Hutter, 2019).
+        input_noise: Standard deviation of the noise on x, in units of the standardised inputs.
+        target_noise: The same for y.
         patience: Epochs without improvement of the validation loss before training stops.
         max_grad_norm: Gradients are scaled down to this norm.
         initialize: Set scalers and components from the training rows first; ``False`` to train a network further.
@@ -102,7 +104,10 @@ def fit(
     >>> len(result.history)
     2
     """
-    _check_settings(max_epochs=max_epochs, batch_size=batch_size, lr=lr, patience=patience, max_grad_norm=max_grad_norm)
+    _require_positive(
+        max_epochs=max_epochs, batch_size=batch_size, lr=lr, patience=patience, max_grad_norm=max_grad_norm
+    )
+    _require_not_negative(weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
     x, y = _as_data(network, x, y, "x", "y")
     with _isolated(network, seed):
         train, held_out = _split(network, x, y, validation)
@@ -111,26 +116,35 @@ def fit(
         n_batches = math.ceil(len(train[0]) / (batch_size or min(256, max(32, len(train[0]) // 64))))
         objective = NegativeLogLikelihood(network)
         optimizer = _optimizer(objective, lr, weight_decay)
-        schedule = _schedule(optimizer, max_epochs * n_batches)
-        loop = _Loop(objective, optimizer, schedule, max_grad_norm)
+        loop = _Loop(
+            objective,
+            optimizer,
+            _schedule(optimizer, max_epochs * n_batches),
+            noise=(input_noise * network.x_scale, target_noise * network.head.scale),
+            max_grad_norm=max_grad_norm,
+        )
         return loop.run(train, held_out, n_batches, max_epochs, patience, progress)
 
 
 class _Loop:
-    """The training loop: it knows objectives and batches, not what is being trained."""
+    """The training loop: it knows an objective and batches, not what is being trained."""
 
     def __init__(
         self,
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
+        *,
+        noise: tuple[Tensor, Tensor],
         max_grad_norm: float,
     ) -> None:
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
+        self.noise, self.max_grad_norm = noise, max_grad_norm
         self.parameters = list(objective.parameters())
-        self.max_grad_norm = max_grad_norm
-        self.averaged = AveragedModel(objective, multi_avg_fn=_ramped_average, use_buffers=True)
-        self.best = {name: tensor.clone() for name, tensor in objective.state_dict().items()}
+        self.averaged = copy.deepcopy(objective).requires_grad_(False).eval()
+        self.averages = list(self.averaged.parameters())
+        self.steps = 0
+        self.best = copy.deepcopy(objective.state_dict())
 
     def run(
         self,
@@ -157,46 +171,51 @@ class _Loop:
         return result
 
     def _epoch(self, epoch: int, x: Tensor, y: Tensor, n_batches: int) -> float:
+        """Mean loss over one pass; batches differ in size by one row at most, so that none is short."""
         self.objective.train()
-        total = torch.zeros((), device=x.device)
+        total = 0.0
         for batch, rows in enumerate(torch.randperm(len(x), device=x.device).tensor_split(n_batches), start=1):
             loss = self._step(x[rows], y[rows])
-            total += loss * len(rows)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"fit: loss is {float(loss)} in epoch {epoch}, batch {batch} of {n_batches}")
-        return float(total) / len(x)
+                raise FloatingPointError(f"fit: loss is {loss} in epoch {epoch}, batch {batch} of {n_batches}")
+            total += loss * len(rows)
+        for average, buffer in zip(self.averaged.buffers(), self.objective.buffers(), strict=True):
+            average.copy_(buffer)
+        return total / len(x)
 
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+    def _step(self, x: Tensor, y: Tensor) -> float:
+        x, y = (value + scale * torch.randn_like(value) for value, scale in zip((x, y), self.noise, strict=True))
         self.optimizer.zero_grad()
         loss = self.objective(x, y)
+        if not loss.isfinite():
+            return loss.item()
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if loss.isfinite():
-            self.optimizer.step()
-            self.averaged.update_parameters(self.objective)
+        self.optimizer.step()
         self.schedule.step()
-        return loss.detach()
+        self._average()
+        return loss.item()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Exponential average over about the last tenth of all steps, 100 at most."""
+        weight = max(0.01, 9 / (10 + self.steps))
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            average.lerp_(parameter, weight)
+        self.steps += 1
 
     @torch.no_grad()
     def _evaluate(self, x: Tensor, y: Tensor, rows: int = 8192) -> float:
-        self.averaged.eval()
         losses = [self.averaged(a, b) * len(a) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
         return float(torch.stack(losses).sum()) / len(x)
 
     def _record(self, result: FitResult, epoch: int, loss: float, monitored: float, *, keep_last: bool) -> None:
-        lr = self.schedule.get_last_lr()[0]
+        lr = float(self.schedule.get_last_lr()[0])
         result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
         if keep_last or monitored < result.best_loss:
             result.best_epoch, result.best_loss = epoch, monitored
-            for name, tensor in self.averaged.module.state_dict().items():
+            for name, tensor in self.averaged.state_dict().items():
                 self.best[name].copy_(tensor)
-
-
-@torch.no_grad()
-def _ramped_average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-    """Average over about the last tenth of all steps, 100 at most."""
-    decay = min(0.99, (1 + int(count)) / (10 + int(count)))
-    torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
 def _optimizer(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -213,7 +232,10 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
     warmup = max(1, steps // 20)
 
     def factor(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))))
+        return min(
+            (step + 1) / warmup,
+            0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))),
+        )
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -236,10 +258,16 @@ def _isolated(network: nn.Module, seed: int | None) -> Iterator[None]:
             network.train(training)
 
 
-def _check_settings(**settings: float | None) -> None:
+def _require_positive(**settings: float | None) -> None:
     for name, value in settings.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
+
+
+def _require_not_negative(**settings: float) -> None:
+    for name, value in settings.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected a number that is not negative, got {value!r}")
 
 
 def _as_data(network: MixtureDensityNetwork, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,73 @@
+"""The classic inverse problem x = 7 sin(5y) + y/2 + ε: one x, up to four y. Observed and sampled side by side."""
+
+import argparse
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from pyro_mdn import MixtureDensityNetwork, fit
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NOISE = 0.5
+
+
+def simulate(n, generator):
+    """Draw y uniformly from (-1, 1), and x given y."""
+    y = 2 * torch.rand(n, 1, generator=generator, dtype=torch.float64) - 1
+    x = 7 * torch.sin(5 * y) + y / 2 + NOISE * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+    return x, y
+
+
+def exact_nll(x, y, points=4001):
+    """Mean of -log p(y | x) under the true density, by Bayes' rule and Simpson-like quadrature over y."""
+
+    def log_likelihood(x, y):
+        residual = (x - 7 * torch.sin(5 * y) - y / 2) / NOISE
+        return -0.5 * residual**2 - math.log(NOISE * math.sqrt(2 * math.pi))
+
+    grid = torch.linspace(-1, 1, points, dtype=torch.float64)
+    evidence = torch.trapezoid(log_likelihood(x, grid).exp(), grid)
+    return (evidence.log() - log_likelihood(x, y).squeeze(-1)).mean().item()
+
+
+def draw(network, observed, path):
+    """Scatter the observed pairs beside as many sampled ones."""
+    x, y = observed
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
+    for axis, targets, title in [(axes[0], y, "observed"), (axes[1], network.sample(x), "sampled")]:
+        axis.scatter(x, targets, s=6, alpha=0.6, color="tab:blue")
+        axis.set(title=title, xlabel="x")
+    axes[0].set_ylabel("y")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds")
+    args = parser.parse_args()
+    settings, seeds = ({"max_epochs": 3}, 1) if args.smoke else ({}, args.seeds)
+    held_out = simulate(10_000, torch.Generator().manual_seed(10_000))
+    nll = []
+    for seed in range(seeds):
+        x, y = simulate(512, torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        network = MixtureDensityNetwork(dim_in=1, dim_out=1)
+        fit(network, x, y, seed=seed, progress=False, **settings)
+        nll.append(network.loss(*held_out).mean().item())
+    draw(network, (x, y), args.out / "inverse_sine.png")
+    print(f"held-out NLL (nats)\n{'exact':<10}{exact_nll(*held_out):8.3f}")
+    for seed, value in enumerate(nll):
+        print(f"{f'seed {seed}':<10}{value:8.3f}")
+    print(f"{'worst':<10}{max(nll):8.3f}\n{'mean':<10}{np.mean(nll):8.3f}")
+
+
+if __name__ == "__main__":
+    main()
