@@ -17,14 +17,14 @@ NOISE = 0.5
 
 
 def simulate(n, generator):
-    """Draw y uniformly from (-1, 1), and x given y."""
-    y = 2 * torch.rand(n, 1, generator=generator, dtype=torch.float64) - 1
+    """Draw x given y, for n values of y spread evenly over (-1, 1)."""
+    y = torch.linspace(-1, 1, n, dtype=torch.float64).unsqueeze(-1)
     x = 7 * torch.sin(5 * y) + y / 2 + NOISE * torch.randn(n, 1, generator=generator, dtype=torch.float64)
     return x, y
 
 
 def exact_nll(x, y, points=4001):
-    """Mean of -log p(y | x) under the true density, by Bayes' rule and Simpson-like quadrature over y."""
+    """Mean of -log p(y | x) under the true density, by Bayes' rule and quadrature over y."""
 
     def log_likelihood(x, y):
         residual = (x - 7 * torch.sin(5 * y) - y / 2) / NOISE

@@ -54,7 +54,7 @@ class GaussianMixture(dist.MixtureSameFamily):
         self.logits = kernels.normalize_logits(logits).expand(*batch_shape, -1)
         self.locs = locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
-        super(torch.distributions.MixtureSameFamily, self).__init__(batch_shape, locs.shape[-1:], validate_args)
+        torch.distributions.Distribution.__init__(self, batch_shape, locs.shape[-1:], validate_args)
         if self._validate_args:
             self._validate()
 

@@ -26,24 +26,19 @@ from pyro_mdn.covariance import (
 __all__ = ["Diagonal", "Fixed", "Full", "Isotropic", "LowRank", "NoiseModel"]
 
 
+@dataclass(frozen=True)
 class NoiseModel(ABC):
     """How a network's raw outputs become component covariances.
 
     Attributes:
+        tied: Whether all components share one covariance.
+        homoscedastic: Whether the covariance is the same for every input.
         common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y.
     """
 
+    tied: bool
+    homoscedastic: bool
     common_unit: ClassVar[bool] = False
-
-    @property
-    @abstractmethod
-    def tied(self) -> bool:
-        """Whether all components share one covariance."""
-
-    @property
-    @abstractmethod
-    def homoscedastic(self) -> bool:
-        """Whether the covariance is the same for every input."""
 
     @abstractmethod
     def num_params(self, dim_out: int) -> int:
@@ -192,15 +187,9 @@ class Fixed(NoiseModel):
     """
 
     scale: float
+    tied: bool = field(default=True, init=False, repr=False)
+    homoscedastic: bool = field(default=True, init=False, repr=False)
     common_unit: ClassVar[bool] = True
-
-    @property
-    def tied(self) -> bool:
-        return True
-
-    @property
-    def homoscedastic(self) -> bool:
-        return True
 
     def __post_init__(self) -> None:
         _require_positive(self.scale, "scale")

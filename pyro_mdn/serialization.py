@@ -40,7 +40,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            # Clones, because the file's memory is neither aligned nor ours.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got something else or a damaged one") from error
     text = metadata.get("config", "")
@@ -80,7 +81,8 @@ def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
     name = type(noise).__name__
     if _NOISE_MODELS.get(name) is not type(noise):
         raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)} to save, got {name}")
-    return {"name": name, **dataclasses.asdict(noise)}  # type: ignore[call-overload]
+    settings = {field.name: getattr(noise, field.name) for field in dataclasses.fields(noise) if field.init}
+    return {"name": name, **settings}
 
 
 def noise_from_config(config: Mapping[str, Any]) -> NoiseModel:

@@ -60,13 +60,13 @@ def fit(
     y: Any,
     *,
     validation: float | tuple[Any, Any] = 0.1,
-    max_epochs: int = 300,
+    max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 5e-3,
     weight_decay: float = 0.3,
-    input_noise: float = 0.05,
-    target_noise: float = 0.01,
-    patience: int = 60,
+    input_noise: float = 0.3,
+    target_noise: float = 0.1,
+    patience: int | None = None,
     max_grad_norm: float = 1.0,
     initialize: bool = True,
     seed: int | None = None,
@@ -74,22 +74,25 @@ def fit(
 ) -> FitResult:
     r"""Train a network on data by its negative log-likelihood; the network changes in place.
 
-    AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, noise on inputs
-    and targets drawn every step (Rothfuss et al., 2019), an exponential average of the weights, and early stopping
-    on held-out rows; the averaged weights of the best epoch are kept.
+    AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, and an exponential
+    average of the weights. Inputs and targets get fresh noise every step, which smooths the density (Rothfuss et
+    al., 2019). The noise fades to nothing over the schedule, so that early stopping on held-out rows also finds how
+    much smoothing the data need. The averaged weights of the best epoch are kept.
 
     Args:
         network: The network.
         x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``.
         validation: Fraction of the rows to hold out, or a pair ``(x, y)``; 0 for none, and so no early stopping.
-        max_epochs: Passes over the training rows at most; the schedule is spread over them.
+        max_epochs: Passes over the training rows at most; the schedule is spread over them. By default as many as
+            make 3000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay of the weight matrices (Loshchilov & Hutter, 2019).
-        input_noise: Standard deviation of the noise on x, in units of the standardised inputs.
+        input_noise: Standard deviation of the noise on x at the start, in standardised units.
         target_noise: The same for y.
-        patience: Epochs without improvement of the validation loss before training stops.
+        patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
+            ``max_epochs``.
         max_grad_norm: Gradients are scaled down to this norm.
         initialize: Set scalers and components from the training rows first; ``False`` to train a network further.
         seed: Seed of split, start and batches; the global generator is left as it was. ``None``: use the latter.
@@ -114,6 +117,7 @@ def fit(
         if initialize:
             network.initialize_(*train)
         n_batches = math.ceil(len(train[0]) / (batch_size or min(256, max(32, len(train[0]) // 64))))
+        max_epochs = max_epochs or max(100, math.ceil(3000 / n_batches))
         objective = NegativeLogLikelihood(network)
         optimizer = _optimizer(objective, lr, weight_decay)
         loop = _Loop(
@@ -121,9 +125,10 @@ def fit(
             optimizer,
             _schedule(optimizer, max_epochs * n_batches),
             noise=(input_noise * network.x_scale, target_noise * network.head.scale),
+            steps=max_epochs * n_batches,
             max_grad_norm=max_grad_norm,
         )
-        return loop.run(train, held_out, n_batches, max_epochs, patience, progress)
+        return loop.run(train, held_out, n_batches, max_epochs, patience or math.ceil(max_epochs / 4), progress)
 
 
 class _Loop:
@@ -136,14 +141,15 @@ class _Loop:
         schedule: torch.optim.lr_scheduler.LRScheduler,
         *,
         noise: tuple[Tensor, Tensor],
+        steps: int,
         max_grad_norm: float,
     ) -> None:
         self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
         self.noise, self.max_grad_norm = noise, max_grad_norm
+        self.step, self.steps = 0, steps
         self.parameters = list(objective.parameters())
         self.averaged = copy.deepcopy(objective).requires_grad_(False).eval()
         self.averages = list(self.averaged.parameters())
-        self.steps = 0
         self.best = copy.deepcopy(objective.state_dict())
 
     def run(
@@ -184,7 +190,8 @@ class _Loop:
         return total / len(x)
 
     def _step(self, x: Tensor, y: Tensor) -> float:
-        x, y = (value + scale * torch.randn_like(value) for value, scale in zip((x, y), self.noise, strict=True))
+        fade = (1 - self.step / self.steps) ** 3
+        x, y = (v + fade * scale * torch.randn_like(v) for v, scale in zip((x, y), self.noise, strict=True))
         self.optimizer.zero_grad()
         loss = self.objective(x, y)
         if not loss.isfinite():
@@ -199,10 +206,10 @@ class _Loop:
     @torch.no_grad()
     def _average(self) -> None:
         """Exponential average over about the last tenth of all steps, 100 at most."""
-        weight = max(0.01, 9 / (10 + self.steps))
+        weight = max(0.01, 9 / (10 + self.step))
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             average.lerp_(parameter, weight)
-        self.steps += 1
+        self.step += 1
 
     @torch.no_grad()
     def _evaluate(self, x: Tensor, y: Tensor, rows: int = 8192) -> float:

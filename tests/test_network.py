@@ -1,0 +1,320 @@
+import copy
+
+import pyro
+import pytest
+import torch
+from cases import NOISE
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_mdn import Diagonal, Fixed, Full, GaussianMixture, LowRank, MixtureDensityNetwork, MixtureHead
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, *, last=False):
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(3, 16, batch_first=True), last
+
+    def forward(self, x):
+        out = self.lstm(x)[0]
+        return out[:, -1] if self.last else out
+
+
+def test_usage_of_the_reference_implementation():
+    x, y = torch.randn(5, 1), torch.randn(5, 1)
+    model = MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=50)
+    pred_parameters = model(x)
+    loss = model.loss(x, y)
+    samples = model.sample(x)
+    assert isinstance(pred_parameters, GaussianMixture)
+    assert [layer.out_features for layer in model.backbone if isinstance(layer, nn.Linear)] == [50, 50]
+    assert loss.shape == (5,)
+    assert samples.shape == (5, 1)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_loss_is_the_negative_log_density_in_the_units_of_y(name):
+    network = MixtureDensityNetwork(3, 4, noise=NOISE[name]).double()
+    x, y = torch.randn(50, 3, dtype=torch.float64), 100 + 7 * torch.randn(50, 4, dtype=torch.float64)
+    network.initialize_(x, y)
+    assert_close(network.loss(x, y), -network(x).log_prob(y))
+
+
+def test_density_does_not_depend_on_the_units():
+    """In other units of x and y the same weights give the same density, up to the Jacobian."""
+    x, y = torch.randn(50, 3, dtype=torch.float64), torch.randn(50, 2, dtype=torch.float64)
+    network = MixtureDensityNetwork(3, 2).double()
+    torch.manual_seed(1)
+    network.initialize_(x, y)
+    loss = network.loss(x, y)
+    torch.manual_seed(1)
+    network.initialize_(5 + 100 * x, -2 + 1000 * y)
+    assert_close(network.loss(5 + 100 * x, -2 + 1000 * y), loss + 2 * torch.tensor(1000.0).double().log())
+
+
+def test_start_is_the_clustered_marginal():
+    """Before training the density is already that of clustered targets, whatever the inputs."""
+    y = torch.cat([torch.randn(100, 1) - 50, 0.1 * torch.randn(100, 1) + 50])
+    network = MixtureDensityNetwork(2, 1, n_components=2)
+    network.initialize_(torch.randn(200, 2), y)
+    mixture = network.head(torch.zeros(64))
+    assert_close(mixture.locs.flatten().sort().values, torch.tensor([-50.0, 50.0]), atol=1, rtol=0)
+    assert_close(mixture.mixture_distribution.probs, torch.tensor([0.5, 0.5]), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("y", [torch.zeros(20, 1), torch.arange(3.0).unsqueeze(-1), torch.ones(1, 1)], ids=len)
+def test_start_survives_fewer_points_than_components(y):
+    network = MixtureDensityNetwork(1, 1, n_components=8)
+    network.initialize_(torch.randn(len(y), 1), y)
+    assert network.loss(torch.randn(len(y), 1), y).isfinite().all()
+
+
+def test_constant_columns_are_harmless():
+    x = torch.cat([torch.randn(50, 1), torch.full((50, 1), 7.0), torch.zeros(50, 1)], -1)
+    network = MixtureDensityNetwork(3, 1)
+    network.initialize_(x, torch.randn(50, 1))
+    assert_close(network.x_scale[1:], torch.ones(2))
+    assert network(x).mean.isfinite().all()
+
+
+def test_initialize_leaves_the_global_generator_in_charge():
+    x, y = torch.randn(50, 1), torch.randn(50, 1)
+    network = MixtureDensityNetwork(1, 1)
+    states = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        network.initialize_(x, y)
+        states.append(copy.deepcopy(network.state_dict()))
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values(), strict=True))
+
+
+def test_targets_without_a_last_axis_are_read_as_columns():
+    network, x, y = MixtureDensityNetwork(1, 1), torch.randn(5, 1), torch.randn(5)
+    assert_close(network.loss(x, y), network.loss(x, y.unsqueeze(-1)))
+
+
+def test_temperature_narrows_samples():
+    network, x = MixtureDensityNetwork(1, 1, n_components=1), torch.zeros(1, 1)
+    assert network.sample(x, (3, 4)).shape == (3, 4, 1, 1)
+    spread = [network.sample(x, (5000,), temperature=t).std() for t in (0.25, 1.0)]
+    assert_close(spread[0] / spread[1], torch.tensor(0.5), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dim_in", "hidden_dim", "backbone", "x_shape", "batch_shape"),
+    [
+        ((1, 8, 8), 16, Convolutional, (5, 1, 8, 8), (5,)),
+        (3, 16, Recurrent, (5, 7, 3), (5, 7)),
+        (3, 16, lambda: Recurrent(last=True), (5, 7, 3), (5,)),
+        (3, 3, nn.Identity, (5, 3), (5,)),
+        (3, 3, nn.Identity, (3,), ()),
+    ],
+    ids=["convolutional", "recurrent", "recurrent_last", "linear", "unbatched"],
+)
+def test_backbones(dim_in, hidden_dim, backbone, x_shape, batch_shape, tmp_path):
+    network = MixtureDensityNetwork(dim_in, 2, hidden_dim=hidden_dim, noise=Full(), backbone=backbone())
+    x, y = torch.randn(x_shape), torch.randn(*batch_shape, 2)
+    network.initialize_(x, y)
+    assert network(x).batch_shape == batch_shape
+    assert_close(network.loss(x, y), -network(x).log_prob(y))
+    network.save(tmp_path / "network.safetensors")
+    loaded = MixtureDensityNetwork.load(tmp_path / "network.safetensors", backbone=backbone())
+    assert_close(loaded.loss(x, y), network.loss(x, y))
+
+
+# Files
+
+
+@pytest.mark.parametrize("noise", [*NOISE.values(), LowRank(1, min_scale=0.1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_saved_network_is_the_same(noise, dtype, tmp_path):
+    network = MixtureDensityNetwork(3, 4, 2, [8, 5], noise=noise).to(dtype)
+    x, y = torch.randn(20, 3, dtype=dtype), torch.randn(20, 4, dtype=dtype)
+    network.initialize_(x, y)
+    network.save(tmp_path / "network.safetensors")
+    loaded = MixtureDensityNetwork.load(tmp_path / "network.safetensors")
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in network.state_dict().items())
+    assert_close(loaded.loss(x, y), network.loss(x, y))
+    assert loaded.head.noise == noise
+    assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in network.parameters()]
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "network.safetensors"
+    MixtureDensityNetwork(1, 1, 2, 4).save(path)
+    return path
+
+
+@given(st.data())
+def test_damaged_files_are_refused(saved, data):
+    """Any byte changed, any truncation: an error, never other numbers."""
+    content = bytearray(saved.read_bytes())
+    if data.draw(st.booleans(), label="truncate"):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    damaged = saved.with_name("damaged.safetensors")
+    damaged.write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected"):
+        MixtureDensityNetwork.load(damaged)
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"expected a file of format 'pyro_mdn/1', got None"):
+        MixtureDensityNetwork.load(path)
+    torch.save(nn.Linear(1, 1).state_dict(), path)
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        MixtureDensityNetwork.load(path)
+    with pytest.raises(FileNotFoundError):
+        MixtureDensityNetwork.load(tmp_path / "missing.safetensors")
+
+
+def test_backbone_must_fit_the_file_and_stays_as_it_was(tmp_path, saved):
+    with pytest.raises(ValueError, match="expected backbone= exactly if"):
+        MixtureDensityNetwork.load(saved, backbone=nn.Identity())
+    path = tmp_path / "custom.safetensors"
+    MixtureDensityNetwork(3, 1, hidden_dim=8, backbone=nn.Linear(3, 8)).save(path)
+    with pytest.raises(ValueError, match="expected backbone= exactly if"):
+        MixtureDensityNetwork.load(path)
+    other = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 8))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"expected tensors that fit the network"):
+        MixtureDensityNetwork.load(path, backbone=other)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), other.state_dict().values(), strict=True))
+
+
+def test_failed_save_leaves_the_old_file(saved, monkeypatch):
+    before = saved.read_bytes()
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        MixtureDensityNetwork(1, 1, 2, 4).save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_an_own_noise_model_cannot_be_saved_silently(tmp_path):
+    class Own(Diagonal):
+        pass
+
+    with pytest.raises(ValueError, match=r"expected one of .* to save, got Own"):
+        MixtureDensityNetwork(1, 1, noise=Own()).save(tmp_path / "own.safetensors")
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dim_in": 0}, "dim_in: expected a positive integer"),
+        ({"dim_in": (1, 8, 8)}, "dim_in: expected a width, or a backbone"),
+        ({"dim_out": 0}, "dim_out: expected a positive integer"),
+        ({"dim_out": 1.0}, "dim_out: expected a positive integer, got 1.0"),
+        ({"n_components": 0}, "n_components: expected a positive integer, got 0"),
+        ({"hidden_dim": -1}, "hidden_dim: expected a positive integer"),
+        ({"hidden_dim": [8, 0]}, "hidden_dim: expected a positive integer"),
+        ({"hidden_dim": []}, "hidden_dim: expected a positive integer"),
+        ({"noise": "full"}, "noise: expected a NoiseModel"),
+        ({"noise": LowRank(2)}, "rank: expected at most dim_out=1, got 2"),
+        ({"backbone": "mlp"}, "backbone: expected a torch.nn.Module, got str"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MixtureDensityNetwork(**{"dim_in": 1, "dim_out": 1, **settings})
+
+
+GOOD_X, GOOD_Y = torch.zeros(5, 3), torch.zeros(5, 2)
+BAD_DATA = [
+    (torch.zeros(5, 2), GOOD_Y, r"x: expected shape \(\*batch, 3\), got \(5, 2\)"),
+    (torch.zeros(()), GOOD_Y, "x: expected shape"),
+    (GOOD_X, torch.zeros(5, 3), r"y: expected shape \(5, 2\) as x has it, got \(5, 3\)"),
+    (GOOD_X, torch.zeros(4, 2), r"y: expected shape \(5, 2\) as x has it, got \(4, 2\)"),
+    (GOOD_X, torch.zeros(5), r"y: expected shape \(5, 2\) as x has it, got \(5,\)"),
+    (GOOD_X, torch.zeros(1, 2), r"y: expected shape \(5, 2\)"),
+    (GOOD_X.long(), GOOD_Y, "x: expected floating point, got torch.int64"),
+    (GOOD_X, GOOD_Y.long(), "y: expected floating point, got torch.int64"),
+    (GOOD_X, GOOD_Y.to(torch.complex64), "y: expected floating point, got torch.complex64"),
+    (torch.full((5, 3), torch.nan), GOOD_Y, "x: expected finite numbers"),
+    (torch.full((5, 3), torch.inf), GOOD_Y, "x: expected finite numbers"),
+    (GOOD_X, torch.full((5, 2), torch.nan), "y: expected finite numbers"),
+    (GOOD_X, torch.full((5, 2), -torch.inf), "y: expected finite numbers"),
+    (GOOD_X.to("meta"), GOOD_Y, "x: expected device cpu, got meta"),
+    (GOOD_X, GOOD_Y.to("meta"), "y: expected device cpu, got meta"),
+    ([[0.0] * 3] * 5, GOOD_Y, "x: expected a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("x", "y", "message"), BAD_DATA, ids=[message for *_, message in BAD_DATA])
+@pytest.mark.parametrize("method", ["loss", "model", "initialize_"])
+def test_bad_data_are_refused_before_anything_changes(method, x, y, message):
+    network = MixtureDensityNetwork(3, 2)
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=message):
+        getattr(network, method)(x, y)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
+
+
+def test_no_data_are_refused():
+    with pytest.raises(ValueError, match="expected data"):
+        MixtureDensityNetwork(3, 2).initialize_(torch.zeros(0, 3), torch.zeros(0, 2))
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        nn.Flatten(0),
+        nn.Unflatten(-1, (3, 1)),
+        nn.Linear(3, 4),
+        nn.LSTM(3, 8),
+    ],
+    ids=["too few axes", "too many axes", "wrong width", "tuple"],
+)
+def test_backbone_of_the_wrong_rank_is_named(backbone):
+    network = MixtureDensityNetwork(3, 1, hidden_dim=8, backbone=backbone)
+    with pytest.raises(ValueError, match=r"backbone: expected features \(\*batch, 8\)"):
+        network(torch.zeros(5, 3))
+
+
+def test_num_data_smaller_than_the_batch_is_refused():
+    with pytest.raises(ValueError, match="num_data: expected at least the batch of 5, got 4"):
+        MixtureDensityNetwork(3, 2).model(GOOD_X, GOOD_Y, num_data=4)
+
+
+def test_plain_calls_leave_the_parameter_store_alone():
+    """Two networks in one process: neither sees the other's weights, and none is registered."""
+    first, second = MixtureDensityNetwork(3, 2), MixtureDensityNetwork(3, 2)
+    losses = [network.loss(GOOD_X, GOOD_Y) for network in (first, second)]
+    means = [network(GOOD_X).mean for network in (first, second)]
+    second.sample(GOOD_X)
+    assert not torch.equal(*losses)
+    assert not torch.equal(*means)
+    assert not list(pyro.get_param_store())
+
+
+def test_head_alone_is_a_component():
+    head = MixtureHead(6, 2, 3, noise=Fixed(0.5))
+    head.initialize_(10 + 3 * torch.randn(50, 2))
+    features, y = torch.randn(7, 6), torch.randn(7, 2)
+    assert_close(head.log_prob(features, y), head(features).log_prob(y))
+    with pytest.raises(ValueError, match=r"features: expected shape \(\*batch, 6\), got \(7, 5\)"):
+        head(torch.zeros(7, 5))
+    with pytest.raises(ValueError, match="y: expected shape"):
+        head.initialize_(torch.zeros(0, 2))

@@ -1,0 +1,206 @@
+"""The network and its mixtures inside Pyro: models of ours and of the user's own, under every kind of inference."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule
+from pyro.optim import Adam
+from torch.testing import assert_close
+
+from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureDensityNetwork
+
+N = 12
+
+
+def data():
+    return torch.randn(N, 2), torch.randn(N, 2)
+
+
+def empty_guide(*args, **kwargs):
+    pass
+
+
+@pytest.fixture(params=[Full(), LowRank(1), Diagonal(tied=True), Isotropic(homoscedastic=True), Fixed(0.5)], ids=str)
+def network(request):
+    return MixtureDensityNetwork(2, 2, 3, 8, noise=request.param)
+
+
+def frozen(network):
+    return network.eval().requires_grad_(False)
+
+
+class Offset(PyroModule):
+    """A user's model: the network is the likelihood, and a latent offset moves all of it."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, y=None):
+        offset = pyro.sample("offset", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        mixture = self.network(x).affine(offset.unsqueeze(-2), 1.0)
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("y", mixture, obs=y)
+
+
+def test_trace_scores_the_loss(network):
+    x, y = data()
+    trace = poutine.trace(network.model).get_trace(x, y)
+    assert_close(trace.log_prob_sum(), -network.loss(x, y).sum())
+    assert "y" in trace.observation_nodes
+    assert "data" in trace.format_shapes()
+
+
+@pytest.mark.parametrize("num_data", [None, N, 7 * N])
+def test_num_data_scales_the_likelihood(network, num_data):
+    x, y = data()
+    expected = network.loss(x, y).sum() * (num_data or N) / N
+    assert_close(Trace_ELBO().differentiable_loss(network.model, empty_guide, x, y, num_data=num_data), expected)
+
+
+def test_svi_with_an_empty_guide_trains_the_weights(network):
+    x, y = data()
+    before = network.loss(x, y).sum().item()
+    svi = SVI(network.model, empty_guide, Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(x, y) for _ in range(100)]
+    assert_close(losses[0], before, rtol=1e-5, atol=1e-4)
+    assert network.loss(x, y).sum() < before - 1
+
+
+def test_svi_with_autonormal_on_a_users_model(network):
+    """The posterior mean of the offset moves to where the data are, the network staying as it is."""
+    x, y = data()
+    model = Offset(frozen(network))
+    guide = AutoNormal(model)
+    svi = SVI(model, guide, Adam({"lr": 0.05}), Trace_ELBO(num_particles=4))
+    losses = [svi.step(x, y) for _ in range(150)]
+    assert sum(losses[-20:]) < sum(losses[:20])
+    draws = Predictive(model, guide=guide, num_samples=5)(x)
+    assert draws["y"].shape == (5, N, 2)
+    assert draws["offset"].reshape(5, 2).std(0).min() > 0
+
+
+def test_autonormal_on_our_model_where_nothing_is_latent(network):
+    x, y = data()
+    svi = SVI(network.model, AutoNormal(network.model), Adam({"lr": 1e-2}), Trace_ELBO())
+    losses = [svi.step(x, y) for _ in range(50)]
+    assert losses[-1] < losses[0]
+
+
+def test_autonormal_on_our_model_with_bayesian_weights():
+    network = MixtureDensityNetwork(2, 2, 3, 8)
+    pyro.nn.module.to_pyro_module_(network)
+    for layer in (network.backbone[0], network.head.linear):
+        for name, value in list(layer.named_parameters(recurse=False)):
+            prior = dist.Normal(0.0, 1.0).expand(value.shape).to_event(value.ndim)
+            setattr(layer, name, pyro.nn.PyroSample(prior))
+    x, y = data()
+    guide = AutoNormal(network.model, init_scale=0.01)
+    svi = SVI(network.model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(x, y, num_data=N) for _ in range(100)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    draws = Predictive(network.model, guide=guide, num_samples=4)(x)
+    assert draws["y"].shape == (4, N, 2)
+    assert draws["head.linear.weight"].squeeze(1).shape == (4, 15, 8)
+
+
+def test_nuts_on_a_users_model(network):
+    x, y = data()
+    network.initialize_(x, y)
+    mcmc = MCMC(NUTS(Offset(frozen(network))), num_samples=20, warmup_steps=60, disable_progbar=True)
+    mcmc.run(x, y)
+    draws = mcmc.get_samples()["offset"]
+    assert draws.shape == (20, 2)
+    assert draws.std(0).min() > 0
+    assert Predictive(Offset(network), mcmc.get_samples())(x)["y"].shape == (20, N, 2)
+
+
+def test_nuts_finds_a_known_posterior():
+    """One component of known noise, a Gaussian prior on an offset: the posterior is Gaussian, in closed form."""
+    network = MixtureDensityNetwork(2, 2, n_components=1, noise=Fixed(0.5)).eval().requires_grad_(False)
+    x, y = data()
+    precision = 1 + N / 0.25
+    mean = (y - network(x).mean).sum(0) / 0.25 / precision
+    mcmc = MCMC(NUTS(Offset(network)), num_samples=400, warmup_steps=100, disable_progbar=True)
+    mcmc.run(x, y)
+    draws = mcmc.get_samples()["offset"]
+    assert_close(draws.mean(0), mean, rtol=0, atol=5 * precision**-0.5 / 400**0.5 * 2)
+    assert_close(draws.std(0), torch.full((2,), precision**-0.5), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_predictive(network, parallel):
+    x, _ = data()
+    draws = Predictive(network.model, guide=empty_guide, num_samples=2000, parallel=parallel)(x)["y"]
+    assert draws.shape == (2000, N, 2)
+    mixture = network(x)
+    standard_error = mixture.stddev / 2000**0.5
+    assert ((draws.mean(0) - mixture.mean).abs() < 5 * standard_error).all()
+
+
+def test_condition_observes_the_site(network):
+    x, y = data()
+    conditioned = poutine.trace(poutine.condition(network.model, data={"y": y})).get_trace(x)
+    assert conditioned.nodes["y"]["is_observed"]
+    assert_close(conditioned.log_prob_sum(), -network.loss(x, y).sum())
+
+
+def test_outer_plate_broadcasts(network):
+    """Two replicas of the targets under a plate to the left of ours."""
+    x, y = data()
+
+    def replicated(x, y):
+        with pyro.plate("replicas", 2, dim=-2):
+            return network.model(x, y)
+
+    pair = torch.stack([y, y + 1])
+    trace = poutine.trace(replicated).get_trace(x, pair)
+    trace.compute_log_prob()
+    assert trace.nodes["y"]["log_prob"].shape == (2, N)
+    assert_close(trace.log_prob_sum(), -(network.loss(x, y) + network.loss(x, y + 1)).sum())
+    assert poutine.trace(replicated).get_trace(x, None).nodes["y"]["value"].shape == (2, N, 2)
+
+
+def test_enumerated_model_sums_out_a_discrete_latent(network):
+    """Each row comes from the network or from its mirror image: TraceEnum_ELBO gives the exact evidence."""
+    x, y = data()
+
+    @config_enumerate
+    def mirrored(x, y):
+        mixture = network(x)
+        with pyro.plate("rows", N):
+            side = pyro.sample("side", dist.Bernoulli(0.3))
+            pyro.sample("y", mixture.affine(0.0, 1 - 2 * side.unsqueeze(-1)), obs=y)
+
+    elbo = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(mirrored, empty_guide, x, y)
+    mixture = network(x)
+    evidence = torch.logaddexp(
+        mixture.log_prob(y) + torch.tensor(0.7).log(), mixture.log_prob(-y) + torch.tensor(0.3).log()
+    )
+    assert_close(elbo, -evidence.sum())
+
+
+def test_sequences_belong_to_the_event():
+    network = MixtureDensityNetwork(2, 2, 3, 8)
+    x, y = torch.randn(N, 7, 2), torch.randn(N, 7, 2)
+    site = poutine.trace(network.model).get_trace(x, y).nodes["y"]
+    assert (site["fn"].batch_shape, site["fn"].event_shape) == ((N,), (7, 2))
+    assert_close(site["fn"].log_prob(y), -network.loss(x, y).sum(-1))
+
+
+def test_mask_and_expand_by(network):
+    x, y = data()
+    mask = torch.arange(N) % 2 == 0
+    assert_close(network(x).mask(mask).log_prob(y), -network.loss(x, y) * mask)
+    assert network(x).expand_by((3,)).batch_shape == (3, N)
+
+
+def test_network_may_be_called_before_it_joins_a_model(network):
+    x, y = data()
+    network(x)
+    model = Offset(network)
+    assert "network.head$$$linear.weight" in poutine.trace(model).get_trace(x, y).param_nodes
