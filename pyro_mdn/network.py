@@ -3,8 +3,8 @@ r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from pyro_mdn.head import MixtureHead
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 
-__all__ = ["MixtureDensityNetwork"]
+__all__ = ["MixtureDensityNetwork", "evaluating"]
 
 
 class MixtureDensityNetwork(PyroModule):
@@ -99,7 +99,7 @@ class MixtureDensityNetwork(PyroModule):
             return nn.Module.__call__(self, x)
 
     def _context(self) -> AbstractContextManager[Any]:
-        return self._pyro_context if am_i_wrapped() else nullcontext()
+        return self._pyro_context if am_i_wrapped() else pyro.get_param_store().scope()
 
     def forward(self, x: Tensor) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
@@ -121,7 +121,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         with self._context():
             features = self._features(x)
-            return -self.head.log_prob(features, self._targets(y, features))
+            return -self.head.log_prob(features, self._targets(y, features.shape[:-1]))
 
     @torch.no_grad()
     def sample(self, x: Tensor, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
@@ -150,7 +150,7 @@ class MixtureDensityNetwork(PyroModule):
         size = len(x) if num_data is None else num_data
         if size < len(x):
             raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
-        obs = None if y is None else self._targets(y, features)
+        obs = None if y is None else self._targets(y, features.shape[:-1])
         # A given subsample spares the plate a permutation of the whole data.
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
             return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
@@ -164,30 +164,42 @@ class MixtureDensityNetwork(PyroModule):
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
 
         Raises:
-            ValueError: If shapes, dtypes or devices do not agree, or if there are no data or some are not finite;
-                nothing is changed then.
+            ValueError: If :meth:`check` does; nothing is changed then.
         """
-        self._check_inputs(x)
-        _require_finite(x, "x")
+        y = self.check(x, y)
         rows = x.reshape(-1, *self.input_shape).to(torch.float64)
-        if len(rows) == 0:
-            raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
-        self.head.initialize_(self._targets(y, self._features(x)).reshape(-1, self.dim_out))
         scale = rows.std(0, correction=0)
+        self.head.initialize_(y.reshape(-1, self.dim_out))
         self.x_shift.copy_(rows.mean(0))
         self.x_scale.copy_(torch.where(scale > 0, scale, 1.0))
 
     # Checks
 
+    @torch.no_grad()
+    def check(self, x: Tensor, y: Tensor) -> Tensor:
+        """Check data as a whole, without a pass over them all, and return the targets as vectors ``(*batch, D)``.
+
+        Raises:
+            ValueError: If shapes, dtypes or devices do not agree, or if there are no data or some are not finite.
+        """
+        batch_shape = self._check_inputs(x)
+        if x.numel() == 0:
+            raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
+        with self._context(), evaluating(self):
+            features = self._features(x[:1] if batch_shape else x)
+        y = self._targets(y, batch_shape[: features.ndim - 1])
+        _require_finite(x, "x")
+        _require_finite(y, "y")
+        return y
+
     def _features(self, x: Tensor) -> Tensor:
         batch_shape = self._check_inputs(x)
         features = self.backbone(((x - self.x_shift) / self.x_scale).to(self.x_shift.dtype))
         n = features.ndim - 1 if isinstance(features, Tensor) else -1
-        fits = n >= min(1, len(batch_shape)) and features.shape == (*batch_shape[:n], self.hidden_dim[-1])
-        if not fits:
+        if n < min(1, len(batch_shape)) or features.shape != (*batch_shape[:n], self.hidden_dim[-1]):
+            expected = f"features (*batch, {self.hidden_dim[-1]}) for x of shape {tuple(x.shape)}"
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"backbone: expected features (*batch, {self.hidden_dim[-1]}) for x of shape "
-                             f"{tuple(x.shape)}, got {got}")  # fmt: skip
+            raise ValueError(f"backbone: expected {expected}, got {got}")
         return features
 
     def _check_inputs(self, x: Tensor) -> torch.Size:
@@ -195,17 +207,15 @@ class MixtureDensityNetwork(PyroModule):
         n = len(self.input_shape)
         _require_float(x, "x", self.x_shift.device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
-            raise ValueError(
-                f"x: expected shape (*batch, {', '.join(map(str, self.input_shape))}), got {tuple(x.shape)}"
-            )
+            expected = ", ".join(map(str, self.input_shape))
+            raise ValueError(f"x: expected shape (*batch, {expected}), got {tuple(x.shape)}")
         if is_validation_enabled():
             _require_finite(x, "x")
         return x.shape[: x.ndim - n]
 
-    def _targets(self, y: Tensor, features: Tensor) -> Tensor:
-        """Targets as vectors, checked against the features that they belong to."""
-        batch_shape = features.shape[:-1]
-        _require_float(y, "y", features.device)
+    def _targets(self, y: Tensor, batch_shape: torch.Size) -> Tensor:
+        """Targets as vectors."""
+        _require_float(y, "y", self.x_shift.device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) :] != expected:
@@ -252,6 +262,18 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"{path}: expected tensors that fit the network, got others for {differing}")
         network.load_state_dict(tensors, assign=True)
         return network
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each part's own mode again."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.network import MixtureDensityNetwork, evaluating
 
 __all__ = ["FitResult", "NegativeLogLikelihood", "fit"]
 
 
 class NegativeLogLikelihood(nn.Module):
-    r"""Mean of :math:`-\log p(y \mid x)` over a batch, in nats.
+    r"""Objective :math:`-\log p(y \mid x)` in nats, one number per row.
 
     >>> network = MixtureDensityNetwork(1, 1)
     >>> NegativeLogLikelihood(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
-    torch.Size([])
+    torch.Size([8])
     """
 
     def __init__(self, network: MixtureDensityNetwork) -> None:
@@ -33,8 +33,8 @@ class NegativeLogLikelihood(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Scalar loss of a batch."""
-        return self.network.loss(x, y).mean()
+        """Loss of each row, shape ``(N, ...)``."""
+        return self.network.loss(x, y)
 
 
 @dataclass
@@ -43,8 +43,9 @@ class FitResult:
 
     Attributes:
         history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights), ``lr``.
-        best_epoch: Epoch whose averaged weights the network now has.
-        best_loss: Their validation loss; without validation, the training loss of the last epoch.
+        best_epoch: Epoch whose averaged weights the network now has: the last one whose validation loss is not
+            above the lowest by more than half a standard error; without validation, the last.
+        best_loss: Their validation loss; without validation, the training loss.
         stopped_early: Whether the validation loss had stopped improving before the last epoch.
     """
 
@@ -76,7 +77,7 @@ def fit(
 
     AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, and an exponential
     average of the weights. Inputs and targets get fresh noise every step, which smooths the density (Rothfuss et
-    al., 2019). The noise fades to nothing over the schedule, so that early stopping on held-out rows also finds how
+    al., 2019). The noise fades to a tenth over the schedule, so that early stopping on held-out rows also finds how
     much smoothing the data need. The averaged weights of the best epoch are kept.
 
     Args:
@@ -111,7 +112,7 @@ def fit(
         max_epochs=max_epochs, batch_size=batch_size, lr=lr, patience=patience, max_grad_norm=max_grad_norm
     )
     _require_not_negative(weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
-    x, y = _as_data(network, x, y, "x", "y")
+    x, y = _as_data(network, x, y)
     with _isolated(network, seed):
         train, held_out = _split(network, x, y, validation)
         if initialize:
@@ -151,6 +152,7 @@ class _Loop:
         self.averaged = copy.deepcopy(objective).requires_grad_(False).eval()
         self.averages = list(self.averaged.parameters())
         self.best = copy.deepcopy(objective.state_dict())
+        self.stopping = _Stopping()
 
     def run(
         self,
@@ -166,10 +168,15 @@ class _Loop:
         try:
             for epoch in bar:
                 loss = self._epoch(epoch, *train, n_batches)
-                monitored = loss if held_out is None else self._evaluate(*held_out)
-                self._record(result, epoch, loss, monitored, keep_last=held_out is None)
+                losses = None if held_out is None else self._evaluate(*held_out)
+                monitored = loss if losses is None else float(losses.mean())
+                lr = float(self.schedule.get_last_lr()[0])
+                result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
+                if losses is None or self.stopping.is_good(losses):
+                    result.best_epoch, result.best_loss = epoch, monitored
+                    self._keep()
                 bar.set_postfix(loss=f"{loss:.3f}", validation=f"{monitored:.3f}")
-                if held_out is not None and epoch - result.best_epoch >= patience:
+                if epoch - result.best_epoch >= patience:
                     result.stopped_early = True
                     break
         finally:
@@ -190,10 +197,10 @@ class _Loop:
         return total / len(x)
 
     def _step(self, x: Tensor, y: Tensor) -> float:
-        fade = (1 - self.step / self.steps) ** 3
-        x, y = (v + fade * scale * torch.randn_like(v) for v, scale in zip((x, y), self.noise, strict=True))
+        fade = 0.1 + 0.9 * (1 - self.step / self.steps) ** 3
+        x, y = (v + fade * s * torch.randn(v.shape).to(s) for v, s in zip((x, y), self.noise, strict=True))
         self.optimizer.zero_grad()
-        loss = self.objective(x, y)
+        loss = self.objective(x, y).mean()
         if not loss.isfinite():
             return loss.item()
         loss.backward()
@@ -212,17 +219,34 @@ class _Loop:
         self.step += 1
 
     @torch.no_grad()
-    def _evaluate(self, x: Tensor, y: Tensor, rows: int = 8192) -> float:
-        losses = [self.averaged(a, b) * len(a) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
-        return float(torch.stack(losses).sum()) / len(x)
+    def _evaluate(self, x: Tensor, y: Tensor, rows: int = 8192) -> Tensor:
+        """Held-out loss of each row, of the averaged weights."""
+        losses = [self.averaged(a, b) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
+        return torch.cat([loss.flatten() for loss in losses])
 
-    def _record(self, result: FitResult, epoch: int, loss: float, monitored: float, *, keep_last: bool) -> None:
-        lr = float(self.schedule.get_last_lr()[0])
-        result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
-        if keep_last or monitored < result.best_loss:
-            result.best_epoch, result.best_loss = epoch, monitored
-            for name, tensor in self.averaged.state_dict().items():
-                self.best[name].copy_(tensor)
+    def _keep(self) -> None:
+        for name, tensor in self.averaged.state_dict().items():
+            self.best[name].copy_(tensor)
+
+
+class _Stopping:
+    """Judges epochs by held-out losses, row by row.
+
+    An epoch is good if its mean loss is the lowest so far, or above the lowest by no more than half a standard
+    error of the difference: one held-out row that gets worse as all others get better must not end the training.
+    """
+
+    def __init__(self, tolerance: float = 0.5) -> None:
+        self.tolerance = tolerance
+        self.lowest: Tensor | None = None
+
+    def is_good(self, losses: Tensor) -> bool:
+        if self.lowest is None or losses.mean() < self.lowest.mean():
+            self.lowest = losses
+            return True
+        difference = losses - self.lowest
+        error = difference.std() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        return bool(difference.mean() <= self.tolerance * error)
 
 
 def _optimizer(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -250,19 +274,16 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 @contextmanager
 def _isolated(network: nn.Module, seed: int | None) -> Iterator[None]:
     """Keep Pyro's parameter store, the mode of the network and, with a seed, the generators as they were."""
-    training = network.training
     devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     with (
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
         torch.random.fork_rng(devices, enabled=seed is not None),
+        evaluating(network),
     ):
         if seed is not None:
             torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            network.train(training)
+        yield
 
 
 def _require_positive(**settings: float | None) -> None:
@@ -277,13 +298,11 @@ def _require_not_negative(**settings: float) -> None:
             raise ValueError(f"{name}: expected a number that is not negative, got {value!r}")
 
 
-def _as_data(network: MixtureDensityNetwork, x: Any, y: Any, x_name: str, y_name: str) -> tuple[Tensor, Tensor]:
-    x, y = _as_tensor(network, x, x_name), _as_tensor(network, y, y_name)
+def _as_data(network: MixtureDensityNetwork, x: Any, y: Any, name: str = "") -> tuple[Tensor, Tensor]:
+    x, y = _as_tensor(network, x, f"{name}x"), _as_tensor(network, y, f"{name}y")
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise ValueError(
-            f"{x_name}, {y_name}: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    return x, y
+        raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
+    return x, network.check(x, y)
 
 
 def _as_tensor(network: MixtureDensityNetwork, value: Any, name: str) -> Tensor:
@@ -300,7 +319,7 @@ def _split(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Training rows and held-out rows."""
     if isinstance(validation, tuple):
-        return (x, y), _as_data(network, *validation, "validation x", "validation y")
+        return (x, y), _as_data(network, *validation, "validation ")
     if not 0 <= validation < 1:
         raise ValueError(f"validation: expected a fraction in [0, 1) or a pair (x, y), got {validation!r}")
     if validation == 0:

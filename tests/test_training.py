@@ -1,0 +1,267 @@
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pyro
+import pytest
+import torch
+from pyro.nn import PyroModule
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_mdn import Diagonal, MixtureDensityNetwork, NegativeLogLikelihood, fit
+
+QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
+
+
+def fork(n=300):
+    """Return x and y = ±(1 + x) with noise: two branches of known width."""
+    x = 2 * torch.rand(n, 1) - 1
+    sign = torch.where(torch.rand(n, 1) < 0.5, -1.0, 1.0)
+    return x, sign * (1 + x) + 0.1 * torch.randn(n, 1)
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    return MixtureDensityNetwork(1, 1, 3, 16, **settings)
+
+
+def states_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_learns_two_branches():
+    """Within 0.15 nats of the true density: a branch at random, then Gaussian noise."""
+    x, y = fork(600)
+    held_x, held_y = fork(2000)
+    trained = network()
+    fit(trained, x, y, seed=0, progress=False)
+    branches = torch.stack([held_y - (1 + held_x), held_y + (1 + held_x)])
+    true = (-0.5 * (branches / 0.1) ** 2).exp().sum(0) / (2 * 0.1 * math.sqrt(2 * math.pi))
+    assert trained.loss(held_x, held_y).mean() < -true.log().mean() + 0.15
+
+
+def test_network_keeps_the_best_averaged_weights():
+    x, y = fork()
+    trained = network()
+    held_out = fork(100)
+    result = fit(trained, x, y, validation=held_out, max_epochs=20, seed=0, progress=False)
+    losses = [row["validation_loss"] for row in result.history]
+    assert result.best_loss == min(losses) == losses[result.best_epoch - 1]
+    assert_close(trained.loss(*held_out).mean().item(), result.best_loss, rtol=1e-5, atol=1e-5)
+
+
+def test_stops_early_when_the_validation_loss_gets_worse():
+    """Held-out targets that contradict the training rows: every epoch is worse than the first few."""
+    x, y = fork(50)
+    result = fit(network(), x, y, validation=(x, y + 5), max_epochs=500, patience=5, seed=0, progress=False)
+    assert result.stopped_early
+    assert len(result.history) == result.best_epoch + 5
+
+
+def test_without_validation_all_rows_train_to_the_end():
+    x, y = fork()
+    result = fit(network(), x, y, validation=0, **QUICK)
+    assert (result.best_epoch, result.stopped_early, len(result.history)) == (3, False, 3)
+
+
+def test_seed_decides_everything_and_the_generator_is_left_alone():
+    x, y = fork()
+    trained = [network() for _ in range(3)]
+    state = torch.get_rng_state()
+    fit(trained[0], x, y, **QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(5)
+    fit(trained[1], x, y, **QUICK)
+    fit(trained[2], x, y, **{**QUICK, "seed": 1})
+    assert states_equal(trained[0], trained[1])
+    assert not states_equal(trained[0], trained[2])
+
+
+def test_two_fits_never_see_each_other_nor_the_parameter_store():
+    x, y = fork()
+    alone, second = network(), network()
+    fit(alone, x, y, **QUICK)
+    with pyro.get_param_store().scope():
+        other = MixtureDensityNetwork(1, 1, 3, 16)
+        pyro.module("backbone", other.backbone)
+        pyro.module("head", other.head)
+        before = set(pyro.get_param_store())
+        fit(MixtureDensityNetwork(1, 1, 3, 16), x, y, **QUICK)
+        fit(second, x, y, **QUICK)
+        assert set(pyro.get_param_store()) == before
+    assert states_equal(alone, second)
+
+
+def test_pyro_modules_as_backbones_stay_out_of_the_store():
+    x, y = fork()
+    backbone = PyroModule[nn.Sequential](PyroModule[nn.Linear](1, 16), PyroModule[nn.Tanh]())
+    trained = network(backbone=backbone)
+    before = copy.deepcopy(trained.state_dict())
+    trained(x)
+    trained.loss(x, y)
+    fit(trained, x, y, **QUICK)
+    assert not list(pyro.get_param_store())
+    assert not torch.equal(trained.state_dict()["backbone.0.weight"], before["backbone.0.weight"])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [lambda t: t.numpy(), lambda t: t.double().numpy(), lambda t: pd.DataFrame(t.numpy()), lambda t: t.double()],
+    ids=["numpy", "float64 numpy", "pandas", "float64 tensor"],
+)
+def test_kinds_of_data(convert):
+    x, y = fork()
+    reference, other = network(), network()
+    fit(reference, x, y, **QUICK)
+    fit(other, convert(x), convert(y), **QUICK)
+    assert_close(other.loss(x, y), reference.loss(x, y), rtol=1e-3, atol=1e-3)
+
+
+def test_a_series_is_read_as_a_column_and_the_data_stay_as_they_were():
+    x, y = fork()
+    frame = pd.DataFrame({"x": x.numpy()[:, 0], "y": y.numpy()[:, 0]})
+    before = frame.copy()
+    reference, other = network(), network()
+    fit(reference, x, y, **QUICK)
+    fit(other, frame[["x"]], frame["y"], **QUICK)
+    assert states_equal(reference, other)
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_training_further_keeps_scalers_and_weights():
+    x, y = fork()
+    trained = network()
+    fit(trained, x, y, **QUICK)
+    before = copy.deepcopy(trained)
+    fit(trained, x + 100, y + 100, initialize=False, lr=1e-12, **QUICK)
+    assert states_equal(trained.head.float(), before.head) or torch.equal(trained.x_shift, before.x_shift)
+    assert_close(trained.head.linear.weight, before.head.linear.weight)
+
+
+def test_sequences():
+    x = torch.randn(40, 6, 2)
+    trained = MixtureDensityNetwork(2, 1, 2, 8)
+    fit(trained, x, x.cumsum(1)[..., :1], **QUICK)
+    assert trained(x).batch_shape == (40, 6)
+
+
+def test_dropout_is_on_in_training_only_and_the_mode_is_restored():
+    x, y = fork()
+    trained = network(backbone=nn.Sequential(nn.Linear(1, 16), nn.Dropout(0.5))).eval()
+    fit(trained, x, y, **QUICK)
+    assert not trained.training
+    assert torch.equal(trained.loss(x, y), trained.loss(x, y))
+
+
+def test_batch_norm_statistics_go_with_the_weights():
+    x, y = fork()
+    trained = network(backbone=nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16)))
+    held_out = fork(100)
+    result = fit(trained, x, y, validation=held_out, **QUICK)
+    assert trained.backbone[1].num_batches_tracked > 0
+    assert_close(trained.eval().loss(*held_out).mean().item(), result.best_loss, rtol=1e-5, atol=1e-5)
+
+
+def test_objective_is_a_module_and_its_gradient_is_that_of_the_loss():
+    x, y = fork()
+    objective = NegativeLogLikelihood(network())
+    objective(x, y).mean().backward()
+    gradients = [p.grad.clone() for p in objective.parameters()]
+    objective.zero_grad()
+    objective.network.loss(x, y).mean().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, objective.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_batch_sizes(batch_size):
+    x, y = fork(20)
+    result = fit(network(), x, y, batch_size=batch_size, **QUICK)
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5])
+def test_a_handful_of_rows(rows):
+    x, y = fork(rows)
+    trained = network()
+    fit(trained, x, y, **QUICK)
+    assert trained.loss(x, y).isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_is_named_and_good_weights_are_kept():
+    class Failing(nn.Module):
+        calls = 0
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1, 16)
+
+        def forward(self, x):
+            Failing.calls += self.training
+            return self.linear(x) * (math.nan if Failing.calls > 25 else 1.0)
+
+    x, y = fork()
+    trained = network(backbone=Failing())
+    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 3, batch 8 of 9"):
+        fit(trained, x, y, seed=0, progress=False)
+    Failing.calls = 0
+    assert all(p.isfinite().all() for p in trained.parameters())
+    assert trained.loss(x, y).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "settings", "message"),
+    [
+        (torch.zeros(5, 1), torch.zeros(4, 1), {}, "x, y: expected equally many rows"),
+        (torch.zeros(0, 1), torch.zeros(0, 1), {}, "x: expected data"),
+        (torch.zeros(0, 1), torch.zeros(0, 1), {"validation": 0}, "x: expected data"),
+        (torch.zeros(1, 1), torch.zeros(1, 1), {}, "validation: expected to leave rows for training, got 1 rows"),
+        (torch.zeros(5, 2), torch.zeros(5, 1), {}, "x: expected shape"),
+        (torch.zeros(5, 1), torch.zeros(5, 2), {}, "y: expected shape"),
+        (np.zeros((5, 1), dtype=int), torch.zeros(5, 1), {}, "x: expected floating-point numbers, got dtype int"),
+        (torch.zeros(5, 1), pd.Series(list("abcde")), {}, "y: expected floating-point numbers"),
+        (torch.zeros(5, 1, dtype=torch.long), torch.zeros(5, 1), {}, "x: expected floating point, got torch.int64"),
+        (torch.full((5, 1), math.nan), torch.zeros(5, 1), {}, "x: expected finite numbers"),
+        (torch.zeros(5, 1), torch.full((5, 1), math.inf), {}, "y: expected finite numbers"),
+        (torch.zeros(5, 1), torch.zeros(5, 1), {"validation": 1.0}, "validation: expected a fraction"),
+        (torch.zeros(5, 1), torch.zeros(5, 1), {"validation": 0.95}, "validation: expected to leave rows"),
+        (torch.zeros(5, 1), torch.zeros(5, 1), {"lr": 0.0}, "lr: expected a positive number, got 0.0"),
+        (torch.zeros(5, 1), torch.zeros(5, 1), {"batch_size": 0}, "batch_size: expected a positive number"),
+        (torch.zeros(5, 1), torch.zeros(5, 1), {"max_epochs": 0}, "max_epochs: expected a positive number"),
+        (
+            torch.zeros(5, 1),
+            torch.zeros(5, 1),
+            {"weight_decay": -1.0},
+            "weight_decay: expected a number that is not",
+        ),
+    ],
+)
+def test_bad_data_and_settings_are_refused_before_anything_changes(x, y, settings, message):
+    untouched = network()
+    before = copy.deepcopy(untouched)
+    with pytest.raises(ValueError, match=message):
+        fit(untouched, x, y, progress=False, **settings)
+    assert states_equal(untouched, before)
+
+
+def test_bad_rows_anywhere_are_found_before_anything_changes():
+    """NaN in a row that the split may hold out, and in validation data of the caller's own."""
+    x, y = fork(20)
+    untouched = network()
+    before = copy.deepcopy(untouched)
+    for row in range(20):
+        bad = y.clone()
+        bad[row] = math.nan
+        with pytest.raises(ValueError, match="y: expected finite numbers"):
+            fit(untouched, x, bad, progress=False)
+    with pytest.raises(ValueError, match="y: expected finite numbers"):
+        fit(untouched, x, y, validation=(x, bad), progress=False)
+    assert states_equal(untouched, before)
+
+
+def test_constant_targets_train_to_the_floor():
+    x = torch.randn(100, 1)
+    trained = MixtureDensityNetwork(1, 1, 3, 16, noise=Diagonal(min_scale=1e-2))
+    fit(trained, x, torch.full((100, 1), 3.0), seed=0, max_epochs=200, progress=False)
+    assert_close(trained(x).mean, torch.full((100, 1), 3.0), rtol=0, atol=0.05)
