@@ -1,4 +1,4 @@
-"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, four noise models."""
+"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, five noise models."""
 
 import argparse
 from pathlib import Path
@@ -6,13 +6,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from torch.distributions import MultivariateNormal
 
 from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureDensityNetwork, fit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+DATA = Path(__file__).parent / "data" / "geyser.csv"
 NOISE = {
     "diagonal (default)": Diagonal(),
     "full": Full(),
@@ -24,14 +25,13 @@ NOISE = {
 
 def load_pairs():
     """(waiting, duration) of each eruption and of the one after it: 238 pairs to train on, then 60 held out."""
-    eruptions = torch.tensor(np.loadtxt(HERE / "data" / "geyser.csv", delimiter=",", skiprows=1)).float()
+    eruptions = torch.tensor(np.loadtxt(DATA, delimiter=",", skiprows=1)).float()
     return eruptions[:-1].split([238, 60]), eruptions[1:].split([238, 60])
 
 
 def marginal_nll(y_train, y_test):
     """Mean negative log-density of one Gaussian that ignores the last eruption."""
-    gaussian = torch.distributions.MultivariateNormal(y_train.mean(0), y_train.T.cov())
-    return -gaussian.log_prob(y_test).mean().item()
+    return -MultivariateNormal(y_train.mean(0), y_train.T.cov()).log_prob(y_test).mean().item()
 
 
 def held_out_nll(noise, x, y, seed, **settings):
@@ -46,28 +46,29 @@ def draw(network, x, y, path):
     """Conditional density after a short and after a long eruption, with held-out eruptions that followed one."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
     waiting, duration = torch.meshgrid(torch.linspace(38, 112, 200), torch.linspace(0.5, 6, 200), indexing="xy")
-    for axis, last, alike in [(axes[0], [85.0, 2.0], x[:, 1] < 3), (axes[1], [75.0, 4.5], x[:, 1] >= 3)]:
+    for axis, last, alike in zip(axes, [[85.0, 2.0], [75.0, 4.5]], [x[:, 1] < 3, x[:, 1] >= 3], strict=True):
         mixture = network(torch.tensor(last))
         density = mixture.log_prob(torch.stack([waiting, duration], -1)).exp().detach()
         filled = axis.contourf(waiting, duration, density, levels=12, cmap="Blues")
-        axis.scatter(*y[alike].T, s=18, color="black", edgecolor="white", linewidth=0.5, label="held out")
-        axis.set(title=f"after waiting {last[0]:.0f} min, lasting {last[1]:.1f} min", xlabel="next waiting (min)")
+        axis.scatter(*y[alike].T, s=18, color="black", edgecolor="white", linewidth=0.5)
+        axis.set(
+            title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption", xlabel="next waiting (min)"
+        )
         figure.colorbar(filled, ax=axis, label="density (1/min²)")
     axes[0].set_ylabel("next duration (min)")
-    axes[1].legend(title=f"of {len(y)}, after short | long", loc="lower left")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.suptitle("Old Faithful: density of the next eruption, with those held out that followed one alike")
     figure.savefig(path, dpi=150)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     args = parser.parse_args()
-    settings, seeds = ({"max_epochs": 3}, 1) if args.smoke else ({}, args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings, seeds = ({"max_epochs": 3}, [0]) if args.smoke else ({}, [0, 1, 2, 3, 4])
     x, y = load_pairs()
-    runs = {name: [held_out_nll(n, x, y, s, **settings) for s in range(seeds)] for name, n in NOISE.items()}
+    runs = {name: [held_out_nll(n, x, y, s, **settings) for s in seeds] for name, n in NOISE.items()}
     network = runs["full"][0][0]
     draw(network, x[1], y[1], args.out / "geyser.png")
     network.save(args.out / "geyser.safetensors")

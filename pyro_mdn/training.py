@@ -64,7 +64,7 @@ def fit(
     max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 5e-3,
-    weight_decay: float = 0.3,
+    weight_decay: float | None = None,
     input_noise: float = 0.3,
     target_noise: float = 0.1,
     patience: int | None = None,
@@ -89,7 +89,8 @@ def fit(
             make 3000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate.
-        weight_decay: Decoupled weight decay of the weight matrices (Loshchilov & Hutter, 2019).
+        weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 150 over the
+            number of training rows (3 at most), since a prior on the weights matters less the more data there are.
         input_noise: Standard deviation of the noise on x at the start, in standardised units.
         target_noise: The same for y.
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
@@ -120,6 +121,7 @@ def fit(
         n_batches = math.ceil(len(train[0]) / (batch_size or min(256, max(32, len(train[0]) // 64))))
         max_epochs = max_epochs or max(100, math.ceil(3000 / n_batches))
         objective = NegativeLogLikelihood(network)
+        weight_decay = min(3.0, 150 / len(train[0])) if weight_decay is None else weight_decay
         optimizer = _optimizer(objective, lr, weight_decay)
         loop = _Loop(
             objective,
@@ -292,9 +294,9 @@ def _require_positive(**settings: float | None) -> None:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
-def _require_not_negative(**settings: float) -> None:
+def _require_not_negative(**settings: float | None) -> None:
     for name, value in settings.items():
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ValueError(f"{name}: expected a number that is not negative, got {value!r}")
 
 
