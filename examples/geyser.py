@@ -14,13 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 DATA = Path(__file__).parent / "data" / "geyser.csv"
-NOISE = {
-    "diagonal (default)": Diagonal(),
-    "full": Full(),
-    "full, tied": Full(tied=True),
-    "low rank": LowRank(rank=1),
-    "isotropic": Isotropic(),
-}
+NOISE = {"diagonal (default)": Diagonal(), "full": Full(), "full, tied": Full(tied=True)}
+NOISE |= {"low rank": LowRank(rank=1), "isotropic": Isotropic()}
 
 
 def load_pairs():
