@@ -46,9 +46,7 @@ def draw(network, x, y, path):
         density = mixture.log_prob(torch.stack([waiting, duration], -1)).exp().detach()
         filled = axis.contourf(waiting, duration, density, levels=12, cmap="Blues")
         axis.scatter(*y[alike].T, s=18, color="black", edgecolor="white", linewidth=0.5)
-        axis.set(
-            title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption", xlabel="next waiting (min)"
-        )
+        axis.set(title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption", xlabel="next waiting (min)")
         figure.colorbar(filled, ax=axis, label="density (1/min²)")
     axes[0].set_ylabel("next duration (min)")
     figure.suptitle("Old Faithful: density of the next eruption, with those held out that followed one alike")

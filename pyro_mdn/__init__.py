@@ -1,12 +1,9 @@
 """Mixture density networks for Pyro: conditional densities that are Pyro distributions."""
 
-from pyro_mdn.covariance import (
-    Covariance,
-    DiagonalCovariance,
-    FullCovariance,
-    IsotropicCovariance,
-    LowRankCovariance,
-)
+from pyro_mdn import scores
+from pyro_mdn.correlated import FullCovariance, LowRankCovariance
+from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
+from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
@@ -33,4 +30,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "NoiseModel",
     "fit",
+    "kl_monte_carlo",
+    "kl_variational_approximation",
+    "scores",
 ]

@@ -6,21 +6,20 @@ matrices, ``K`` being the component axis; a component axis of 1 is one matrix *t
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from pyro_mdn import kernels
 
-__all__ = ["Covariance", "DiagonalCovariance", "FullCovariance", "IsotropicCovariance", "LowRankCovariance"]
+__all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored"]
 
 
-def _factor(event_dim: int) -> Tensor:
+def stored(event_dim: int) -> Tensor:
     """Declare a stored tensor with that many dimensions behind the component axis."""
     return field(metadata={"event_dim": event_dim})
 
@@ -34,6 +33,8 @@ class Covariance(ABC):
     .. math:: r^\top \Sigma^{-1} r = \lVert \mathrm{whiten}(r) \rVert^2, \qquad
               \mathrm{half\_log\_det} = \tfrac12 \log\det\Sigma.
     """
+
+    is_diagonal: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -61,6 +62,21 @@ class Covariance(ABC):
         """Dense matrix, shape ``(*batch, K, D, D)``."""
 
     @abstractmethod
+    def triangular(self) -> Covariance:
+        """Return the same covariance as an operator whose whitening is lower triangular (this one, if it is)."""
+
+    @abstractmethod
+    def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shift of the mean and standard deviation, ``(*batch, K)``, of the output that follows known residuals.
+
+        For a triangular operator; the residuals, ``(*batch, K)`` each, are those of the first outputs in order.
+        """
+
+    @abstractmethod
+    def conditional_scale(self) -> Tensor:
+        """Standard deviation of each output given those before it, ``(*batch, K, D)``; for a triangular operator."""
+
+    @abstractmethod
     def marginal(self, dims: Sequence[int]) -> Covariance:
         """Covariance of the outputs ``dims``, in that order."""
 
@@ -75,6 +91,14 @@ class Covariance(ABC):
     @abstractmethod
     def validate(self) -> None:
         """Raise ``ValueError`` unless every matrix is finite and positive definite."""
+
+    def precision_tril(self) -> Tensor:
+        r"""Dense lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
+        return self.conditional_scale().reciprocal().diag_embed()
+
+    def root(self) -> Tensor:
+        r"""Dense A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)``, M ≥ D."""
+        return self.variance().sqrt().diag_embed()
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -92,12 +116,14 @@ class Covariance(ABC):
     def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
         """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
         changes = {
-            f.name: function(getattr(self, f.name), f.metadata["event_dim"])
-            if f.metadata
-            else getattr(self, f.name)
+            f.name: function(getattr(self, f.name), f.metadata["event_dim"]) if f.metadata else getattr(self, f.name)
             for f in fields(self)
         }
         return type(self)(**changes)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the stored tensors."""
+        return [getattr(self, f.name) for f in fields(self) if f.metadata]
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
         """Expand the batch, component axis included; a view."""
@@ -117,14 +143,10 @@ def _take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor
     return tensor.take_along_dim(index, dim=tensor.ndim - event_dim - 1)
 
 
-def _require_positive(scale: Tensor, name: str) -> None:
+def require_positive(scale: Tensor, name: str) -> None:
+    """Raise ``ValueError`` unless all of ``scale`` is positive and finite."""
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError(f"{name}: expected positive finite numbers, got some that are not")
-
-
-def _require_square(matrix: Tensor, name: str) -> None:
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"{name}: expected shape (*batch, K, D, D), got {tuple(matrix.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +162,7 @@ class IsotropicCovariance(Covariance):
              [0., 4.]]])
     """
 
-    scale: Tensor = _factor(0)
+    scale: Tensor = stored(0)
     outputs: int | None = None
 
     @property
@@ -167,6 +189,15 @@ class IsotropicCovariance(Covariance):
     def matrix(self) -> Tensor:
         return self.variance().diag_embed()
 
+    def triangular(self) -> IsotropicCovariance:
+        return self
+
+    def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self.scale), self.scale
+
+    def conditional_scale(self) -> Tensor:
+        return self.scale.unsqueeze(-1).expand(*self.scale.shape, self.dim)
+
     def marginal(self, dims: Sequence[int]) -> IsotropicCovariance:
         return IsotropicCovariance(self.scale, len(dims))
 
@@ -179,7 +210,7 @@ class IsotropicCovariance(Covariance):
         return DiagonalCovariance(self.scale.unsqueeze(-1) * scale.abs())
 
     def validate(self) -> None:
-        _require_positive(self.scale, "IsotropicCovariance.scale")
+        require_positive(self.scale, "IsotropicCovariance.scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +224,7 @@ class DiagonalCovariance(Covariance):
     tensor([[1., 9.]])
     """
 
-    scale: Tensor = _factor(1)
+    scale: Tensor = stored(1)
 
     @property
     def dim(self) -> int:
@@ -214,6 +245,16 @@ class DiagonalCovariance(Covariance):
     def matrix(self) -> Tensor:
         return self.variance().diag_embed()
 
+    def triangular(self) -> DiagonalCovariance:
+        return self
+
+    def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        scale = self.scale[..., len(residuals)]
+        return torch.zeros_like(scale), scale
+
+    def conditional_scale(self) -> Tensor:
+        return self.scale
+
     def marginal(self, dims: Sequence[int]) -> DiagonalCovariance:
         return DiagonalCovariance(self.scale[..., list(dims)])
 
@@ -224,215 +265,4 @@ class DiagonalCovariance(Covariance):
         return DiagonalCovariance(self.scale * scale.abs())
 
     def validate(self) -> None:
-        _require_positive(self.scale, "DiagonalCovariance.scale")
-
-
-@dataclass(frozen=True, eq=False)
-class FullCovariance(Covariance):
-    r"""Unrestricted :math:`\Sigma`, stored as its whitening factor :math:`W = L^{-1}`.
-
-    .. math:: \Sigma = L L^\top, \qquad \Sigma^{-1} = W^\top W, \qquad \mathrm{whiten}(r) = W r.
-
-    A density is then a product, not a triangular solve. :math:`1 / W_{dd}` is the conditional standard deviation
-    of output d given the outputs before it.
-
-    Args:
-        packed: W with a positive diagonal, shape ``(*batch, K, D(D+1)/2)``: the diagonal first, then the
-            strictly lower triangle row by row.
-
-    >>> FullCovariance.from_matrix(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]])).packed
-    tensor([[ 0.5000,  0.5000, -0.2500]])
-    """
-
-    packed: Tensor = _factor(1)
-
-    @classmethod
-    def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
-        r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
-        _require_square(precision_tril, "precision_tril")
-        dim = precision_tril.shape[-1]
-        rows, columns = torch.tril_indices(dim, dim, -1, device=precision_tril.device)
-        diagonal = precision_tril.diagonal(dim1=-2, dim2=-1)
-        return cls(torch.cat([diagonal, precision_tril[..., rows, columns]], -1))
-
-    @classmethod
-    def from_scale_tril(cls, scale_tril: Tensor) -> FullCovariance:
-        r"""From lower-triangular L with :math:`\Sigma = L L^\top`, shape ``(*batch, K, D, D)``."""
-        _require_square(scale_tril, "scale_tril")
-        return cls.from_precision_tril(_tril_inverse(scale_tril))
-
-    @classmethod
-    def from_matrix(cls, matrix: Tensor) -> FullCovariance:
-        """From the covariance matrix, shape ``(*batch, K, D, D)``; a ``ValueError`` if not positive definite."""
-        return cls.from_scale_tril(_cholesky(matrix, "matrix"))
-
-    @classmethod
-    def from_precision(cls, precision: Tensor) -> FullCovariance:
-        """From the inverse covariance, shape ``(*batch, K, D, D)``; a ``ValueError`` if not positive definite."""
-        reverse_tril = _cholesky(precision.flip(-2, -1), "precision")
-        return cls.from_precision_tril(reverse_tril.flip(-2, -1).mT)
-
-    @property
-    def dim(self) -> int:
-        return (math.isqrt(8 * self.packed.shape[-1] + 1) - 1) // 2
-
-    def precision_tril(self) -> Tensor:
-        """Dense W, shape ``(*batch, K, D, D)``."""
-        return kernels.unpack_tril(self.packed, self.dim)
-
-    def scale_tril(self) -> Tensor:
-        """Dense Cholesky factor L, shape ``(*batch, K, D, D)``."""
-        return _tril_inverse(self.precision_tril())
-
-    def whiten(self, residual: Tensor) -> Tensor:
-        return kernels.tril_matvec(self.packed, residual)
-
-    def colorize(self, noise: Tensor) -> Tensor:
-        return kernels.tril_solve(self.packed, noise)
-
-    def half_log_det(self) -> Tensor:
-        return -kernels.sum_outputs(self.packed[..., : self.dim].log())
-
-    def variance(self) -> Tensor:
-        return self.scale_tril().square().sum(-1)
-
-    def matrix(self) -> Tensor:
-        scale_tril = self.scale_tril()
-        return scale_tril @ scale_tril.mT
-
-    def marginal(self, dims: Sequence[int]) -> FullCovariance:
-        rest = [d for d in range(self.dim) if d not in dims]
-        n = len(dims)
-        return self.from_precision_tril(self._reordered([*dims, *rest])[..., :n, :n])
-
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        n = len(given)
-        rows = self._reordered([*given, *free])[..., n:, :]
-        known, precision_tril = rows[..., :n], rows[..., n:]
-        pull = -(known @ residual.unsqueeze(-1))
-        shift = torch.linalg.solve_triangular(precision_tril, pull, upper=False).squeeze(-1)
-        return shift, self.from_precision_tril(precision_tril)
-
-    def affine(self, scale: Tensor) -> FullCovariance:
-        scale = scale.expand(*scale.shape[:-1], self.dim)
-        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.packed.device)
-        sign = scale.sign()
-        diagonal = self.packed[..., : self.dim] / scale.abs()
-        lower = self.packed[..., self.dim :] * sign[..., rows] / scale[..., columns]
-        return FullCovariance(kernels.cat_channels(diagonal, lower))
-
-    def validate(self) -> None:
-        _require_positive(self.packed[..., : self.dim], "FullCovariance: diagonal of the factor")
-        if not bool(self.packed.isfinite().all()):
-            raise ValueError("FullCovariance: expected a finite factor, got NaN or Inf")
-
-    def _reordered(self, order: Sequence[int]) -> Tensor:
-        """Dense W of the outputs in another order, by a QL decomposition of the permuted factor.
-
-        Its leading block whitens the marginal of the leading outputs; the rows below whiten the others given them.
-        """
-        flipped = self.precision_tril()[..., list(order)].flip(-2, -1)
-        upper = torch.linalg.qr(flipped).R
-        lower = upper.flip(-2, -1)
-        return lower * lower.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)
-
-
-def _tril_inverse(matrix: Tensor) -> Tensor:
-    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(matrix, identity, upper=False)
-
-
-def _cholesky(matrix: Tensor, name: str) -> Tensor:
-    _require_square(matrix, name)
-    scale_tril, info = torch.linalg.cholesky_ex(matrix)
-    if bool((info != 0).any()):
-        raise ValueError(f"{name}: expected positive-definite matrices, got {int((info != 0).sum())} that are not")
-    return scale_tril
-
-
-@dataclass(frozen=True, eq=False)
-class LowRankCovariance(Covariance):
-    r"""Low rank plus diagonal: :math:`\Sigma = F F^\top + \mathrm{diag}(\sigma^2)`.
-
-    With :math:`B = \mathrm{diag}(\sigma)^{-1} F` and the Cholesky factor :math:`C C^\top = I + B^\top B`,
-
-    .. math:: \mathrm{whiten}(r) = u - B (C^\top + I)^{-1} C^{-1} B^\top u, \qquad u = r / \sigma,
-
-    in :math:`O(DR)`, without the cancellation of the Woodbury identity.
-
-    Args:
-        factor: F, shape ``(*batch, K, D, R)``.
-        scale: Standard deviations :math:`\sigma` of the diagonal part, shape ``(*batch, K, D)``.
-
-    References:
-        Andrews (1968), A square root formulation of the Kalman covariance equations, *AIAA Journal* 6.
-
-    >>> LowRankCovariance(torch.ones(1, 2, 1), torch.ones(1, 2)).matrix()
-    tensor([[[2., 1.],
-             [1., 2.]]])
-    """
-
-    factor: Tensor = _factor(2)
-    scale: Tensor = _factor(1)
-
-    @property
-    def dim(self) -> int:
-        return self.scale.shape[-1]
-
-    def whiten(self, residual: Tensor) -> Tensor:
-        standardized, capacitance = residual / self.scale, self._capacitance()
-        projection = kernels.low_rank_project(self._ratio(), standardized)
-        weights = _solve(capacitance, projection)
-        weights = _solve(_plus_identity(capacitance).mT, weights, upper=True)
-        return standardized - self._combine(weights)
-
-    def colorize(self, noise: Tensor) -> Tensor:
-        projection = kernels.low_rank_project(self._ratio(), noise)
-        weights = _solve(_plus_identity(self._capacitance()), projection)
-        return (noise + self._combine(weights)) * self.scale
-
-    def half_log_det(self) -> Tensor:
-        diagonal = self._capacitance().diagonal(dim1=-2, dim2=-1)
-        return kernels.sum_outputs(self.scale.log()) + diagonal.log().sum(-1)
-
-    def variance(self) -> Tensor:
-        return self.factor.square().sum(-1) + self.scale.square()
-
-    def matrix(self) -> Tensor:
-        return self.factor @ self.factor.mT + self.scale.square().diag_embed()
-
-    def marginal(self, dims: Sequence[int]) -> LowRankCovariance:
-        return LowRankCovariance(self.factor[..., list(dims), :], self.scale[..., list(dims)])
-
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        known, rest = self.marginal(given), self.marginal(free)
-        capacitance = known._capacitance()
-        pull = _solve(capacitance, kernels.low_rank_project(known._ratio(), residual / known.scale))
-        factor = torch.linalg.solve_triangular(capacitance, rest.factor.mT, upper=False).mT
-        return (factor @ pull.unsqueeze(-1)).squeeze(-1), LowRankCovariance(factor, rest.scale)
-
-    def affine(self, scale: Tensor) -> LowRankCovariance:
-        return LowRankCovariance(self.factor * scale.unsqueeze(-1), self.scale * scale.abs())
-
-    def validate(self) -> None:
-        _require_positive(self.scale, "LowRankCovariance.scale")
-        if not bool(self.factor.isfinite().all()):
-            raise ValueError("LowRankCovariance.factor: expected finite numbers, got NaN or Inf")
-
-    def _ratio(self) -> Tensor:
-        return self.factor / self.scale.unsqueeze(-1)
-
-    def _capacitance(self) -> Tensor:
-        return kernels.low_rank_capacitance(self._ratio())
-
-    def _combine(self, weights: Tensor) -> Tensor:
-        columns = self._ratio().unbind(-1)
-        return torch.stack([c * w.unsqueeze(-1) for c, w in zip(columns, weights.unbind(-1), strict=True)]).sum(0)
-
-
-def _plus_identity(matrix: Tensor) -> Tensor:
-    return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-
-
-def _solve(triangle: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:
-    return torch.linalg.solve_triangular(triangle, vector.unsqueeze(-1), upper=upper).squeeze(-1)
+        require_positive(self.scale, "DiagonalCovariance.scale")

@@ -44,9 +44,7 @@ class MixtureHead(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(
-        self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | None = None
-    ) -> None:
+    def __init__(self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | None = None) -> None:
         super().__init__()
         for name, value in [
             ("in_features", in_features),
@@ -66,9 +64,7 @@ class MixtureHead(nn.Module):
         self.raw_noise = nn.Parameter(torch.empty(learned_here)) if learned_here else None
         self.register_buffer("shift", torch.zeros(dim_out))
         self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out))
-        self._start(
-            torch.zeros(n_components), torch.randn(n_components, dim_out), torch.ones(n_components, dim_out)
-        )
+        self._start(torch.zeros(n_components), torch.randn(n_components, dim_out), torch.ones(n_components, dim_out))
 
     def extra_repr(self) -> str:
         """Describe the head in a module's printout."""
@@ -164,7 +160,5 @@ def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Ten
     member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
     # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
     count = member.sum(0) + 1
-    spread = (
-        member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1
-    )
+    spread = member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1
     return (count / count.sum()).log(), centers, (spread / count[:, None]).sqrt()

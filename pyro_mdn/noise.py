@@ -15,13 +15,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_mdn import kernels
-from pyro_mdn.covariance import (
-    Covariance,
-    DiagonalCovariance,
-    FullCovariance,
-    IsotropicCovariance,
-    LowRankCovariance,
-)
+from pyro_mdn.correlated import FullCovariance, LowRankCovariance
+from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 
 __all__ = ["Diagonal", "Fixed", "Full", "Isotropic", "LowRank", "NoiseModel"]
 

@@ -14,9 +14,7 @@ BATCH_SHAPES = {"unbatched": (), "vector": (5,), "matrix": (2, 3)}
 
 NOISE = {
     f"{name}{'-tied' * tied}{'-homoscedastic' * homoscedastic}": structure(tied=tied, homoscedastic=homoscedastic)
-    for (name, structure), tied, homoscedastic in itertools.product(
-        STRUCTURES.items(), [False, True], [False, True]
-    )
+    for (name, structure), tied, homoscedastic in itertools.product(STRUCTURES.items(), [False, True], [False, True])
 } | {"fixed": Fixed(0.7)}
 
 

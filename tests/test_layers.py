@@ -11,8 +11,13 @@ PACKAGE = Path(__file__).parents[1] / "pyro_mdn"
 ORDER = [
     "kernels",
     "covariance",
+    "correlated",
     "noise",
+    "reduction",
+    "density",
     "mixture",
+    "divergence",
+    "scores",
     "head",
     "serialization",
     "network",

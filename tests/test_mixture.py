@@ -15,9 +15,7 @@ every_batch = pytest.mark.parametrize("batch_shape", BATCH_SHAPES.values(), ids=
 
 
 def two_components(**kwargs):
-    return GaussianMixture(
-        torch.zeros(2), torch.tensor([[-1.0], [1.0]]), IsotropicCovariance(torch.ones(1)), **kwargs
-    )
+    return GaussianMixture(torch.zeros(2), torch.tensor([[-1.0], [1.0]]), IsotropicCovariance(torch.ones(1)), **kwargs)
 
 
 # Density
@@ -111,9 +109,7 @@ def test_extremes_are_finite(noise, dtype, n_components, channels):
         scale_channels.fill_(1e4)
     with torch.no_grad():
         mixture = head(torch.zeros(6, dtype=dtype))
-        away = mixture.covariance.expand((n_components,)).colorize(
-            torch.full((n_components, DIM), 1e6, dtype=dtype)
-        )
+        away = mixture.covariance.expand((n_components,)).colorize(torch.full((n_components, DIM), 1e6, dtype=dtype))
     steps = torch.tensor([[-1.0], [0.0], [1.0]], dtype=dtype)
     y = (mixture.locs[0] + away[0] * steps).requires_grad_()
     log_prob = head.log_prob(torch.randn(3, 6, dtype=dtype), y)
@@ -349,8 +345,8 @@ def test_bad_arguments_are_refused():
     mixture = make_mixture(Diagonal())
     with pytest.raises(ValueError, match=r"expected shape \(\*batch, 4\)"):
         mixture.log_prob(torch.zeros(5, 3))
-    with pytest.raises(ValueError, match="within the support"):
-        mixture.log_prob(torch.full((5, 4), math.nan))
+    with pytest.raises(ValueError, match=r"expected shape \(..., \(5, 4\)\), got \(3, 4\)"):
+        mixture.log_prob(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="stay free"):
         mixture.condition(torch.zeros(5, 4), [0, 1, 2, 3])
     with pytest.raises(ValueError, match=r"expected shape \(\*batch, 2\)"):

@@ -24,9 +24,7 @@ def empty_guide(*args, **kwargs):
     pass
 
 
-@pytest.fixture(
-    params=[Full(), LowRank(1), Diagonal(tied=True), Isotropic(homoscedastic=True), Fixed(0.5)], ids=str
-)
+@pytest.fixture(params=[Full(), LowRank(1), Diagonal(tied=True), Isotropic(homoscedastic=True), Fixed(0.5)], ids=str)
 def network(request):
     return MixtureDensityNetwork(2, 2, 3, 8, noise=request.param)
 

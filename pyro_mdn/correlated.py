@@ -1,0 +1,279 @@
+r"""Covariance operators with correlated outputs: full, and low rank plus diagonal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyro_mdn import kernels
+from pyro_mdn.covariance import Covariance, require_positive, stored
+
+__all__ = ["FullCovariance", "LowRankCovariance"]
+
+
+@dataclass(frozen=True, eq=False)
+class FullCovariance(Covariance):
+    r"""Unrestricted :math:`\Sigma`, stored as its whitening factor :math:`W = L^{-1}`.
+
+    .. math:: \Sigma = L L^\top, \qquad \Sigma^{-1} = W^\top W, \qquad \mathrm{whiten}(r) = W r.
+
+    A density is then a product, not a triangular solve. :math:`1 / W_{dd}` is the conditional standard deviation
+    of output d given the outputs before it.
+
+    Args:
+        packed: W with a positive diagonal, shape ``(*batch, K, D(D+1)/2)``: the diagonal first, then the
+            strictly lower triangle row by row.
+
+    >>> FullCovariance.from_matrix(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]])).packed
+    tensor([[ 0.5000,  0.5000, -0.2500]])
+    """
+
+    packed: Tensor = stored(1)
+    is_diagonal: ClassVar[bool] = False
+
+    @classmethod
+    def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
+        r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
+        _require_square(precision_tril, "precision_tril")
+        dim = precision_tril.shape[-1]
+        rows, columns = torch.tril_indices(dim, dim, -1, device=precision_tril.device)
+        diagonal = precision_tril.diagonal(dim1=-2, dim2=-1)
+        return cls(torch.cat([diagonal, precision_tril[..., rows, columns]], -1))
+
+    @classmethod
+    def from_scale_tril(cls, scale_tril: Tensor) -> FullCovariance:
+        r"""From lower-triangular L with :math:`\Sigma = L L^\top`, shape ``(*batch, K, D, D)``."""
+        _require_square(scale_tril, "scale_tril")
+        return cls.from_precision_tril(_tril_inverse(scale_tril))
+
+    @classmethod
+    def from_root(cls, root: Tensor) -> FullCovariance:
+        r"""From any root A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)`` with M ≥ D, of full rank."""
+        upper = torch.linalg.qr(root.mT).R
+        return cls.from_scale_tril(_positive_diagonal(upper).mT)
+
+    @classmethod
+    def from_precision_root(cls, root: Tensor) -> FullCovariance:
+        r"""From any root A with :math:`\Sigma^{-1} = A^\top A`, shape ``(*batch, K, M, D)``, M ≥ D, of full rank."""
+        upper = torch.linalg.qr(root.flip(-2, -1)).R
+        return cls.from_precision_tril(_positive_diagonal(upper.flip(-2, -1)))
+
+    @classmethod
+    def from_matrix(cls, matrix: Tensor) -> FullCovariance:
+        """From the covariance matrix, shape ``(*batch, K, D, D)``; a ``ValueError`` if not positive definite."""
+        return cls.from_scale_tril(_cholesky(matrix, "matrix"))
+
+    @classmethod
+    def from_precision(cls, precision: Tensor) -> FullCovariance:
+        """From the inverse covariance, shape ``(*batch, K, D, D)``; a ``ValueError`` if not positive definite."""
+        reverse_tril = _cholesky(precision.flip(-2, -1), "precision")
+        return cls.from_precision_tril(reverse_tril.flip(-2, -1).mT)
+
+    @property
+    def dim(self) -> int:
+        return (math.isqrt(8 * self.packed.shape[-1] + 1) - 1) // 2
+
+    def precision_tril(self) -> Tensor:
+        """Dense W, shape ``(*batch, K, D, D)``."""
+        return kernels.unpack_tril(self.packed, self.dim)
+
+    def scale_tril(self) -> Tensor:
+        """Dense Cholesky factor L, shape ``(*batch, K, D, D)``."""
+        return _tril_inverse(self.precision_tril())
+
+    def whiten(self, residual: Tensor) -> Tensor:
+        return kernels.tril_matvec(self.packed, residual)
+
+    def colorize(self, noise: Tensor) -> Tensor:
+        return kernels.tril_solve(self.packed, noise)
+
+    def half_log_det(self) -> Tensor:
+        return -kernels.sum_outputs(self.packed[..., : self.dim].log())
+
+    def variance(self) -> Tensor:
+        return self.scale_tril().square().sum(-1)
+
+    def matrix(self) -> Tensor:
+        scale_tril = self.scale_tril()
+        return scale_tril @ scale_tril.mT
+
+    def triangular(self) -> FullCovariance:
+        return self
+
+    def root(self) -> Tensor:
+        return self.scale_tril()
+
+    def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        i = len(residuals)
+        scale = self.packed[..., i].reciprocal()
+        row = self.packed[..., self.dim + i * (i - 1) // 2 :].unbind(-1)
+        pull = sum((w * r for w, r in zip(row, residuals, strict=False)), torch.zeros_like(scale))
+        return -scale * pull, scale
+
+    def conditional_scale(self) -> Tensor:
+        return self.packed[..., : self.dim].reciprocal()
+
+    def marginal(self, dims: Sequence[int]) -> FullCovariance:
+        rest = [d for d in range(self.dim) if d not in dims]
+        n = len(dims)
+        return self.from_precision_tril(self._reordered([*dims, *rest])[..., :n, :n])
+
+    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
+        n = len(given)
+        rows = self._reordered([*given, *free])[..., n:, :]
+        known, precision_tril = rows[..., :n], rows[..., n:]
+        pull = -(known @ residual.unsqueeze(-1))
+        shift = torch.linalg.solve_triangular(precision_tril, pull, upper=False).squeeze(-1)
+        return shift, self.from_precision_tril(precision_tril)
+
+    def affine(self, scale: Tensor) -> FullCovariance:
+        scale = scale.expand(*scale.shape[:-1], self.dim)
+        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.packed.device)
+        sign = scale.sign()
+        diagonal = self.packed[..., : self.dim] / scale.abs()
+        lower = self.packed[..., self.dim :] * sign[..., rows] / scale[..., columns]
+        return FullCovariance(kernels.cat_channels(diagonal, lower))
+
+    def validate(self) -> None:
+        require_positive(self.packed[..., : self.dim], "FullCovariance: diagonal of the factor")
+        if not bool(self.packed.isfinite().all()):
+            raise ValueError("FullCovariance: expected a finite factor, got NaN or Inf")
+
+    def _reordered(self, order: Sequence[int]) -> Tensor:
+        """Dense W of the outputs in another order.
+
+        Its leading block whitens the marginal of the leading outputs; the rows below whiten the others given them.
+        """
+        return self.from_precision_root(self.precision_tril()[..., list(order)]).precision_tril()
+
+
+def _positive_diagonal(triangle: Tensor) -> Tensor:
+    """Flip the signs of rows so that the diagonal is positive."""
+    return triangle * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)
+
+
+def _require_square(matrix: Tensor, name: str) -> None:
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"{name}: expected shape (*batch, K, D, D), got {tuple(matrix.shape)}")
+
+
+def _tril_inverse(matrix: Tensor) -> Tensor:
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(matrix, identity, upper=False)
+
+
+def _cholesky(matrix: Tensor, name: str) -> Tensor:
+    _require_square(matrix, name)
+    scale_tril, info = torch.linalg.cholesky_ex(matrix)
+    if bool((info != 0).any()):
+        raise ValueError(f"{name}: expected positive-definite matrices, got {int((info != 0).sum())} that are not")
+    return scale_tril
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankCovariance(Covariance):
+    r"""Low rank plus diagonal: :math:`\Sigma = F F^\top + \mathrm{diag}(\sigma^2)`.
+
+    With :math:`B = \mathrm{diag}(\sigma)^{-1} F` and the Cholesky factor :math:`C C^\top = I + B^\top B`,
+
+    .. math:: \mathrm{whiten}(r) = u - B (C^\top + I)^{-1} C^{-1} B^\top u, \qquad u = r / \sigma,
+
+    in :math:`O(DR)`, without the cancellation of the Woodbury identity.
+
+    Args:
+        factor: F, shape ``(*batch, K, D, R)``.
+        scale: Standard deviations :math:`\sigma` of the diagonal part, shape ``(*batch, K, D)``.
+
+    References:
+        Andrews (1968), A square root formulation of the Kalman covariance equations, *AIAA Journal* 6.
+
+    >>> LowRankCovariance(torch.ones(1, 2, 1), torch.ones(1, 2)).matrix()
+    tensor([[[2., 1.],
+             [1., 2.]]])
+    """
+
+    factor: Tensor = stored(2)
+    scale: Tensor = stored(1)
+    is_diagonal: ClassVar[bool] = False
+
+    @property
+    def dim(self) -> int:
+        return self.scale.shape[-1]
+
+    def whiten(self, residual: Tensor) -> Tensor:
+        standardized, capacitance = residual / self.scale, self._capacitance()
+        projection = kernels.low_rank_project(self._ratio(), standardized)
+        weights = _solve(capacitance, projection)
+        weights = _solve(_plus_identity(capacitance).mT, weights, upper=True)
+        return standardized - self._combine(weights)
+
+    def colorize(self, noise: Tensor) -> Tensor:
+        projection = kernels.low_rank_project(self._ratio(), noise)
+        weights = _solve(_plus_identity(self._capacitance()), projection)
+        return (noise + self._combine(weights)) * self.scale
+
+    def half_log_det(self) -> Tensor:
+        diagonal = self._capacitance().diagonal(dim1=-2, dim2=-1)
+        return kernels.sum_outputs(self.scale.log()) + diagonal.log().sum(-1)
+
+    def variance(self) -> Tensor:
+        return self.factor.square().sum(-1) + self.scale.square()
+
+    def matrix(self) -> Tensor:
+        return self.factor @ self.factor.mT + self.scale.square().diag_embed()
+
+    def triangular(self) -> FullCovariance:
+        return FullCovariance.from_root(self.root())
+
+    def root(self) -> Tensor:
+        return torch.cat([self.factor, self.scale.diag_embed()], -1)
+
+    def precision_tril(self) -> Tensor:
+        return self.triangular().precision_tril()
+
+    def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.triangular().next_output(residuals)
+
+    def conditional_scale(self) -> Tensor:
+        return self.triangular().conditional_scale()
+
+    def marginal(self, dims: Sequence[int]) -> LowRankCovariance:
+        return LowRankCovariance(self.factor[..., list(dims), :], self.scale[..., list(dims)])
+
+    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
+        known, rest = self.marginal(given), self.marginal(free)
+        capacitance = known._capacitance()
+        pull = _solve(capacitance, kernels.low_rank_project(known._ratio(), residual / known.scale))
+        factor = torch.linalg.solve_triangular(capacitance, rest.factor.mT, upper=False).mT
+        return (factor @ pull.unsqueeze(-1)).squeeze(-1), LowRankCovariance(factor, rest.scale)
+
+    def affine(self, scale: Tensor) -> LowRankCovariance:
+        return LowRankCovariance(self.factor * scale.unsqueeze(-1), self.scale * scale.abs())
+
+    def validate(self) -> None:
+        require_positive(self.scale, "LowRankCovariance.scale")
+        if not bool(self.factor.isfinite().all()):
+            raise ValueError("LowRankCovariance.factor: expected finite numbers, got NaN or Inf")
+
+    def _ratio(self) -> Tensor:
+        return self.factor / self.scale.unsqueeze(-1)
+
+    def _capacitance(self) -> Tensor:
+        return kernels.low_rank_capacitance(self._ratio())
+
+    def _combine(self, weights: Tensor) -> Tensor:
+        columns = self._ratio().unbind(-1)
+        return torch.stack([c * w.unsqueeze(-1) for c, w in zip(columns, weights.unbind(-1), strict=True)]).sum(0)
+
+
+def _plus_identity(matrix: Tensor) -> Tensor:
+    return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def _solve(triangle: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:
+    return torch.linalg.solve_triangular(triangle, vector.unsqueeze(-1), upper=upper).squeeze(-1)

@@ -1,0 +1,280 @@
+r"""Mixture of Gaussians over vectors: parameters, density, draws and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import singledispatch
+from typing import Self
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_mdn import kernels
+from pyro_mdn.correlated import LowRankCovariance
+from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
+
+__all__ = ["MixtureDensity", "check_dims", "has_missing"]
+
+
+class MixtureDensity(dist.MixtureSameFamily):
+    """Parameters, density, draws and moments of a Gaussian mixture; see :class:`pyro_mdn.GaussianMixture`."""
+
+    arg_constraints = {}  # noqa: RUF012  (the parameters are checked together, by _validate)
+    support = constraints.real_vector
+
+    def __init__(
+        self, logits: Tensor, locs: Tensor, covariance: Covariance, *, validate_args: bool | None = None
+    ) -> None:
+        covariance = _check_shapes(logits, locs, covariance)
+        batch_shape = torch.broadcast_shapes(logits.shape[:-1], locs.shape[:-2], covariance.batch_shape[:-1])
+        self.logits = kernels.normalize_logits(logits).expand(*batch_shape, -1)
+        self.locs = locs.expand(*batch_shape, -1, -1)
+        self.covariance = covariance
+        torch.distributions.Distribution.__init__(self, batch_shape, locs.shape[-1:], validate_args)
+        if self._validate_args:
+            self._validate()
+
+    def _validate(self) -> None:
+        if bool(self.logits.isnan().any()):
+            raise ValueError("logits: expected numbers below +inf, one at least finite; got NaN, +inf or all -inf")
+        if not bool(self.locs.isfinite().all()):
+            raise ValueError("locs: expected finite numbers, got NaN or Inf")
+        self.covariance.validate()
+
+    def _new(self, logits: Tensor, locs: Tensor, covariance: Covariance) -> Self:
+        """Build a mixture from parameters derived from valid ones."""
+        new = type(self)(logits, locs, covariance, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, n_components={self.n_components}, "
+            f"dim={self.dim}, covariance={type(self.covariance).__name__})"
+        )
+
+    # What MixtureSameFamily promises
+
+    @property
+    def mixture_distribution(self) -> dist.Categorical:
+        """Distribution of the component index."""
+        return dist.Categorical(logits=self.logits, validate_args=False)
+
+    @property
+    def component_distribution(self) -> dist.Distribution:
+        """Distribution of the components, with ``batch_shape`` ``(*batch, K)``."""
+        shape = (*self.batch_shape, self.n_components)
+        return _gaussian(self.covariance.expand(shape), self.locs)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Self:
+        """Expand to ``batch_shape``; a view."""
+        shape = torch.Size(batch_shape)
+        return self._new(self.logits.expand(*shape, -1), self.locs.expand(*shape, -1, -1), self.covariance)
+
+    # Size
+
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+        return self.logits.shape[-1]
+
+    @property
+    def dim(self) -> int:
+        """Number of outputs D."""
+        return self.locs.shape[-1]
+
+    # Density
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        r"""Log-density in nats, all constants included, shape ``(*sample, *batch)``.
+
+        .. math:: \log p(y) = \log \sum_k w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)
+
+        Args:
+            value: Points y, shape ``(*sample, *batch, D)``. An entry that is NaN was not observed: the density is
+                that of the other entries, and 1 if there are none.
+
+        Raises:
+            ValueError: If the shape does not fit.
+        """
+        return self._joint_log_prob(value).logsumexp(-1)
+
+    def component_log_prob(self, value: Tensor) -> Tensor:
+        r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
+        self._check_value(value)
+        if has_missing(value):
+            return self._by_pattern(value, type(self)._observed_log_prob)[0]
+        residual = value.unsqueeze(-2) - self.locs
+        return kernels.normal_log_density(self.covariance.whiten(residual), self.covariance.half_log_det())
+
+    def responsibilities(self, value: Tensor) -> Tensor:
+        r"""Posterior probability of each component given ``value``, ``(*sample, *batch, K)``.
+
+        .. math:: r_k = \frac{w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)}{p(y)}
+        """
+        return self._joint_log_prob(value).softmax(-1)
+
+    def _joint_log_prob(self, value: Tensor) -> Tensor:
+        return self.logits + self.component_log_prob(value)
+
+    def _check_value(self, value: Tensor) -> None:
+        if value.ndim == 0 or value.shape[-1] != self.dim:
+            raise ValueError(f"value: expected shape (*batch, {self.dim}), got {tuple(value.shape)}")
+        if self._validate_args:
+            try:
+                torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+            except RuntimeError as error:
+                expected = (*self.batch_shape, self.dim)
+                raise ValueError(f"value: expected shape (..., {expected}), got {tuple(value.shape)}") from error
+
+    # Missing entries
+
+    def _observed_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:
+        if not observed:
+            return (torch.zeros_like(self.logits),)
+        return (self.marginal(observed).component_log_prob(value),)
+
+    def _by_pattern(
+        self, value: Tensor, function: Callable[[Self, Tensor, list[int]], tuple[Tensor, ...]]
+    ) -> list[Tensor]:
+        """Apply ``function(mixture, observed values, observed columns)`` to the rows of each missingness pattern.
+
+        Its tensors, one row for each row, come back in the batch shape. NaN never enters a computation, so that
+        gradients stay finite.
+        """
+        batch = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        rows, mixture = value.expand(*batch, -1).reshape(-1, value.shape[-1]), self._flat(batch)
+        patterns, which = rows.isnan().unique(dim=0, return_inverse=True)
+        members = [(which == i).nonzero().squeeze(-1) for i in range(len(patterns))]
+        columns = [(~pattern).nonzero().squeeze(-1).tolist() for pattern in patterns]
+        pieces = [
+            function(mixture._pick(member), rows[member][:, observed], observed)
+            for member, observed in zip(members, columns, strict=True)
+        ]
+        order = torch.cat(members).argsort()
+        results = (torch.cat(parts)[order] for parts in zip(*pieces, strict=True))
+        return [result.reshape(*batch, *result.shape[1:]) for result in results]
+
+    def _flat(self, batch: torch.Size) -> Self:
+        """Expand to ``batch``, and flatten that to one dimension."""
+        expanded = self.expand(batch)
+        covariance = self.covariance.expand((*batch, self.covariance.batch_shape[-1]))
+        flat = covariance.map(lambda t, n: t.reshape(-1, *t.shape[len(batch) :]))
+        return self._new(
+            expanded.logits.reshape(-1, self.n_components), expanded.locs.reshape(-1, *self.locs.shape[-2:]), flat
+        )
+
+    def _pick(self, rows: Tensor) -> Self:
+        return self._new(self.logits[rows], self.locs[rows], self.covariance.map(lambda t, n: t[rows]))
+
+    # Samples
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Independent draws, shape ``(*sample_shape, *batch, D)``: a component each, then a point of it."""
+        with torch.no_grad():
+            component = self.mixture_distribution.sample(torch.Size(sample_shape))
+            locs = _take(self.locs, component)
+            noise = torch.randn_like(locs)
+            return (locs + self.covariance.select(component).colorize(noise)).squeeze(-2)
+
+    # Moments
+
+    @property
+    def mean(self) -> Tensor:
+        r""":math:`\sum_k w_k \mu_k`, shape ``(*batch, D)``."""
+        return self._average(self.locs)
+
+    @property
+    def variance(self) -> Tensor:
+        r"""Variance of each output, shape ``(*batch, D)``, by the law of total variance."""
+        return self._average(self.covariance.variance() + self._deviation().square())
+
+    @property
+    def stddev(self) -> Tensor:
+        """Standard deviation of each output, shape ``(*batch, D)``."""
+        return self.variance.sqrt()
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        r"""Covariance of the mixture, shape ``(*batch, D, D)``.
+
+        .. math:: \sum_k w_k \left( \Sigma_k + (\mu_k - \bar\mu)(\mu_k - \bar\mu)^\top \right)
+        """
+        weight, deviation = self.logits.exp()[..., None, None], self._deviation()
+        between = deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
+        return (weight * (self.covariance.matrix() + between)).sum(-3)
+
+    def _average(self, values: Tensor) -> Tensor:
+        return (self.logits.exp().unsqueeze(-1) * values).sum(-2)
+
+    def _deviation(self) -> Tensor:
+        return self.locs - self.mean.unsqueeze(-2)
+
+    def marginal(self, dims: int | Sequence[int]) -> Self:
+        """Distribution of the outputs ``dims``, in that order.
+
+        Raises:
+            ValueError: If an index repeats or is out of range, or if there is none.
+        """
+        dims = check_dims(dims, self.dim)
+        return self._new(self.logits, self.locs[..., dims], self.covariance.marginal(dims))
+
+
+def _check_shapes(logits: Tensor, locs: Tensor, covariance: Covariance) -> Covariance:
+    if not (logits.is_floating_point() and locs.is_floating_point()):
+        raise ValueError(f"logits, locs: expected floating point, got {logits.dtype} and {locs.dtype}")
+    if logits.ndim < 1 or logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape (*batch, K) with K > 0, got {tuple(logits.shape)}")
+    if locs.ndim < 2 or locs.shape[-1] == 0:
+        raise ValueError(f"locs: expected shape (*batch, K, D) with D > 0, got {tuple(locs.shape)}")
+    if locs.shape[-2] != logits.shape[-1]:
+        raise ValueError(f"locs: expected {logits.shape[-1]} components, got {locs.shape[-2]}")
+    if not covariance.batch_shape or covariance.batch_shape[-1] not in (1, logits.shape[-1]):
+        raise ValueError(
+            f"covariance: expected a component axis of 1 or {logits.shape[-1]}, got {tuple(covariance.batch_shape)}"
+        )
+    return covariance.of_dim(locs.shape[-1])
+
+
+def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
+    """Indices of outputs, all non-negative; a ``ValueError`` unless they are distinct and in range."""
+    listed = [dims] if isinstance(dims, int) else [int(d) for d in dims]
+    wrapped = [d + dim if d < 0 else d for d in listed]
+    if not wrapped or len(set(wrapped)) != len(wrapped) or not all(0 <= d < dim for d in wrapped):
+        raise ValueError(f"dims: expected distinct indices of {dim} outputs, one at least, got {listed}")
+    return wrapped
+
+
+def _take(locs: Tensor, component: Tensor) -> Tensor:
+    index = component[..., None, None]
+    return locs.expand(*component.shape, *locs.shape[-2:]).take_along_dim(index, dim=-2)
+
+
+@singledispatch
+def _gaussian(covariance: Covariance, locs: Tensor) -> dist.Distribution:
+    """Pyro distribution of the components."""
+    scale_tril = torch.linalg.cholesky(covariance.matrix())
+    return dist.MultivariateNormal(locs, scale_tril=scale_tril, validate_args=False)
+
+
+@_gaussian.register
+def _(covariance: DiagonalCovariance, locs: Tensor) -> dist.Distribution:
+    return dist.Normal(locs, covariance.scale, validate_args=False).to_event(1)
+
+
+@_gaussian.register
+def _(covariance: IsotropicCovariance, locs: Tensor) -> dist.Distribution:
+    return dist.Normal(locs, covariance.scale.unsqueeze(-1), validate_args=False).to_event(1)
+
+
+@_gaussian.register
+def _(covariance: LowRankCovariance, locs: Tensor) -> dist.Distribution:
+    variance = covariance.scale.square()
+    return dist.LowRankMultivariateNormal(locs, covariance.factor, variance, validate_args=False)
+
+
+def has_missing(value: Tensor) -> bool:
+    """Whether an entry is NaN; taken as no under compilation, where control flow must not depend on data."""
+    return not torch.compiler.is_compiling() and bool(value.isnan().any())

@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import optimize, stats
+from torch.testing import assert_close
+
+from pyro_mdn import Diagonal, DiagonalCovariance, GaussianMixture, IsotropicCovariance
+
+every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+
+
+def univariate(weights, locs, scales, **settings):
+    """One mixture over one output."""
+    as_tensor = lambda values: torch.tensor(values, dtype=settings.get("dtype", torch.float64))  # noqa: E731
+    covariance = DiagonalCovariance(as_tensor(scales).unsqueeze(-1))
+    return GaussianMixture(as_tensor(weights).log(), as_tensor(locs).unsqueeze(-1), covariance)
+
+
+def assert_straddles(mixture, y, q, tolerance):
+    """The cdf passes q between the neighbours of y: where it is steep, no number gives q itself."""
+    below, above = (mixture.cdf(y.nextafter(torch.full_like(y, sign * math.inf))) for sign in (-1, 1))
+    assert below.item() - tolerance <= q <= above.item() + tolerance
+
+
+@every_noise
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES.values(), ids=BATCH_SHAPES)
+def test_cdf_agrees_with_scipy(noise, batch_shape):
+    mixture = make_mixture(noise, batch_shape)
+    y = mixture.sample((7,))
+    weights = mixture.logits.exp().unsqueeze(-1).numpy()
+    scale = mixture.covariance.variance().sqrt().expand(mixture.locs.shape).numpy()
+    expected = (weights * stats.norm.cdf(y.unsqueeze(-2).numpy(), mixture.locs.numpy(), scale)).sum(-2)
+    assert_close(mixture.cdf(y), torch.tensor(expected), rtol=0, atol=1e-10)
+
+
+@every_noise
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES.values(), ids=BATCH_SHAPES)
+def test_icdf_inverts_cdf(noise, batch_shape):
+    mixture = make_mixture(noise, batch_shape)
+    q = torch.rand(7, *batch_shape, DIM, dtype=torch.float64)
+    assert_close(mixture.cdf(mixture.icdf(q)), q, rtol=0, atol=1e-12)
+    assert mixture.icdf(0.5).shape == (*batch_shape, DIM)
+
+
+@pytest.mark.parametrize("q", [1e-12, 0.01, 0.3, 0.5, 0.77, 0.999])
+def test_icdf_agrees_with_a_scipy_root(q):
+    weights, locs, scales = np.array([0.2, 0.5, 0.3]), np.array([-1.0, 0.5, 4.0]), np.array([0.3, 1.0, 0.1])
+    root = optimize.brentq(lambda y: weights @ stats.norm.cdf(y, locs, scales) - q, -20, 20, xtol=1e-14, rtol=1e-14)
+    assert_close(univariate(weights, locs, scales).icdf(q).item(), root, rtol=1e-10, atol=1e-10)
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(1e-12, 1), st.floats(-1e3, 1e3), st.floats(-6, 6)), min_size=1, max_size=6
+    ),
+    st.floats(1e-9, 1 - 1e-9),
+)  # fmt: skip
+def test_icdf_inverts_cdf_whatever_the_mixture(components, q):
+    """Weights down to 1e-12, scales from 1e-6 to 1e6, modes up to 1e9 scales apart."""
+    weights, locs, exponents = zip(*components, strict=True)
+    mixture = univariate(weights, locs, [10**e for e in exponents])
+    y = mixture.icdf(q)
+    assert_straddles(mixture, y, q, 1e-10)
+
+
+@given(st.floats(1e-6, 1e3), st.floats(1e-4, 1 - 1e-4))
+def test_icdf_of_separated_modes_in_single_precision(separation, q):
+    mixture = univariate([0.5, 0.5], [0.0, separation], [1.0, 1.0], dtype=torch.float32)
+    assert_straddles(mixture, mixture.icdf(q), q, 1e-6)
+
+
+def test_extreme_quantiles():
+    mixture = univariate([1.0, 1.0], [0.0, 1.0], [1.0, 2.0])
+    q = torch.tensor([[0.0], [1.0], [1e-300], [1e-15]], dtype=torch.float64)
+    y = mixture.icdf(q)
+    assert y[0] == -math.inf
+    assert y[1] == math.inf
+    assert_close(mixture.cdf(y[2:]), q[2:], rtol=1e-10, atol=0)
+
+
+def test_a_component_of_weight_zero_does_not_count():
+    mixture = univariate([1.0, 0.0], [0.0, 1e9], [1.0, 1.0])
+    assert_close(mixture.icdf(0.975).item(), stats.norm.ppf(0.975))
+
+
+@pytest.mark.parametrize("n_components", [1, 3])
+def test_icdf_gradients(n_components):
+    logits = torch.randn(2, n_components, dtype=torch.float64, requires_grad=True)
+    locs = torch.randn(2, n_components, 3, dtype=torch.float64, requires_grad=True)
+    scale = (torch.rand(2, n_components, 3, dtype=torch.float64) + 0.5).requires_grad_()
+    q = torch.rand(2, 3, dtype=torch.float64).clamp(0.05, 0.95).requires_grad_()
+
+    def icdf(logits, locs, scale, q):
+        return GaussianMixture(logits, locs, DiagonalCovariance(scale)).icdf(q)
+
+    assert torch.autograd.gradcheck(icdf, (logits, locs, scale, q))
+    assert torch.autograd.gradgradcheck(icdf, (logits, locs, scale, q))
+
+
+def test_icdf_gradients_are_finite_between_far_modes():
+    locs = torch.tensor([[0.0], [1e6]], requires_grad=True)
+    logits = torch.zeros(2, requires_grad=True)
+    y = GaussianMixture(logits, locs, IsotropicCovariance(torch.ones(1))).icdf(0.3)
+    y.sum().backward()
+    assert locs.grad.isfinite().all()
+    assert logits.grad.isfinite().all()
+
+
+@every_noise
+@pytest.mark.parametrize("mass", [0.5, 0.9])
+def test_intervals_hold_their_mass_and_the_shortest_is_shortest(noise, mass):
+    mixture = make_mixture(noise)
+    lower, upper = mixture.interval(mass)
+    assert_close(mixture.cdf(lower), torch.full_like(lower, (1 - mass) / 2))
+    assert_close(mixture.cdf(upper), torch.full_like(lower, (1 + mass) / 2))
+    short_lower, short_upper = mixture.interval(mass, kind="shortest")
+    assert_close(mixture.cdf(short_upper) - mixture.cdf(short_lower), torch.full_like(lower, mass))
+    for left in torch.linspace(0, 1 - mass, 12)[1:-1].tolist():
+        assert (mixture.icdf(left + mass) - mixture.icdf(left) >= short_upper - short_lower - 1e-9).all()
+
+
+def test_shortest_interval_of_a_normal_is_central():
+    mixture = univariate([1.0], [3.0], [2.0])
+    for central, shortest in zip(mixture.interval(0.8), mixture.interval(0.8, kind="shortest"), strict=True):
+        assert_close(central, shortest, rtol=0, atol=1e-5)
+
+
+def test_highest_density_region_of_a_normal_is_a_ball():
+    """For a Gaussian the squared Mahalanobis distance is chi-squared: the threshold is known."""
+    mixture = make_mixture(Diagonal(), (), dim=3, n_components=1)
+    n = 200_000
+    threshold = mixture.highest_density_threshold(0.9, num_samples=n)
+    edge = stats.chi2(3).ppf(0.9)
+    expected = mixture.log_prob(mixture.mean).item() - 0.5 * edge
+    slope = 0.5 / stats.chi2(3).pdf(edge)
+    assert abs(threshold.item() - expected) < 5 * slope * math.sqrt(0.9 * 0.1 / n)
+
+
+@every_noise
+def test_highest_density_region_holds_its_mass(noise):
+    mixture = make_mixture(noise)
+    inside = mixture.in_highest_density_region(mixture.sample((10_000,)), 0.7, num_samples=10_000)
+    assert inside.shape == (10_000, 5)
+    assert ((inside.double().mean(0) - 0.7).abs() < 5 * math.sqrt(2 * 0.21 / 10_000)).all()
+
+
+def test_bad_arguments_are_refused():
+    mixture = make_mixture(Diagonal())
+    for q in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"value: expected probabilities in \[0, 1\]"):
+            mixture.icdf(q)
+    for mass in (0.0, 1.0, -1.0):
+        with pytest.raises(ValueError, match=r"mass: expected a probability in \(0, 1\)"):
+            mixture.interval(mass)
+        with pytest.raises(ValueError, match=r"mass: expected a probability in \(0, 1\)"):
+            mixture.highest_density_threshold(mass)
+    with pytest.raises(ValueError, match="kind: expected 'central' or 'shortest', got 'widest'"):
+        mixture.interval(0.5, kind="widest")
+    with pytest.raises(ValueError, match=r"value: expected shape \(\*batch, 4\)"):
+        mixture.cdf(torch.zeros(5, 3))

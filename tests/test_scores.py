@@ -1,0 +1,206 @@
+import math
+import subprocess
+import sys
+
+import pytest
+import scoringrules
+import torch
+from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
+from scipy import integrate, stats
+from torch.testing import assert_close
+
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, IsotropicCovariance
+from pyro_mdn.scores import (
+    coverage,
+    crps,
+    dawid_sebastiani,
+    energy_score,
+    interval_log_score,
+    interval_score,
+    log_score,
+    pinball,
+    pit,
+)
+
+every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+
+
+def observed(mixture):
+    torch.manual_seed(7)
+    return mixture.mean + 2 * torch.randn(*mixture.batch_shape, mixture.dim, dtype=torch.float64)
+
+
+def standard_normal():
+    zeros = torch.zeros(1, 1, dtype=torch.float64)
+    return GaussianMixture(zeros[0], zeros, IsotropicCovariance(torch.ones_like(zeros[0])))
+
+
+@every_noise
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES.values(), ids=BATCH_SHAPES)
+def test_crps_agrees_with_scoringrules(noise, batch_shape):
+    mixture = make_mixture(noise, batch_shape)
+    y = observed(mixture)
+    locs = mixture.locs.movedim(-2, -1).numpy()
+    scale = mixture.covariance.variance().sqrt().expand(mixture.locs.shape).movedim(-2, -1).numpy()
+    weights = mixture.logits.exp().unsqueeze(-2).expand(locs.shape).numpy()
+    expected = scoringrules.crps_mixnorm(y.numpy(), locs, scale, weights)
+    assert_close(crps(mixture, y), torch.as_tensor(expected), rtol=0, atol=1e-8)
+
+
+def test_crps_agrees_with_its_definition_by_draws():
+    mixture = make_mixture(Full())
+    y, first, second = observed(mixture), mixture.sample((100_000,)), mixture.sample((100_000,))
+    draws = (first - y).abs() - 0.5 * (first - second).abs()
+    standard_error = draws.std(0) / math.sqrt(len(draws))
+    assert ((draws.mean(0) - crps(mixture, y)).abs() < 5 * standard_error).all()
+
+
+@pytest.mark.parametrize("score", [crps, lambda m, y: interval_log_score(m, y, 0.3), dawid_sebastiani])
+def test_score_gradients(score):
+    values = [torch.randn(2, 3), torch.randn(2, 3, 2), torch.rand(2, 3, 2) + 0.5, torch.randn(2, 2)]
+    values = [v.double().requires_grad_() for v in values]
+
+    def function(logits, locs, scale, y):
+        return score(GaussianMixture(logits, locs, DiagonalCovariance(scale)), y)
+
+    assert torch.autograd.gradcheck(function, values)
+
+
+def test_crps_of_many_components_needs_little_memory():
+    """K = 500, N = 10 000, forward and backward, in a process of its own under 2 GiB."""
+    code = """
+import resource, torch
+from pyro_mdn import GaussianMixture, DiagonalCovariance
+from pyro_mdn.scores import crps
+torch.set_num_threads(1)
+locs = torch.randn(10_000, 500, 1, requires_grad=True)
+# A tenth of the pairs is enough to see that memory does not grow with them.
+import pyro_mdn.scores as scores
+mixture = GaussianMixture(torch.zeros(10_000, 500), locs, DiagonalCovariance(torch.ones(10_000, 500, 1)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    crps(mixture, torch.zeros(10_000, 1))
+few = GaussianMixture(torch.zeros(10_000, 50), locs[:, :50], DiagonalCovariance(torch.ones(10_000, 50, 1)))
+crps(few, torch.zeros(10_000, 1)).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(shown) < 2
+
+
+@pytest.mark.parametrize("noise", [Full(), Diagonal(tied=True)], ids=str)
+def test_energy_score(noise):
+    """Against the closed form for one output, and against independent draws for more."""
+    single = make_mixture(noise, dim=1)
+    value, error = energy_score(single, observed(single))
+    assert_close(value, crps(single, observed(single)).squeeze(-1))
+    assert (error == 0).all()
+    mixture = make_mixture(noise)
+    y, first, second = observed(mixture), mixture.sample((50_000,)), mixture.sample((50_000,))
+    draws = (first - y).norm(dim=-1) - 0.5 * (first - second).norm(dim=-1)
+    value, error = energy_score(mixture, y, num_samples=5000)
+    total = (error.square() + draws.var(0) / len(draws)).sqrt()
+    assert ((value - draws.mean(0)).abs() < 5 * total).all()
+
+
+def test_energy_score_of_many_targets_at_once():
+    mixture = make_mixture(Full())
+    y = torch.stack([observed(mixture), observed(mixture) + 1])
+    value, _ = energy_score(mixture, y, num_samples=4000)
+    assert value.shape == (2, 5)
+    assert (value[0] != value[1]).all()
+
+
+@pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
+def test_pinball_is_least_at_its_quantile(q):
+    mixture = make_mixture(Full())
+    draws = mixture.sample((20_000,))
+    mean = pinball(mixture, draws, q).mean(0)
+    for wrong in (q - 0.07, q + 0.07):
+        error = draws - mixture.icdf(wrong)
+        assert (mean <= torch.maximum(q * error, (q - 1) * error).mean(0)).all()
+
+
+def test_interval_score_of_a_normal():
+    """E of the Winkler score: width, plus the expected overshoot on both sides."""
+    mixture = GaussianMixture(
+        torch.zeros(1).double(), torch.zeros(1, 1).double(), IsotropicCovariance(torch.ones(1).double())
+    )
+    draws = torch.linspace(0.5 / 100_000, 1 - 0.5 / 100_000, 100_000, dtype=torch.float64)
+    y = torch.special.ndtri(draws).unsqueeze(-1)
+    z = stats.norm.ppf(0.95)
+    overshoot = stats.norm.pdf(z) - z * 0.05
+    expected = 2 * z + 2 / 0.1 * 2 * overshoot
+    assert_close(interval_score(mixture, y, 0.9).mean().item(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["central", "shortest"])
+def test_coverage(kind):
+    mixture = make_mixture(Full())
+    inside = coverage(mixture, mixture.sample((4000,)), 0.8, kind=kind)
+    assert ((inside.mean(0) - 0.8).abs() < 5 * math.sqrt(0.16 / 4000)).all()
+
+
+@every_noise
+def test_pit_is_uniform(noise):
+    mixture = make_mixture(noise, ())
+    u = pit(mixture, mixture.sample((3000,)))
+    assert min(stats.kstest(column, "uniform").pvalue for column in u.T.numpy()) > 1e-4
+
+
+@every_noise
+def test_interval_log_score_is_the_integral_of_the_density(noise):
+    mixture = make_mixture(noise, ())
+    y = observed(mixture)
+    for d in range(DIM):
+        single = mixture.marginal(d)
+
+        def density(t, single=single):
+            return single.log_prob(torch.tensor([t], dtype=torch.float64)).exp().item()
+
+        mass = integrate.quad(density, y[d] - 0.2, y[d] + 0.2, epsabs=1e-13)[0]
+        assert_close(interval_log_score(mixture, y, 0.4)[d].item(), -math.log(mass), rtol=1e-9, atol=1e-9)
+
+
+def test_interval_log_score_is_accurate_far_out_and_never_negative():
+    mixture = GaussianMixture(
+        torch.zeros(1).double(), torch.zeros(1, 1).double(), IsotropicCovariance(torch.ones(1).double())
+    )
+    y = torch.tensor([[-37.0], [37.0], [0.0]], dtype=torch.float64)
+    score = interval_log_score(mixture, y, 1.0)
+    expected = -(stats.norm.logcdf(-36.5) + math.log(-math.expm1(stats.norm.logcdf(-37.5) - stats.norm.logcdf(-36.5))))
+    assert_close(score[:2].flatten(), torch.full((2,), expected, dtype=torch.float64))
+    assert (interval_log_score(mixture, y, 200.0) >= 0).all()
+
+
+@every_noise
+def test_log_score_and_dawid_sebastiani_agree_for_a_gaussian(noise):
+    mixture = make_mixture(noise, n_components=1)
+    y = observed(mixture)
+    assert_close(dawid_sebastiani(mixture, y), 2 * log_score(mixture, y) - DIM * math.log(2 * math.pi))
+
+
+@every_noise
+def test_scores_are_proper(noise):
+    """On draws of the mixture itself no score is better, on average, for a shifted or widened one."""
+    mixture = make_mixture(noise)
+    y = mixture.sample((20_000,))
+    wrong = [mixture.affine(0.3 * mixture.stddev, 1.0), mixture.affine(-0.3 * mixture.mean, 1.3)]
+    for score in (log_score, crps, dawid_sebastiani):
+        for other in wrong:
+            difference = (score(other, y) - score(mixture, y)).reshape(20_000, -1)
+            assert (difference.mean(0) > -4 * difference.std(0) / math.sqrt(20_000)).all()
+
+
+def test_bad_arguments_are_refused():
+    mixture = make_mixture(Diagonal())
+    y = torch.zeros(5, DIM, dtype=torch.float64)
+    with pytest.raises(ValueError, match="q: expected a probability"):
+        pinball(mixture, y, 1.0)
+    with pytest.raises(ValueError, match="width: expected a positive number"):
+        interval_log_score(mixture, y, 0.0)
+    with pytest.raises(ValueError, match="num_samples: expected 2 at least"):
+        energy_score(mixture, y, num_samples=1)
+    for score in (crps, log_score, pit, dawid_sebastiani, energy_score):
+        with pytest.raises(ValueError, match=r"value: expected shape"):
+            score(mixture, torch.zeros(5, 3))
