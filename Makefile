@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint format install
+.PHONY: demo test test-slow lint format install
 
 demo: install
 	$(BIN)/python examples/geyser.py
 
 test: install
 	$(BIN)/pytest -n 2
+
+test-slow: install
+	$(BIN)/pytest -m slow
 
 lint: install
 	$(BIN)/ruff check .

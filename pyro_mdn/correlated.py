@@ -36,6 +36,10 @@ class FullCovariance(Covariance):
     packed: Tensor = stored(1)
     is_diagonal: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.packed.ndim < 1 or self.packed.shape[-1] != self.dim * (self.dim + 1) // 2 or self.dim == 0:
+            raise ValueError(f"packed: expected shape (*batch, K, D(D+1)/2), got {tuple(self.packed.shape)}")
+
     @classmethod
     def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
         r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
@@ -119,9 +123,7 @@ class FullCovariance(Covariance):
         return self.packed[..., : self.dim].reciprocal()
 
     def marginal(self, dims: Sequence[int]) -> FullCovariance:
-        rest = [d for d in range(self.dim) if d not in dims]
-        n = len(dims)
-        return self.from_precision_tril(self._reordered([*dims, *rest])[..., :n, :n])
+        return self.from_precision_tril(self._reordered(dims))
 
     def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
         n = len(given)
@@ -144,12 +146,15 @@ class FullCovariance(Covariance):
         if not bool(self.packed.isfinite().all()):
             raise ValueError("FullCovariance: expected a finite factor, got NaN or Inf")
 
-    def _reordered(self, order: Sequence[int]) -> Tensor:
-        """Dense W of the outputs in another order.
+    def _reordered(self, dims: Sequence[int]) -> Tensor:
+        """Dense W of the marginal of some outputs, in that order.
 
-        Its leading block whitens the marginal of the leading outputs; the rows below whiten the others given them.
+        Its leading block whitens the leading outputs; the rows below whiten the others given them.
         """
-        return self.from_precision_root(self.precision_tril()[..., list(order)]).precision_tril()
+        rest = [d for d in range(self.dim) if d not in dims]
+        n = len(dims)
+        permuted = self.precision_tril()[..., [*dims, *rest]]
+        return self.from_precision_root(permuted).precision_tril()[..., :n, :n]
 
 
 def _positive_diagonal(triangle: Tensor) -> Tensor:
@@ -200,6 +205,11 @@ class LowRankCovariance(Covariance):
     factor: Tensor = stored(2)
     scale: Tensor = stored(1)
     is_diagonal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.factor.shape[:-1] != self.scale.shape:
+            got = f"{tuple(self.factor.shape)} and {tuple(self.scale.shape)}"
+            raise ValueError(f"factor, scale: expected shapes (*batch, K, D, R) and (*batch, K, D), got {got}")
 
     @property
     def dim(self) -> int:

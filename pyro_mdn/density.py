@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import singledispatch
-from typing import Self
+from operator import index
+from typing import Self, SupportsIndex
 
 import pyro.distributions as dist
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
-from pyro_mdn.correlated import LowRankCovariance
+from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 
 __all__ = ["MixtureDensity", "check_dims", "has_missing"]
@@ -28,7 +29,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         self, logits: Tensor, locs: Tensor, covariance: Covariance, *, validate_args: bool | None = None
     ) -> None:
         covariance = _check_shapes(logits, locs, covariance)
-        batch_shape = torch.broadcast_shapes(logits.shape[:-1], locs.shape[:-2], covariance.batch_shape[:-1])
+        batch_shape = _broadcast(logits.shape[:-1], locs.shape[:-2], covariance.batch_shape[:-1])
         self.logits = kernels.normalize_logits(logits).expand(*batch_shape, -1)
         self.locs = locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
@@ -123,11 +124,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         if value.ndim == 0 or value.shape[-1] != self.dim:
             raise ValueError(f"value: expected shape (*batch, {self.dim}), got {tuple(value.shape)}")
         if self._validate_args:
-            try:
-                torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
-            except RuntimeError as error:
-                expected = (*self.batch_shape, self.dim)
-                raise ValueError(f"value: expected shape (..., {expected}), got {tuple(value.shape)}") from error
+            _broadcast(value.shape[:-1], self.batch_shape)
 
     # Missing entries
 
@@ -225,6 +222,10 @@ class MixtureDensity(dist.MixtureSameFamily):
 def _check_shapes(logits: Tensor, locs: Tensor, covariance: Covariance) -> Covariance:
     if not (logits.is_floating_point() and locs.is_floating_point()):
         raise ValueError(f"logits, locs: expected floating point, got {logits.dtype} and {locs.dtype}")
+    stored = [logits, locs, *covariance.tensors()]
+    if len({(t.dtype, t.device) for t in stored}) > 1:
+        got = ", ".join(f"{t.dtype} on {t.device}" for t in stored)
+        raise ValueError(f"logits, locs, covariance: expected one dtype and device, got {got}")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (*batch, K) with K > 0, got {tuple(logits.shape)}")
     if locs.ndim < 2 or locs.shape[-1] == 0:
@@ -238,9 +239,20 @@ def _check_shapes(logits: Tensor, locs: Tensor, covariance: Covariance) -> Covar
     return covariance.of_dim(locs.shape[-1])
 
 
+def _broadcast(*shapes: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError as error:
+        listed = ", ".join(str(tuple(shape)) for shape in shapes)
+        raise ValueError(f"batch shapes: expected some that broadcast, got {listed}") from error
+
+
 def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
     """Indices of outputs, all non-negative; a ``ValueError`` unless they are distinct and in range."""
-    listed = [dims] if isinstance(dims, int) else [int(d) for d in dims]
+    listed = [dims] if isinstance(dims, SupportsIndex) else list(dims)
+    if any(isinstance(d, bool) or not isinstance(d, SupportsIndex) for d in listed):
+        raise ValueError(f"dims: expected integers, got {listed}")
+    listed = [index(d) for d in listed]
     wrapped = [d + dim if d < 0 else d for d in listed]
     if not wrapped or len(set(wrapped)) != len(wrapped) or not all(0 <= d < dim for d in wrapped):
         raise ValueError(f"dims: expected distinct indices of {dim} outputs, one at least, got {listed}")
@@ -255,8 +267,12 @@ def _take(locs: Tensor, component: Tensor) -> Tensor:
 @singledispatch
 def _gaussian(covariance: Covariance, locs: Tensor) -> dist.Distribution:
     """Pyro distribution of the components."""
-    scale_tril = torch.linalg.cholesky(covariance.matrix())
-    return dist.MultivariateNormal(locs, scale_tril=scale_tril, validate_args=False)
+    raise NotImplementedError(f"no Pyro distribution is known for {type(covariance).__name__}")
+
+
+@_gaussian.register
+def _(covariance: FullCovariance, locs: Tensor) -> dist.Distribution:
+    return dist.MultivariateNormal(locs, scale_tril=covariance.scale_tril(), validate_args=False)
 
 
 @_gaussian.register

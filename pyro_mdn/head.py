@@ -75,10 +75,21 @@ class MixtureHead(nn.Module):
         return self._standardized(features, validate_args=None).affine(self.shift, self.scale)
 
     def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
-        """Log-density of y given the features, in nats and the units of y, without building that mixture."""
+        """Log-density of y ``(*batch, D)`` given the features, in nats and the units of y.
+
+        That of ``forward(features).log_prob(y)``, without building that mixture.
+
+        Raises:
+            ValueError: If the shapes do not agree or y is not floating point.
+        """
+        if not y.is_floating_point() or y.shape != (*features.shape[:-1], self.dim_out):
+            expected = f"floating point of shape {(*features.shape[:-1], self.dim_out)}"
+            raise ValueError(f"y: expected {expected}, got {y.dtype} of shape {tuple(y.shape)}")
         mixture = self._standardized(features, validate_args=False)
         standardized = ((y - self.shift) / self.scale).to(mixture.locs.dtype)
-        return mixture.log_prob(standardized) - self.scale.expand(self.dim_out).log().sum()
+        # A missing entry has no density, and so no unit.
+        log_units = self.scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
+        return mixture.log_prob(standardized) - log_units.sum(-1)
 
     def _standardized(self, features: Tensor, *, validate_args: bool | None) -> GaussianMixture:
         if features.ndim < 1 or features.shape[-1] != self.in_features:
@@ -92,7 +103,7 @@ class MixtureHead(nn.Module):
         flat = features.reshape(-1, self.in_features)
         channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
         channels = channels.to(torch.promote_types(channels.dtype, torch.float32))
-        channels = channels.reshape(-1, *features.shape[:-1])
+        channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         logits, locs, noise = channels.split(self.sizes)
         if self.raw_noise is not None:
             noise = self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
@@ -124,14 +135,12 @@ class MixtureHead(nn.Module):
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
         if not bool(y.isfinite().all()):
             raise ValueError("y: expected finite numbers, got NaN or Inf")
-        y = y.to(torch.float64)
-        shift, scale = y.mean(0), y.std(0, correction=0)
+        shift, scale = kernels.location_and_scale(y.cpu())
         if self.noise.common_unit:
             scale = scale.square().mean(0, keepdim=True).sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)
         self.shift.copy_(shift)
         self.scale.copy_(scale)
-        self._start(*_clusters((y - shift) / scale, self.n_components))
+        self._start(*_clusters((y.cpu() - shift) / scale, self.n_components))
 
     @torch.no_grad()
     def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:

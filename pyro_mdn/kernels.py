@@ -17,6 +17,7 @@ __all__ = [
     "channels_first",
     "channels_last",
     "follow_root",
+    "location_and_scale",
     "low_rank_capacitance",
     "low_rank_project",
     "minimize_bracketed",
@@ -52,6 +53,13 @@ def cat_channels(*tensors: Tensor) -> Tensor:
 def sum_outputs(tensor: Tensor) -> Tensor:
     """Sum ``(*batch, K, D)`` over D; the result ``(*batch, K)`` is channel-first in memory."""
     return channels_last(channels_first(tensor, 2).sum(0), 1)
+
+
+def location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1."""
+    location, scale = rows.double().mean(0), rows.double().std(0, correction=0)
+    rounding = 4 * torch.finfo(rows.dtype).eps * rows.abs().amax(0)
+    return location, torch.where(scale > rounding, scale, 1.0)
 
 
 def normalize_logits(logits: Tensor) -> Tensor:

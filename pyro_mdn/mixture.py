@@ -120,8 +120,8 @@ class GaussianMixture(MixtureDensity):
         if matrix is not None:
             return self._map_linearly(shift, scale, matrix)
         shift, scale = self._as_vector(shift, "shift", self.dim), self._as_vector(scale, "scale", self.dim)
-        if self._validate_args and not bool((scale.isfinite() & (scale != 0)).all()):
-            raise ValueError("scale: expected finite numbers other than zero")
+        if self._validate_args and not bool((scale.isfinite() & (scale != 0)).all() & shift.isfinite().all()):
+            raise ValueError("shift, scale: expected finite numbers, and scales other than zero")
         shift, scale = shift.unsqueeze(-2), scale.unsqueeze(-2)
         return self._new(self.logits, shift + scale * self.locs, self.covariance.affine(scale))
 
@@ -153,7 +153,7 @@ class GaussianMixture(MixtureDensity):
         References:
             Ha & Schmidhuber (2018), World Models.
         """
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         scale = self.locs.new_full((1,), math.sqrt(temperature))
         return self._new(self.logits / temperature, self.locs, self.covariance.affine(scale))
@@ -486,6 +486,6 @@ def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> t
 def _log_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     if weights is None:
         return like.new_full((size,), -math.log(size))
-    if weights.shape != (size,) or not bool((weights >= 0).all()) or not bool(weights.sum() > 0):
-        raise ValueError(f"weights: expected {size} numbers, none negative and not all zero")
+    if weights.shape != (size,) or not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < math.inf:
+        raise ValueError(f"weights: expected {size} finite numbers, none negative and not all zero")
     return kernels.normalize_logits(weights.to(like).log())

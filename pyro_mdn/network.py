@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from pyro.nn import PyroModule, pyro_method
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from pyro_mdn import serialization
+from pyro_mdn import kernels, serialization
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
@@ -99,7 +99,7 @@ class MixtureDensityNetwork(PyroModule):
             return nn.Module.__call__(self, x)
 
     def _context(self) -> AbstractContextManager[Any]:
-        return self._pyro_context if am_i_wrapped() else pyro.get_param_store().scope()
+        return self._pyro_context if am_i_wrapped() else nullcontext()
 
     def forward(self, x: Tensor) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
@@ -146,11 +146,12 @@ class MixtureDensityNetwork(PyroModule):
         """
         # Weights are global, so the network is evaluated outside the plate.
         features = self._features(x)
+        self._check_batch(x)
         mixture = self.head(features)
         size = len(x) if num_data is None else num_data
         if size < len(x):
             raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
-        obs = None if y is None else self._targets(y, features.shape[:-1])
+        obs = None if y is None else self._targets(y, features.shape[:-1], replicated=True)
         # A given subsample spares the plate a permutation of the whole data.
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
             return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
@@ -167,11 +168,10 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If :meth:`check` does; nothing is changed then.
         """
         y = self.check(x, y)
-        rows = x.reshape(-1, *self.input_shape).to(torch.float64)
-        scale = rows.std(0, correction=0)
+        shift, scale = kernels.location_and_scale(x.reshape(-1, *self.input_shape).cpu())
         self.head.initialize_(y.reshape(-1, self.dim_out))
-        self.x_shift.copy_(rows.mean(0))
-        self.x_scale.copy_(torch.where(scale > 0, scale, 1.0))
+        self.x_shift.copy_(shift)
+        self.x_scale.copy_(scale)
 
     # Checks
 
@@ -183,10 +183,11 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If shapes, dtypes or devices do not agree, or if there are no data or some are not finite.
         """
         batch_shape = self._check_inputs(x)
+        self._check_batch(x)
         if x.numel() == 0:
             raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
         with self._context(), evaluating(self):
-            features = self._features(x[:1] if batch_shape else x)
+            features = self._features(x[:1])
         y = self._targets(y, batch_shape[: features.ndim - 1])
         _require_finite(x, "x")
         _require_finite(y, "y")
@@ -202,6 +203,10 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"backbone: expected {expected}, got {got}")
         return features
 
+    def _check_batch(self, x: Tensor) -> None:
+        if x.ndim == len(self.input_shape):
+            raise ValueError(f"x: expected a batch of inputs, got one of shape {tuple(x.shape)}")
+
     def _check_inputs(self, x: Tensor) -> torch.Size:
         """Batch shape of the inputs."""
         n = len(self.input_shape)
@@ -213,12 +218,12 @@ class MixtureDensityNetwork(PyroModule):
             _require_finite(x, "x")
         return x.shape[: x.ndim - n]
 
-    def _targets(self, y: Tensor, batch_shape: torch.Size) -> Tensor:
-        """Targets as vectors."""
+    def _targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
+        """Targets as vectors; if ``replicated``, with further dimensions to the left, for outer plates."""
         _require_float(y, "y", self.x_shift.device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
-        if y.shape[max(0, y.ndim - len(expected)) :] != expected:
+        if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         if is_validation_enabled():
             _require_finite(y, "y")
@@ -251,16 +256,19 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was.
         """
         config, tensors = serialization.read_tensors(path)
-        if config.pop("custom_backbone") != (backbone is not None):
+        if config.pop("custom_backbone", None) is not (backbone is not None):
             raise ValueError(f"{path}: expected backbone= exactly if the network was built with one")
-        noise = serialization.noise_from_config(config.pop("noise"))
-        network = cls(**config, noise=noise, backbone=backbone)
+        try:
+            noise = serialization.noise_from_config(config.pop("noise"))
+            network = cls(**config, noise=noise, backbone=backbone)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected the configuration of a network, got {config}") from error
         expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
         got = {name: tuple(t.shape) for name, t in tensors.items()}
         if expected != got:
             differing = sorted(name for name, _ in expected.items() ^ got.items())
             raise ValueError(f"{path}: expected tensors that fit the network, got others for {differing}")
-        network.load_state_dict(tensors, assign=True)
+        network.to(tensors["head.linear.weight"].dtype).load_state_dict(tensors)
         return network
 
 

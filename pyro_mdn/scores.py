@@ -1,18 +1,18 @@
 r"""Proper scores and calibration: functions of a mixture and what was observed. Lower is better.
 
 Scores of single outputs have shape ``(*sample, *batch, D)``, joint ones ``(*sample, *batch)``. All are differentiable,
-so that a network can be trained on any of them.
+so that a network can be trained on any of them (to first order: :func:`crps` has no second derivatives).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.special import erf, log_ndtr
-from torch.utils.checkpoint import checkpoint
 
 from pyro_mdn.mixture import GaussianMixture
 
@@ -60,20 +60,48 @@ def crps(mixture: GaussianMixture, y: Tensor) -> Tensor:
     tensor([0.2337])
     """
     mixture._check_value(y)
-    weights, locs = mixture.logits.exp().unsqueeze(-1), mixture.locs
+    locs = mixture.locs
+    weights = mixture.logits.exp().unsqueeze(-1).expand(locs.shape)
     variance = mixture.covariance.variance().expand(locs.shape)
     distance = (weights * _mean_absolute(y.unsqueeze(-2) - locs, variance.sqrt())).sum(-2)
-    spread = (weights.square() * variance.sqrt()).sum(-2) / math.sqrt(math.pi)
-    # One component against those before it at a time, recomputed in the backward pass: memory stays O(N·K·D).
-    for k in range(1, mixture.n_components):
-        spread = spread + checkpoint(_spread, weights, locs, variance, k, use_reentrant=False, preserve_rng_state=False)
-    return distance - spread
+    return distance - _HalfSpread.apply(weights, locs, variance)[0]
 
 
-def _spread(weights: Tensor, locs: Tensor, variance: Tensor, k: int) -> Tensor:
-    apart = locs[..., k, None, :] - locs[..., :k, :]
-    scale = (variance[..., k, None, :] + variance[..., :k, :]).sqrt()
-    return weights[..., k, :] * (weights[..., :k, :] * _mean_absolute(apart, scale)).sum(-2)
+class _HalfSpread(torch.autograd.Function):
+    """Half of E|Y - Y'|, one component against all at a time, so that memory stays O(N·K·D).
+
+    The gradients are sums over the same pairs, and are taken along: with respect to weights, locations and variances.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weights: Tensor, locs: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Allocated first: small tensors kept between large temporary ones would fragment the memory.
+        distance, slope, density = (torch.empty_like(locs) for _ in range(3))
+        for k in range(locs.shape[-2]):
+            distance[..., k, :], slope[..., k, :], density[..., k, :] = _against_all(k, weights, locs, variance)
+        return 0.5 * (weights * distance).sum(-2), distance, weights * slope, weights * density
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(grads[0].unsqueeze(-2) * gradient for gradient in ctx.saved_tensors)
+
+
+def _against_all(k: int, weights: Tensor, locs: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sums over all components of E|Y_k - Y_l| and of its derivatives, ``(*batch, D)`` each."""
+    apart, scale = locs[..., k, None, :] - locs, (variance[..., k, None, :] + variance).sqrt()
+    ratio = apart / scale
+    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
+    slope = erf(math.sqrt(0.5) * ratio)
+    distance = 2 * scale * density + apart * slope
+    return (weights * distance).sum(-2), (weights * slope).sum(-2), (weights * density / scale).sum(-2)
 
 
 def _mean_absolute(shift: Tensor, scale: Tensor) -> Tensor:

@@ -35,6 +35,8 @@ def write_tensors(path: str | os.PathLike[str], config: Mapping[str, Any], tenso
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what :func:`write_tensors` wrote; a ``ValueError`` if the file is foreign or damaged."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: expected a file, got a directory")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -47,7 +49,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     text = metadata.get("config", "")
     if metadata.get("sha256") != _digest(text, tensors):
         raise ValueError(f"{path}: expected contents that match their checksum, got a damaged file")
-    return json.loads(text), tensors
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a configuration, got {text}")
+    return config, tensors
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -87,6 +92,8 @@ def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
 
 def noise_from_config(config: Mapping[str, Any]) -> NoiseModel:
     """Build the noise model that :func:`noise_to_config` described."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"noise: expected a name and settings, got {config!r}")
     fields = dict(config)
     name = fields.pop("name", None)
     if name not in _NOISE_MODELS:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,8 @@ class FitResult:
     """What a training run did.
 
     Attributes:
-        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights), ``lr``.
+        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
+            validation) and ``lr``.
         best_epoch: Epoch whose averaged weights the network now has: the last one whose validation loss is not
             above the lowest by more than half a standard error; without validation, the last.
         best_loss: Their validation loss; without validation, the training loss.
@@ -60,7 +61,7 @@ def fit(
     x: Any,
     y: Any,
     *,
-    validation: float | tuple[Any, Any] = 0.1,
+    validation: float | Sequence[Any] = 0.1,
     max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 5e-3,
@@ -102,19 +103,21 @@ def fit(
 
     Raises:
         ValueError: If the data or a setting are not usable; nothing is changed then.
-        FloatingPointError: If the loss is not finite; the network keeps its best weights so far.
+        FloatingPointError: If the loss, its gradient or the validation loss is not finite, with epoch and batch; the
+            network keeps its best weights so far.
 
     >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
     >>> result = fit(MixtureDensityNetwork(1, 1), x, x**2, max_epochs=2, seed=0, progress=False)
     >>> len(result.history)
     2
     """
-    _require_positive(
-        max_epochs=max_epochs, batch_size=batch_size, lr=lr, patience=patience, max_grad_norm=max_grad_norm
-    )
-    _require_not_negative(weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
-    x, y = _as_data(network, x, y)
+    _require_counts(max_epochs=max_epochs, batch_size=batch_size, patience=patience)
+    _require_numbers(lr=lr, max_grad_norm=max_grad_norm)
+    _require_numbers(least=0.0, weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("network: expected parameters to train, got none that requires a gradient")
     with _isolated(network, seed):
+        x, y = _as_data(network, x, y)
         train, held_out = _split(network, x, y, validation)
         if initialize:
             network.initialize_(*train)
@@ -171,11 +174,13 @@ class _Loop:
             for epoch in bar:
                 loss = self._epoch(epoch, *train, n_batches)
                 losses = None if held_out is None else self._evaluate(*held_out)
-                monitored = loss if losses is None else float(losses.mean())
+                monitored = math.nan if losses is None else float(losses.mean())
+                if losses is not None and not math.isfinite(monitored):
+                    raise FloatingPointError(f"fit: validation loss is {monitored} after epoch {epoch}")
                 lr = float(self.schedule.get_last_lr()[0])
                 result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
                 if losses is None or self.stopping.is_good(losses):
-                    result.best_epoch, result.best_loss = epoch, monitored
+                    result.best_epoch, result.best_loss = epoch, loss if losses is None else monitored
                     self._keep()
                 bar.set_postfix(loss=f"{loss:.3f}", validation=f"{monitored:.3f}")
                 if epoch - result.best_epoch >= patience:
@@ -183,6 +188,7 @@ class _Loop:
                     break
         finally:
             self.objective.load_state_dict(self.best)
+            self.optimizer.zero_grad()
         return result
 
     def _epoch(self, epoch: int, x: Tensor, y: Tensor, n_batches: int) -> float:
@@ -190,23 +196,28 @@ class _Loop:
         self.objective.train()
         total = 0.0
         for batch, rows in enumerate(torch.randperm(len(x), device=x.device).tensor_split(n_batches), start=1):
-            loss = self._step(x[rows], y[rows])
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"fit: loss is {loss} in epoch {epoch}, batch {batch} of {n_batches}")
-            total += loss * len(rows)
+            try:
+                total += self._step(x[rows], y[rows]) * len(rows)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"fit: {error} in epoch {epoch}, batch {batch} of {n_batches}") from error
         for average, buffer in zip(self.averaged.buffers(), self.objective.buffers(), strict=True):
             average.copy_(buffer)
         return total / len(x)
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         fade = 0.1 + 0.9 * (1 - self.step / self.steps) ** 3
-        x, y = (v + fade * s * torch.randn(v.shape).to(s) for v, s in zip((x, y), self.noise, strict=True))
+        x, y = (
+            v + fade * s * torch.randn(v.shape, dtype=s.dtype, device=s.device)
+            for v, s in zip((x, y), self.noise, strict=True)
+        )
         self.optimizer.zero_grad()
         loss = self.objective(x, y).mean()
         if not loss.isfinite():
-            return loss.item()
+            raise FloatingPointError(f"loss is {loss.item()}")
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(f"norm of the gradient is {norm.item()}")
         self.optimizer.step()
         self.schedule.step()
         self._average()
@@ -229,6 +240,10 @@ class _Loop:
     def _keep(self) -> None:
         for name, tensor in self.averaged.state_dict().items():
             self.best[name].copy_(tensor)
+
+
+def _blur(value: Tensor, scale: Tensor) -> Tensor:
+    return value + scale * torch.randn(value.shape, dtype=scale.dtype, device=scale.device)
 
 
 class _Stopping:
@@ -276,11 +291,10 @@ def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sc
 @contextmanager
 def _isolated(network: nn.Module, seed: int | None) -> Iterator[None]:
     """Keep Pyro's parameter store, the mode of the network and, with a seed, the generators as they were."""
-    devices = {p.device for p in network.parameters() if p.device.type == "cuda"}
     with (
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
-        torch.random.fork_rng(devices, enabled=seed is not None),
+        torch.random.fork_rng(range(torch.cuda.device_count()), enabled=seed is not None),
         evaluating(network),
     ):
         if seed is not None:
@@ -288,16 +302,17 @@ def _isolated(network: nn.Module, seed: int | None) -> Iterator[None]:
         yield
 
 
-def _require_positive(**settings: float | None) -> None:
+def _require_counts(**settings: int | None) -> None:
     for name, value in settings.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value!r}")
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def _require_not_negative(**settings: float | None) -> None:
+def _require_numbers(*, least: float = math.ulp(0.0), **settings: float | None) -> None:
     for name, value in settings.items():
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name}: expected a number that is not negative, got {value!r}")
+        if value is not None and not least <= value < math.inf:
+            kind = "not negative" if least == 0 else "positive"
+            raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")
 
 
 def _as_data(network: MixtureDensityNetwork, x: Any, y: Any, name: str = "") -> tuple[Tensor, Tensor]:
@@ -317,12 +332,12 @@ def _as_tensor(network: MixtureDensityNetwork, value: Any, name: str) -> Tensor:
 
 
 def _split(
-    network: MixtureDensityNetwork, x: Tensor, y: Tensor, validation: float | tuple[Any, Any]
+    network: MixtureDensityNetwork, x: Tensor, y: Tensor, validation: float | Sequence[Any]
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """Training rows and held-out rows."""
-    if isinstance(validation, tuple):
-        return (x, y), _as_data(network, *validation, "validation ")
-    if not 0 <= validation < 1:
+    if isinstance(validation, Sequence) and len(validation) == 2:
+        return (x, y), _as_data(network, validation[0], validation[1], "validation ")
+    if not isinstance(validation, float | int) or not 0 <= validation < 1:
         raise ValueError(f"validation: expected a fraction in [0, 1) or a pair (x, y), got {validation!r}")
     if validation == 0:
         return (x, y), None

@@ -3,7 +3,7 @@ import torch
 from cases import NOISE, make_mixture
 from torch.testing import assert_close
 
-from pyro_mdn import DiagonalCovariance, FullCovariance, IsotropicCovariance, LowRankCovariance
+from pyro_mdn import DiagonalCovariance, FullCovariance, GaussianMixture, IsotropicCovariance, LowRankCovariance
 
 DIM = 4
 
@@ -64,7 +64,7 @@ def test_marginal_is_the_submatrix(covariance, dims):
     assert_close(covariance.marginal(dims).matrix(), covariance.matrix()[..., dims, :][..., dims])
 
 
-@pytest.mark.parametrize(("given", "free"), [([0], [1, 2, 3]), ([3, 1], [0, 2]), ([2, 0, 1], [3])])
+@pytest.mark.parametrize(("given", "free"), [([0], [1, 2, 3]), ([3, 1], [0, 2]), ([2, 0, 1], [3]), ([3], [1])])
 def test_condition_is_the_schur_complement(covariance, given, free):
     matrix, r = covariance.matrix(), residual()[..., given]
     cross = matrix[..., free, :][..., given]
@@ -129,3 +129,39 @@ def test_matrices_that_are_not_square_are_refused(constructor):
 def test_isotropic_without_outputs_says_so():
     with pytest.raises(ValueError, match="outputs=D"):
         IsotropicCovariance(torch.ones(1)).variance()
+
+
+@pytest.mark.parametrize(("factor", "scale"), [((1, 2, 1), (3, 2)), ((3, 1, 1), (3, 2)), ((3, 2, 1), (5, 3, 2))])
+def test_tensors_of_a_factor_must_agree(factor, scale):
+    with pytest.raises(ValueError, match="factor, scale: expected shapes"):
+        LowRankCovariance(torch.ones(factor), torch.ones(scale))
+
+
+@pytest.mark.parametrize("count", [0, 2, 5])
+def test_packed_triangles_must_be_complete(count):
+    with pytest.raises(ValueError, match="packed: expected shape"):
+        FullCovariance(torch.ones(1, count))
+
+
+def test_pyro_distribution_of_an_ill_conditioned_factor():
+    covariance = FullCovariance.from_scale_tril(torch.tensor([[[1.0, 0.0], [1e5, 1.0]]]))
+    mixture = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), covariance)
+    assert_close(
+        mixture.component_distribution.log_prob(torch.zeros(2)), mixture.log_prob(torch.zeros(2)).unsqueeze(-1)
+    )
+
+
+@pytest.mark.parametrize("covariance_and_name", list(operators()), ids=lambda pair: pair[0])
+def test_triangular_form(covariance_and_name):
+    """The same matrices, whitened output by output: each conditional scale and shift is that of condition()."""
+    _, covariance = covariance_and_name
+    triangular, r = covariance.triangular(), residual()
+    assert_close(triangular.matrix(), covariance.matrix())
+    assert_close(covariance.precision_tril().mT @ covariance.precision_tril(), torch.linalg.inv(covariance.matrix()))
+    assert_close(covariance.root() @ covariance.root().mT, covariance.matrix())
+    for d in range(1, DIM):
+        shift, scale = triangular.next_output([r[..., j] for j in range(d)])
+        expected_shift, expected = covariance.condition(r[..., :d], range(d), [d])
+        assert_close(scale.expand(5, 3), expected.variance().sqrt().squeeze(-1).expand(5, 3))
+        assert_close(triangular.conditional_scale()[..., d], scale)
+        assert_close(shift.expand(7, 5, 3), expected_shift.squeeze(-1).expand(7, 5, 3))

@@ -345,7 +345,7 @@ def test_bad_arguments_are_refused():
     mixture = make_mixture(Diagonal())
     with pytest.raises(ValueError, match=r"expected shape \(\*batch, 4\)"):
         mixture.log_prob(torch.zeros(5, 3))
-    with pytest.raises(ValueError, match=r"expected shape \(..., \(5, 4\)\), got \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"batch shapes: expected some that broadcast, got \(3,\), \(5,\)"):
         mixture.log_prob(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="stay free"):
         mixture.condition(torch.zeros(5, 4), [0, 1, 2, 3])
@@ -355,9 +355,14 @@ def test_bad_arguments_are_refused():
         mixture.affine(0.0, 0.0)
     with pytest.raises(ValueError, match="last dimension of 1 or 4"):
         mixture.affine(torch.zeros(3), 1.0)
+    for dims in ([True, False], [1.7], "01"):
+        with pytest.raises(ValueError, match="dims: expected integers"):
+            mixture.marginal(dims)
+    with pytest.raises(ValueError, match="shift, scale: expected finite numbers"):
+        mixture.affine(math.nan, 1.0)
     with pytest.raises(ValueError, match="expected one of 1 batch dimensions"):
         mixture.pool(1)
-    with pytest.raises(ValueError, match="expected 5 numbers"):
+    with pytest.raises(ValueError, match="expected 5 finite numbers"):
         mixture.pool(0, torch.ones(4))
     with pytest.raises(ValueError, match="expected a positive number"):
         mixture.temper(0.0)

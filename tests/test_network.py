@@ -6,11 +6,22 @@ import torch
 from cases import NOISE
 from hypothesis import given
 from hypothesis import strategies as st
+from pyro import poutine
+from pyro.infer import Trace_ELBO
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, Fixed, Full, GaussianMixture, LowRank, MixtureDensityNetwork, MixtureHead
+from pyro_mdn import (
+    Diagonal,
+    Fixed,
+    Full,
+    GaussianMixture,
+    LowRank,
+    MixtureDensityNetwork,
+    MixtureHead,
+    serialization,
+)
 
 
 class Convolutional(nn.Module):
@@ -81,12 +92,16 @@ def test_start_survives_fewer_points_than_components(y):
     assert network.loss(torch.randn(len(y), 1), y).isfinite().all()
 
 
-def test_constant_columns_are_harmless():
-    x = torch.cat([torch.randn(50, 1), torch.full((50, 1), 7.0), torch.zeros(50, 1)], -1)
-    network = MixtureDensityNetwork(3, 1)
-    network.initialize_(x, torch.randn(50, 1))
-    assert_close(network.x_scale[1:], torch.ones(2))
-    assert network(x).mean.isfinite().all()
+@pytest.mark.parametrize("constant", [0.0, 7.0, 0.1, 0.7, 12.34, -1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_columns_are_harmless(constant, dtype):
+    """Also where the rounded mean of equal numbers differs from them."""
+    for x in (torch.full((50, 1), constant, dtype=dtype), torch.randn(50, 3, dtype=dtype)):
+        x[:, -1] = constant
+        network = MixtureDensityNetwork(x.shape[1], 1)
+        network.initialize_(x, torch.full((50, 1), constant, dtype=dtype))
+        assert network.x_scale[-1] == network.head.scale == 1
+        assert network.loss(x, torch.full((50, 1), constant, dtype=dtype)).max() < 10
 
 
 def test_initialize_leaves_the_global_generator_in_charge():
@@ -126,7 +141,8 @@ def test_temperature_narrows_samples():
 def test_backbones(dim_in, hidden_dim, backbone, x_shape, batch_shape, tmp_path):
     network = MixtureDensityNetwork(dim_in, 2, hidden_dim=hidden_dim, noise=Full(), backbone=backbone())
     x, y = torch.randn(x_shape), torch.randn(*batch_shape, 2)
-    network.initialize_(x, y)
+    if batch_shape:
+        network.initialize_(x, y)
     assert network(x).batch_shape == batch_shape
     assert_close(network.loss(x, y), -network(x).log_prob(y))
     network.save(tmp_path / "network.safetensors")
@@ -249,6 +265,7 @@ BAD_DATA = [
     (GOOD_X, torch.zeros(4, 2), r"y: expected shape \(5, 2\) as x has it, got \(4, 2\)"),
     (GOOD_X, torch.zeros(5), r"y: expected shape \(5, 2\) as x has it, got \(5,\)"),
     (GOOD_X, torch.zeros(1, 2), r"y: expected shape \(5, 2\)"),
+    (torch.zeros(3), torch.zeros(4, 2), r"x: expected a batch of inputs|y: expected shape \(2,\)"),
     (GOOD_X.long(), GOOD_Y, "x: expected floating point, got torch.int64"),
     (GOOD_X, GOOD_Y.long(), "y: expected floating point, got torch.int64"),
     (GOOD_X, GOOD_Y.to(torch.complex64), "y: expected floating point, got torch.complex64"),
@@ -270,6 +287,21 @@ def test_bad_data_are_refused_before_anything_changes(method, x, y, message):
     with pytest.raises(ValueError, match=message):
         getattr(network, method)(x, y)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values(), strict=True))
+
+
+def test_empty_batches_give_empty_results():
+    network = MixtureDensityNetwork(3, 2)
+    x, y = torch.zeros(0, 3), torch.zeros(0, 2)
+    assert network(x).batch_shape == network.loss(x, y).shape == (0,)
+    assert network.sample(x).shape == (0, 2)
+
+
+def test_targets_with_further_dimensions_belong_under_an_outer_plate_only():
+    network = MixtureDensityNetwork(3, 2)
+    with pytest.raises(ValueError, match=r"y: expected shape \(5, 2\)"):
+        network.loss(GOOD_X, torch.zeros(4, 5, 2))
+    with pytest.raises(ValueError, match=r"y: expected shape \(5, 2\)"):
+        network.initialize_(GOOD_X, torch.zeros(4, 5, 2))
 
 
 def test_no_data_are_refused():
@@ -318,3 +350,45 @@ def test_head_alone_is_a_component():
         head(torch.zeros(7, 5))
     with pytest.raises(ValueError, match="y: expected shape"):
         head.initialize_(torch.zeros(0, 2))
+    for wrong in (torch.randn(7, 1), torch.randn(7), torch.randn(1, 2), torch.zeros(7, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"y: expected floating point of shape \(7, 2\)"):
+            head.log_prob(features, wrong)
+    y[::2, 0] = torch.nan
+    assert_close(head.log_prob(features, y), head(features).log_prob(y))
+
+
+def test_shared_weights_stay_shared_in_files(tmp_path):
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    MixtureDensityNetwork(8, 1, hidden_dim=8, backbone=Shared()).save(tmp_path / "shared.safetensors")
+    backbone = Shared()
+    parameters = list(backbone.parameters())
+    MixtureDensityNetwork.load(tmp_path / "shared.safetensors", backbone=backbone)
+    assert backbone.b.weight is backbone.a.weight
+    assert all(a is b for a, b in zip(parameters, backbone.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("config", [{}, [], {"custom_backbone": False}, {"custom_backbone": False, "noise": "full"}])
+def test_foreign_configurations_are_refused(config, tmp_path):
+    path = tmp_path / "foreign.safetensors"
+    serialization.write_tensors(path, config, {"weight": torch.zeros(2)})
+    with pytest.raises(ValueError, match="expected"):
+        MixtureDensityNetwork.load(path)
+    with pytest.raises(ValueError, match="expected a file, got a directory"):
+        MixtureDensityNetwork.load(tmp_path)
+
+
+def test_plain_calls_leave_a_running_svi_step_alone():
+    """The documented custom loop holds on to parameters of the store while the loss is logged."""
+    network = MixtureDensityNetwork(3, 2)
+    with poutine.trace(param_only=True) as captured:
+        Trace_ELBO().differentiable_loss(network.model, lambda *_: None, GOOD_X, GOOD_Y)
+    network.loss(GOOD_X, GOOD_Y)
+    assert all(site["value"].unconstrained() is not None for site in captured.trace.nodes.values())
