@@ -13,6 +13,8 @@ FILES = {
     "inverse_sine": ["inverse_sine.png"],
     "svi_script": [],
     "likelihood_component": [],
+    "mixture_guide": [],
+    "conditioning": [],
 }
 
 
