@@ -15,6 +15,7 @@ ORDER = [
     "noise",
     "reduction",
     "density",
+    "algebra",
     "mixture",
     "divergence",
     "scores",
