@@ -206,10 +206,7 @@ class _Loop:
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         fade = 0.1 + 0.9 * (1 - self.step / self.steps) ** 3
-        x, y = (
-            v + fade * s * torch.randn(v.shape, dtype=s.dtype, device=s.device)
-            for v, s in zip((x, y), self.noise, strict=True)
-        )
+        x, y = (_blur(value, fade * scale) for value, scale in zip((x, y), self.noise, strict=True))
         self.optimizer.zero_grad()
         loss = self.objective(x, y).mean()
         if not loss.isfinite():
