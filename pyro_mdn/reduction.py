@@ -32,8 +32,8 @@ def merge_components(weights: Tensor, locs: Tensor, matrices: Tensor, count: int
 
 def _merge_row(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Runnalls' algorithm for one mixture. Each row of the costs knows its minimum, so that a merge is O(K)."""
-    components = (weights.clone(), locs.clone(), matrices.clone())
-    cost = torch.stack([_cost_of_merging(components, i) for i in range(len(weights))])
+    components, log_det = (weights.clone(), locs.clone(), matrices.clone()), _log_det(matrices)
+    cost = torch.stack([_cost_of_merging(components, log_det, i) for i in range(len(weights))])
     best, partner = cost.min(-1)
     alive = torch.ones_like(weights, dtype=torch.bool)
     for _ in range(len(weights) - count):
@@ -41,10 +41,10 @@ def _merge_row(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> t
         j = int(partner[i])
         for tensor, value in zip(components, _merge_pair(components, i, j), strict=True):
             tensor[i] = value
-        components[0][j] = 0.0
+        components[0][j], log_det[i] = 0.0, _log_det(components[2][i])
         alive[j] = False
         cost[j], cost[:, j], best[j] = torch.inf, torch.inf, torch.inf
-        new = _cost_of_merging(components, i).masked_fill(~alive, torch.inf)
+        new = _cost_of_merging(components, log_det, i).masked_fill(~alive, torch.inf)
         cost[i], cost[:, i] = new, new
         closer = new < best
         best, partner = torch.where(closer, new, best), torch.where(closer, i, partner)
@@ -66,15 +66,18 @@ def _merge_pair(components: tuple[Tensor, Tensor, Tensor], i: int, j: int | Tens
     return total, loc, inner + spread
 
 
-def _cost_of_merging(components: tuple[Tensor, Tensor, Tensor], i: int) -> Tensor:
+def _cost_of_merging(components: tuple[Tensor, Tensor, Tensor], log_det: Tensor, i: int) -> Tensor:
     """Cost of merging component i with each other one; infinite with itself."""
-    weights, _, matrices = components
-    every = torch.arange(len(weights), device=weights.device)
-    total, _, merged = _merge_pair(components, i, every)
-    log_det = torch.logdet(matrices)
-    cost = 0.5 * (total * torch.logdet(merged) - weights[i] * log_det[i] - weights * log_det)
+    weights = components[0]
+    total, _, merged = _merge_pair(components, i, torch.arange(len(weights), device=weights.device))
+    cost = 0.5 * (total * _log_det(merged) - weights[i] * log_det[i] - weights * log_det)
     cost[i] = torch.inf
     return cost
+
+
+def _log_det(matrices: Tensor) -> Tensor:
+    scale_tril = torch.linalg.cholesky_ex(matrices).L
+    return 2 * scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def find_modes(
