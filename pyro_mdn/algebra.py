@@ -107,6 +107,8 @@ class MixtureAlgebra(MixtureDensity):
         matrix = matrix.to(self.locs).unsqueeze(-3)
         shift = self._as_vector(shift, "shift", matrix.shape[-2]).unsqueeze(-2)
         covariance = FullCovariance.from_root(matrix @ self.covariance.root())
+        if self._validate_args and not bool(covariance.packed.isfinite().all()):
+            raise ValueError("matrix: expected finite numbers and full rank")
         return self._new(self.logits, shift + (matrix @ self.locs.unsqueeze(-1)).squeeze(-1), covariance)
 
     def _as_vector(self, value: Tensor | float, name: str, dim: int) -> Tensor:
@@ -227,10 +229,11 @@ class MixtureAlgebra(MixtureDensity):
             raise ValueError(f"n_components: expected 1 to {self.n_components}, got {n_components}")
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
-            matrices = flat.covariance.matrix().expand(-1, self.n_components, -1, -1)
-            merged = reduction.merge_components(flat.logits.exp(), flat.locs, matrices, n_components)
+            matrices = flat.covariance.matrix().expand(-1, self.n_components, -1, -1).double()
+            merged = reduction.merge_components(flat.logits.double().exp(), flat.locs.double(), matrices, n_components)
         weights, locs, matrices = (part.reshape(*self.batch_shape, *part.shape[1:]) for part in merged)
-        return self._new(weights.log(), locs, FullCovariance.from_matrix(matrices))
+        covariance = FullCovariance.from_matrix(matrices).map(lambda t, n: t.to(self.locs))
+        return self._new(weights.log().to(self.locs), locs.to(self.locs), covariance)
 
     def split_variance(self, dim: int = 0) -> VarianceSplit:
         r"""Split the covariance of the mixture pooled over batch dimension ``dim`` (draws of the weights, say).

@@ -203,6 +203,13 @@ class MixtureDensity(dist.MixtureSameFamily):
         between = deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
         return (weight * (self.covariance.matrix() + between)).sum(-3)
 
+    def as_gaussian(self) -> FullCovariance:
+        """Covariance of the mixture as one operator, component axis 1; accurate also where the matrix is not."""
+        root = self.covariance.root()
+        root = root.expand(*self.batch_shape, self.n_components, *root.shape[-2:])
+        stacked = torch.cat([root, self._deviation().unsqueeze(-1)], -1) * (0.5 * self.logits).exp()[..., None, None]
+        return FullCovariance.from_root(stacked.movedim(-3, -2).flatten(-2).unsqueeze(-3))
+
     def _average(self, values: Tensor) -> Tensor:
         return (self.logits.exp().unsqueeze(-1) * values).sum(-2)
 

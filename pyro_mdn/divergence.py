@@ -50,6 +50,8 @@ def kl_monte_carlo(p: GaussianMixture, q: GaussianMixture, *, num_samples: int =
 
 def _component_kl(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     """Divergence of each component of p from each of q, shape ``(*batch, K, L)``."""
+    batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    p, q = p.expand(batch), q.expand(batch)
     half_log_det = p.covariance.half_log_det().expand(*p.batch_shape, p.n_components)
     root = p.covariance.root()
     roots = root.expand(*p.batch_shape, p.n_components, *root.shape[-2:])

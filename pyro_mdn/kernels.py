@@ -177,7 +177,9 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
         slope = mixture_log_density(point, logits, mirrored, scale).exp()
         return mixture_cdf(point, logits, mirrored, scale) - tail, slope
 
-    return sign * torch.where(tail > 0, follow_root(root, equation), root)
+    # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
+    finite = torch.where(tail > 0, root, mirrored[..., 0].detach())
+    return sign * torch.where(tail > 0, follow_root(finite, equation), root)
 
 
 def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:

@@ -91,10 +91,16 @@ class GaussianMixture(MixtureAlgebra):
         _check_mass(mass)
         if kind not in ("central", "shortest"):
             raise ValueError(f"kind: expected 'central' or 'shortest', got {kind!r}")
-        left = torch.full((*self.batch_shape, self.dim), (1 - mass) / 2).to(self.locs)
+        outside = 1 - mass
+        left = torch.full((*self.batch_shape, self.dim), outside / 2).to(self.locs)
         if kind == "shortest":
-            left = kernels.minimize_bracketed(lambda p: self.icdf(p + mass) - self.icdf(p), left, 1 - mass)
-        return self.icdf(left), self.icdf(left + mass)
+            left = kernels.minimize_bracketed(lambda p: self._upper(outside - p) - self.icdf(p), left, outside)
+        return self.icdf(left), self._upper(outside - left)
+
+    def _upper(self, tail: Tensor) -> Tensor:
+        """Point with probability ``tail`` above it, for each output."""
+        logits, locs, scale = self._univariate()
+        return -kernels.mixture_quantile(tail, logits, -locs, scale)
 
     # Regions of highest density
 
@@ -203,13 +209,14 @@ class GaussianMixture(MixtureAlgebra):
         """
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
-            precision_tril = flat.covariance.expand((len(flat.locs), self.n_components)).precision_tril()
-            log_weights = flat.logits - flat.covariance.half_log_det()
-            points, distinct = reduction.find_modes(log_weights, flat.locs, precision_tril.mT @ precision_tril)
+            precision_tril = flat.covariance.expand((len(flat.locs), self.n_components)).precision_tril().double()
+            log_weights = (flat.logits - flat.covariance.half_log_det()).double()
+            precisions = precision_tril.mT @ precision_tril
+            points, distinct = reduction.find_modes(log_weights, flat.locs.double(), precisions)
             points = points.masked_fill(~distinct.unsqueeze(-1), math.nan)
             first = torch.argsort((~distinct).to(torch.int8), dim=-1, stable=True)
             points = points.gather(1, first.unsqueeze(-1).expand_as(points))[:, : int(distinct.sum(-1).max())]
-        return points.reshape(*self.batch_shape, *points.shape[1:])
+        return points.reshape(*self.batch_shape, *points.shape[1:]).to(self.locs)
 
     def entropy_bounds(self) -> tuple[Tensor, Tensor]:
         r"""Lower and upper bound of the differential entropy in nats, shape ``(*batch,)`` each.
@@ -223,15 +230,16 @@ class GaussianMixture(MixtureAlgebra):
             Huber et al. (2008), On entropy approximation for Gaussian mixture random vectors.
         """
         weights, constant = self.logits.exp(), 0.5 * self.dim * math.log(2 * math.pi * math.e)
-        components = torch.where(weights > 0, weights * (self.covariance.half_log_det() - self.logits), 0.0).sum(-1)
-        gaussian = 0.5 * torch.logdet(self.covariance_matrix)
+        surprise = -self.logits.masked_fill(weights == 0, 0.0)
+        components = (weights * (surprise + self.covariance.half_log_det())).sum(-1)
+        gaussian = self.as_gaussian().half_log_det().squeeze(-1)
         lower = torch.zeros_like(components)
         shape = (*self.batch_shape, self.n_components)
         matrices = self.covariance.matrix().expand(*shape, self.dim, self.dim)
         for k in range(self.n_components):
             summed = FullCovariance.from_matrix(matrices + matrices[..., k, None, :, :])
             crossed = self._new(self.logits, self.locs, summed).log_prob(self.locs[..., k, :])
-            lower = lower - torch.where(weights[..., k] > 0, weights[..., k] * crossed, 0.0)
+            lower = lower - weights[..., k] * crossed
         return lower, torch.minimum(components, gaussian) + constant
 
 

@@ -54,23 +54,32 @@ def _merge_row(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> t
     return components[0][alive], components[1][alive], components[2][alive]
 
 
-def _merge_pair(components: tuple[Tensor, Tensor, Tensor], i: int, j: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, mean and covariance of component i together with each of j."""
+def _merge_pair(components: tuple[Tensor, Tensor, Tensor], i: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, mean and covariance of two components together."""
+    weights, locs, _ = components
+    share, inner, apart = _blend(components, i, j)
+    return weights[i] + weights[j], locs[i] + share * apart, inner + share * (1 - share) * torch.outer(apart, apart)
+
+
+def _blend(components: tuple[Tensor, Tensor, Tensor], i: int, j: int | slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of j in its sum with component i, average covariance of the two, and difference of their means."""
     weights, locs, matrices = components
     total = weights[i] + weights[j]
     share = torch.where(total > 0, weights[j] / total, 0.5)
-    apart = locs[j] - locs[i]
-    loc = locs[i] + share.unsqueeze(-1) * apart
-    spread = (share * (1 - share))[..., None, None] * apart.unsqueeze(-1) * apart.unsqueeze(-2)
-    inner = (1 - share)[..., None, None] * matrices[i] + share[..., None, None] * matrices[j]
-    return total, loc, inner + spread
+    wide = share[..., None, None]
+    return share, (1 - wide) * matrices[i] + wide * matrices[j], locs[j] - locs[i]
 
 
 def _cost_of_merging(components: tuple[Tensor, Tensor, Tensor], log_det: Tensor, i: int) -> Tensor:
     """Cost of merging component i with each other one; infinite with itself."""
     weights = components[0]
-    total, _, merged = _merge_pair(components, i, torch.arange(len(weights), device=weights.device))
-    cost = 0.5 * (total * _log_det(merged) - weights[i] * log_det[i] - weights * log_det)
+    share, inner, apart = _blend(components, i, slice(None))
+    scale_tril = torch.linalg.cholesky_ex(inner).L
+    whitened = torch.linalg.solve_triangular(scale_tril, apart.unsqueeze(-1), upper=False).squeeze(-1)
+    # The determinant lemma, since the matrix itself may be singular in floating point.
+    spread = (share * (1 - share) * whitened.square().sum(-1)).log1p()
+    merged = 2 * scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + spread
+    cost = 0.5 * ((weights[i] + weights) * merged - weights[i] * log_det[i] - weights * log_det)
     cost[i] = torch.inf
     return cost
 
@@ -112,13 +121,35 @@ def find_modes(
         point, joint = new, _joint(log_weights, locs, precisions, new)
         if bool((moved <= 100 * eps * (1 + _length(point, precision))).all()):
             break
+    point = _polish(log_weights, locs, precisions, point)
+    joint = _joint(log_weights, locs, precisions, point)
     order = joint.logsumexp(-1).argsort(-1, descending=True)
     point = point.gather(1, order.unsqueeze(-1).expand_as(point))
-    narrowest = precisions.diagonal(dim1=-2, dim2=-1).amax(1).sqrt()
-    apart = ((point.unsqueeze(2) - point.unsqueeze(1)) * narrowest[:, None, None]).norm(dim=-1)
+    joint = joint.gather(1, order.unsqueeze(-1).expand_as(joint))
+    precision = torch.einsum("nsk,nkij->nsij", joint.softmax(-1), precisions)
+    difference = point.unsqueeze(2) - point.unsqueeze(1)
+    apart = torch.einsum("nsti,nsij,nstj->nst", difference, precision, difference).clamp(min=0).sqrt()
+    same = apart < tolerance + 1e3 * eps * _length(point, precision).unsqueeze(-1)
     earlier = torch.ones_like(apart[0], dtype=torch.bool).tril(-1)
     top = torch.linalg.eigvalsh(_curvature(log_weights, locs, precisions, point)).amax(-1) < 0
-    return point, top & ~((apart < tolerance) & earlier & top.unsqueeze(1)).any(-1)
+    return point, top & ~(same & earlier & top.unsqueeze(1)).any(-1)
+
+
+def _polish(log_weights: Tensor, locs: Tensor, precisions: Tensor, point: Tensor, steps: int = 30) -> Tensor:
+    """Newton steps on the log-density, where it is concave and they climb: the fixed point is slow on flat tops."""
+    height = _joint(log_weights, locs, precisions, point).logsumexp(-1)
+    for _ in range(steps):
+        share = _joint(log_weights, locs, precisions, point).softmax(-1)
+        pull = torch.einsum("nkij,nskj->nski", precisions, locs.unsqueeze(1) - point.unsqueeze(2))
+        slope = (share.unsqueeze(-1) * pull).sum(-2)
+        curvature = _curvature(log_weights, locs, precisions, point) - slope.unsqueeze(-1) * slope.unsqueeze(-2)
+        values, vectors = torch.linalg.eigh(curvature)
+        along = (vectors.mT @ slope.unsqueeze(-1)).squeeze(-1) / values.clamp(max=-torch.finfo(values.dtype).tiny)
+        new = point - (vectors @ along.unsqueeze(-1)).squeeze(-1)
+        reached = _joint(log_weights, locs, precisions, new).logsumexp(-1)
+        climbs = (values.amax(-1) < 0) & (reached >= height)
+        point, height = torch.where(climbs.unsqueeze(-1), new, point), torch.where(climbs, reached, height)
+    return point
 
 
 def _curvature(log_weights: Tensor, locs: Tensor, precisions: Tensor, points: Tensor) -> Tensor:

@@ -189,10 +189,21 @@ def interval_log_score(mixture: GaussianMixture, y: Tensor, width: float) -> Ten
     mixture._check_value(y)
     scale = mixture.covariance.variance().sqrt()
     centre, half = (y.unsqueeze(-2) - mixture.locs) / scale, 0.5 * width / scale
+    return -(mixture.logits.unsqueeze(-1) + _log_mass(centre, half.expand(centre.shape))).logsumexp(-2)
+
+
+def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
+    """Log-probability that a standard normal variable lies within ``half`` of ``centre``."""
+    narrow = half * (1 + centre.abs()) < torch.finfo(centre.dtype).eps ** 0.25
     # By symmetry all of it in the lower tail, where the logarithms are accurate.
-    upper, lower = log_ndtr(half - centre.abs()), log_ndtr(-half - centre.abs())
-    mass = upper + torch.log(-torch.expm1(lower - upper))
-    return -(mixture.logits.unsqueeze(-1) + mass).logsumexp(-2)
+    wide = half.masked_fill(narrow, 1.0)
+    upper, lower = log_ndtr(wide - centre.abs()), log_ndtr(-wide - centre.abs())
+    difference = upper + torch.log(-torch.expm1(lower - upper))
+    # A narrow interval would cancel: Taylor's series of the density around its centre.
+    density = -0.5 * centre.square() - 0.5 * math.log(2 * math.pi)
+    small = half.masked_fill(~narrow, 1.0)
+    series = density + (2 * small).log() + small.square() * (centre.square() - 1) / 6
+    return torch.where(narrow, series, difference)
 
 
 def dawid_sebastiani(mixture: GaussianMixture, y: Tensor) -> Tensor:
@@ -201,7 +212,6 @@ def dawid_sebastiani(mixture: GaussianMixture, y: Tensor) -> Tensor:
     .. math:: \log\det\Sigma + (y - \mu)^\top \Sigma^{-1} (y - \mu)
     """
     mixture._check_value(y)
-    scale_tril = torch.linalg.cholesky(mixture.covariance_matrix)
-    residual = (y - mixture.mean).unsqueeze(-1)
-    whitened = torch.linalg.solve_triangular(scale_tril, residual, upper=False).squeeze(-1)
-    return 2 * scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + whitened.square().sum(-1)
+    gaussian = mixture.as_gaussian()
+    whitened = gaussian.whiten((y - mixture.mean).unsqueeze(-2))
+    return (2 * gaussian.half_log_det() + whitened.square().sum(-1)).squeeze(-1)

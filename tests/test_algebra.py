@@ -212,6 +212,40 @@ def test_modes_are_stationary_maxima_and_merged_bumps_count_once():
     assert mixture.log_prob(modes).max() >= mixture.log_prob(grid).max() - 1e-9
 
 
+def test_a_flat_top_is_one_mode():
+    """Means just less than two standard deviations apart: exactly one maximum, where the fixed point is slow."""
+    mixture = GaussianMixture(
+        torch.zeros(2).double(), torch.tensor([[-0.999], [0.999]]).double(), IsotropicCovariance(torch.ones(1).double())
+    )
+    assert_close(mixture.modes(), torch.zeros(1, 1).double(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shift", [0.0, 1000.0])
+def test_narrow_components_elsewhere_do_not_multiply_modes(dtype, shift):
+    locs = shift + torch.tensor([[9.5], [10.5], [17.0]], dtype=dtype)
+    scale = torch.tensor([1.0, 1.0, 1e-4], dtype=dtype)
+    for last, count in [(-5.0, 2), (-math.inf, 1)]:
+        logits = torch.tensor([0.0, 0.0, last], dtype=dtype)
+        modes = GaussianMixture(logits, locs, IsotropicCovariance(scale)).modes()
+        assert len(modes) == count
+        assert_close(modes[-1], torch.tensor([shift + 10.0], dtype=dtype), rtol=1e-5, atol=1e-3)
+
+
+def test_far_components_are_not_merged_before_near_ones():
+    locs = torch.tensor([[-3e4, -3e4], [3e4, 3e4], [3e4 + 0.1, 3e4]])
+    reduced = GaussianMixture(torch.zeros(3), locs, IsotropicCovariance(torch.ones(1))).reduce(2)
+    assert_close(reduced.logits.exp().sort().values, torch.tensor([1 / 3, 2 / 3]))
+    assert reduced.reduce(1).mean.isfinite().all()
+
+
+def test_entropy_bounds_have_finite_gradients_at_weights_of_zero():
+    logits = torch.tensor([0.0, 1.0, -math.inf], requires_grad=True)
+    lower, upper = GaussianMixture(logits, torch.randn(3, 2), IsotropicCovariance(torch.ones(1))).entropy_bounds()
+    (lower + upper).backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_a_trough_is_no_mode():
     """Three means in a row, the middle one broad and light: there the density is lowest."""
     locs = torch.tensor([[-2.0], [0.0], [2.0]], dtype=torch.float64)
@@ -269,5 +303,7 @@ def test_bad_arguments_are_refused():
         mixture.affine(0.0, 2.0, matrix=torch.eye(4))
     with pytest.raises(ValueError, match=r"matrix: expected shape \(\*batch, M, 4\)"):
         mixture.affine(matrix=torch.eye(5))
+    with pytest.raises(ValueError, match="matrix: expected finite numbers and full rank"):
+        mixture.affine(matrix=torch.full((2, 4), NAN))
     with pytest.raises(ValueError, match="expected one of 1 batch dimensions"):
         mixture.split_variance(1)

@@ -37,6 +37,14 @@ def test_far_components_make_the_approximation_exact():
 
 
 @every_noise
+@pytest.mark.parametrize("batch_shape", [(3,), (2, 3)])
+def test_batches_broadcast(noise, batch_shape):
+    single, batch = make_mixture(noise, (), dim=3), make_mixture(Full(), batch_shape, dim=3)
+    assert_close(kl_divergence(single, batch), kl_divergence(single.expand(batch_shape), batch))
+    assert_close(kl_divergence(batch, single), kl_divergence(batch, single.expand(batch_shape)))
+
+
+@every_noise
 def test_monte_carlo_agrees_with_the_exact_divergence(noise):
     p, q = make_mixture(noise, n_components=1), make_mixture(noise, n_components=1).affine(0.3, 1.2)
     value, error = kl_monte_carlo(p, q)

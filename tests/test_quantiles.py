@@ -124,6 +124,21 @@ def test_intervals_hold_their_mass_and_the_shortest_is_shortest(noise, mass):
         assert (mixture.icdf(left + mass) - mixture.icdf(left) >= short_upper - short_lower - 1e-9).all()
 
 
+@pytest.mark.parametrize("kind", ["central", "shortest"])
+@pytest.mark.parametrize("mass", [0.99999, 1 - 1e-8])
+def test_intervals_of_nearly_all_mass_are_symmetric_in_single_precision(kind, mass):
+    lower, upper = univariate([1.0, 1.0], [-1.0, 1.0], [1.0, 1.0], dtype=torch.float32).interval(mass, kind=kind)
+    assert lower.isfinite().all()
+    assert_close(-lower, upper, rtol=2e-3, atol=0)
+
+
+def test_infinite_quantiles_leave_other_gradients_alone():
+    locs = torch.zeros(1, 1, requires_grad=True)
+    y = GaussianMixture(torch.zeros(1), locs, IsotropicCovariance(torch.ones(1))).icdf(torch.tensor([[0.0], [0.5]]))
+    y[1].sum().backward()
+    assert_close(locs.grad, torch.ones(1, 1))
+
+
 def test_shortest_interval_of_a_normal_is_central():
     mixture = univariate([1.0], [3.0], [2.0])
     for central, shortest in zip(mixture.interval(0.8), mixture.interval(0.8, kind="shortest"), strict=True):

@@ -170,6 +170,31 @@ def test_interval_log_score_is_accurate_far_out_and_never_negative():
     assert (interval_log_score(mixture, y, 200.0) >= 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [1e-15, 1e-7, 1e-4, 1e-2])
+@pytest.mark.parametrize("y", [0.0, 3.0, 5.0])
+def test_narrow_intervals_do_not_cancel(dtype, width, y):
+    """There the score is that of the density times the width, and so is its gradient."""
+    scale = torch.ones(1, 1, dtype=dtype, requires_grad=True)
+    mixture = GaussianMixture(torch.zeros(1, dtype=dtype), torch.zeros(1, 1, dtype=dtype), DiagonalCovariance(scale))
+    score = interval_log_score(mixture, torch.tensor([y], dtype=dtype), width)
+    (gradient,) = torch.autograd.grad(score.sum(), scale)
+    assert_close(score.item(), -stats.norm.logpdf(y) - math.log(width), rtol=1e-4, atol=1e-4)
+    assert_close(gradient.item(), 1 - y**2, rtol=2e-3, atol=2e-3)
+
+
+def test_dawid_sebastiani_of_components_far_apart_in_single_precision():
+    locs = torch.tensor([[-1e4, -1e4], [1e4, 1e4], [1e4 + 0.1, 1e4 - 0.3]])
+    parameters = torch.zeros(3), locs, IsotropicCovariance(torch.ones(1))
+    double = [p.double() for p in parameters[:2]]
+    exact = GaussianMixture(*double, IsotropicCovariance(torch.ones(1).double()))
+    mixture = GaussianMixture(*parameters)
+    y = torch.tensor([1e4, 1e4 + 1])
+    assert_close(dawid_sebastiani(mixture, y).double(), dawid_sebastiani(exact, y.double()), rtol=1e-2, atol=1e-2)
+    lower, upper = mixture.entropy_bounds()
+    assert lower <= upper
+
+
 @every_noise
 def test_log_score_and_dawid_sebastiani_agree_for_a_gaussian(noise):
     mixture = make_mixture(noise, n_components=1)
