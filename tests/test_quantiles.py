@@ -14,11 +14,10 @@ from pyro_mdn import Diagonal, DiagonalCovariance, GaussianMixture, IsotropicCov
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 
 
-def univariate(weights, locs, scales, **settings):
+def univariate(weights, locs, scales, *, dtype=torch.float64):
     """One mixture over one output."""
-    as_tensor = lambda values: torch.tensor(values, dtype=settings.get("dtype", torch.float64))  # noqa: E731
-    covariance = DiagonalCovariance(as_tensor(scales).unsqueeze(-1))
-    return GaussianMixture(as_tensor(weights).log(), as_tensor(locs).unsqueeze(-1), covariance)
+    weights, locs, scales = (torch.tensor(values, dtype=dtype) for values in (weights, locs, scales))
+    return GaussianMixture(weights.log(), locs.unsqueeze(-1), DiagonalCovariance(scales.unsqueeze(-1)))
 
 
 def assert_straddles(mixture, y, q, tolerance):
