@@ -171,8 +171,8 @@ class IsotropicCovariance(Covariance):
             raise ValueError("IsotropicCovariance: expected outputs=D, got a scale alone")
         return self.outputs
 
-    def of_dim(self, dim: int) -> IsotropicCovariance:
-        return IsotropicCovariance(self.scale, dim) if self.outputs is None else super().of_dim(dim)  # type: ignore[return-value]
+    def of_dim(self, dim: int) -> Covariance:
+        return IsotropicCovariance(self.scale, dim) if self.outputs is None else super().of_dim(dim)
 
     def whiten(self, residual: Tensor) -> Tensor:
         return residual / self.scale.unsqueeze(-1)

@@ -110,11 +110,8 @@ class MixtureHead(nn.Module):
         return (
             kernels.channels_last(logits, 1),
             self._grouped(locs, self.dim_out),
-            self._grouped(noise, self._width()),
+            self._grouped(noise, self.noise.num_params(self.dim_out)),
         )
-
-    def _width(self) -> int:
-        return self.noise.num_params(self.dim_out)
 
     def _grouped(self, channels: Tensor, width: int) -> Tensor:
         """View ``(width · K, *batch)`` as ``(*batch, K, width)``."""

@@ -28,7 +28,7 @@ def test_zero_for_equal_mixtures(noise):
 
 def test_far_components_make_the_approximation_exact():
     """Components that do not overlap: the divergence is the weighted sum of theirs and of the weights'."""
-    p = make_mixture(Diagonal(), ()).affine(0.0, 1.0)
+    p = make_mixture(Diagonal(), ())
     locs = p.locs + 1e3 * torch.arange(3.0).double().unsqueeze(-1)
     p = p._new(p.logits, locs, p.covariance)
     q = p._new(torch.zeros(3).double(), locs + 0.1, p.covariance)
