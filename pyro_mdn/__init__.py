@@ -5,14 +5,17 @@ from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.head import MixtureHead
+from pyro_mdn.loop import FitResult
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
-from pyro_mdn.training import FitResult, NegativeLogLikelihood, fit
+from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
+from pyro_mdn.training import fit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContinuousRankedProbability",
     "Covariance",
     "Diagonal",
     "DiagonalCovariance",
@@ -27,8 +30,10 @@ __all__ = [
     "LowRankCovariance",
     "MixtureDensityNetwork",
     "MixtureHead",
+    "NegativeElbo",
     "NegativeLogLikelihood",
     "NoiseModel",
+    "WeightedSum",
     "fit",
     "kl_monte_carlo",
     "kl_variational_approximation",

@@ -123,21 +123,22 @@ class MixtureHead(nn.Module):
         """Set the units of y, and spread the components over the data, from targets ``(N, D)``.
 
         Components start at the clusters of a k-means on the standardised targets (Lloyd, 1982), with their
-        proportions and spreads, so that they do not collapse into one.
+        proportions and spreads, so that they do not collapse into one. Entries that are NaN are taken from other
+        rows at random for that.
 
         Raises:
-            ValueError: If y is not ``(N, D)`` with N > 0, or not finite.
+            ValueError: If y is not ``(N, D)`` with N > 0, has an infinite entry, or no observed one in a column.
         """
         if y.ndim != 2 or y.shape[1] != self.dim_out or len(y) == 0:
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
-        if not bool(y.isfinite().all()):
-            raise ValueError("y: expected finite numbers, got NaN or Inf")
+        if bool(y.isinf().any() | y.isnan().all(0).any()):
+            raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
         shift, scale = kernels.location_and_scale(y.cpu())
         if self.noise.common_unit:
             scale = scale.square().mean(0, keepdim=True).sqrt()
         self.shift.copy_(shift)
         self.scale.copy_(scale)
-        self._start(*_clusters((y.cpu() - shift) / scale, self.n_components))
+        self._start(*_clusters(_filled((y.cpu() - shift) / scale), self.n_components))
 
     @torch.no_grad()
     def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:
@@ -149,6 +150,17 @@ class MixtureHead(nn.Module):
             self.raw_noise.copy_(raw)
             raw = raw[:0]
         self.linear.bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+
+
+def _filled(y: Tensor) -> Tensor:
+    """Put observed entries of the same column, drawn at random, in place of NaN."""
+    columns = []
+    for column in y.unbind(-1):
+        observed = column[~column.isnan()]
+        if len(observed) < len(column):
+            column = torch.where(column.isnan(), observed[torch.randint(len(observed), column.shape)], column)
+        columns.append(column)
+    return torch.stack(columns, -1)
 
 
 def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Tensor, Tensor, Tensor]:

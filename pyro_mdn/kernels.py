@@ -56,9 +56,13 @@ def sum_outputs(tensor: Tensor) -> Tensor:
 
 
 def location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1."""
-    location, scale = rows.double().mean(0), rows.double().std(0, correction=0)
-    rounding = 4 * torch.finfo(rows.dtype).eps * rows.abs().amax(0)
+    """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1.
+
+    NaN are left out.
+    """
+    location = rows.double().nanmean(0)
+    scale = (rows.double() - location).square().nanmean(0).sqrt()
+    rounding = 4 * torch.finfo(rows.dtype).eps * rows.nan_to_num().abs().amax(0)
     return location, torch.where(scale > rounding, scale, 1.0)
 
 

@@ -114,14 +114,16 @@ class MixtureDensityNetwork(PyroModule):
 
         Args:
             x: Inputs ``(*batch, dim_in)``.
-            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. An entry that is NaN was
+                not observed: the density is that of the others.
 
         Raises:
-            ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is not finite.
+            ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is infinite or
+                one of x NaN.
         """
         with self._context():
             features = self._features(x)
-            return -self.head.log_prob(features, self._targets(y, features.shape[:-1]))
+            return -self.head.log_prob(features, self.targets(y, features.shape[:-1]))
 
     @torch.no_grad()
     def sample(self, x: Tensor, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
@@ -141,7 +143,8 @@ class MixtureDensityNetwork(PyroModule):
 
         Args:
             x: Inputs ``(N, ..., dim_in)``; the first dimension is the plate's, further ones belong to the event.
-            y: Targets ``(N, ..., D)`` to condition on, if any. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``.
+            y: Targets ``(N, ..., D)`` to condition on, if any. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An
+                entry that is NaN was not observed.
             num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
         """
         # Weights are global, so the network is evaluated outside the plate.
@@ -151,7 +154,7 @@ class MixtureDensityNetwork(PyroModule):
         size = len(x) if num_data is None else num_data
         if size < len(x):
             raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
-        obs = None if y is None else self._targets(y, features.shape[:-1], replicated=True)
+        obs = None if y is None else self.targets(y, features.shape[:-1], replicated=True)
         # A given subsample spares the plate a permutation of the whole data.
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
             return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
@@ -162,7 +165,7 @@ class MixtureDensityNetwork(PyroModule):
 
         Args:
             x: Inputs ``(*batch, dim_in)``. A column that is constant is only shifted.
-            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. Entries may be NaN.
 
         Raises:
             ValueError: If :meth:`check` does; nothing is changed then.
@@ -180,7 +183,8 @@ class MixtureDensityNetwork(PyroModule):
         """Check data as a whole, without a pass over them all, and return the targets as vectors ``(*batch, D)``.
 
         Raises:
-            ValueError: If shapes, dtypes or devices do not agree, or if there are no data or some are not finite.
+            ValueError: If shapes, dtypes or devices do not agree, if there are no data, or if some are not finite; a
+                target may be NaN where it was not observed, but not a whole column.
         """
         batch_shape = self._check_inputs(x)
         self._check_batch(x)
@@ -188,9 +192,14 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
         with self._context(), evaluating(self):
             features = self._features(x[:1])
-        y = self._targets(y, batch_shape[: features.ndim - 1])
+        y = self.targets(y, batch_shape[: features.ndim - 1])
         _require_finite(x, "x")
-        _require_finite(y, "y")
+        _require_no_infinity(y)
+        unobserved = y.isnan().reshape(-1, self.dim_out).all(0)
+        if bool(unobserved.any()):
+            raise ValueError(
+                f"y: expected an observed target in each column, got none in {unobserved.nonzero().flatten().tolist()}"
+            )
         return y
 
     def _features(self, x: Tensor) -> Tensor:
@@ -218,15 +227,19 @@ class MixtureDensityNetwork(PyroModule):
             _require_finite(x, "x")
         return x.shape[: x.ndim - n]
 
-    def _targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
-        """Targets as vectors; if ``replicated``, with further dimensions to the left, for outer plates."""
+    def targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
+        """Targets as vectors ``(*batch, D)``; if ``replicated``, with further dimensions to the left, for outer plates.
+
+        Raises:
+            ValueError: If shape, dtype or device does not fit or, when Pyro validates, if a value is infinite.
+        """
         _require_float(y, "y", self.x_shift.device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         if is_validation_enabled():
-            _require_finite(y, "y")
+            _require_no_infinity(y)
         return y
 
     # Files
@@ -308,3 +321,8 @@ def _require_float(value: Tensor, name: str, device: torch.device) -> None:
 def _require_finite(value: Tensor, name: str) -> None:
     if not bool(value.isfinite().all()):
         raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
+
+
+def _require_no_infinity(y: Tensor) -> None:
+    if bool(y.isinf().any()):
+        raise ValueError("y: expected finite numbers, or NaN for missing ones, got Inf")

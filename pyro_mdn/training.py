@@ -1,110 +1,123 @@
-r"""Training: objectives are modules, and one loop trains them all."""
+r"""Training: one call from data to a trained network."""
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader
 
+from pyro_mdn.checkpoint import Checkpoint
+from pyro_mdn.data import Batches, InMemory, Rows, Streamed, prepare
+from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
 
-__all__ = ["FitResult", "NegativeLogLikelihood", "fit"]
+__all__ = ["fit"]
 
-
-class NegativeLogLikelihood(nn.Module):
-    r"""Objective :math:`-\log p(y \mid x)` in nats, one number per row.
-
-    >>> network = MixtureDensityNetwork(1, 1)
-    >>> NegativeLogLikelihood(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
-    torch.Size([8])
-    """
-
-    def __init__(self, network: MixtureDensityNetwork) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of each row, shape ``(N, ...)``."""
-        return self.network.loss(x, y)
-
-
-@dataclass
-class FitResult:
-    """What a training run did.
-
-    Attributes:
-        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
-            validation) and ``lr``.
-        best_epoch: Epoch whose averaged weights the network now has: the last one whose validation loss is not
-            above the lowest by more than half a standard error; without validation, the last.
-        best_loss: Their validation loss; without validation, the training loss.
-        stopped_early: Whether the validation loss had stopped improving before the last epoch.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_loss: float = math.inf
-    stopped_early: bool = False
+_ROWS_TO_START = 10_000
+_DEAD = 1e-3
 
 
 def fit(
     network: MixtureDensityNetwork,
     x: Any,
-    y: Any,
+    y: Any = None,
     *,
-    validation: float | Sequence[Any] = 0.1,
+    objective: nn.Module | None = None,
+    guide: Callable[..., Any] | None = None,
+    num_particles: int = 1,
+    sample_weight: Any = None,
+    validation: float | Sequence[Any] | DataLoader | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
     lr: float = 5e-3,
     weight_decay: float | None = None,
-    input_noise: float = 0.3,
-    target_noise: float = 0.1,
+    input_noise: float | None = None,
+    target_noise: float | None = None,
+    final_noise: float = 0.1,
     patience: int | None = None,
     max_grad_norm: float = 1.0,
     initialize: bool = True,
+    refit: bool = False,
+    skip_bad_batches: bool = False,
+    device: torch.device | str | None = None,
+    autocast: torch.dtype | None = None,
+    compile: bool = False,
+    callbacks: Sequence[Callable[[FitResult], object]] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
     seed: int | None = None,
     progress: bool = True,
 ) -> FitResult:
-    r"""Train a network on data by its negative log-likelihood; the network changes in place.
+    r"""Train a network on data by its negative log-likelihood, or another objective; the network changes in place.
 
     AdamW with decay on weight matrices only, a warm-up and a cosine schedule, gradient clipping, and an exponential
     average of the weights. Inputs and targets get fresh noise every step, which smooths the density (Rothfuss et
-    al., 2019). The noise fades to a tenth over the schedule, so that early stopping on held-out rows also finds how
-    much smoothing the data need. The averaged weights of the best epoch are kept.
+    al., 2019). The noise fades over the schedule, so that early stopping on held-out rows also finds how much
+    smoothing the data need. The averaged weights of the best epoch are kept.
+
+    Ctrl-C ends the training as early stopping would: the network has the best weights so far, the result says
+    ``interrupted``, and a checkpoint stays as it was last written.
 
     Args:
         network: The network.
-        x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers.
-        y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``.
-        validation: Fraction of the rows to hold out, or a pair ``(x, y)``; 0 for none, and so no early stopping.
+        x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers. Or a
+            ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``.
+        y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
+            was not observed: its row counts with the density of its other entries.
+        objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
+            by default :class:`NegativeLogLikelihood`.
+        guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. By default there is no
+            validation, noise or weight decay then: the prior is what regularises.
+        num_particles: Draws from the guide for each step.
+        sample_weight: Weights of the rows, ``(N,)``; only their ratios matter.
+        validation: Fraction of the rows to hold out, a pair ``(x, y)``, or a loader; 0 for none, and so no early
+            stopping. By default 0.1, but 0 for a loader or a guide.
         max_epochs: Passes over the training rows at most; the schedule is spread over them. By default as many as
             make 3000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate.
         weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 150 over the
             number of training rows (3 at most), since a prior on the weights matters less the more data there are.
-        input_noise: Standard deviation of the noise on x at the start, in standardised units.
-        target_noise: The same for y.
+        input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.3.
+        target_noise: The same for y; by default 0.1.
+        final_noise: Share of the noise that is left at the end of the schedule.
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
             ``max_epochs``.
         max_grad_norm: Gradients are scaled down to this norm.
         initialize: Set scalers and components from the training rows first; ``False`` to train a network further.
-        seed: Seed of split, start and batches; the global generator is left as it was. ``None``: use the latter.
+        refit: Once the best epoch is known, start again and train on all rows up to it.
+        skip_bad_batches: Leave out a batch whose loss or gradient is not finite, and count it, instead of stopping.
+        device: Where to train; the network is moved there and stays.
+        autocast: ``torch.bfloat16`` for matrix products of that precision.
+        compile: Compile the objective by ``torch.compile``; targets must be complete then.
+        callbacks: Each is called after every epoch with the :class:`FitResult` so far; training stops if one
+            returns True.
+        checkpoint: File to write the whole state to, every ``checkpoint_every`` epochs and at the end.
+        checkpoint_every: Epochs from one checkpoint to the next.
+        resume: Go on from the checkpoint, if there is one, bit for bit as if the run had not stopped. Network, data
+            and settings must be those of that run.
+        seed: Seed of split, start, batches and noise; by default one is drawn. The generators stay as they were.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: If the data or a setting are not usable; nothing is changed then.
+        ValueError: If the data, a setting or the checkpoint are not usable; nothing is changed then.
         FloatingPointError: If the loss, its gradient or the validation loss is not finite, with epoch and batch; the
             network keeps its best weights so far.
+
+    Warns:
+        UserWarning: If components died: they explain less than a thousandth of the rows each.
 
     >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
     >>> result = fit(MixtureDensityNetwork(1, 1), x, x**2, max_epochs=2, seed=0, progress=False)
@@ -112,191 +125,173 @@ def fit(
     2
     """
     _require_counts(max_epochs=max_epochs, batch_size=batch_size, patience=patience)
+    _require_counts(num_particles=num_particles, checkpoint_every=checkpoint_every)
     _require_numbers(lr=lr, max_grad_norm=max_grad_norm)
     _require_numbers(least=0.0, weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
-    if not any(p.requires_grad for p in network.parameters()):
-        raise ValueError("network: expected parameters to train, got none that requires a gradient")
-    with _isolated(network, seed):
-        x, y = _as_data(network, x, y)
-        train, held_out = _split(network, x, y, validation)
-        if initialize:
-            network.initialize_(*train)
-        n_batches = math.ceil(len(train[0]) / (batch_size or min(256, max(32, len(train[0]) // 64))))
-        max_epochs = max_epochs or max(100, math.ceil(3000 / n_batches))
-        objective = NegativeLogLikelihood(network)
-        weight_decay = min(3.0, 150 / len(train[0])) if weight_decay is None else weight_decay
-        optimizer = _optimizer(objective, lr, weight_decay)
-        loop = _Loop(
-            objective,
-            optimizer,
-            _schedule(optimizer, max_epochs * n_batches),
-            noise=(input_noise * network.x_scale, target_noise * network.head.scale),
-            steps=max_epochs * n_batches,
+    _require_numbers(least=0.0, final_noise=final_noise)
+    _require_modules(network, objective, guide)
+    if autocast not in (None, torch.bfloat16):
+        raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
+    saved = Checkpoint(checkpoint, checkpoint_every, resume=resume)
+    root = _seed(saved) if seed is None else seed
+    for module in (network, objective, guide):
+        if device is not None and isinstance(module, nn.Module):
+            module.to(device)
+    if validation is None:
+        validation = 0.0 if guide is not None or isinstance(x, DataLoader) else 0.1
+    with _isolated(network, root):
+        batches, held_out = prepare(network, x, y, sample_weight, validation, batch_size)
+        _require_data(batches, held_out, compile=compile, refit=refit)
+        max_epochs = max_epochs or max(100, math.ceil(3000 / len(batches)))
+        regularized = guide is None
+        settings = Settings(
+            max_epochs=max_epochs,
+            patience=patience or math.ceil(max_epochs / 4),
+            lr=lr,
+            weight_decay=_default(weight_decay, regularized * min(3.0, 150 / batches.num_rows)),
+            input_noise=_default(input_noise, regularized * 0.3),
+            target_noise=_default(target_noise, regularized * 0.1),
+            final_noise=final_noise,
             max_grad_norm=max_grad_norm,
+            skip_bad_batches=skip_bad_batches,
+            autocast=autocast,
         )
-        return loop.run(train, held_out, n_batches, max_epochs, patience or math.ceil(max_epochs / 4), progress)
-
-
-class _Loop:
-    """The training loop: it knows an objective and batches, not what is being trained."""
-
-    def __init__(
-        self,
-        objective: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        *,
-        noise: tuple[Tensor, Tensor],
-        steps: int,
-        max_grad_norm: float,
-    ) -> None:
-        self.objective, self.optimizer, self.schedule = objective, optimizer, schedule
-        self.noise, self.max_grad_norm = noise, max_grad_norm
-        self.step, self.steps = 0, steps
-        self.parameters = list(objective.parameters())
-        self.averaged = copy.deepcopy(objective).requires_grad_(False).eval()
-        self.averages = list(self.averaged.parameters())
-        self.best = copy.deepcopy(objective.state_dict())
-        self.stopping = _Stopping()
-
-    def run(
-        self,
-        train: tuple[Tensor, Tensor],
-        held_out: tuple[Tensor, Tensor] | None,
-        n_batches: int,
-        max_epochs: int,
-        patience: int,
-        progress: bool,
-    ) -> FitResult:
-        result = FitResult()
-        bar = tqdm(range(1, max_epochs + 1), desc="fit", unit="epoch", disable=not progress)
-        try:
-            for epoch in bar:
-                loss = self._epoch(epoch, *train, n_batches)
-                losses = None if held_out is None else self._evaluate(*held_out)
-                monitored = math.nan if losses is None else float(losses.mean())
-                if losses is not None and not math.isfinite(monitored):
-                    raise FloatingPointError(f"fit: validation loss is {monitored} after epoch {epoch}")
-                lr = float(self.schedule.get_last_lr()[0])
-                result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
-                if losses is None or self.stopping.is_good(losses):
-                    result.best_epoch, result.best_loss = epoch, loss if losses is None else monitored
-                    self._keep()
-                bar.set_postfix(loss=f"{loss:.3f}", validation=f"{monitored:.3f}")
-                if epoch - result.best_epoch >= patience:
-                    result.stopped_early = True
-                    break
-        finally:
-            self.objective.load_state_dict(self.best)
-            self.optimizer.zero_grad()
+        if guide is not None:
+            objective = NegativeElbo(network, guide, batches.num_rows, num_particles=num_particles)
+        plan = _Plan(network, objective or NegativeLogLikelihood(network), settings, root, initialize, compile)
+        saved.require(plan.describe(batches, held_out, refit=refit))
+        run = _Run(plan, list(callbacks), progress)
+        result = run(batches, held_out, saved) if not refit else run.twice(batches, held_out, saved)
+        if guide is None:
+            result.component_weights = _component_weights(network, batches.head(_ROWS_TO_START))
         return result
 
-    def _epoch(self, epoch: int, x: Tensor, y: Tensor, n_batches: int) -> float:
-        """Mean loss over one pass; batches differ in size by one row at most, so that none is short."""
-        self.objective.train()
-        total = 0.0
-        for batch, rows in enumerate(torch.randperm(len(x), device=x.device).tensor_split(n_batches), start=1):
-            try:
-                total += self._step(x[rows], y[rows]) * len(rows)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"fit: {error} in epoch {epoch}, batch {batch} of {n_batches}") from error
-        for average, buffer in zip(self.averaged.buffers(), self.objective.buffers(), strict=True):
-            average.copy_(buffer)
-        return total / len(x)
 
-    def _step(self, x: Tensor, y: Tensor) -> float:
-        fade = 0.1 + 0.9 * (1 - self.step / self.steps) ** 3
-        x, y = (_blur(value, fade * scale) for value, scale in zip((x, y), self.noise, strict=True))
-        self.optimizer.zero_grad()
-        loss = self.objective(x, y).mean()
-        if not loss.isfinite():
-            raise FloatingPointError(f"loss is {loss.item()}")
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        if not norm.isfinite():
-            raise FloatingPointError(f"norm of the gradient is {norm.item()}")
-        self.optimizer.step()
-        self.schedule.step()
-        self._average()
-        return loss.item()
+@dataclass(frozen=True)
+class _Plan:
+    """What is trained, and how."""
 
-    @torch.no_grad()
-    def _average(self) -> None:
-        """Exponential average over about the last tenth of all steps, 100 at most."""
-        weight = max(0.01, 9 / (10 + self.step))
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(parameter, weight)
-        self.step += 1
+    network: MixtureDensityNetwork
+    objective: nn.Module
+    settings: Settings
+    seed: int
+    initialize: bool
+    compiled: bool
 
-    @torch.no_grad()
-    def _evaluate(self, x: Tensor, y: Tensor, rows: int = 8192) -> Tensor:
-        """Held-out loss of each row, of the averaged weights."""
-        losses = [self.averaged(a, b) for a, b in zip(x.split(rows), y.split(rows), strict=True)]
-        return torch.cat([loss.flatten() for loss in losses])
+    def describe(self, batches: Batches, held_out: Rows | Streamed | None, *, refit: bool) -> dict[str, Any]:
+        """Tell runs apart, in plain values."""
+        settings = dataclasses.asdict(self.settings)
+        return {
+            "seed": self.seed,
+            "network": repr(self.network),
+            "objective": type(self.objective).__name__,
+            "settings": {**settings, "autocast": settings["autocast"] and str(settings["autocast"])},
+            "initialize": self.initialize,
+            "refit": refit,
+            "data": batches.digest(),
+            "validation": held_out.digest() if held_out is not None else None,
+        }
 
-    def _keep(self) -> None:
-        for name, tensor in self.averaged.state_dict().items():
-            self.best[name].copy_(tensor)
+    def loop(self, batches: Batches, held_out: Rows | Streamed | None) -> Loop:
+        """Loop at its start: scalers and components set from the data, a guide set up by a first call."""
+        rows = batches.head(_ROWS_TO_START)
+        if self.initialize:
+            self.network.initialize_(rows.x, rows.y)
+        with torch.no_grad():
+            self.objective(rows.x[:2], rows.y[:2])
+        noise = (self.network.x_scale, self.network.head.scale)
+        return Loop(self.objective, batches, held_out, noise, self.settings, compiled=self.compiled)
 
 
-def _blur(value: Tensor, scale: Tensor) -> Tensor:
-    return value + scale * torch.randn(value.shape, dtype=scale.dtype, device=scale.device)
+@dataclass(frozen=True)
+class _Run:
+    """A training, from its checkpoint if there is one."""
 
+    plan: _Plan
+    callbacks: Sequence[Callable[[FitResult], object]]
+    progress: bool
 
-class _Stopping:
-    """Judges epochs by held-out losses, row by row.
+    def __call__(
+        self,
+        batches: Batches,
+        held_out: Rows | Streamed | None,
+        checkpoint: Checkpoint,
+        *,
+        epochs: int | None = None,
+        beside: dict[str, Tensor] | None = None,
+    ) -> FitResult:
+        """Train, and write the state with the tensors ``beside`` it every few epochs and at the end."""
+        loop = self.plan.loop(batches, held_out)
+        checkpoint.restore(loop)
 
-    An epoch is good if its mean loss is the lowest so far, or above the lowest by no more than half a standard
-    error of the difference: one held-out row that gets worse as all others get better must not end the training.
-    """
+        def save(epoch: int | None = None) -> None:
+            checkpoint.write(loop, beside or {}, epoch)
 
-    def __init__(self, tolerance: float = 0.5) -> None:
-        self.tolerance = tolerance
-        self.lowest: Tensor | None = None
+        result = loop.run(epochs=epochs, callbacks=self.callbacks, save=save, progress=self.progress)
+        if not result.interrupted:
+            save()
+        return result
 
-    def is_good(self, losses: Tensor) -> bool:
-        if self.lowest is None or losses.mean() < self.lowest.mean():
-            self.lowest = losses
-            return True
-        difference = losses - self.lowest
-        error = difference.std() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-        return bool(difference.mean() <= self.tolerance * error)
-
-
-def _optimizer(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    parameters = [p for p in objective.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up over a twentieth of the steps, then a cosine down to zero."""
-    warmup = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        return min(
-            (step + 1) / warmup,
-            0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup))),
+    def twice(self, batches: Batches, held_out: Rows | Streamed | None, checkpoint: Checkpoint) -> FitResult:
+        """Search for the best epoch, then start again and train on all rows up to it."""
+        objective = self.plan.objective
+        start = checkpoint.tensors("start") or copied(objective.state_dict())
+        beside = {f"start.{name}": tensor for name, tensor in start.items()}
+        result = self(batches, held_out, checkpoint, beside=beside)
+        if result.interrupted or not isinstance(held_out, Rows) or not isinstance(batches, InMemory):
+            return result
+        best = copied(objective.state_dict())
+        torch.manual_seed(self.plan.seed)
+        try:
+            objective.load_state_dict(start)
+            everything = InMemory(batches.rows.joined(held_out), math.ceil(batches.num_rows / len(batches)))
+            again = self(everything, None, checkpoint.second(), epochs=result.best_epoch)
+        except BaseException:
+            objective.load_state_dict(best)
+            raise
+        if again.interrupted:
+            objective.load_state_dict(best)
+        return dataclasses.replace(
+            result,
+            interrupted=again.interrupted,
+            skipped_batches=result.skipped_batches + again.skipped_batches,
+            seconds=result.seconds + again.seconds,
+            refit_history=again.history,
         )
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+@torch.no_grad()
+def _component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float]:
+    """Mean responsibility of each component for the rows; a warning if some have next to none."""
+    with evaluating(network):
+        parts = [network(part.x).responsibilities(part.y) for part in rows.chunks(1024)]
+    share = torch.cat([part.flatten(0, -2) for part in parts]).double().mean(0)
+    if dead := int((share < _DEAD).sum()):
+        text = f"fit: {dead} of {network.n_components} components explain less than {_DEAD:.1%} of the rows each"
+        warnings.warn(f"{text}; fewer would do", stacklevel=4)  # of the caller of fit
+    return share.tolist()
 
 
 @contextmanager
-def _isolated(network: nn.Module, seed: int | None) -> Iterator[None]:
-    """Keep Pyro's parameter store, the mode of the network and, with a seed, the generators as they were."""
+def _isolated(network: nn.Module, seed: int) -> Iterator[None]:
+    """Keep Pyro's parameter store, the mode of the network and the generators as they were."""
     with (
         pyro.get_param_store().scope(),
         pyro.validation_enabled(False),
-        torch.random.fork_rng(range(torch.cuda.device_count()), enabled=seed is not None),
+        torch.random.fork_rng(range(torch.cuda.device_count())),
         evaluating(network),
     ):
-        if seed is not None:
-            torch.manual_seed(seed)
+        torch.manual_seed(seed)
         yield
+
+
+def _seed(saved: Checkpoint) -> int:
+    """Seed of the run that a checkpoint is of, or one drawn."""
+    return saved.run["seed"] if saved.run else int(torch.randint(2**62, ()))
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _require_counts(**settings: int | None) -> None:
@@ -312,34 +307,19 @@ def _require_numbers(*, least: float = math.ulp(0.0), **settings: float | None) 
             raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")
 
 
-def _as_data(network: MixtureDensityNetwork, x: Any, y: Any, name: str = "") -> tuple[Tensor, Tensor]:
-    x, y = _as_tensor(network, x, f"{name}x"), _as_tensor(network, y, f"{name}y")
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
-    return x, network.check(x, y)
+def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any) -> None:
+    if objective is not None and guide is not None:
+        raise ValueError("objective, guide: expected one of the two, got both")
+    if objective is not None and not (isinstance(objective, nn.Module) and network in objective.modules()):
+        raise ValueError(f"objective: expected a module with the network in it, got {type(objective).__name__}")
+    if guide is not None and not callable(guide):
+        raise ValueError(f"guide: expected a guide of network.model, got {type(guide).__name__}")
+    if guide is None and not any(p.requires_grad for p in network.parameters()):
+        raise ValueError("network: expected parameters to train, got none that requires a gradient")
 
 
-def _as_tensor(network: MixtureDensityNetwork, value: Any, name: str) -> Tensor:
-    if not isinstance(value, Tensor):
-        array = np.asarray(value)
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
-        value = torch.tensor(array)
-    return value.detach().to(network.x_shift.device)
-
-
-def _split(
-    network: MixtureDensityNetwork, x: Tensor, y: Tensor, validation: float | Sequence[Any]
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
-    """Training rows and held-out rows."""
-    if isinstance(validation, Sequence) and len(validation) == 2:
-        return (x, y), _as_data(network, validation[0], validation[1], "validation ")
-    if not isinstance(validation, float | int) or not 0 <= validation < 1:
-        raise ValueError(f"validation: expected a fraction in [0, 1) or a pair (x, y), got {validation!r}")
-    if validation == 0:
-        return (x, y), None
-    held_out = max(1, round(validation * len(x)))
-    if held_out >= len(x):
-        raise ValueError(f"validation: expected to leave rows for training, got {len(x)} rows in all")
-    rows = torch.randperm(len(x), device=x.device)
-    return (x[rows[held_out:]], y[rows[held_out:]]), (x[rows[:held_out]], y[rows[:held_out]])
+def _require_data(batches: Batches, held_out: Any, *, compile: bool, refit: bool) -> None:
+    if refit and not (isinstance(batches, InMemory) and isinstance(held_out, Rows)):
+        raise ValueError("refit: expected arrays with some rows held out")
+    if compile and isinstance(batches, InMemory) and bool(batches.rows.y.isnan().any()):
+        raise ValueError("compile: expected complete targets, got NaN for missing ones")

@@ -22,6 +22,12 @@ ORDER = [
     "head",
     "serialization",
     "network",
+    "objectives",
+    "optimization",
+    "data",
+    "plots",
+    "loop",
+    "checkpoint",
     "training",
     "__init__",
 ]

@@ -1,0 +1,82 @@
+r"""Checkpoints: the whole state of a training run in one file, to go on from as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyro_mdn import serialization
+from pyro_mdn.loop import Loop
+
+__all__ = ["Checkpoint"]
+
+logger = logging.getLogger("pyro_mdn")
+
+
+class Checkpoint:
+    """File that a run writes its state to every few epochs, and takes it from again.
+
+    A write that fails, on a full disk say, is logged as an error; the last good file stays in place.
+
+    Args:
+        path: The file; ``None`` for none, and then nothing here does anything.
+        every: Epochs from one write to the next.
+        resume: Whether to read the file, if there is one. Nothing in it is executed.
+
+    Raises:
+        ValueError: If the file is damaged or not a checkpoint, or if there is no path to resume from.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, every: int, *, resume: bool) -> None:
+        if resume and path is None:
+            raise ValueError("resume: expected checkpoint= with the file to go on from")
+        self.path, self.every, self.resume = None if path is None else Path(path), every, resume
+        self.run: dict[str, Any] = {}
+        self._progress: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
+        if resume and self.path is not None and self.path.exists():
+            config, self._tensors = serialization.read_tensors(self.path)
+            if config.get("kind") != "checkpoint":
+                raise ValueError(f"{path}: expected a checkpoint, got another file of this library")
+            self.run, self._progress = config["run"], config["progress"]
+
+    def require(self, run: Mapping[str, Any]) -> None:
+        """Name the run; a ``ValueError`` that says what differs if the file is of another one."""
+        differing = [name for name in run if self.run and run[name] != self.run.get(name)]
+        if differing:
+            here, there = ({name: r.get(name) for name in differing} for r in (run, self.run))
+            raise ValueError(f"{self.path}: expected a checkpoint of this run, {here}, got one of another, {there}")
+        self.run = dict(run)
+
+    def second(self) -> Checkpoint:
+        """File beside this one for a second training in the same run."""
+        path = None if self.path is None else self.path.with_name(f"{self.path.name}.refit")
+        second = Checkpoint(path, self.every, resume=self.resume)
+        second.require({**self.run, "part": "refit"})
+        return second
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Tensors that were written beside the state under names ``group.…``."""
+        prefix = f"{group}."
+        return {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+
+    def restore(self, loop: Loop) -> None:
+        """Give a loop the state in the file, if one was read."""
+        if self._tensors:
+            loop.restore(self._progress, self._tensors)
+
+    def write(self, loop: Loop, beside: Mapping[str, Tensor], epoch: int | None = None) -> None:
+        """Replace the file by the state of a loop, and tensors beside it, if that is due after this epoch."""
+        if self.path is None or (epoch is not None and epoch % self.every):
+            return
+        progress, tensors = loop.state()
+        config = {"kind": "checkpoint", "run": self.run, "progress": progress}
+        try:
+            serialization.write_tensors(self.path, config, {**tensors, **beside})
+        except OSError as error:
+            logger.error("fit: the checkpoint was not written, the last one stays: %s", error)

@@ -1,0 +1,296 @@
+r"""The training loop: it knows an objective and batches, not what is being trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_mdn.data import Batches, Rows, Streamed
+from pyro_mdn.optimization import AveragedWeights, adamw, blur, fading, warmup_cosine
+
+__all__ = ["FitResult", "Loop", "Settings", "copied"]
+
+logger = logging.getLogger("pyro_mdn")
+
+_EVALUATION_ROWS = 8192
+
+
+@dataclass
+class FitResult:
+    """What a training run did.
+
+    Attributes:
+        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
+            validation) and ``lr``.
+        best_epoch: Epoch whose averaged weights the network now has: the last one whose validation loss is not
+            above the lowest by more than half a standard error; without validation, the last.
+        best_loss: Their validation loss; without validation, the training loss.
+        stopped_early: Whether the validation loss had stopped improving, or a callback had enough, before the
+            last epoch.
+        interrupted: Whether Ctrl-C ended the training.
+        skipped_batches: Batches whose loss or gradient was not finite, where these are skipped.
+        seconds: Wall-clock time, with that of earlier runs that this one resumed.
+        component_weights: Share of the training rows that each component explains, ``K`` numbers; see
+            :attr:`effective_components`. None with a guide.
+        refit_history: The same as ``history``, of a second training on all rows.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    stopped_early: bool = False
+    interrupted: bool = False
+    skipped_batches: int = 0
+    seconds: float = 0.0
+    component_weights: list[float] = field(default_factory=list)
+    refit_history: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def effective_components(self) -> float:
+        r"""Effective number of components, :math:`\exp(-\sum_k w_k \log w_k)`; 1 if all but one are idle.
+
+        >>> FitResult(component_weights=[0.5, 0.5, 0.0]).effective_components
+        2.0
+        """
+        return math.exp(-sum(w * math.log(w) for w in self.component_weights if w > 0))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the losses by epoch and mark the best one; return the axes. See :func:`pyro_mdn.plots.plot_training`."""
+        from pyro_mdn.plots import plot_training
+
+        return plot_training(self, ax=ax)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers that a run is made of; :func:`pyro_mdn.fit` documents them."""
+
+    max_epochs: int
+    patience: int
+    lr: float
+    weight_decay: float
+    input_noise: float
+    target_noise: float
+    final_noise: float
+    max_grad_norm: float
+    skip_bad_batches: bool = False
+    autocast: torch.dtype | None = None
+
+
+class Loop:
+    """Train an objective on batches, epoch by epoch.
+
+    Between epochs its whole state can be taken by :meth:`state` and given to another loop of the same making by
+    :meth:`restore`, which then goes on as this one would have.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: Batches,
+        held_out: Rows | Streamed | None,
+        noise: tuple[Tensor, Tensor],
+        settings: Settings,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
+        self.losses = torch.compile(objective, dynamic=True) if compiled else objective
+        self.noise = (settings.input_noise * noise[0], settings.target_noise * noise[1])
+        self.optimizer = adamw(objective, settings.lr, settings.weight_decay)
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.average = AveragedWeights(self.parameters)
+        self.best = copied(objective.state_dict())
+        self.lowest: Tensor | None = None
+        self.step, self.steps = 0, settings.max_epochs * len(batches)
+        self.result = FitResult()
+
+    def run(
+        self,
+        *,
+        epochs: int | None = None,
+        callbacks: Sequence[Callable[[FitResult], object]] = (),
+        save: Callable[[int], object] | None = None,
+        progress: bool = False,
+    ) -> FitResult:
+        """Train until the last epoch, or until losses stop improving, a callback returns True, or Ctrl-C.
+
+        Args:
+            epochs: The last epoch, if not that of the settings.
+            callbacks: Called after each epoch with the result so far.
+            save: Called after them, with the number of the epoch.
+            progress: Show a progress bar.
+
+        Raises:
+            FloatingPointError: If a loss or gradient is not finite; the objective keeps its best weights.
+        """
+        result, start = self.result, time.perf_counter() - self.result.seconds
+        last = epochs or self.settings.max_epochs
+        bar = tqdm(total=last, initial=len(result.history), desc="fit", unit="epoch", disable=not progress)
+        try:
+            while len(result.history) < last and not result.stopped_early:
+                self._epoch(len(result.history) + 1)
+                result.seconds = time.perf_counter() - start
+                row = result.history[-1]
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", validation=f"{row['validation_loss']:.3f}")
+                logger.debug("epoch %(epoch)d: loss %(loss).4f, validation %(validation_loss).4f", row)
+                for callback in callbacks:
+                    result.stopped_early |= callback(result) is True
+                if save is not None:
+                    save(len(result.history))
+        except KeyboardInterrupt:
+            result.interrupted = True
+            logger.warning("fit: interrupted after epoch %d; the weights of the best one are kept", len(result.history))
+        finally:
+            bar.close()
+            self.objective.load_state_dict(self.best)
+            self.optimizer.zero_grad()
+        return result
+
+    def _epoch(self, epoch: int) -> None:
+        loss = self._train(epoch)
+        losses = self._evaluate()
+        monitored = math.nan if losses is None else float(losses.mean())
+        if losses is not None and not math.isfinite(monitored):
+            raise FloatingPointError(f"fit: validation loss is {monitored} after epoch {epoch}")
+        lr = self.settings.lr * warmup_cosine(self.step - 1, self.steps)
+        result = self.result
+        if losses is None or self._is_good(losses):
+            with self.average.swapped_in():
+                self.best = copied(self.objective.state_dict())
+            result.best_epoch, result.best_loss = epoch, loss if losses is None else monitored
+        result.stopped_early = epoch - result.best_epoch >= self.settings.patience
+        result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
+
+    # Steps
+
+    def _train(self, epoch: int) -> float:
+        """Mean loss over one pass."""
+        self.objective.train()
+        total, rows = 0.0, 0
+        for number, batch in enumerate(self.batches, start=1):
+            try:
+                total += self._step(batch) * len(batch)
+                rows += len(batch)
+            except FloatingPointError as error:
+                where = f"{error} in epoch {epoch}, batch {number} of {len(self.batches)}"
+                if not self.settings.skip_bad_batches:
+                    raise FloatingPointError(f"fit: {where}") from error
+                logger.warning("fit: %s; skipped", where)
+                self.result.skipped_batches += 1
+        if rows == 0:
+            raise FloatingPointError(f"fit: no batch of epoch {epoch} has a finite loss and gradient")
+        return total / rows
+
+    def _step(self, batch: Rows) -> float:
+        step, self.step = self.step, self.step + 1
+        fade = fading(step, self.steps, self.settings.final_noise)
+        x, y = (blur(value, fade * scale) for value, scale in zip((batch.x, batch.y), self.noise, strict=True))
+        self.optimizer.zero_grad()
+        loss = batch.weigh(self._losses(x, y)).mean()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"loss is {value}")
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(f"norm of the gradient is {norm.item()}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * warmup_cosine(step, self.steps)
+        self.optimizer.step()
+        self.average.update(step)
+        return value
+
+    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
+        dtype = self.settings.autocast
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+            return self.losses(x, y)
+
+    # Judging epochs
+
+    @torch.no_grad()
+    def _evaluate(self) -> Tensor | None:
+        """Held-out loss of each row, of the averaged weights."""
+        if self.held_out is None:
+            return None
+        self.objective.eval()
+        batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
+        with self.average.swapped_in():
+            return torch.cat([batch.weigh(self.objective(batch.x, batch.y)).flatten() for batch in batches])
+
+    def _is_good(self, losses: Tensor, tolerance: float = 0.5) -> bool:
+        """Whether held-out losses are the lowest so far, or above by no more than half a standard error, row by row.
+
+        One held-out row that gets worse as all others get better must not end the training.
+        """
+        if self.lowest is None or losses.mean() < self.lowest.mean():
+            self.lowest = losses
+            return True
+        difference = losses - self.lowest
+        error = difference.std() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
+        return bool(difference.mean() <= tolerance * error)
+
+    # State
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that the next epoch depends on, as plain values and as tensors; not the data."""
+        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average.averages)}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        if self.lowest is not None:
+            tensors["lowest"] = self.lowest
+        tensors["generator"] = torch.get_rng_state()
+        if (device := self.noise[0].device).type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
+        return {"step": self.step, "result": dataclasses.asdict(self.result)}, tensors
+
+    def restore(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take over a state; a ``ValueError``, before anything changes, if it is not one of such a loop."""
+        groups: dict[str, dict[str, Tensor]] = {"objective": {}, "best": {}, "average": {}, "optimizer": {}}
+        rest: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition(".")
+            groups.get(group, rest)[key if group in groups else name] = tensor
+        _require_alike(self.objective.state_dict(), groups["objective"])
+        _require_alike(self.best, groups["best"])
+        _require_alike({str(i): t for i, t in enumerate(self.average.averages)}, groups["average"])
+        self.objective.load_state_dict(groups["objective"])
+        for name, tensor in groups["best"].items():
+            self.best[name].copy_(tensor)
+        for i, average in enumerate(self.average.averages):
+            average.copy_(groups["average"][str(i)])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in groups["optimizer"].items():
+            i, _, key = name.partition(".")
+            moments.setdefault(int(i), {})[key] = tensor
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        device = self.noise[0].device
+        self.lowest = rest["lowest"].to(device) if "lowest" in rest else None
+        self.step, self.result = config["step"], FitResult(**config["result"])
+        torch.set_rng_state(rest["generator"])
+        if "generator.cuda" in rest:
+            torch.cuda.set_rng_state(rest["generator.cuda"], device)
+
+
+def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of their own."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _require_alike(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    a = {(name, tuple(t.shape), t.dtype) for name, t in expected.items()}
+    b = {(name, tuple(t.shape), t.dtype) for name, t in got.items()}
+    if a != b:
+        raise ValueError(f"checkpoint: expected tensors of this model, got others for {sorted({n for n, *_ in a ^ b})}")

@@ -1,0 +1,151 @@
+r"""Objectives: modules that a training loop minimises, one loss per row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_mdn import scores
+from pyro_mdn.network import MixtureDensityNetwork
+
+__all__ = ["ContinuousRankedProbability", "NegativeElbo", "NegativeLogLikelihood", "WeightedSum"]
+
+
+class NegativeLogLikelihood(nn.Module):
+    r"""Objective :math:`-\log p(y \mid x)` in nats, one number per row.
+
+    A target that is NaN was not observed: the row's loss is that of its other targets.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> NegativeLogLikelihood(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, network: MixtureDensityNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``."""
+        return self.network.loss(x, y)
+
+
+class ContinuousRankedProbability(nn.Module):
+    r"""Objective CRPS, summed over the outputs, each in its standardised unit; one number per row.
+
+    .. math:: \sum_d \mathrm{CRPS}(F_d(\cdot \mid x), y_d) / s_d
+
+    Bounded where a log-density is not, so that no single row dominates. A target that is NaN adds nothing.
+
+    References:
+        Gneiting & Raftery (2007), Strictly proper scoring rules, prediction, and estimation.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> ContinuousRankedProbability(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, network: MixtureDensityNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``."""
+        mixture = self.network(x)
+        y = self.network.targets(y, mixture.batch_shape)
+        missing = y.isnan()
+        score = scores.crps(mixture, torch.where(missing, mixture.mean.detach(), y)) / self.network.head.scale
+        return score.masked_fill(missing, 0.0).sum(-1)
+
+
+class NegativeElbo(nn.Module):
+    r"""Objective −ELBO of ``network.model`` and a guide, in nats per row.
+
+    .. math:: E_{q(w)}\left[-\log p(y_n \mid x_n, w)\right] + \frac{\beta}{N} \, \mathrm{KL}(q(w) \,\|\, p(w))
+
+    by Monte Carlo with pathwise gradients; its mean over rows times N is minus the ELBO of a minibatch. In evaluation
+    mode it is the first term alone, the score of held-out rows under draws from the guide.
+
+    Args:
+        network: Network with latent weights. One without has no second term.
+        guide: Guide of ``network.model``; an AutoGuide is set up by the first call.
+        num_data: Rows in the whole of the data, N.
+        num_particles: Draws of the weights for each estimate.
+        kl_weight: :math:`\beta`; 1 is the ELBO.
+
+    Raises:
+        ValueError: If a count is not positive or the guide draws from a distribution without pathwise gradients.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes.
+    """
+
+    def __init__(
+        self,
+        network: MixtureDensityNetwork,
+        guide: Callable[..., Any],
+        num_data: int,
+        *,
+        num_particles: int = 1,
+        kl_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_data < 1 or num_particles < 1:
+            raise ValueError(f"num_data, num_particles: expected 1 at least, got {num_data} and {num_particles}")
+        self.network, self.guide = network, guide
+        self.num_data, self.num_particles, self.kl_weight = num_data, num_particles, kl_weight
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N,)``."""
+        return torch.stack([self._particle(x, y) for _ in range(self.num_particles)]).mean(0)
+
+    def _particle(self, x: Tensor, y: Tensor) -> Tensor:
+        guide = poutine.trace(self.guide).get_trace(x, y, num_data=self.num_data)
+        model = poutine.trace(poutine.replay(self.network.model, guide)).get_trace(x, y, num_data=self.num_data)
+        likelihood: dict[str, Any] = dict(model.nodes["y"])
+        losses = -likelihood["fn"].log_prob(likelihood["value"])
+        if not self.training:
+            return losses
+        divergence = guide.log_prob_sum(_is_latent) - model.log_prob_sum(_is_latent)
+        return losses + self.kl_weight * divergence / self.num_data
+
+
+def _is_latent(name: str, site: Any) -> bool:
+    if site["type"] != "sample" or site["is_observed"] or name == "data":
+        return False
+    if not site["fn"].has_rsample:
+        raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
+    return True
+
+
+class WeightedSum(nn.Module):
+    r"""Objective :math:`\sum_i a_i \, \ell_i(x, y)`.
+
+    Args:
+        objectives: Objectives.
+        weights: Their weights, finite and not negative.
+
+    Raises:
+        ValueError: If there is not one weight to each objective or a weight is not usable.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> both = WeightedSum([NegativeLogLikelihood(network), ContinuousRankedProbability(network)], [1.0, 0.5])
+    >>> both(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, objectives: Sequence[nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        if not objectives or len(objectives) != len(weights) or not all(0 <= w < math.inf for w in weights):
+            raise ValueError(f"weights: expected one for each of {len(objectives)} objectives, got {list(weights)}")
+        self.objectives, self.weights = nn.ModuleList(objectives), [float(w) for w in weights]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``."""
+        losses = [w * objective(x, y) for w, objective in zip(self.weights, self.objectives, strict=True)]
+        return torch.stack(losses).sum(0)
