@@ -10,11 +10,12 @@ from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
-from pyro_mdn.training import fit
+from pyro_mdn.training import CollapseWarning, fit
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CollapseWarning",
     "ContinuousRankedProbability",
     "Covariance",
     "Diagonal",

@@ -116,14 +116,16 @@ class Covariance(ABC):
     def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
         """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
         changes = {
-            f.name: function(getattr(self, f.name), f.metadata["event_dim"]) if f.metadata else getattr(self, f.name)
+            f.name: function(getattr(self, f.name), f.metadata["event_dim"])
+            if "event_dim" in f.metadata
+            else getattr(self, f.name)
             for f in fields(self)
         }
         return type(self)(**changes)
 
     def tensors(self) -> list[Tensor]:
         """Return the stored tensors."""
-        return [getattr(self, f.name) for f in fields(self) if f.metadata]
+        return [getattr(self, f.name) for f in fields(self) if "event_dim" in f.metadata]
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
         """Expand the batch, component axis included; a view."""

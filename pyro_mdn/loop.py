@@ -106,7 +106,7 @@ class Loop:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
         self.losses = torch.compile(objective, dynamic=True) if compiled else objective
         self.noise = (settings.input_noise * noise[0], settings.target_noise * noise[1])
-        self.optimizer = adamw(objective, settings.lr, settings.weight_decay)
+        self.optimizer = adamw(objective, settings.lr, settings.weight_decay, fused=True)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.average = AveragedWeights(self.parameters)
         self.best = copied(objective.state_dict())

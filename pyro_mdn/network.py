@@ -298,7 +298,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
-    layers = [(nn.Linear(a, b), nn.SiLU()) for a, b in pairwise(widths)]
+    layers = [(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(widths)]
     return nn.Sequential(*(module for layer in layers for module in layer))
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 __all__ = ["AveragedWeights", "adamw", "blur", "fading", "warmup_cosine"]
 
 
-def adamw(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+def adamw(objective: nn.Module, lr: float, weight_decay: float, *, fused: bool = False) -> torch.optim.AdamW:
     """AdamW whose decoupled decay acts on weight matrices alone (Loshchilov & Hutter, 2019)."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=fused)
 
 
 def warmup_cosine(step: int, steps: int) -> float:

@@ -22,10 +22,14 @@ from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
 
-__all__ = ["fit"]
+__all__ = ["CollapseWarning", "fit"]
 
 _ROWS_TO_START = 10_000
 _DEAD = 1e-3
+
+
+class CollapseWarning(UserWarning):
+    """Components of a trained mixture are idle: fewer would do, or the training went wrong."""
 
 
 def fit(
@@ -117,7 +121,7 @@ def fit(
             network keeps its best weights so far.
 
     Warns:
-        UserWarning: If components died: they explain less than a thousandth of the rows each.
+        CollapseWarning: If components died: they explain less than a thousandth of the rows each.
 
     >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
     >>> result = fit(MixtureDensityNetwork(1, 1), x, x**2, max_epochs=2, seed=0, progress=False)
@@ -268,7 +272,7 @@ def _component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float
     share = torch.cat([part.flatten(0, -2) for part in parts]).double().mean(0)
     if dead := int((share < _DEAD).sum()):
         text = f"fit: {dead} of {network.n_components} components explain less than {_DEAD:.1%} of the rows each"
-        warnings.warn(f"{text}; fewer would do", stacklevel=4)  # of the caller of fit
+        warnings.warn(f"{text}; fewer would do", CollapseWarning, stacklevel=4)  # of the caller of fit
     return share.tolist()
 
 

@@ -10,7 +10,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, MixtureDensityNetwork, NegativeLogLikelihood, fit
+from pyro_mdn import CollapseWarning, Diagonal, MixtureDensityNetwork, NegativeLogLikelihood, fit
 from pyro_mdn.data import InMemory, Rows
 from pyro_mdn.loop import Loop, Settings
 
@@ -151,7 +151,7 @@ def test_training_further_keeps_scalers_and_weights():
     trained = network()
     fit(trained, x, y, **QUICK)
     before = copy.deepcopy(trained.state_dict())
-    with pytest.warns(UserWarning, match="components explain less than"):
+    with pytest.warns(CollapseWarning, match="components explain less than"):
         fit(trained, x + 100, y + 100, initialize=False, lr=1e-12, **QUICK)
     assert all(torch.allclose(t, before[name], atol=1e-6) for name, t in trained.state_dict().items())
 
@@ -324,6 +324,6 @@ def test_bad_rows_anywhere_are_found_before_anything_changes():
 def test_constant_targets_train_to_the_floor():
     x = torch.randn(100, 1)
     trained = MixtureDensityNetwork(1, 1, 3, 16, noise=Diagonal(min_scale=1e-2))
-    with pytest.warns(UserWarning, match="2 of 3 components explain less than 0.1% of the rows"):
+    with pytest.warns(CollapseWarning, match="2 of 3 components explain less than 0.1% of the rows"):
         fit(trained, x, torch.full((100, 1), 3.0), seed=0, max_epochs=200, progress=False)
     assert_close(trained(x).mean, torch.full((100, 1), 3.0), rtol=0, atol=0.05)

@@ -1,0 +1,206 @@
+import copy
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroSample
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_mdn import (
+    ContinuousRankedProbability,
+    Fixed,
+    Full,
+    MixtureDensityNetwork,
+    NegativeElbo,
+    NegativeLogLikelihood,
+    WeightedSum,
+    fit,
+    scores,
+)
+
+# Pyro's advice on the frozen head.
+pytestmark = pytest.mark.filterwarnings("ignore:.*was not registered in the param store:UserWarning")
+
+
+def linear_network(prior_scale=1.0, noise_scale=0.5):
+    """Bayesian linear regression: a weight as backbone, and a head that passes it on with a known noise."""
+    backbone = PyroModule[nn.Linear](1, 1, bias=False)
+    backbone.weight = PyroSample(dist.Normal(0.0, prior_scale).expand([1, 1]).to_event(2))
+    network = MixtureDensityNetwork(1, 1, 1, 1, noise=Fixed(noise_scale), backbone=backbone)
+    with torch.no_grad():
+        network.head.linear.weight.copy_(torch.tensor([[0.0], [1.0]]))
+        network.head.linear.bias.zero_()
+    network.head.requires_grad_(False)
+    return network
+
+
+def data(n=40):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 1, generator=generator)
+    return x, 0.7 * x + 0.5 * torch.randn(n, 1, generator=generator)
+
+
+def exact_posterior(x, y, prior_scale=1.0, noise_scale=0.5):
+    precision = prior_scale**-2 + (x.square().sum() / noise_scale**2)
+    return ((x * y).sum() / noise_scale**2 / precision).item(), precision.item() ** -0.5
+
+
+def exact_log_evidence(x, y):
+    covariance = x @ x.T + 0.25 * torch.eye(len(x))
+    return torch.distributions.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(y.squeeze(-1)).item()
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("batch", [40, 10])
+def test_elbo_is_that_of_pyro(num_particles, batch):
+    x, y = (part[:batch] for part in data())
+    with pyro.get_param_store().scope():
+        network = linear_network()
+        guide = AutoNormal(network.model)
+        objective = NegativeElbo(network, guide, 40, num_particles=num_particles)
+        objective(x, y)
+        torch.manual_seed(0)
+        ours = objective(x, y).mean() * 40
+        torch.manual_seed(0)
+        elbo = Trace_ELBO(num_particles=num_particles)
+        theirs = elbo.differentiable_loss(network.model, guide, x, y, num_data=40)
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        parameters = list(guide.parameters())
+        for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
+            assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_svi_recovers_the_exact_posterior():
+    """Conjugate linear regression: mean and deviation of the weight within a tenth of a posterior deviation."""
+    x, y = data()
+    mean, deviation = exact_posterior(x, y)
+    network = linear_network()
+    guide = AutoMultivariateNormal(network.model)
+    settings = {"num_particles": 4, "lr": 0.02, "batch_size": 40, "max_epochs": 600, "initialize": False}
+    fit(network, x, y, guide=guide, seed=0, progress=False, **settings)
+    assert not list(pyro.get_param_store())
+    with pyro.get_param_store().scope():
+        posterior = guide.get_posterior()
+    assert_close(posterior.mean.item(), mean, rtol=0, atol=0.1 * deviation)
+    assert_close(posterior.stddev.item(), deviation, rtol=0.1, atol=0)
+
+
+def test_elbo_of_the_exact_posterior_is_the_evidence():
+    """With no Monte Carlo error at all: every draw of the exact posterior gives the log evidence."""
+    x, y = data()
+    mean, deviation = exact_posterior(x, y)
+
+    def guide(x, y=None, num_data=None):
+        pyro.sample("backbone.weight", dist.Normal(mean, deviation).expand([1, 1]).to_event(2))
+
+    for _ in range(3):
+        loss = NegativeElbo(linear_network(), guide, 40)(x, y)
+        assert_close(-loss.sum().item(), exact_log_evidence(x, y), rtol=1e-4, atol=1e-3)
+
+
+def test_held_out_elbo_has_no_divergence():
+    x, y = data()
+    network = linear_network()
+
+    def guide(x, y=None, num_data=None):
+        pyro.sample("backbone.weight", dist.Delta(torch.full((1, 1), 0.7)).to_event(2))
+
+    objective = NegativeElbo(network, guide, 40).eval()
+    expected = -dist.Normal(0.7 * x, 0.5).log_prob(y).squeeze(-1)
+    assert_close(objective(x, y), expected)
+
+
+def test_guide_without_latent_weights_trains_by_likelihood():
+    x, y = data(200)
+
+    def guide(x, y=None, num_data=None):
+        pass
+
+    a, b = (MixtureDensityNetwork(1, 1, 2, 8) for _ in range(2))
+    b.load_state_dict(a.state_dict())
+    settings = {"max_epochs": 5, "seed": 0, "progress": False, "validation": 0}
+    fit(a, x, y, guide=guide, **settings)
+    fit(b, x, y, input_noise=0.0, target_noise=0.0, weight_decay=0.0, **settings)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_discrete_guides_are_refused():
+    network = linear_network()
+
+    def guide(x, y=None, num_data=None):
+        pyro.sample("backbone.weight", dist.Poisson(1.0).expand([1, 1]).to_event(2))
+
+    with pytest.raises(ValueError, match=r"guide: expected pathwise gradients at site 'backbone.weight'"):
+        NegativeElbo(network, guide, 40)(*data())
+
+
+@pytest.mark.parametrize(("num_data", "num_particles"), [(0, 1), (1, 0)])
+def test_counts_of_an_elbo(num_data, num_particles):
+    with pytest.raises(ValueError, match="num_data, num_particles: expected 1 at least"):
+        NegativeElbo(MixtureDensityNetwork(1, 1), lambda x, y: None, num_data, num_particles=num_particles)
+
+
+def test_crps_objective_is_the_score_in_standard_units():
+    network = MixtureDensityNetwork(2, 2, 3, 8, noise=Full()).double()
+    x, y = torch.randn(50, 2).double(), torch.tensor([10.0, 0.1]) * torch.randn(50, 2).double()
+    network.initialize_(x, y)
+    expected = scores.crps(network(x), y) / y.std(0, correction=0)
+    assert_close(ContinuousRankedProbability(network)(x, y), expected.sum(-1))
+
+
+def test_crps_objective_leaves_missing_targets_out():
+    network = MixtureDensityNetwork(2, 2, 3, 8)
+    x, y = torch.randn(6, 2), torch.randn(6, 2)
+    expected = scores.crps(network(x), y)
+    expected[:3, 0] = 0.0
+    expected[2, 1] = 0.0
+    y[:3, 0] = torch.nan
+    y[2, 1] = torch.nan
+    losses = ContinuousRankedProbability(network)(x, y)
+    assert_close(losses, expected.sum(-1))
+    losses.sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_training_by_crps_lowers_it():
+    torch.manual_seed(0)
+    x = torch.randn(300, 1)
+    y = x.sin() + 0.1 * torch.randn(300, 1)
+    network = MixtureDensityNetwork(1, 1, 2, 16)
+    fit(network, x, y, objective=ContinuousRankedProbability(network), max_epochs=30, seed=0, progress=False)
+    # That of the exact N(sin x, 0.1²) is 0.1 / sqrt(pi) = 0.056; of the marginal normal distribution about 0.4.
+    assert scores.crps(network(x), y).mean() < 0.08
+
+
+def test_weighted_sum():
+    network = MixtureDensityNetwork(1, 1, 3, 8)
+    x, y = torch.randn(9, 1), torch.randn(9, 1)
+    parts = [NegativeLogLikelihood(network), ContinuousRankedProbability(network)]
+    assert_close(WeightedSum(parts, [0.5, 2.0])(x, y), 0.5 * parts[0](x, y) + 2.0 * parts[1](x, y))
+    assert len(list(WeightedSum(parts, [1, 1]).parameters())) == len(list(network.parameters()))
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, math.nan], []])
+def test_bad_weights_of_a_sum(weights):
+    network = MixtureDensityNetwork(1, 1)
+    with pytest.raises(ValueError, match="weights: expected one for each of 2 objectives"):
+        WeightedSum([NegativeLogLikelihood(network), ContinuousRankedProbability(network)], weights)
+
+
+def test_objectives_of_other_networks_are_refused():
+    network, other = MixtureDensityNetwork(1, 1), MixtureDensityNetwork(1, 1)
+    x, y = data()
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match="objective: expected a module with the network in it"):
+        fit(network, x, y, objective=NegativeLogLikelihood(other))
+    with pytest.raises(ValueError, match="objective, guide: expected one of the two"):
+        fit(network, x, y, objective=NegativeLogLikelihood(network), guide=lambda x, y: None)
+    with pytest.raises(ValueError, match="guide: expected a guide"):
+        fit(network, x, y, guide=3)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())

@@ -1,0 +1,303 @@
+"""Checkpoints: a run that was killed goes on bit for bit; what is damaged or foreign is refused."""
+
+import copy
+import errno
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pyro_mdn import Diagonal, MixtureDensityNetwork, fit, serialization
+
+SETTINGS = {"max_epochs": 6, "batch_size": 32, "checkpoint_every": 2, "seed": 0, "progress": False}
+
+
+def data(n=120):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, generator=generator)
+    return x, x.square() + 0.1 * torch.randn(n, 1, generator=generator)
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    return MixtureDensityNetwork(1, 1, 2, 8, **settings)
+
+
+def states_equal(a, b):
+    return all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(epoch):
+    def callback(result):
+        if len(result.history) == epoch:
+            raise Stop
+
+    return callback
+
+
+def test_killed_runs_go_on_bit_for_bit(tmp_path):
+    """20 processes killed by SIGKILL at random moments: plain, dropout and batch norm, refit, guide, missing targets."""
+    command = [sys.executable, str(Path(__file__).parent / "killed.py"), str(tmp_path), "20"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert len(lines) == 20
+    assert all(line.endswith(" same") for line in lines), done.stdout
+    assert sum(" resumed " in line for line in lines) >= 8, done.stdout
+
+
+@pytest.mark.parametrize("epoch", [3, 5])
+def test_seed_and_history_come_from_the_checkpoint(tmp_path, epoch):
+    x, y = data()
+    settings = {**SETTINGS, "seed": None}
+    torch.manual_seed(5)
+    whole = network()
+    torch.manual_seed(5)
+    expected = fit(whole, x, y, **settings)
+    part = network()
+    torch.manual_seed(5)
+    with pytest.raises(Stop):
+        fit(part, x, y, checkpoint=tmp_path / "run", callbacks=[stop_after(epoch)], **settings)
+    resumed = network()
+    result = fit(resumed, x, y, checkpoint=tmp_path / "run", resume=True, **settings)
+    assert states_equal(resumed, whole)
+    assert result.history == expected.history
+    assert result.best_epoch == expected.best_epoch
+
+
+def test_a_finished_run_is_only_read(tmp_path):
+    x, y = data()
+    first, second = network(), network()
+    expected = fit(first, x, y, checkpoint=tmp_path / "run", **SETTINGS)
+    written = (tmp_path / "run").stat().st_mtime_ns, sorted(os.listdir(tmp_path))
+    calls = []
+    result = fit(second, x, y, checkpoint=tmp_path / "run", resume=True, callbacks=[calls.append], **SETTINGS)
+    assert states_equal(first, second)
+    assert not calls
+    assert result.history == expected.history
+    assert result.component_weights == expected.component_weights
+    assert written[1] == ["run"]
+
+
+def test_a_run_stopped_by_a_callback_stays_stopped(tmp_path):
+    x, y = data()
+    first, second = network(), network()
+
+    def enough(result):
+        return len(result.history) == 2
+
+    result = fit(first, x, y, checkpoint=tmp_path / "run", callbacks=[enough], **SETTINGS)
+    assert result.stopped_early
+    again = fit(second, x, y, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+    assert again.stopped_early
+    assert len(again.history) == 2
+    assert states_equal(first, second)
+
+
+def test_without_resume_a_checkpoint_is_replaced(tmp_path):
+    x, y = data()
+    first, second = network(), network()
+    fit(first, x, y, checkpoint=tmp_path / "run", **SETTINGS)
+    fit(second, x, y, checkpoint=tmp_path / "run", **{**SETTINGS, "seed": 1})
+    _, tensors = serialization.read_tensors(tmp_path / "run")
+    assert torch.equal(tensors["best.network.head.linear.weight"], second.head.linear.weight)
+    assert not states_equal(first, second)
+
+
+CHANGES = {
+    "seed": lambda s: s.update(seed=7),
+    "settings": lambda s: s.update(lr=0.1),
+    "data": lambda s: s.update(y=s["y"] + 1e-3),
+    "network": lambda s: s.update(network=MixtureDensityNetwork(1, 1, 3, 8)),
+    "refit": lambda s: s.update(refit=True),
+    "validation": lambda s: s.update(validation=(s["x"][:9], s["y"][:9])),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_checkpoints_of_other_runs_are_refused(tmp_path, what):
+    x, y = data()
+    fit(network(), x, y, checkpoint=tmp_path / "run", **SETTINGS)
+    content = (tmp_path / "run").read_bytes()
+    call = {"network": network(), "x": x, "y": y, **SETTINGS}
+    CHANGES[what](call)
+    before = copy.deepcopy(call["network"])
+    with pytest.raises(ValueError, match=rf"expected a checkpoint of this run, .*{what}"):
+        fit(checkpoint=tmp_path / "run", resume=True, **call)
+    assert (tmp_path / "run").read_bytes() == content
+    assert states_equal(call["network"], before)
+
+
+def test_a_noise_model_of_another_floor_is_another_run(tmp_path):
+    x, y = data()
+    fit(network(), x, y, checkpoint=tmp_path / "run", **SETTINGS)
+    with pytest.raises(ValueError, match="expected a checkpoint of this run"):
+        fit(network(noise=Diagonal(min_scale=0.1)), x, y, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+
+
+def test_backbones_that_look_alike_are_told_apart_by_their_tensors(tmp_path):
+    class Backbone(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(width, 8))
+
+        def forward(self, x):
+            return x @ self.weight[:1]
+
+    x, y = data()
+    fit(network(backbone=Backbone(1)), x, y, checkpoint=tmp_path / "run", **SETTINGS)
+    with pytest.raises(ValueError, match=r"checkpoint: expected tensors of this model, .*backbone.weight"):
+        fit(network(backbone=Backbone(2)), x, y, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["empty", "noise", "pickle", "model", "foreign safetensors", "truncated"])
+def test_files_that_are_no_checkpoints_are_refused_and_stay(tmp_path, kind):
+    path, (x, y) = tmp_path / "run", data()
+    fit(network(), x, y, checkpoint=path, **SETTINGS)
+    content = path.read_bytes()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "noise":
+        path.write_bytes(random.Random(0).randbytes(5000))
+    elif kind == "pickle":
+        torch.save(network().state_dict(), path)
+    elif kind == "model":
+        network().save(path)
+    elif kind == "foreign safetensors":
+        save_file({"a": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content[: len(content) // 2])
+    content = path.read_bytes()
+    untouched = network()
+    with pytest.raises(ValueError, match="run: expected"):
+        fit(untouched, x, y, checkpoint=path, resume=True, **SETTINGS)
+    assert path.read_bytes() == content
+    assert states_equal(untouched, network())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A checkpoint, and a model."""
+    folder = tmp_path_factory.mktemp("files")
+    trained = network()
+    fit(trained, *data(), checkpoint=folder / "run", **SETTINGS)
+    trained.save(folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["run", "model"])
+def test_fuzzed_files_never_load(files, tmp_path, kind):
+    """250 mutations of each: bits flipped, bytes overwritten, inserted, cut out, cut off, added. None loads."""
+    content = (files / kind).read_bytes()
+    randomness = random.Random(0)
+    path = tmp_path / "mutant"
+    for i in range(250):
+        path.write_bytes(mutate(content, randomness, i % 6))
+        if kind == "run":
+            with pytest.raises(ValueError, match="expected"):
+                fit(network(), *data(), checkpoint=path, resume=True, **SETTINGS)
+        else:
+            with pytest.raises(ValueError, match="expected"):
+                MixtureDensityNetwork.load(path)
+
+
+def mutate(content, randomness, kind):
+    """Return other bytes than ``content``."""
+    changed = bytearray(content)
+    # Half of the changes hit the header, which is short.
+    end = len(content) if randomness.random() < 0.5 else 600
+    at = randomness.randrange(end)
+    if kind == 0:
+        changed[at] ^= 1 << randomness.randrange(8)
+    elif kind == 1:
+        some = randomness.randbytes(16)
+        changed[at : at + 16] = some if bytes(changed[at : at + 16]) != some else bytes(16)
+    elif kind == 2:
+        changed[at:at] = randomness.randbytes(randomness.randrange(1, 9))
+    elif kind == 3:
+        del changed[at : at + randomness.randrange(1, 9)]
+    elif kind == 4:
+        del changed[at:]
+    else:
+        changed += changed[:at] or b"x"
+    return bytes(changed)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_training_goes_on(tmp_path, monkeypatch, caplog):
+    x, y = data()
+    whole = network()
+    fit(whole, x, y, **SETTINGS)
+    part, path = network(), tmp_path / "run"
+    with pytest.raises(Stop):
+        fit(part, x, y, checkpoint=path, callbacks=[stop_after(3)], **SETTINGS)
+    content = path.read_bytes()
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    resumed = network()
+    with caplog.at_level(logging.ERROR, "pyro_mdn"):
+        fit(resumed, x, y, checkpoint=path, resume=True, **SETTINGS)
+    assert "the checkpoint was not written, the last one stays: [Errno 28] No space left" in caplog.text
+    assert path.read_bytes() == content
+    assert os.listdir(tmp_path) == ["run"]
+    assert states_equal(resumed, whole)
+
+
+def test_resume_needs_a_file_name():
+    with pytest.raises(ValueError, match="resume: expected checkpoint="):
+        fit(network(), *data(), resume=True)
+
+
+def test_interrupted_runs_keep_the_best_weights_and_the_checkpoint(tmp_path, caplog):
+    x, y = data()
+    interrupted, path = network(), tmp_path / "run"
+
+    def press(result):
+        if len(result.history) == 3:
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.WARNING, "pyro_mdn"):
+        result = fit(interrupted, x, y, checkpoint=path, callbacks=[press], **SETTINGS)
+    assert result.interrupted
+    assert len(result.history) == 3
+    assert "interrupted after epoch 3" in caplog.text
+    assert interrupted.loss(x, y).isfinite().all()
+    resumed, whole = network(), network()
+    again = fit(resumed, x, y, checkpoint=path, resume=True, **SETTINGS)
+    fit(whole, x, y, **SETTINGS)
+    assert not again.interrupted
+    assert states_equal(resumed, whole)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Stop])
+def test_an_interrupted_refit_gives_the_weights_of_the_search(tmp_path, error):
+    x, y = data()
+    searched, interrupted = network(), network()
+    found = fit(searched, x, y, **SETTINGS)
+    calls = []
+
+    def press(result):
+        calls.append(result)
+        if len(calls) == len(found.history) + 2:
+            raise error
+
+    settings = {**SETTINGS, "refit": True, "callbacks": [press]}
+    if error is Stop:
+        with pytest.raises(Stop):
+            fit(interrupted, x, y, **settings)
+    else:
+        assert fit(interrupted, x, y, **settings).interrupted
+    assert states_equal(interrupted, searched)
