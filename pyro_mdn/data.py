@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
 from pyro_mdn.network import MixtureDensityNetwork
 
-__all__ = ["InMemory", "Rows", "Streamed", "as_rows", "prepare"]
+__all__ = ["InMemory", "Rows", "Streamed", "as_rows", "default_batch_size", "grid_spacing", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,21 @@ def default_batch_size(rows: int) -> int:
     return min(256, max(32, rows // 64))
 
 
+def grid_spacing(y: Tensor, rows_per_value: float = 5.0) -> Tensor:
+    """Smallest difference between targets of each column, ``(D,)``, where they repeat; 0 where they hardly do.
+
+    >>> grid_spacing(torch.stack([torch.arange(20.0) % 4, torch.arange(20.0)], 1))
+    tensor([1., 0.])
+    """
+    spacing = y.new_zeros(y.shape[-1])
+    for i, column in enumerate(y.reshape(-1, y.shape[-1]).unbind(-1)):
+        observed = column[~column.isnan()]
+        values = observed.unique()
+        if 1 < len(values) <= len(observed) / rows_per_value:
+            spacing[i] = values.diff().min()
+    return spacing
+
+
 def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:
     """Check arrays as a whole and make them tensors on the device of the network.
 
@@ -236,9 +251,14 @@ def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
 def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    weight = _as_tensor(weight, "sample_weight", device)
+    if not isinstance(weight, Tensor):
+        array = np.asarray(weight)
+        if not np.issubdtype(array.dtype, np.number):
+            raise ValueError(f"sample_weight: expected numbers, got dtype {array.dtype}")
+        weight = torch.tensor(array)
+    weight = weight.detach().to(device, torch.float64)
     if weight.shape != (rows,):
         raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.sum() > 0):
         raise ValueError("sample_weight: expected finite numbers that are not negative, one positive at least")
-    return (weight / weight.double().mean()).to(torch.promote_types(like.dtype, torch.float32))
+    return (weight / weight.mean()).to(torch.promote_types(like.dtype, torch.float32))

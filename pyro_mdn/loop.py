@@ -91,6 +91,16 @@ class Loop:
 
     Between epochs its whole state can be taken by :meth:`state` and given to another loop of the same making by
     :meth:`restore`, which then goes on as this one would have.
+
+    Args:
+        objective: What to minimise; all its parameters that require a gradient are trained.
+        batches: What to train on.
+        held_out: What to judge epochs by, if anything.
+        units: Size of a standardised unit of x and of y.
+        settings: The numbers.
+        least_target_noise: Standard deviation, in the units of y, that the noise on y does not fade below; held-out
+            targets have as much.
+        compiled: Whether to compile the objective.
     """
 
     def __init__(
@@ -98,14 +108,16 @@ class Loop:
         objective: nn.Module,
         batches: Batches,
         held_out: Rows | Streamed | None,
-        noise: tuple[Tensor, Tensor],
+        units: tuple[Tensor, Tensor],
         settings: Settings,
         *,
+        least_target_noise: Tensor | float = 0.0,
         compiled: bool = False,
     ) -> None:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
         self.losses = torch.compile(objective, dynamic=True) if compiled else objective
-        self.noise = (settings.input_noise * noise[0], settings.target_noise * noise[1])
+        self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
+        self.least_noise = torch.as_tensor(least_target_noise).to(units[1])
         self.optimizer = adamw(objective, settings.lr, settings.weight_decay, fused=True)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.average = AveragedWeights(self.parameters)
@@ -195,7 +207,8 @@ class Loop:
     def _step(self, batch: Rows) -> float:
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
-        x, y = (blur(value, fade * scale) for value, scale in zip((batch.x, batch.y), self.noise, strict=True))
+        x = blur(batch.x, fade * self.noise[0])
+        y = blur(batch.y, torch.maximum(fade * self.noise[1], self.least_noise))
         self.optimizer.zero_grad()
         loss = batch.weigh(self._losses(x, y)).mean()
         value = loss.item()
@@ -226,7 +239,14 @@ class Loop:
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
         with self.average.swapped_in():
-            return torch.cat([batch.weigh(self.objective(batch.x, batch.y)).flatten() for batch in batches])
+            return torch.cat([batch.weigh(self.objective(*self._off_grid(batch))).flatten() for batch in batches])
+
+    def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
+        """Rows with the least noise on their targets, if there is any, and the same each time."""
+        if not bool(self.least_noise.any()):
+            return batch.x, batch.y
+        generator = torch.Generator(batch.y.device).manual_seed(len(batch))
+        return batch.x, blur(batch.y, self.least_noise, generator)
 
     def _is_good(self, losses: Tensor, tolerance: float = 0.5) -> bool:
         """Whether held-out losses are the lowest so far, or above by no more than half a standard error, row by row.

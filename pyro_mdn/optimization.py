@@ -42,9 +42,9 @@ def fading(step: int, steps: int, end: float) -> float:
     return end + (1 - end) * (1 - min(step, steps) / steps) ** 3
 
 
-def blur(value: Tensor, scale: Tensor) -> Tensor:
+def blur(value: Tensor, scale: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Add normal noise of this scale; a NaN stays one."""
-    return value + scale * torch.randn(value.shape, dtype=scale.dtype, device=scale.device)
+    return value + scale * torch.randn(value.shape, dtype=scale.dtype, device=scale.device, generator=generator)
 
 
 class AveragedWeights:

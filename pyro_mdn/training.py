@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_mdn.checkpoint import Checkpoint
-from pyro_mdn.data import Batches, InMemory, Rows, Streamed, prepare
+from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing, prepare
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
+from pyro_mdn.optimization import blur
 
 __all__ = ["CollapseWarning", "fit"]
 
@@ -44,11 +45,11 @@ def fit(
     validation: float | Sequence[Any] | DataLoader | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
-    lr: float = 5e-3,
+    lr: float = 0.02,
     weight_decay: float | None = None,
     input_noise: float | None = None,
     target_noise: float | None = None,
-    final_noise: float = 0.1,
+    final_noise: float = 0.03,
     patience: int | None = None,
     max_grad_norm: float = 1.0,
     initialize: bool = True,
@@ -92,10 +93,12 @@ def fit(
             make 3000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate.
-        weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 150 over the
-            number of training rows (3 at most), since a prior on the weights matters less the more data there are.
-        input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.3.
-        target_noise: The same for y; by default 0.1.
+        weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 10 over the
+            number of training rows (0.5 at most), since a prior on the weights matters less the more data there are.
+        input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.1.
+        target_noise: The same for y; by default 0.1. Unless it is 0, the noise does not fade below a sixth of the
+            spacing of targets on a coarse grid (five rows to a value), and held-out targets have that much too: a
+            density could grow there without bound.
         final_noise: Share of the noise that is left at the end of the schedule.
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
             ``max_epochs``.
@@ -152,8 +155,8 @@ def fit(
             max_epochs=max_epochs,
             patience=patience or math.ceil(max_epochs / 4),
             lr=lr,
-            weight_decay=_default(weight_decay, regularized * min(3.0, 150 / batches.num_rows)),
-            input_noise=_default(input_noise, regularized * 0.3),
+            weight_decay=_default(weight_decay, regularized * min(0.5, 10 / batches.num_rows)),
+            input_noise=_default(input_noise, regularized * 0.1),
             target_noise=_default(target_noise, regularized * 0.1),
             final_noise=final_noise,
             max_grad_norm=max_grad_norm,
@@ -199,12 +202,17 @@ class _Plan:
     def loop(self, batches: Batches, held_out: Rows | Streamed | None) -> Loop:
         """Loop at its start: scalers and components set from the data, a guide set up by a first call."""
         rows = batches.head(_ROWS_TO_START)
+        # 99.7 % of that noise stays within the cell of the grid.
+        least = grid_spacing(rows.y) / 6 * (self.settings.target_noise > 0)
         if self.initialize:
-            self.network.initialize_(rows.x, rows.y)
+            self.network.initialize_(rows.x, blur(rows.y, least))
         with torch.no_grad():
             self.objective(rows.x[:2], rows.y[:2])
-        noise = (self.network.x_scale, self.network.head.scale)
-        return Loop(self.objective, batches, held_out, noise, self.settings, compiled=self.compiled)
+        units = (self.network.x_scale, self.network.head.scale)
+        compiled = self.compiled
+        return Loop(
+            self.objective, batches, held_out, units, self.settings, least_target_noise=least, compiled=compiled
+        )
 
 
 @dataclass(frozen=True)

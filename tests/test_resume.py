@@ -47,7 +47,7 @@ def stop_after(epoch):
 
 
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
-    """20 processes killed by SIGKILL at random moments: plain, dropout and batch norm, refit, guide, missing targets."""
+    """20 processes killed at random moments by SIGKILL: plain, dropout and batch norm, refit, guide, gaps."""
     command = [sys.executable, str(Path(__file__).parent / "killed.py"), str(tmp_path), "20"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = done.stdout.splitlines()
@@ -198,7 +198,7 @@ def files(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["run", "model"])
 def test_fuzzed_files_never_load(files, tmp_path, kind):
-    """250 mutations of each: bits flipped, bytes overwritten, inserted, cut out, cut off, added. None loads."""
+    """250 mutations of each: bits flipped, bytes overwritten, added, cut out or off."""
     content = (files / kind).read_bytes()
     randomness = random.Random(0)
     path = tmp_path / "mutant"

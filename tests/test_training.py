@@ -1,4 +1,5 @@
 import copy
+import logging
 import math
 
 import numpy as np
@@ -8,9 +9,21 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
-from pyro_mdn import CollapseWarning, Diagonal, MixtureDensityNetwork, NegativeLogLikelihood, fit
+from pyro_mdn import (
+    CollapseWarning,
+    Diagonal,
+    FitResult,
+    Fixed,
+    Full,
+    Isotropic,
+    LowRank,
+    MixtureDensityNetwork,
+    NegativeLogLikelihood,
+    fit,
+)
 from pyro_mdn.data import InMemory, Rows
 from pyro_mdn.loop import Loop, Settings
 
@@ -327,3 +340,162 @@ def test_constant_targets_train_to_the_floor():
     with pytest.warns(CollapseWarning, match="2 of 3 components explain less than 0.1% of the rows"):
         fit(trained, x, torch.full((100, 1), 3.0), seed=0, max_epochs=200, progress=False)
     assert_close(trained(x).mean, torch.full((100, 1), 3.0), rtol=0, atol=0.05)
+
+
+# Refit, callbacks, diagnostics
+
+
+def test_refit_trains_on_all_rows_up_to_the_best_epoch():
+    x, y = fork()
+    searched, again = network(), network()
+    found = fit(searched, x, y, patience=2, max_epochs=20, seed=0, progress=False)
+    result = fit(again, x, y, patience=2, max_epochs=20, seed=0, progress=False, refit=True)
+    assert result.history == found.history
+    assert len(result.refit_history) == result.best_epoch
+    assert result.seconds > 0
+    # Scaled by the mean of all rows, not of those that were left for training.
+    assert torch.equal(again.x_shift, x.double().mean(0).float())
+    assert not torch.equal(searched.x_shift, again.x_shift)
+    assert not states_equal(searched, again)
+
+
+def test_callbacks_see_every_epoch_and_can_stop():
+    x, y = fork()
+    seen = []
+
+    def watch(result):
+        seen.append(result.history[-1]["epoch"])
+        return len(seen) == 2
+
+    result = fit(network(), x, y, callbacks=[watch, lambda result: None], **QUICK)
+    assert seen == [1, 2]
+    assert result.stopped_early
+
+
+def test_epochs_are_logged(caplog):
+    with caplog.at_level(logging.DEBUG, "pyro_mdn"):
+        fit(network(), *fork(), **QUICK)
+    assert [record.levelname for record in caplog.records] == ["DEBUG"] * 3
+    assert "epoch 3: loss" in caplog.text
+
+
+class Sometimes(nn.Linear):
+    """Layer that gives NaN for every fifth batch of training."""
+
+    calls = 0
+
+    def forward(self, x):
+        Sometimes.calls += self.training
+        return super().forward(x) * (math.nan if self.training and Sometimes.calls % 5 == 0 else 1.0)
+
+
+def test_bad_batches_are_skipped_and_counted(caplog):
+    Sometimes.calls = 0
+    x, y = fork()
+    trained = network(backbone=Sometimes(1, 16))
+    result = fit(trained, x, y, skip_bad_batches=True, max_epochs=10, seed=0, progress=False)
+    assert result.skipped_batches == 9 * 10 // 5
+    assert caplog.text.count("loss is nan in epoch") == result.skipped_batches
+    assert all(p.isfinite().all() for p in trained.parameters())
+    assert trained.loss(x, y).isfinite().all()
+
+
+def test_an_epoch_without_a_good_batch_is_an_error():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (math.nan if self.training else 1.0)
+
+    untouched = network(backbone=Broken(1, 16))
+    with pytest.raises(FloatingPointError, match="no batch of epoch 1 has a finite loss"):
+        fit(untouched, *fork(), skip_bad_batches=True, **QUICK)
+    assert all(p.isfinite().all() for p in untouched.parameters())
+
+
+def test_component_weights_are_mean_responsibilities():
+    x, y = fork()
+    trained = network()
+    result = fit(trained, x, y, validation=(x, y), max_epochs=5, seed=0, progress=False)
+    expected = trained(x).responsibilities(y).mean(0)
+    assert_close(torch.tensor(result.component_weights), expected, rtol=1e-4, atol=1e-5)
+    entropy = -(expected * expected.log()).sum()
+    assert_close(result.effective_components, entropy.exp().item(), rtol=1e-4, atol=1e-4)
+
+
+def test_dead_components_are_named():
+    x, y = fork()
+    trained = network()
+    fit(trained, x, y, **QUICK)
+    with torch.no_grad():
+        trained.head.linear.bias[1] -= 50
+    with pytest.warns(CollapseWarning, match="1 of 3 components explain less than 0.1% of the rows each") as caught:
+        result = fit(trained, x, y, initialize=False, lr=1e-12, **QUICK)
+    assert caught[0].filename == __file__
+    assert result.effective_components < 2.1
+
+
+def test_the_history_is_drawn():
+    result = fit(network(), *fork(), **QUICK)
+    axes = result.plot()
+    lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
+    assert_close(torch.tensor(lines["training"][:, 1]), torch.tensor([r["loss"] for r in result.history]).double())
+    held_out = torch.tensor([row["validation_loss"] for row in result.history]).double()
+    assert_close(torch.tensor(lines["validation"][:, 1]), held_out)
+    assert f"best epoch, {result.best_epoch}" in lines
+    assert axes.get_xlabel() == "epoch"
+    assert fit(network(), *fork(), validation=0, **QUICK).plot(axes) is axes
+    with pytest.raises(ValueError, match="result: expected one epoch"):
+        FitResult().plot()
+
+
+# Precision and compilation
+
+
+def test_autocast_trains_in_bfloat16_about_as_well():
+    x, y = fork(600)
+    exact, rounded = network(), network()
+    settings = {"max_epochs": 30, "seed": 0, "progress": False}
+    fit(exact, x, y, **settings)
+    dtypes = set()
+    hook = rounded.backbone[0].register_forward_hook(lambda m, i, out: dtypes.add((m.training, out.dtype)))
+    fit(rounded, x, y, autocast=torch.bfloat16, **settings)
+    hook.remove()
+    assert (True, torch.bfloat16) in dtypes
+    assert all(p.dtype == torch.float32 for p in rounded.parameters())
+    assert abs(rounded.loss(x, y).mean() - exact.loss(x, y).mean()) < 0.1
+    with pytest.raises(ValueError, match=r"autocast: expected None or torch.bfloat16, got torch.float16"):
+        fit(rounded, x, y, autocast=torch.float16)
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full(), LowRank(1), Isotropic(), Fixed(0.1)], ids=repr)
+def test_objective_compiles_as_one_graph_for_any_batch(noise):
+    torch.compiler.reset()
+    counter = CompileCounter()
+    objective = NegativeLogLikelihood(MixtureDensityNetwork(1, 1, 3, 16, noise=noise))
+    with pyro.validation_enabled(False):
+        compiled = torch.compile(objective, backend=counter, fullgraph=True, dynamic=True)
+        for n in (33, 32, 57):
+            x, y = fork(n)
+            assert_close(compiled(x, y), objective(x, y))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_network():
+    x, y = fork(70)
+    plain, compiled = network(), network()
+    fit(plain, x, y, **QUICK)
+    fit(compiled, x, y, compile=True, **QUICK)
+    assert_close(compiled.loss(x, y), plain.loss(x, y), rtol=1e-3, atol=1e-3)
+
+
+def test_missing_targets_are_not_compiled():
+    x, y = fork(20)
+    y[0] = math.nan
+    with pytest.raises(ValueError, match="compile: expected complete targets"):
+        fit(network(), x, y, compile=True, **QUICK)
+
+
+def test_device_is_where_training_happens():
+    trained = network()
+    fit(trained, *fork(), device="cpu", **QUICK)
+    assert trained.x_shift.device.type == "cpu"

@@ -1,0 +1,287 @@
+"""What fit can be fed: weights, missing targets, data sets, loaders."""
+
+import copy
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from pyro_mdn import Diagonal, Full, MixtureDensityNetwork, fit
+from pyro_mdn.data import InMemory, Rows, Streamed, grid_spacing, prepare
+
+QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
+
+
+def data(n=200):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, generator=generator)
+    return x, x.square() + 0.1 * torch.randn(n, 2, generator=generator)
+
+
+def network(**settings):
+    torch.manual_seed(0)
+    return MixtureDensityNetwork(2, 2, 3, 16, **settings)
+
+
+def states_equal(a, b):
+    return all(torch.equal(t, b.state_dict()[name]) for name, t in a.state_dict().items())
+
+
+class Pairs(Dataset):
+    """Rows that are only ever fetched one by one."""
+
+    def __init__(self, *tensors):
+        self.tensors = list(tensors)
+
+    def __len__(self):
+        return len(self.tensors[0])
+
+    def __getitem__(self, i):
+        return tuple(t[i] for t in self.tensors)
+
+
+# Weights
+
+
+def test_equal_weights_change_nothing():
+    x, y = data()
+    plain, weighted = network(), network()
+    fit(plain, x, y, **QUICK)
+    fit(weighted, x, y, sample_weight=torch.full((200,), 7.0), **QUICK)
+    for a, b in zip(plain.parameters(), weighted.parameters(), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.int64, list, "pandas"])
+def test_weights_may_be_counts(kind):
+    x, y = data()
+    counts = torch.arange(200) % 3
+    a, b = network(), network()
+    fit(a, x, y, sample_weight=counts.float(), **QUICK)
+    weight = (
+        pd.Series(counts.numpy()) if kind == "pandas" else np.int64(counts) if kind is np.int64 else counts.tolist()
+    )
+    fit(b, x, y, sample_weight=weight, **QUICK)
+    assert states_equal(a, b)
+
+
+def test_weights_choose_between_two_answers():
+    """Two clusters of targets for the same x, three to one: the weights of the mixture are those of the rows."""
+    x = torch.zeros(400, 1)
+    y = torch.tensor([[-1.0], [1.0]]).repeat(200, 1) + 0.05 * torch.randn(400, 1)
+    weight = torch.where(y.squeeze(-1) < 0, 3.0, 1.0)
+    trained = MixtureDensityNetwork(1, 1, 2, 8)
+    fit(trained, x, y, sample_weight=weight, max_epochs=60, seed=0, progress=False)
+    assert_close(trained(x[:1]).cdf(torch.zeros(1, 1)).item(), 0.75, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.ones(3), r"sample_weight: expected shape \(200,\), got \(3,\)"),
+        (torch.ones(200, 1), r"sample_weight: expected shape \(200,\), got \(200, 1\)"),
+        (-torch.ones(200), "sample_weight: expected finite numbers that are not negative"),
+        (torch.zeros(200), "sample_weight: expected .* one positive at least"),
+        (torch.full((200,), math.nan), "sample_weight: expected finite numbers"),
+        (["a"] * 200, "sample_weight: expected numbers, got dtype <U1"),
+    ],
+)
+def test_bad_weights(weight, message):
+    untouched = network()
+    with pytest.raises(ValueError, match=message):
+        fit(untouched, *data(), sample_weight=weight, **QUICK)
+    assert states_equal(untouched, network())
+
+
+# Missing targets
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full()])
+def test_missing_targets_lose_little(noise):
+    """30 % of the entries gone: within 0.1 nats of complete data. Dropping incomplete rows costs more."""
+    x, y = data(600)
+    held_x, held_y = (part[-300:] for part in data(900))
+    missing = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    sparse = y.masked_fill(missing, math.nan)
+    complete = ~missing.any(-1)
+    losses = {}
+    for name, (a, b) in {"all": (x, y), "sparse": (x, sparse), "dropped": (x[complete], y[complete])}.items():
+        trained = network(noise=noise)
+        fit(trained, a, b, max_epochs=60, seed=0, progress=False)
+        losses[name] = trained.loss(held_x, held_y).mean().item()
+    assert losses["sparse"] < losses["all"] + 0.1
+    assert losses["sparse"] < losses["dropped"]
+
+
+def test_rows_without_any_target_change_only_the_scaler_of_x():
+    x, y = data(50)
+    trained = network()
+    y[::2] = math.nan
+    fit(trained, x, y, validation=0, **QUICK)
+    assert trained.loss(x, y)[::2].abs().max() < 1e-6
+    assert trained.loss(x, y).isfinite().all()
+    assert_close(trained.head.shift, y[1::2].mean(0), rtol=1e-5, atol=1e-5)
+
+
+def test_the_start_takes_missing_entries_from_other_rows():
+    _, y = data(500)
+    y[:, 0] += 100
+    whole, sparse = network(), network()
+    gaps = torch.rand(y.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    whole.head.initialize_(y)
+    sparse.head.initialize_(y.masked_fill(gaps, math.nan))
+    assert_close(sparse.head.shift, whole.head.shift, rtol=0.01, atol=0.2)
+    assert_close(sparse.head.scale, whole.head.scale, rtol=0.3, atol=0)
+    assert sparse.head.linear.bias.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [(math.nan, r"y: expected an observed target in each column, got none in \[1\]"), (math.inf, "y: expected finite")],
+)
+def test_columns_of_nothing(entry, message):
+    x, y = data()
+    y[:, 1] = entry
+    untouched = network()
+    with pytest.raises(ValueError, match=message):
+        fit(untouched, x, y, **QUICK)
+    assert states_equal(untouched, network())
+
+
+# Data sets and loaders
+
+
+def test_a_tensor_data_set_is_its_tensors():
+    x, y = data()
+    a, b = network(), network()
+    weight = torch.rand(200)
+    fit(a, x, y, sample_weight=weight, **QUICK)
+    fit(b, TensorDataset(x, y, weight), **QUICK)
+    assert states_equal(a, b)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_data_sets_are_split_and_train(weighted):
+    x, y = data()
+    tensors = (x, y, torch.ones(200)) if weighted else (x, y)
+    trained = network()
+    before = trained.loss(x, y).mean()
+    result = fit(trained, Pairs(*tensors), **{**QUICK, "max_epochs": 20})
+    assert math.isfinite(result.best_loss)
+    assert trained.loss(x, y).mean() < before - 0.5
+    assert_close(trained.x_shift, x.mean(0), rtol=0, atol=0.1)
+
+
+def test_a_loader_trains_with_validation_of_the_callers_own():
+    x, y = data()
+    trained = network()
+    loader = DataLoader(Pairs(x[:150], y[:150]), batch_size=40, shuffle=True)
+    result = fit(trained, loader, validation=DataLoader(Pairs(x[150:], y[150:]), batch_size=17), **QUICK)
+    assert_close(trained.loss(x[150:], y[150:]).mean().item(), result.best_loss, rtol=1e-4, atol=1e-4)
+    assert math.isnan(fit(network(), loader, **QUICK).best_loss) is False
+    assert math.isnan(fit(network(), loader, **QUICK).history[0]["validation_loss"])
+
+
+def test_a_loader_resumes_bit_for_bit(tmp_path):
+    x, y = data()
+
+    def loader():
+        return DataLoader(Pairs(x, y), batch_size=40, shuffle=True)
+
+    def stop(result):
+        if len(result.history) == 2:
+            raise RuntimeError
+
+    whole, part, resumed = network(), network(), network()
+    fit(whole, loader(), **QUICK)
+    settings = {**QUICK, "checkpoint": tmp_path / "run", "checkpoint_every": 1}
+    with pytest.raises(RuntimeError):
+        fit(part, loader(), callbacks=[stop], **settings)
+    fit(resumed, loader(), resume=True, **settings)
+    assert states_equal(resumed, whole)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(2), torch.zeros(2)
+
+
+X, Y = data(20)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda n: fit(n, Pairs(X, Y), Y), "y, sample_weight: expected None beside a data set"),
+        (lambda n: fit(n, TensorDataset(X)), "x: expected a data set of x, y and perhaps weight"),
+        (lambda n: fit(n, TensorDataset(X, Y), Y), "x: expected a data set of x, y and perhaps weight"),
+        (lambda n: fit(n, DataLoader(Pairs(X, Y)), validation=0.1), "validation: expected a pair"),
+        (lambda n: fit(n, DataLoader(Pairs(X, Y)), batch_size=3), "batch_size: expected None beside a loader"),
+        (lambda n: fit(n, DataLoader(Pairs(X, Y)), refit=True), "refit: expected arrays"),
+        (lambda n: fit(n, DataLoader(Endless())), "x: expected a loader of known length"),
+        (lambda n: fit(n, DataLoader(Pairs(X))), r"x: expected batches \(x, y\)"),
+        (lambda n: fit(n, DataLoader(Pairs(X, Y, X))), "x: expected batches of equally many rows"),
+        (lambda n: fit(n, DataLoader(Pairs(X, Y * math.inf))), "y: expected finite"),
+        (lambda n: fit(n, DataLoader(Pairs(X.long(), Y))), "x: expected floating point"),
+        (lambda n: fit(n, X, Y, validation=0, refit=True), "refit: expected arrays with some rows held out"),
+        (lambda n: fit(n, X), "x, y: expected equally many rows|y: expected floating-point"),
+    ],
+)
+def test_bad_sources_are_refused(call, message):
+    untouched = network()
+    before = copy.deepcopy(untouched)
+    with pytest.raises(ValueError, match=message):
+        call(untouched)
+    assert states_equal(untouched, before)
+
+
+# Batches
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 3), (10, 10), (10, 100), (7, 1), (257, 256)])
+def test_batches_are_a_partition_of_nearly_equal_parts(rows, size):
+    x = torch.arange(float(rows)).unsqueeze(-1)
+    batches = InMemory(Rows(x, x, x.squeeze(-1)), size)
+    parts = list(batches)
+    assert len(parts) == len(batches) == math.ceil(rows / size)
+    assert {len(part) for part in parts} <= {rows // len(parts), rows // len(parts) + 1}
+    assert sorted(torch.cat([part.x for part in parts]).flatten().tolist()) == list(range(rows))
+    assert all(torch.equal(part.x, part.y) and torch.equal(part.x[:, 0], part.weight) for part in parts)
+
+
+def test_held_out_rows_are_not_trained_on():
+    x, y = data(100)
+    batches, held_out = prepare(network(), x, y, None, 0.25, None)
+    rows = torch.cat([batches.rows.x, held_out.x])
+    assert len(held_out) == 25
+    assert len(rows.unique(dim=0)) == 100
+
+
+def test_streams_give_the_rows_of_their_first_batches():
+    x, y = data(100)
+    stream = Streamed(network(), DataLoader(Pairs(x, y), batch_size=30))
+    assert torch.equal(stream.head(31).x, x[:60])
+    assert torch.equal(stream.head(1000).y, y)
+    assert stream.num_rows == 100
+
+
+def test_grids_of_targets_are_found():
+    y = torch.stack([torch.arange(60.0) % 6, torch.arange(60.0), (torch.arange(60.0) % 4) * 0.25, torch.ones(60)], -1)
+    y[::7, 0] = math.nan
+    assert grid_spacing(y).tolist() == [1.0, 0.0, 0.25, 0.0]
+
+
+def test_densities_do_not_spike_on_a_grid():
+    """Targets 0, 1, 2: the mass goes to their cells, the density stays that of a scale of about a sixth."""
+    x = torch.randn(600, 1, generator=torch.Generator().manual_seed(0))
+    y = torch.randint(0, 3, (600, 1), generator=torch.Generator().manual_seed(1)).float()
+    trained = MixtureDensityNetwork(1, 1, 3, 16)
+    fit(trained, x, y, seed=0, max_epochs=100, progress=False)
+    mixture = trained(x)
+    assert mixture.log_prob(y).exp().mean() < 1.2
+    assert (mixture.cdf(y + 0.5) - mixture.cdf(y - 0.5)).log().mean() > math.log(1 / 3) - 0.1
