@@ -29,6 +29,7 @@ ORDER = [
     "loop",
     "checkpoint",
     "training",
+    "lightning",
     "__init__",
 ]
 
@@ -68,6 +69,6 @@ def test_no_way_round(source):
 
 
 def test_import_leaves_optional_packages_alone():
-    code = "import sys, pyro_mdn; print({'arviz', 'matplotlib', 'pandas', 'sklearn'} & set(sys.modules))"
+    code = "import sys, pyro_mdn; print({'arviz', 'lightning', 'matplotlib', 'pandas', 'sklearn'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"

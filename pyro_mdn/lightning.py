@@ -1,0 +1,167 @@
+r"""Training by Lightning: processes, devices, precision, loggers and checkpoints are its own; its only importer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from pyro_mdn.data import Rows
+from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.optimization import adamw, blur, fading, warmup_cosine
+
+try:
+    from lightning.pytorch import LightningModule
+except ImportError as error:
+    raise ImportError("pyro_mdn.lightning needs Lightning: pip install 'pyro-mdn[lightning]'") from error
+
+__all__ = ["LightningObjective"]
+
+
+class LightningObjective(LightningModule):
+    r"""Lightning module that minimises an objective, with the optimiser, schedule and fading noise of ``fit``.
+
+    The network has its scalers from ``network.initialize_(x, y)``, called before. Batches are ``(x, y)`` or
+    ``(x, y, weight)``. ``loss`` and ``validation_loss`` are logged once per epoch, as means over the rows of all
+    processes; so are gradients, also where processes have unequally many rows. Each process draws noise of its own.
+
+    Clipping, early stopping, averaged weights and checkpoints are settings and callbacks of the ``Trainer``;
+    ``gradient_clip_val=1.0`` is what ``fit`` has. A Lightning checkpoint holds the settings and all tensors, but not
+    the network as an object: ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's
+    parameter store stays as it was.
+
+    Args:
+        objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. A guide
+            in it has been set up by a first call.
+        lr: Largest learning rate.
+        weight_decay: Decoupled decay of the weight matrices; by default 150 over the number of rows of the training
+            loader's data set (3 at most), as in ``fit``.
+        input_noise: Standard deviation of the noise on x at the start, in standardised units.
+        target_noise: The same for y.
+        final_noise: Share of the noise that is left at the end of the schedule.
+
+    Raises:
+        ValueError: If a setting is not usable; when training starts, if the Trainer has neither ``max_epochs`` nor
+            ``max_steps``, or there is no ``weight_decay`` and no data set of known length to take one from.
+        ImportError: If Lightning is not installed.
+
+    >>> from lightning.pytorch import Trainer
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from pyro_mdn import NegativeLogLikelihood
+    >>> x, y = torch.randn(64, 1), torch.randn(64, 1)
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> network.initialize_(x, y)
+    >>> module = LightningObjective(NegativeLogLikelihood(network))
+    >>> loader = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
+    >>> quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    >>> trainer = Trainer(accelerator="cpu", max_epochs=2, gradient_clip_val=1.0, log_every_n_steps=1, **quiet)
+    >>> trainer.fit(module, loader, DataLoader(TensorDataset(x, y), batch_size=64))
+    >>> trainer.global_step, sorted(trainer.callback_metrics)
+    (4, ['loss', 'validation_loss'])
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        lr: float = 5e-3,
+        weight_decay: float | None = None,
+        input_noise: float = 0.3,
+        target_noise: float = 0.1,
+        final_noise: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _require_numbers(lr=lr)
+        _require_numbers(least=0.0, input_noise=input_noise, target_noise=target_noise, final_noise=final_noise)
+        if weight_decay is not None:
+            _require_numbers(least=0.0, weight_decay=weight_decay)
+        _require_objective(objective)
+        self.save_hyperparameters(ignore="objective")
+        self.objective = objective
+        self.lr, self.weight_decay, self.steps = lr, weight_decay, 1
+        self.input_noise, self.target_noise, self.final_noise = input_noise, target_noise, final_noise
+        self.noise = (torch.zeros(()), torch.zeros(()))
+        self.generator: torch.Generator | None = None
+
+    @property
+    def network(self) -> MixtureDensityNetwork:
+        """The network in the objective."""
+        return _networks(self.objective)[0]
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``."""
+        with pyro.get_param_store().scope():
+            return self.objective(x, y)
+
+    def on_train_start(self) -> None:
+        """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""
+        network = self.network
+        self.noise = (self.input_noise * network.x_scale, self.target_noise * network.head.scale)
+        seed = int(torch.randint(2**62, ())) + self.global_rank
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Mean loss of a batch with noise on it, so scaled that the mean over processes is that over all rows."""
+        rows = _as_rows(batch)
+        fade = fading(self.trainer.global_step, self.steps, self.final_noise)
+        x, y = (blur(v, fade * scale, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
+        loss = rows.weigh(self(x, y)).mean()
+        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(rows))
+        count = torch.tensor(float(len(rows)), device=loss.device)
+        return loss * count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the mean loss of a held-out batch."""
+        rows = _as_rows(batch)
+        loss = rows.weigh(self(rows.x, rows.y)).mean()
+        self.log("validation_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(rows))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with decay on weight matrices alone; a warm-up and a cosine over all steps of the Trainer."""
+        steps = self.trainer.estimated_stepping_batches
+        if not 0 <= steps < math.inf:
+            raise ValueError(f"Trainer: expected max_epochs or max_steps for the schedule, got {steps} steps")
+        self.steps = steps = int(steps)
+        decay = self._decay_for_data() if self.weight_decay is None else self.weight_decay
+        optimizer = adamw(self.objective, self.lr, decay)
+        schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _decay_for_data(self) -> float:
+        """Pull of a fixed prior on the rows of the training data."""
+        self.trainer.fit_loop.setup_data()  # does nothing if they are there
+        try:
+            return min(3.0, 150 / len(self.trainer.train_dataloader.dataset))  # pyright: ignore[reportOptionalMemberAccess]
+        except (AttributeError, TypeError) as error:
+            raise ValueError("weight_decay: expected a number, since the number of training rows is unknown") from error
+
+
+def _networks(objective: nn.Module) -> list[MixtureDensityNetwork]:
+    return [part for part in objective.modules() if isinstance(part, MixtureDensityNetwork)]
+
+
+def _as_rows(batch: Any) -> Rows:
+    if not isinstance(batch, list | tuple) or len(batch) not in (2, 3) or not all(isinstance(b, Tensor) for b in batch):
+        raise ValueError(f"batch: expected (x, y) or (x, y, weight) of tensors, got {type(batch).__name__}")
+    x, _, *weight = batch
+    if any(w.shape != (len(x),) for w in weight):
+        raise ValueError(f"weight: expected shape ({len(x)},), got {tuple(weight[0].shape)}")
+    return Rows(*batch)
+
+
+def _require_objective(objective: nn.Module) -> None:
+    if not isinstance(objective, nn.Module) or len(_networks(objective)) != 1:
+        raise ValueError(f"objective: expected a module with one network in it, got {type(objective).__name__}")
+    if not any(p.requires_grad for p in objective.parameters()):
+        raise ValueError("objective: expected parameters to train, got none that requires a gradient")
+
+
+def _require_numbers(*, least: float = math.ulp(0.0), **settings: float) -> None:
+    for name, value in settings.items():
+        if not least <= value < math.inf:
+            kind = "not negative" if least == 0 else "positive"
+            raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")
