@@ -15,6 +15,7 @@ FILES = {
     "likelihood_component": [],
     "mixture_guide": [],
     "conditioning": [],
+    "distributed": ["distributed.safetensors"],
 }
 
 
