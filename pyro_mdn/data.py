@@ -69,7 +69,15 @@ class InMemory:
         self.rows = rows
         self.n_batches = math.ceil(len(rows) / (batch_size or default_batch_size(len(rows))))
 
-    num_rows = property(lambda self: len(self.rows))
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    @property
+    def num_targets(self) -> int:
+        """Number of target vectors: of rows, or of all steps of sequences."""
+        return self.rows.y[..., 0].numel()
 
     def __len__(self) -> int:
         return self.n_batches
@@ -103,6 +111,11 @@ class Streamed:
     def num_rows(self) -> int:
         """Rows of the data set."""
         return len(self.loader.dataset)  # pyright: ignore[reportArgumentType]  (it has a length: the loader has one)
+
+    @property
+    def num_targets(self) -> int:
+        """Number of target vectors, as far as it is known without reading them: of rows."""
+        return self.num_rows
 
     def __len__(self) -> int:
         return self.n_batches

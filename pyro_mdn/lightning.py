@@ -10,9 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from pyro_mdn.checks import require_numbers
 from pyro_mdn.data import Rows
 from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.optimization import adamw, blur, fading, warmup_cosine
+from pyro_mdn.optimization import (
+    FINAL_NOISE,
+    INPUT_NOISE,
+    LEARNING_RATE,
+    TARGET_NOISE,
+    adamw,
+    blur,
+    default_weight_decay,
+    fading,
+    warmup_cosine,
+)
 
 try:
     from lightning.pytorch import LightningModule
@@ -38,8 +49,8 @@ class LightningObjective(LightningModule):
         objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. A guide
             in it has been set up by a first call.
         lr: Largest learning rate.
-        weight_decay: Decoupled decay of the weight matrices; by default 150 over the number of rows of the training
-            loader's data set (3 at most), as in ``fit``.
+        weight_decay: Decoupled decay of the weight matrices; by default that of ``fit`` for the number of rows of
+            the training loader's data set.
         input_noise: Standard deviation of the noise on x at the start, in standardised units.
         target_noise: The same for y.
         final_noise: Share of the noise that is left at the end of the schedule.
@@ -68,17 +79,16 @@ class LightningObjective(LightningModule):
         self,
         objective: nn.Module,
         *,
-        lr: float = 5e-3,
+        lr: float = LEARNING_RATE,
         weight_decay: float | None = None,
-        input_noise: float = 0.3,
-        target_noise: float = 0.1,
-        final_noise: float = 0.1,
+        input_noise: float = INPUT_NOISE,
+        target_noise: float = TARGET_NOISE,
+        final_noise: float = FINAL_NOISE,
     ) -> None:
         super().__init__()
-        _require_numbers(lr=lr)
-        _require_numbers(least=0.0, input_noise=input_noise, target_noise=target_noise, final_noise=final_noise)
-        if weight_decay is not None:
-            _require_numbers(least=0.0, weight_decay=weight_decay)
+        require_numbers(lr=lr)
+        require_numbers(least=0.0, input_noise=input_noise, target_noise=target_noise, final_noise=final_noise)
+        require_numbers(least=0.0, weight_decay=weight_decay)
         _require_objective(objective)
         self.save_hyperparameters(ignore="objective")
         self.objective = objective
@@ -135,7 +145,7 @@ class LightningObjective(LightningModule):
         """Pull of a fixed prior on the rows of the training data."""
         self.trainer.fit_loop.setup_data()  # does nothing if they are there
         try:
-            return min(3.0, 150 / len(self.trainer.train_dataloader.dataset))  # pyright: ignore[reportOptionalMemberAccess]
+            return default_weight_decay(len(self.trainer.train_dataloader.dataset))  # pyright: ignore[reportOptionalMemberAccess]
         except (AttributeError, TypeError) as error:
             raise ValueError("weight_decay: expected a number, since the number of training rows is unknown") from error
 
@@ -158,10 +168,3 @@ def _require_objective(objective: nn.Module) -> None:
         raise ValueError(f"objective: expected a module with one network in it, got {type(objective).__name__}")
     if not any(p.requires_grad for p in objective.parameters()):
         raise ValueError("objective: expected parameters to train, got none that requires a gradient")
-
-
-def _require_numbers(*, least: float = math.ulp(0.0), **settings: float) -> None:
-    for name, value in settings.items():
-        if not least <= value < math.inf:
-            kind = "not negative" if least == 0 else "positive"
-            raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")

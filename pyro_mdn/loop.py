@@ -31,8 +31,8 @@ class FitResult:
     Attributes:
         history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
             validation) and ``lr``.
-        best_epoch: Epoch whose averaged weights the network now has: the last one whose validation loss is not
-            above the lowest by more than half a standard error; without validation, the last.
+        best_epoch: Epoch whose averaged weights the network now has: that of the lowest validation loss; without
+            validation, the last.
         best_loss: Their validation loss; without validation, the training loss.
         stopped_early: Whether the validation loss had stopped improving, or a callback had enough, before the
             last epoch.
@@ -122,7 +122,6 @@ class Loop:
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.average = AveragedWeights(self.parameters)
         self.best = copied(objective.state_dict())
-        self.lowest: Tensor | None = None
         self.step, self.steps = 0, settings.max_epochs * len(batches)
         self.result = FitResult()
 
@@ -171,16 +170,15 @@ class Loop:
 
     def _epoch(self, epoch: int) -> None:
         loss = self._train(epoch)
-        losses = self._evaluate()
-        monitored = math.nan if losses is None else float(losses.mean())
-        if losses is not None and not math.isfinite(monitored):
+        monitored = self._evaluate()
+        if self.held_out is not None and not math.isfinite(monitored):
             raise FloatingPointError(f"fit: validation loss is {monitored} after epoch {epoch}")
         lr = self.settings.lr * warmup_cosine(self.step - 1, self.steps)
         result = self.result
-        if losses is None or self._is_good(losses):
+        if self.held_out is None or monitored < result.best_loss:
             with self.average.swapped_in():
                 self.best = copied(self.objective.state_dict())
-            result.best_epoch, result.best_loss = epoch, loss if losses is None else monitored
+            result.best_epoch, result.best_loss = epoch, loss if self.held_out is None else monitored
         result.stopped_early = epoch - result.best_epoch >= self.settings.patience
         result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
 
@@ -232,14 +230,15 @@ class Loop:
     # Judging epochs
 
     @torch.no_grad()
-    def _evaluate(self) -> Tensor | None:
-        """Held-out loss of each row, of the averaged weights."""
+    def _evaluate(self) -> float:
+        """Mean held-out loss of the averaged weights; NaN if nothing is held out."""
         if self.held_out is None:
-            return None
+            return math.nan
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
         with self.average.swapped_in():
-            return torch.cat([batch.weigh(self.objective(*self._off_grid(batch))).flatten() for batch in batches])
+            losses = [batch.weigh(self.objective(*self._off_grid(batch))).flatten() for batch in batches]
+        return float(torch.cat(losses).mean())
 
     def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
         """Rows with the least noise on their targets, if there is any, and the same each time."""
@@ -247,18 +246,6 @@ class Loop:
             return batch.x, batch.y
         generator = torch.Generator(batch.y.device).manual_seed(len(batch))
         return batch.x, blur(batch.y, self.least_noise, generator)
-
-    def _is_good(self, losses: Tensor, tolerance: float = 0.5) -> bool:
-        """Whether held-out losses are the lowest so far, or above by no more than half a standard error, row by row.
-
-        One held-out row that gets worse as all others get better must not end the training.
-        """
-        if self.lowest is None or losses.mean() < self.lowest.mean():
-            self.lowest = losses
-            return True
-        difference = losses - self.lowest
-        error = difference.std() / math.sqrt(len(losses)) if len(losses) > 1 else 0.0
-        return bool(difference.mean() <= tolerance * error)
 
     # State
 
@@ -269,8 +256,6 @@ class Loop:
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average.averages)}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
-        if self.lowest is not None:
-            tensors["lowest"] = self.lowest
         tensors["generator"] = torch.get_rng_state()
         if (device := self.noise[0].device).type == "cuda":
             tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
@@ -297,7 +282,6 @@ class Loop:
             moments.setdefault(int(i), {})[key] = tensor
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         device = self.noise[0].device
-        self.lowest = rest["lowest"].to(device) if "lowest" in rest else None
         self.step, self.result = config["step"], FitResult(**config["result"])
         torch.set_rng_state(rest["generator"])
         if "generator.cuda" in rest:

@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyro_mdn.checkpoint import Checkpoint
+from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing, prepare
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
-from pyro_mdn.optimization import blur
+from pyro_mdn.optimization import (
+    FINAL_NOISE,
+    INPUT_NOISE,
+    LEARNING_RATE,
+    TARGET_NOISE,
+    blur,
+    default_weight_decay,
+)
 
 __all__ = ["CollapseWarning", "fit"]
 
@@ -45,11 +53,11 @@ def fit(
     validation: float | Sequence[Any] | DataLoader | None = None,
     max_epochs: int | None = None,
     batch_size: int | None = None,
-    lr: float = 0.02,
+    lr: float = LEARNING_RATE,
     weight_decay: float | None = None,
     input_noise: float | None = None,
     target_noise: float | None = None,
-    final_noise: float = 0.03,
+    final_noise: float = FINAL_NOISE,
     patience: int | None = None,
     max_grad_norm: float = 1.0,
     initialize: bool = True,
@@ -92,14 +100,14 @@ def fit(
         max_epochs: Passes over the training rows at most; the schedule is spread over them. By default as many as
             make 3000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
-        lr: Largest learning rate.
-        weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 10 over the
-            number of training rows (0.5 at most), since a prior on the weights matters less the more data there are.
+        lr: Largest learning rate; by default 0.02.
+        weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 20 over the
+            number of training rows (0.5 at most), or of targets in all if a row has several, since a prior on the weights matters less the more data there are.
         input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.1.
         target_noise: The same for y; by default 0.1. Unless it is 0, the noise does not fade below a sixth of the
             spacing of targets on a coarse grid (five rows to a value), and held-out targets have that much too: a
             density could grow there without bound.
-        final_noise: Share of the noise that is left at the end of the schedule.
+        final_noise: Share of the noise that is left at the end of the schedule; by default 0.03.
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
             ``max_epochs``.
         max_grad_norm: Gradients are scaled down to this norm.
@@ -131,11 +139,11 @@ def fit(
     >>> len(result.history)
     2
     """
-    _require_counts(max_epochs=max_epochs, batch_size=batch_size, patience=patience)
-    _require_counts(num_particles=num_particles, checkpoint_every=checkpoint_every)
-    _require_numbers(lr=lr, max_grad_norm=max_grad_norm)
-    _require_numbers(least=0.0, weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
-    _require_numbers(least=0.0, final_noise=final_noise)
+    require_counts(max_epochs=max_epochs, batch_size=batch_size, patience=patience)
+    require_counts(num_particles=num_particles, checkpoint_every=checkpoint_every)
+    require_numbers(lr=lr, max_grad_norm=max_grad_norm)
+    require_numbers(least=0.0, weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
+    require_numbers(least=0.0, final_noise=final_noise)
     _require_modules(network, objective, guide)
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
@@ -155,9 +163,9 @@ def fit(
             max_epochs=max_epochs,
             patience=patience or math.ceil(max_epochs / 4),
             lr=lr,
-            weight_decay=_default(weight_decay, regularized * min(0.5, 10 / batches.num_rows)),
-            input_noise=_default(input_noise, regularized * 0.1),
-            target_noise=_default(target_noise, regularized * 0.1),
+            weight_decay=_default(weight_decay, regularized * default_weight_decay(batches.num_targets)),
+            input_noise=_default(input_noise, regularized * INPUT_NOISE),
+            target_noise=_default(target_noise, regularized * TARGET_NOISE),
             final_noise=final_noise,
             max_grad_norm=max_grad_norm,
             skip_bad_batches=skip_bad_batches,
@@ -203,7 +211,7 @@ class _Plan:
         """Loop at its start: scalers and components set from the data, a guide set up by a first call."""
         rows = batches.head(_ROWS_TO_START)
         # 99.7 % of that noise stays within the cell of the grid.
-        least = grid_spacing(rows.y) / 6 * (self.settings.target_noise > 0)
+        least = (grid_spacing(rows.y) / 6 * (self.settings.target_noise > 0)).to(self.network.head.scale)
         if self.initialize:
             self.network.initialize_(rows.x, blur(rows.y, least))
         with torch.no_grad():
@@ -304,19 +312,6 @@ def _seed(saved: Checkpoint) -> int:
 
 def _default(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _require_counts(**settings: int | None) -> None:
-    for name, value in settings.items():
-        if value is not None and not (isinstance(value, int) and value > 0):
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
-
-
-def _require_numbers(*, least: float = math.ulp(0.0), **settings: float | None) -> None:
-    for name, value in settings.items():
-        if value is not None and not least <= value < math.inf:
-            kind = "not negative" if least == 0 else "positive"
-            raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")
 
 
 def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any) -> None:

@@ -16,6 +16,7 @@ FILES = {
     "mixture_guide": [],
     "conditioning": [],
     "distributed": ["distributed.safetensors"],
+    "world_model": ["world_model.png"],
 }
 
 

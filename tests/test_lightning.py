@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_mdn import MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, WeightedSum, fit
 from pyro_mdn.lightning import LightningObjective
-from pyro_mdn.optimization import fading
+from pyro_mdn.optimization import FINAL_NOISE, INPUT_NOISE, TARGET_NOISE, default_weight_decay, fading
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
@@ -127,9 +127,9 @@ def test_noise_fades_in_standardised_units_and_validation_has_none():
     run = trainer(max_epochs=5)
     run.fit(LightningObjective(objective, weight_decay=0.0, lr=1e-6), loader(x, y), loader(x, y))
     for step, (noisy_x, noisy_y) in enumerate(objective.seen[True]):
-        fade = fading(step, 5, 0.1)
-        assert_close((noisy_x - x).std(), fade * 0.3 * x.std(), rtol=0.08, atol=0)
-        assert_close((noisy_y - y).std(), fade * 0.1 * y.std(), rtol=0.08, atol=0)
+        fade = fading(step, 5, FINAL_NOISE)
+        assert_close((noisy_x - x).std(), fade * INPUT_NOISE * x.std(), rtol=0.08, atol=0)
+        assert_close((noisy_y - y).std(), fade * TARGET_NOISE * y.std(), rtol=0.08, atol=0)
     assert len(objective.seen[True]) == 5
     assert objective.seen[False]
     assert all(torch.equal(a, x) and torch.equal(b, y) for a, b in objective.seen[False])
@@ -160,7 +160,8 @@ def test_checkpoint_gives_the_network_again(objective, tmp_path):
     assert loaded.hparams == module.hparams
     # Plain numbers and tensors: nothing in the file needs to be executed.
     settings = torch.load(path, weights_only=True)["hyper_parameters"]
-    assert settings == {"lr": 1e-3, "weight_decay": 0.1, "input_noise": 0.3, "target_noise": 0.1, "final_noise": 0.1}
+    noise = {"input_noise": INPUT_NOISE, "target_noise": TARGET_NOISE, "final_noise": FINAL_NOISE}
+    assert settings == {"lr": 1e-3, "weight_decay": 0.1, **noise}
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -261,7 +262,7 @@ def test_decay_needs_a_known_number_of_rows(settings):
         trainer(**settings).fit(module, Stream((x, y)))
     trainer(**settings).fit(module, loader(x, y, size=25))
     decays = [group["weight_decay"] for group in module.optimizers().param_groups]
-    assert decays == [3.0, 0.0]
+    assert decays == [default_weight_decay(len(x)), 0.0]
 
 
 def test_without_lightning_the_error_says_what_to_install():

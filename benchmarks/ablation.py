@@ -1,0 +1,113 @@
+"""Why are the defaults of fit what they are? Each is changed alone, and the held-out NLL is compared.
+
+No test row is used: of the training rows of each split of the regression sets a tenth is held out; the inverse sine is
+simulated anew. Mean NLL of single networks, in nats, and in the last column its mean change over the sets.
+
+    python benchmarks/ablation.py               # about 12 minutes on four cores
+    python benchmarks/ablation.py --splits 0-0  # a quick look
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from uci import HERE, SETS, load, parse_splits
+
+from pyro_mdn import CollapseWarning, MixtureDensityNetwork, fit, scores
+
+sys.path.append(str(HERE.parent / "examples"))
+from inverse_sine import simulate
+
+VARIANTS = {
+    "defaults": {},
+    "no noise": {"input_noise": 0.0, "target_noise": 0.0},
+    "no noise on x": {"input_noise": 0.0},
+    "no noise on y": {"target_noise": 0.0},
+    "noise on x three times": {"input_noise": 0.3},
+    "noise that does not fade": {"final_noise": 1.0},
+    "no weight decay": {"weight_decay": 0.0},
+    "ten times the decay": {"decay": 10.0},
+    "a quarter of the learning rate": {"lr": 5e-3},
+    "a third of the steps": {"steps": 1 / 3},
+    "three times the steps": {"steps": 3.0},
+    "no early stopping": {"validation": 0.0},
+    "no clipping": {"max_grad_norm": 1e12},
+    "refit": {"refit": True},
+}
+
+
+def data(name, split):
+    """Rows to train on, and rows to compare by."""
+    if name == "inverse sine":
+        training, held_out = (torch.Generator().manual_seed(seed) for seed in (1000 + split, 999))
+        pairs = simulate(512, training), simulate(10_000, held_out)
+        return [tuple(part.float() for part in pair) for pair in pairs]
+    (x, y), _ = load(name, split)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
+    held_out, rest = order[: len(x) // 10], order[len(x) // 10 :]
+    return [(x[rest], y[rest]), (x[held_out], y[held_out])]
+
+
+def settings_for(variant, rows):
+    """Arguments of fit; those that are relative to the defaults become absolute."""
+    settings = dict(VARIANTS[variant])
+    if decay := settings.pop("decay", None):
+        settings["weight_decay"] = decay * 20 / rows
+    if share := settings.pop("steps", None):
+        batches = -(-rows // min(256, max(32, rows // 64)))
+        settings["max_epochs"] = round(share * max(100, -(-3000 // batches)))
+    return settings
+
+
+def run(job):
+    variant, name, split = job
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", CollapseWarning)
+    (x, y), (held_x, held_y) = data(name, split)
+    torch.manual_seed(split)
+    network = MixtureDensityNetwork(x.shape[1], 1)
+    fit(network, x, y, seed=split, progress=False, **settings_for(variant, round(0.9 * len(x))))
+    with torch.no_grad():
+        mixture = network(held_x)
+        if "wine" in name:
+            return scores.interval_log_score(mixture, held_y, 1.0).mean().item()
+        return -mixture.log_prob(held_y).mean().item()
+
+
+def table(means):
+    """Markdown."""
+    names = list(means["defaults"])
+    lines = [f"| | {' | '.join(names)} | mean change |", "|---|" + "---|" * (len(names) + 1)]
+    for variant, values in means.items():
+        change = np.mean([values[name] - means["defaults"][name] for name in names])
+        cells = " | ".join(f"{values[name]:.2f}" for name in names)
+        lines.append(f"| {variant} | {cells} | {'' if variant == 'defaults' else f'{change:+.2f}'} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--splits", type=parse_splits, default=range(4))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "ablation.json")
+    args = parser.parse_args()
+    names = [*SETS, "inverse sine"]
+    jobs = [(variant, name, split) for variant in VARIANTS for name in names for split in args.splits]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        losses = dict(zip(jobs, tqdm(pool.map(run, jobs), total=len(jobs), desc="networks"), strict=True))
+    means = {v: {n: float(np.mean([losses[v, n, s] for s in args.splits])) for n in names} for v in VARIANTS}
+    args.out.write_text(json.dumps({"splits": len(args.splits), "nll": means}, indent=1) + "\n")
+    print(table(means))
+
+
+if __name__ == "__main__":
+    main()

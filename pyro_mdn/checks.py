@@ -1,0 +1,32 @@
+r"""Checks of settings, for errors that say what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["require_counts", "require_numbers"]
+
+
+def require_counts(**settings: int | None) -> None:
+    """Raise a ``ValueError`` unless each is a positive integer, or ``None``.
+
+    >>> require_counts(size=0)
+    Traceback (most recent call last):
+    ValueError: size: expected a positive integer, got 0
+    """
+    for name, value in settings.items():
+        if value is not None and not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def require_numbers(*, least: float = math.ulp(0.0), **settings: float | None) -> None:
+    """Raise a ``ValueError`` unless each is finite and at least ``least``, or ``None``.
+
+    >>> require_numbers(lr=0.0)
+    Traceback (most recent call last):
+    ValueError: lr: expected a finite number that is positive, got 0.0
+    """
+    for name, value in settings.items():
+        if value is not None and not least <= value < math.inf:
+            kind = "not negative" if least == 0 else "positive"
+            raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")

@@ -1,0 +1,117 @@
+"""Data that go wrong in practice, at default settings: a finite model, or an error that says what to do."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_mdn import Full, MixtureDensityNetwork, fit
+
+N = 300
+
+
+def rows(n=N, outputs=1):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 2, generator=generator)
+    y = x[:, :1].sin() + 0.1 * torch.randn(n, outputs, generator=generator)
+    return x, y
+
+
+def constant():
+    x, y = rows()
+    return x, torch.full_like(y, 3.0)
+
+
+def mostly_constant():
+    x, y = rows()
+    y[torch.arange(N) % 20 != 0] = 0.0
+    return x, y
+
+
+def duplicates():
+    x, y = rows(30)
+    return x.repeat(10, 1), y.repeat(10, 1)
+
+
+def unequal_columns():
+    x, y = rows()
+    return x * torch.tensor([1e-3, 1e9]), y
+
+
+def outliers():
+    x, y = rows()
+    y[:3] = torch.tensor([[1e6], [-1e6], [2e6]]) * y.std()
+    return x, y
+
+
+def collinear():
+    x, y = rows()
+    return x, torch.cat([y, 2 * y], 1)
+
+
+def integers():
+    x, y = rows()
+    return x, (3 * y).round()
+
+
+def constant_input():
+    x, y = rows()
+    return x * torch.tensor([1.0, 0.0]), y
+
+
+# Bounds on the mean loss of the rows: well below the entropy of a normal distribution with their overall deviation.
+FAULTS = {
+    "constant targets": (constant, -4.0),
+    "constant for 19 rows in 20": (mostly_constant, -1.0),
+    "each row ten times": (duplicates, 1.2),
+    "five rows": (lambda: rows(5), 1.5),
+    "two rows": (lambda: rows(2), 1.5),
+    "an input 1e12 times another": (unequal_columns, -0.5),
+    "a constant input": (constant_input, -0.5),
+    "targets 1e6 deviations away": (outliers, 13.0),
+    "targets on a grid": (integers, 1.2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_data_give_a_finite_and_useful_model(fault):
+    make, bound = FAULTS[fault]
+    x, y = make()
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(2, 1)
+    result = fit(network, x, y, seed=0, progress=False)
+    check_finite(network, x, y, result)
+    assert network.loss(x, y).mean() < bound
+
+
+def check_finite(network, x, y, result):
+    assert all(p.isfinite().all() for p in network.parameters())
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["validation_loss"]) for row in result.history)
+    mixture = network(x)
+    assert mixture.log_prob(y).isfinite().all()
+    assert mixture.mean.isfinite().all()
+    assert mixture.sample().isfinite().all()
+
+
+def test_collinear_outputs_with_full_covariance():
+    """The second output is twice the first: the density is bounded by the floor, and the correlation is found."""
+    x, y = collinear()
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(2, 2, noise=Full())
+    result = fit(network, x, y, seed=0, progress=False)
+    check_finite(network, x, y, result)
+    covariance = network(x).covariance_matrix
+    correlation = covariance[:, 0, 1] / (covariance[:, 0, 0] * covariance[:, 1, 1]).sqrt()
+    assert correlation.mean() > 0.98
+
+
+def test_one_row_is_an_error_that_says_what_to_do():
+    x, y = rows(1)
+    with pytest.raises(ValueError, match="validation: expected to leave rows for training, got 1 rows in all"):
+        fit(MixtureDensityNetwork(2, 1), x, y, progress=False)
+
+
+def test_validation_that_leaves_nothing_is_an_error():
+    x, y = rows(5)
+    with pytest.raises(ValueError, match="validation: expected to leave rows for training, got 5 rows in all"):
+        fit(MixtureDensityNetwork(2, 1), x, y, validation=0.99, progress=False)
