@@ -102,7 +102,8 @@ def fit(
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate; by default 0.02.
         weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 20 over the
-            number of training rows (0.5 at most), or of targets in all if a row has several, since a prior on the weights matters less the more data there are.
+            number of training rows (0.5 at most; all steps of a sequence count), since a prior on the weights
+            matters less the more data there are.
         input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.1.
         target_noise: The same for y; by default 0.1. Unless it is 0, the noise does not fade below a sixth of the
             spacing of targets on a coarse grid (five rows to a value), and held-out targets have that much too: a
