@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format install
+.PHONY: demo test test-slow lint format quality install
 
 demo: install
 	$(BIN)/python examples/geyser.py
@@ -12,6 +12,11 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+quality: install
+	$(BIN)/python benchmarks/uci.py
+	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/missing.py
 
 lint: install
 	$(BIN)/ruff check .

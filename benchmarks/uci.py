@@ -56,7 +56,7 @@ def evaluate(name, mixture, y):
 
 def run(job):
     """Train the members of one split, and score them one by one and pooled."""
-    name, split, members = job
+    name, split, members, settings = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", CollapseWarning)
     (x, y), (x_test, y_test) = load(name, split)
@@ -66,7 +66,7 @@ def run(job):
         torch.manual_seed(seed)
         network = MixtureDensityNetwork(x.shape[1], 1)
         start = time.perf_counter()
-        fit(network, x, y, seed=seed, progress=False)
+        fit(network, x, y, seed=seed, progress=False, **settings)
         seconds.append(time.perf_counter() - start)
         with torch.no_grad():
             predictions.append(network(x_test))
@@ -158,8 +158,12 @@ def main():
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "uci.json")
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
     args = parser.parse_args()
-    jobs = [(name, split, args.members) for name in args.sets for split in args.splits]
+    if args.smoke:
+        args.splits, args.members, args.sets = range(2), 2, ["yacht", "wine-quality-red"]
+    settings = {"max_epochs": 2} if args.smoke else {}
+    jobs = [(name, split, args.members, settings) for name in args.sets for split in args.splits]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = list(tqdm(pool.map(run, jobs), total=len(jobs), desc="splits"))
     summary = summarize(rows)

@@ -1,0 +1,34 @@
+"""The benchmarks run with tiny settings, and the pages show what their results say."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.mark.parametrize("name", ["uci", "ablation", "missing"])
+def test_benchmark_runs(name, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", "--jobs", "1", "--out", str(tmp_path / "out")]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("| ")
+    assert "nan" not in shown.stdout
+    assert json.loads((tmp_path / "out").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "page"),
+    [("uci", "summary", "README.md"), ("ablation", "nll", "docs/training.md"), ("missing", None, "docs/training.md")],
+)
+def test_pages_show_the_results(name, part, page, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    results = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
+    table = importlib.import_module(name).table(results[part] if part else results)
+    assert table in (ROOT / page).read_text()
