@@ -53,12 +53,21 @@ class Checkpoint:
             raise ValueError(f"{self.path}: expected a checkpoint of this run, {here}, got one of another, {there}")
         self.run = dict(run)
 
-    def second(self) -> Checkpoint:
+    @property
+    def second_path(self) -> Path | None:
         """File beside this one for a second training in the same run."""
-        path = None if self.path is None else self.path.with_name(f"{self.path.name}.refit")
-        second = Checkpoint(path, self.every, resume=self.resume)
+        return None if self.path is None else self.path.with_name(f"{self.path.name}.refit")
+
+    def second(self) -> Checkpoint:
+        """Checkpoint of a second training in the same run."""
+        second = Checkpoint(self.second_path, self.every, resume=self.resume)
         second.require({**self.run, "part": "refit"})
         return second
+
+    def forget_second(self) -> None:
+        """Delete what an earlier run left of a second training, unless this run goes on from its own file."""
+        if self.second_path is not None and not self._tensors:
+            self.second_path.unlink(missing_ok=True)
 
     def tensors(self, group: str) -> dict[str, Tensor]:
         """Tensors that were written beside the state under names ``group.…``."""

@@ -256,6 +256,7 @@ class _Run:
     def twice(self, batches: Batches, held_out: Rows | Streamed | None, checkpoint: Checkpoint) -> FitResult:
         """Search for the best epoch, then start again and train on all rows up to it."""
         objective = self.plan.objective
+        checkpoint.forget_second()
         start = checkpoint.tensors("start") or copied(objective.state_dict())
         beside = {f"start.{name}": tensor for name, tensor in start.items()}
         result = self(batches, held_out, checkpoint, beside=beside)

@@ -256,6 +256,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_training_goes_on(tmp_pat
     assert states_equal(resumed, whole)
 
 
+def test_the_refit_of_an_earlier_run_is_not_in_the_way(tmp_path):
+    x, y = data()
+    settings = {**SETTINGS, "checkpoint": tmp_path / "run", "refit": True}
+    fit(network(), x, y, **settings)
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.refit"]
+    settings["seed"] = 1
+    whole, part, resumed = network(), network(), network()
+    fit(whole, x, y, **{**settings, "checkpoint": None})
+    with pytest.raises(Stop):
+        fit(part, x, y, callbacks=[stop_after(3)], **settings)
+    fit(resumed, x, y, resume=True, **settings)
+    assert states_equal(resumed, whole)
+
+
 def test_resume_needs_a_file_name():
     with pytest.raises(ValueError, match="resume: expected checkpoint="):
         fit(network(), *data(), resume=True)
