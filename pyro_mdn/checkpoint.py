@@ -29,13 +29,16 @@ class Checkpoint:
         resume: Whether to read the file, if there is one. Nothing in it is executed.
 
     Raises:
-        ValueError: If the file is damaged or not a checkpoint, or if there is no path to resume from.
+        ValueError: If the file is damaged or not a checkpoint, if it could not be written, or if there is no path to
+            resume from.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, every: int, *, resume: bool) -> None:
         if resume and path is None:
             raise ValueError("resume: expected checkpoint= with the file to go on from")
         self.path, self.every, self.resume = None if path is None else Path(path), every, resume
+        if self.path is not None and (self.path.is_dir() or not os.access(self.path.parent, os.W_OK)):
+            raise ValueError(f"checkpoint: expected a file in a directory that can be written to, got {path}")
         self.run: dict[str, Any] = {}
         self._progress: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}

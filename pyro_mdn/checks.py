@@ -3,11 +3,13 @@ r"""Checks of settings, for errors that say what was expected and what came."""
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
+from typing import Any
 
 __all__ = ["require_counts", "require_numbers"]
 
 
-def require_counts(**settings: int | None) -> None:
+def require_counts(**settings: Any) -> None:
     """Raise a ``ValueError`` unless each is a positive integer, or ``None``.
 
     >>> require_counts(size=0)
@@ -15,11 +17,11 @@ def require_counts(**settings: int | None) -> None:
     ValueError: size: expected a positive integer, got 0
     """
     for name, value in settings.items():
-        if value is not None and not (isinstance(value, int) and value > 0):
+        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
-def require_numbers(*, least: float = math.ulp(0.0), **settings: float | None) -> None:
+def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
     """Raise a ``ValueError`` unless each is finite and at least ``least``, or ``None``.
 
     >>> require_numbers(lr=0.0)
@@ -27,6 +29,6 @@ def require_numbers(*, least: float = math.ulp(0.0), **settings: float | None) -
     ValueError: lr: expected a finite number that is positive, got 0.0
     """
     for name, value in settings.items():
-        if value is not None and not least <= value < math.inf:
+        if value is not None and (not isinstance(value, Real) or not least <= float(value) < math.inf):
             kind = "not negative" if least == 0 else "positive"
             raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,15 @@ class Rows:
     def __getitem__(self, index: Any) -> Rows:
         return Rows(self.x[index], self.y[index], None if self.weight is None else self.weight[index])
 
+    def informative(self) -> Rows:
+        """Rows that count: those of a positive weight and with an observed target."""
+        useful = ~self.y.isnan().flatten(1).all(1)
+        if self.weight is not None:
+            useful &= self.weight > 0
+        if not bool(useful.any()):
+            raise ValueError("x, y: expected rows of positive weight with a target, got none")
+        return self if bool(useful.all()) else self[useful]
+
     def joined(self, other: Rows) -> Rows:
         """These rows and those of another; without weights, theirs count 1."""
         weight = None
@@ -53,7 +63,7 @@ class Rows:
         for tensor in (self.x, self.y, self.weight):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -94,6 +104,10 @@ class InMemory:
         """Checksum of the contents."""
         return self.rows.digest()
 
+    def generators(self) -> list[torch.Generator]:
+        """No generators but torch's own."""
+        return []
+
 
 class Streamed:
     """Batches ``(x, y)`` or ``(x, y, weight)`` of a loader, one after the other."""
@@ -109,8 +123,8 @@ class Streamed:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the data set."""
-        return len(self.loader.dataset)  # pyright: ignore[reportArgumentType]  (it has a length: the loader has one)
+        """Rows that the loader goes over in one pass."""
+        return len(self.loader.sampler)  # pyright: ignore[reportArgumentType]  (it has a length: the loader has one)
 
     @property
     def num_targets(self) -> int:
@@ -147,7 +161,14 @@ class Streamed:
         )
         if len(y) != len(x) or any(w.shape != (len(x),) for w in weight):
             raise ValueError(f"x: expected batches of equally many rows, got {[tuple(b.shape) for b in batch]}")
+        if weight and not bool((weight[0].isfinite() & (weight[0] >= 0)).all()):
+            raise ValueError("weight: expected finite numbers that are not negative")
         return Rows(x, y, *weight)
+
+    def generators(self) -> list[torch.Generator]:
+        """Generators of the loader's own."""
+        mine = [getattr(self.loader, "generator", None), getattr(self.loader.sampler, "generator", None)]
+        return [generator for generator in mine if generator is not None]
 
 
 Batches = InMemory | Streamed
@@ -162,18 +183,18 @@ def default_batch_size(rows: int) -> int:
     return min(256, max(32, rows // 64))
 
 
-def grid_spacing(y: Tensor, rows_per_value: float = 5.0) -> Tensor:
-    """Smallest difference between targets of each column, ``(D,)``, where they repeat; 0 where they hardly do.
+def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
+    """Smallest difference between targets of each column, ``(D,)``, that repeat; 0 where half of them do not.
 
     >>> grid_spacing(torch.stack([torch.arange(20.0) % 4, torch.arange(20.0)], 1))
     tensor([1., 0.])
     """
     spacing = y.new_zeros(y.shape[-1])
     for i, column in enumerate(y.reshape(-1, y.shape[-1]).unbind(-1)):
-        observed = column[~column.isnan()]
-        values = observed.unique()
-        if 1 < len(values) <= len(observed) / rows_per_value:
-            spacing[i] = values.diff().min()
+        values, counts = column[~column.isnan()].unique(return_counts=True)
+        often = counts >= rows_per_value
+        if often.sum() > 1 and 2 * counts[often].sum() > counts.sum():
+            spacing[i] = values[often].diff().min()
     return spacing
 
 
@@ -200,7 +221,7 @@ def prepare(
     Raises:
         ValueError: If the data are not usable or the validation leaves nothing.
     """
-    if isinstance(x, TensorDataset):
+    if type(x) is TensorDataset:
         if y is not None or weight is not None or len(x.tensors) not in (2, 3):
             raise ValueError("x: expected a data set of x, y and perhaps weight, and nothing else")
         x, y, weight = (*x.tensors, None)[:3]
@@ -208,7 +229,7 @@ def prepare(
         if y is not None or weight is not None:
             raise ValueError("y, sample_weight: expected None beside a data set or loader, which has them")
         return _prepare_stream(network, x, validation, batch_size)
-    rows = as_rows(network, x, y, weight)
+    rows = as_rows(network, x, y, weight).informative()
     held_out = _given(network, validation)
     if held_out is None and (n := _held_out_count(validation, len(rows))):
         order = torch.randperm(len(rows), device=rows.x.device)
@@ -226,7 +247,9 @@ def _prepare_stream(
         if held_out is None and validation:
             raise ValueError("validation: expected a pair (x, y), a loader or 0 beside a loader, which cannot be split")
         return Streamed(network, data), held_out
-    size = len(data)  # pyright: ignore[reportArgumentType]  (a data set without a length is refused here)
+    if not hasattr(data, "__len__"):
+        raise ValueError(f"x: expected a data set of known length, got {type(data).__name__}")
+    size = len(data)  # pyright: ignore[reportArgumentType]  (it has one, as was just seen)
     if held_out is None and (n := _held_out_count(validation, size)):
         data, rest = random_split(data, [size - n, n])
         held_out = Streamed(network, DataLoader(rest, default_batch_size(n)))
@@ -237,16 +260,18 @@ def _prepare_stream(
 def _given(network: MixtureDensityNetwork, validation: Any) -> Rows | Streamed | None:
     """Validation data of the caller's own, if any."""
     if isinstance(validation, DataLoader):
-        return Streamed(network, validation)
+        held_out = Streamed(network, validation)
+        held_out.head(1)
+        return held_out
     if isinstance(validation, Sequence) and len(validation) == 2:
-        return as_rows(network, validation[0], validation[1], name="validation ")
+        return as_rows(network, validation[0], validation[1], name="validation ").informative()
     return None
 
 
 def _held_out_count(validation: Any, size: int) -> int:
-    if isinstance(validation, bool) or not isinstance(validation, float | int) or not 0 <= validation < 1:
+    if isinstance(validation, bool) or not isinstance(validation, Real) or not 0 <= float(validation) < 1:
         raise ValueError(f"validation: expected a fraction in [0, 1), a pair (x, y) or a loader, got {validation!r}")
-    held_out = max(1, round(validation * size)) if validation else 0
+    held_out = max(1, round(float(validation) * size)) if validation else 0
     if held_out and held_out >= size:
         raise ValueError(f"validation: expected to leave rows for training, got {size} rows in all")
     return held_out
@@ -257,7 +282,7 @@ def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
         array = np.asarray(value)
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
-        value = torch.tensor(array)
+        value = torch.tensor(np.ascontiguousarray(array))
     return value.detach().to(device)
 
 
@@ -268,7 +293,7 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Te
         array = np.asarray(weight)
         if not np.issubdtype(array.dtype, np.number):
             raise ValueError(f"sample_weight: expected numbers, got dtype {array.dtype}")
-        weight = torch.tensor(array)
+        weight = torch.tensor(np.ascontiguousarray(array))
     weight = weight.detach().to(device, torch.float64)
     if weight.shape != (rows,):
         raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -40,7 +41,7 @@ class FitResult:
         skipped_batches: Batches whose loss or gradient was not finite, where these are skipped.
         seconds: Wall-clock time, with that of earlier runs that this one resumed.
         component_weights: Share of the training rows that each component explains, ``K`` numbers; see
-            :attr:`effective_components`. None with a guide.
+            :attr:`effective_components`. Empty where the weights are latent.
         refit_history: The same as ``history``, of a second training on all rows.
     """
 
@@ -61,6 +62,8 @@ class FitResult:
         >>> FitResult(component_weights=[0.5, 0.5, 0.0]).effective_components
         2.0
         """
+        if not self.component_weights:
+            return math.nan
         return math.exp(-sum(w * math.log(w) for w in self.component_weights if w > 0))
 
     def plot(self, ax: Any = None) -> Any:
@@ -98,9 +101,11 @@ class Loop:
         held_out: What to judge epochs by, if anything.
         units: Size of a standardised unit of x and of y.
         settings: The numbers.
-        least_target_noise: Standard deviation, in the units of y, that the noise on y does not fade below; held-out
-            targets have as much.
         compiled: Whether to compile the objective.
+
+    Attributes:
+        least_noise: Standard deviation, in the units of y, that the noise on y does not fade below; held-out targets
+            have as much. 0 at first.
     """
 
     def __init__(
@@ -111,13 +116,12 @@ class Loop:
         units: tuple[Tensor, Tensor],
         settings: Settings,
         *,
-        least_target_noise: Tensor | float = 0.0,
         compiled: bool = False,
     ) -> None:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
         self.losses = torch.compile(objective, dynamic=True) if compiled else objective
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
-        self.least_noise = torch.as_tensor(least_target_noise).to(units[1])
+        self.least_noise = torch.zeros_like(units[1])
         self.optimizer = adamw(objective, settings.lr, settings.weight_decay, fused=True)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.average = AveragedWeights(self.parameters)
@@ -155,8 +159,10 @@ class Loop:
                 bar.update()
                 bar.set_postfix(loss=f"{row['loss']:.3f}", validation=f"{row['validation_loss']:.3f}")
                 logger.debug("epoch %(epoch)d: loss %(loss).4f, validation %(validation_loss).4f", row)
+                self.objective.eval()
                 for callback in callbacks:
-                    result.stopped_early |= callback(result) is True
+                    answer = callback(result)
+                    result.stopped_early |= isinstance(answer, bool | np.bool_) and bool(answer)
                 if save is not None:
                     save(len(result.history))
         except KeyboardInterrupt:
@@ -177,8 +183,10 @@ class Loop:
         result = self.result
         if self.held_out is None or monitored < result.best_loss:
             with self.average.swapped_in():
-                self.best = copied(self.objective.state_dict())
-            result.best_epoch, result.best_loss = epoch, loss if self.held_out is None else monitored
+                best = copied(self.objective.state_dict())
+            # Together, so that Ctrl-C does not part them.
+            self.best, result.best_epoch = best, epoch
+            result.best_loss = loss if self.held_out is None else monitored
         result.stopped_early = epoch - result.best_epoch >= self.settings.patience
         result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
 
@@ -189,6 +197,7 @@ class Loop:
         self.objective.train()
         total, rows = 0.0, 0
         for number, batch in enumerate(self.batches, start=1):
+            buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
             try:
                 total += self._step(batch) * len(batch)
                 rows += len(batch)
@@ -197,6 +206,8 @@ class Loop:
                 if not self.settings.skip_bad_batches:
                     raise FloatingPointError(f"fit: {where}") from error
                 logger.warning("fit: %s; skipped", where)
+                for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
                 self.result.skipped_batches += 1
         if rows == 0:
             raise FloatingPointError(f"fit: no batch of epoch {epoch} has a finite loss and gradient")
@@ -237,8 +248,12 @@ class Loop:
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
         with self.average.swapped_in():
-            losses = [batch.weigh(self.objective(*self._off_grid(batch))).flatten() for batch in batches]
-        return float(torch.cat(losses).mean())
+            total, count = 0.0, 0.0
+            for batch in batches:
+                losses = self.objective(*self._off_grid(batch))
+                total += float(batch.weigh(losses).double().sum())
+                count += float(batch.weigh(torch.ones_like(losses)).double().sum())
+        return total / count if count else math.nan
 
     def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
         """Rows with the least noise on their targets, if there is any, and the same each time."""
@@ -257,6 +272,8 @@ class Loop:
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
         tensors["generator"] = torch.get_rng_state()
+        for i, generator in enumerate(self.batches.generators()):
+            tensors[f"generator.loader.{i}"] = generator.get_state()
         if (device := self.noise[0].device).type == "cuda":
             tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
         return {"step": self.step, "result": dataclasses.asdict(self.result)}, tensors
@@ -284,6 +301,8 @@ class Loop:
         device = self.noise[0].device
         self.step, self.result = config["step"], FitResult(**config["result"])
         torch.set_rng_state(rest["generator"])
+        for i, generator in enumerate(self.batches.generators()):
+            generator.set_state(rest[f"generator.loader.{i}"])
         if "generator.cuda" in rest:
             torch.cuda.set_rng_state(rest["generator.cuda"], device)
 

@@ -100,6 +100,11 @@ class NegativeElbo(nn.Module):
         self.network, self.guide = network, guide
         self.num_data, self.num_particles, self.kl_weight = num_data, num_particles, kl_weight
 
+    def extra_repr(self) -> str:
+        """Describe the estimate in a module's printout."""
+        guide = "" if isinstance(self.guide, nn.Module) else f", guide={getattr(self.guide, '__name__', self.guide)}"
+        return f"num_data={self.num_data}, num_particles={self.num_particles}, kl_weight={self.kl_weight}{guide}"
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N,)``."""
         return torch.stack([self._particle(x, y) for _ in range(self.num_particles)]).mean(0)
@@ -111,16 +116,19 @@ class NegativeElbo(nn.Module):
         losses = -likelihood["fn"].log_prob(likelihood["value"])
         if not self.training:
             return losses
+        _require_pathwise(guide)
         divergence = guide.log_prob_sum(_is_latent) - model.log_prob_sum(_is_latent)
         return losses + self.kl_weight * divergence / self.num_data
 
 
 def _is_latent(name: str, site: Any) -> bool:
-    if site["type"] != "sample" or site["is_observed"] or name == "data":
-        return False
-    if not site["fn"].has_rsample:
-        raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
-    return True
+    return site["type"] == "sample" and not site["is_observed"] and name != "data"
+
+
+def _require_pathwise(guide: Any) -> None:
+    for name, site in guide.nodes.items():
+        if site["type"] == "sample" and _is_latent(name, site) and not site["fn"].has_rsample:
+            raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
 
 
 class WeightedSum(nn.Module):
@@ -144,6 +152,10 @@ class WeightedSum(nn.Module):
         if not objectives or len(objectives) != len(weights) or not all(0 <= w < math.inf for w in weights):
             raise ValueError(f"weights: expected one for each of {len(objectives)} objectives, got {list(weights)}")
         self.objectives, self.weights = nn.ModuleList(objectives), [float(w) for w in weights]
+
+    def extra_repr(self) -> str:
+        """Describe the weights in a module's printout."""
+        return f"weights={self.weights}"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N, ...)``."""

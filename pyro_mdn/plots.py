@@ -31,7 +31,7 @@ def plot_training(result: Any, *, ax: Axes | None = None) -> Axes:
     if not all(map(math.isnan, held_out)):
         ax.plot(epochs, held_out, color="tab:blue", label="validation")
         ax.axvline(result.best_epoch, color="black", linestyle=":", label=f"best epoch, {result.best_epoch}")
-    ax.set(xlabel="epoch", ylabel="loss per row (nats)")
+    ax.set(xlabel="epoch", ylabel="mean loss of a row")
     ax.legend(frameon=False)
     return ax
 

@@ -6,9 +6,10 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import pyro
@@ -91,10 +92,12 @@ def fit(
             was not observed: its row counts with the density of its other entries.
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
             by default :class:`NegativeLogLikelihood`.
-        guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. By default there is no
-            validation, noise or weight decay then: the prior is what regularises.
+        guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. An AutoGuide, or a module
+            that owns its parameters. By default there is no validation, noise or weight decay then: the prior is
+            what regularises.
         num_particles: Draws from the guide for each step.
-        sample_weight: Weights of the rows, ``(N,)``; only their ratios matter.
+        sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. Rows of weight 0 are left out, as are
+            rows without a target; scalers and start count the others equally.
         validation: Fraction of the rows to hold out, a pair ``(x, y)``, or a loader; 0 for none, and so no early
             stopping. By default 0.1, but 0 for a loader or a guide.
         max_epochs: Passes over the training rows at most; the schedule is spread over them. By default as many as
@@ -119,12 +122,13 @@ def fit(
         autocast: ``torch.bfloat16`` for matrix products of that precision.
         compile: Compile the objective by ``torch.compile``; targets must be complete then.
         callbacks: Each is called after every epoch with the :class:`FitResult` so far; training stops if one
-            returns True.
+            returns True. The network then has its current weights, not the averages that the history is about.
         checkpoint: File to write the whole state to, every ``checkpoint_every`` epochs and at the end.
         checkpoint_every: Epochs from one checkpoint to the next.
         resume: Go on from the checkpoint, if there is one, bit for bit as if the run had not stopped. Network, data
             and settings must be those of that run.
-        seed: Seed of split, start, batches and noise; by default one is drawn. The generators stay as they were.
+        seed: Seed of split, start, batches and noise; by default one is drawn from torch's generator. Apart from
+            that the generators stay as they were.
         progress: Show a progress bar.
 
     Raises:
@@ -148,37 +152,44 @@ def fit(
     _require_modules(network, objective, guide)
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
+    if seed is not None and (not isinstance(seed, Integral) or not 0 <= seed < 2**63):
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
     saved = Checkpoint(checkpoint, checkpoint_every, resume=resume)
-    root = _seed(saved) if seed is None else seed
-    for module in (network, objective, guide):
-        if device is not None and isinstance(module, nn.Module):
-            module.to(device)
+    root = _seed(saved) if seed is None else int(seed)
     if validation is None:
         validation = 0.0 if guide is not None or isinstance(x, DataLoader) else 0.1
-    with _isolated(network, root):
-        batches, held_out = prepare(network, x, y, sample_weight, validation, batch_size)
-        _require_data(batches, held_out, compile=compile, refit=refit)
-        max_epochs = max_epochs or max(100, math.ceil(3000 / len(batches)))
-        regularized = guide is None
-        settings = Settings(
-            max_epochs=max_epochs,
-            patience=patience or math.ceil(max_epochs / 4),
-            lr=lr,
-            weight_decay=_default(weight_decay, regularized * default_weight_decay(batches.num_targets)),
-            input_noise=_default(input_noise, regularized * INPUT_NOISE),
-            target_noise=_default(target_noise, regularized * TARGET_NOISE),
-            final_noise=final_noise,
-            max_grad_norm=max_grad_norm,
-            skip_bad_batches=skip_bad_batches,
-            autocast=autocast,
-        )
-        if guide is not None:
-            objective = NegativeElbo(network, guide, batches.num_rows, num_particles=num_particles)
-        plan = _Plan(network, objective or NegativeLogLikelihood(network), settings, root, initialize, compile)
-        saved.require(plan.describe(batches, held_out, refit=refit))
+    modules = [module for module in (network, objective, guide) if isinstance(module, nn.Module)]
+    with _isolated(modules, root):
+        with _put_back_if_refused(modules, device):
+            batches, held_out = prepare(network, x, y, sample_weight, validation, batch_size)
+            _require_data(batches, held_out, compile=compile, refit=refit)
+            if guide is not None:
+                objective = NegativeElbo(network, guide, batches.num_rows, num_particles=num_particles)
+            objective = objective or NegativeLogLikelihood(network)
+            regularized = not any(isinstance(part, NegativeElbo) for part in objective.modules())
+            max_epochs = int(max_epochs or max(100, math.ceil(3000 / len(batches))))
+            settings = Settings(
+                max_epochs=max_epochs,
+                patience=int(patience or math.ceil(max_epochs / 4)),
+                lr=float(lr),
+                weight_decay=_default(weight_decay, regularized * default_weight_decay(batches.num_targets)),
+                input_noise=_default(input_noise, regularized * INPUT_NOISE),
+                target_noise=_default(target_noise, regularized * TARGET_NOISE),
+                final_noise=float(final_noise),
+                max_grad_norm=float(max_grad_norm),
+                skip_bad_batches=skip_bad_batches,
+                autocast=autocast,
+            )
+            plan = _Plan(network, objective, settings, root, initialize, compile, counts_rows=guide is not None)
+            plan.set_up(batches)
+            if checkpoint is not None:
+                saved.require(plan.describe(batches, held_out, refit=refit))
+            start = saved.tensors("start") or copied(objective.state_dict())
+            loop = plan.loop(batches, held_out)
+            saved.restore(loop)
         run = _Run(plan, list(callbacks), progress)
-        result = run(batches, held_out, saved) if not refit else run.twice(batches, held_out, saved)
-        if guide is None:
+        result = run.twice(loop, saved, start) if refit else run(loop, saved)
+        if regularized:
             result.component_weights = _component_weights(network, batches.head(_ROWS_TO_START))
         return result
 
@@ -193,6 +204,7 @@ class _Plan:
     seed: int
     initialize: bool
     compiled: bool
+    counts_rows: bool  # whether the objective is an ELBO that has to know their number
 
     def describe(self, batches: Batches, held_out: Rows | Streamed | None, *, refit: bool) -> dict[str, Any]:
         """Tell runs apart, in plain values."""
@@ -200,33 +212,46 @@ class _Plan:
         return {
             "seed": self.seed,
             "network": repr(self.network),
-            "objective": type(self.objective).__name__,
+            "objective": repr(self.objective),
             "settings": {**settings, "autocast": settings["autocast"] and str(settings["autocast"])},
             "initialize": self.initialize,
+            "compile": self.compiled,
             "refit": refit,
+            "batches": len(batches),
             "data": batches.digest(),
             "validation": held_out.digest() if held_out is not None else None,
         }
 
+    def set_up(self, batches: Batches) -> None:
+        """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained."""
+        rows = batches.head(_ROWS_TO_START)[:2]
+        with torch.no_grad():
+            losses = self.objective(rows.x, rows.y)
+        if losses.shape[:1] != (len(rows),):
+            raise ValueError(f"objective: expected one loss for each of {len(rows)} rows, got {tuple(losses.shape)}")
+        trained = {id(parameter) for parameter in self.objective.parameters()}
+        strangers = [name for name, p in pyro.get_param_store().named_parameters() if id(p) not in trained]
+        if strangers:
+            raise ValueError(f"guide: expected a module that owns its parameters, got pyro.param for {strangers}")
+
     def loop(self, batches: Batches, held_out: Rows | Streamed | None) -> Loop:
-        """Loop at its start: scalers and components set from the data, a guide set up by a first call."""
+        """Loop at its start, scalers and components set from the data."""
         rows = batches.head(_ROWS_TO_START)
         # 99.7 % of that noise stays within the cell of the grid.
         least = (grid_spacing(rows.y) / 6 * (self.settings.target_noise > 0)).to(self.network.head.scale)
         if self.initialize:
             self.network.initialize_(rows.x, blur(rows.y, least))
-        with torch.no_grad():
-            self.objective(rows.x[:2], rows.y[:2])
+        if self.counts_rows and isinstance(self.objective, NegativeElbo):
+            self.objective.num_data = batches.num_rows
         units = (self.network.x_scale, self.network.head.scale)
-        compiled = self.compiled
-        return Loop(
-            self.objective, batches, held_out, units, self.settings, least_target_noise=least, compiled=compiled
-        )
+        loop = Loop(self.objective, batches, held_out, units, self.settings, compiled=self.compiled)
+        loop.least_noise = least
+        return loop
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A training, from its checkpoint if there is one."""
+    """A training, whose state goes to a checkpoint."""
 
     plan: _Plan
     callbacks: Sequence[Callable[[FitResult], object]]
@@ -234,32 +259,28 @@ class _Run:
 
     def __call__(
         self,
-        batches: Batches,
-        held_out: Rows | Streamed | None,
+        loop: Loop,
         checkpoint: Checkpoint,
         *,
         epochs: int | None = None,
-        beside: dict[str, Tensor] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> FitResult:
         """Train, and write the state with the tensors ``beside`` it every few epochs and at the end."""
-        loop = self.plan.loop(batches, held_out)
-        checkpoint.restore(loop)
+        before = len(loop.result.history)
 
         def save(epoch: int | None = None) -> None:
             checkpoint.write(loop, beside or {}, epoch)
 
         result = loop.run(epochs=epochs, callbacks=self.callbacks, save=save, progress=self.progress)
-        if not result.interrupted:
+        if len(result.history) > before and not result.interrupted:
             save()
         return result
 
-    def twice(self, batches: Batches, held_out: Rows | Streamed | None, checkpoint: Checkpoint) -> FitResult:
+    def twice(self, loop: Loop, checkpoint: Checkpoint, start: Mapping[str, Tensor]) -> FitResult:
         """Search for the best epoch, then start again and train on all rows up to it."""
-        objective = self.plan.objective
         checkpoint.forget_second()
-        start = checkpoint.tensors("start") or copied(objective.state_dict())
-        beside = {f"start.{name}": tensor for name, tensor in start.items()}
-        result = self(batches, held_out, checkpoint, beside=beside)
+        result = self(loop, checkpoint, beside={f"start.{name}": tensor for name, tensor in start.items()})
+        batches, held_out, objective = loop.batches, loop.held_out, self.plan.objective
         if result.interrupted or not isinstance(held_out, Rows) or not isinstance(batches, InMemory):
             return result
         best = copied(objective.state_dict())
@@ -267,18 +288,20 @@ class _Run:
         try:
             objective.load_state_dict(start)
             everything = InMemory(batches.rows.joined(held_out), math.ceil(batches.num_rows / len(batches)))
-            again = self(everything, None, checkpoint.second(), epochs=result.best_epoch)
+            second, again = checkpoint.second(), self.plan.loop(everything, None)
+            second.restore(again)
+            refitted = self(again, second, epochs=result.best_epoch)
         except BaseException:
             objective.load_state_dict(best)
             raise
-        if again.interrupted:
+        if refitted.interrupted:
             objective.load_state_dict(best)
         return dataclasses.replace(
             result,
-            interrupted=again.interrupted,
-            skipped_batches=result.skipped_batches + again.skipped_batches,
-            seconds=result.seconds + again.seconds,
-            refit_history=again.history,
+            interrupted=refitted.interrupted,
+            skipped_batches=result.skipped_batches + refitted.skipped_batches,
+            seconds=result.seconds + refitted.seconds,
+            refit_history=refitted.history,
         )
 
 
@@ -295,16 +318,40 @@ def _component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float
 
 
 @contextmanager
-def _isolated(network: nn.Module, seed: int) -> Iterator[None]:
-    """Keep Pyro's parameter store, the mode of the network and the generators as they were."""
-    with (
-        pyro.get_param_store().scope(),
-        pyro.validation_enabled(False),
-        torch.random.fork_rng(range(torch.cuda.device_count())),
-        evaluating(network),
-    ):
+def _isolated(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
+    """Keep Pyro's parameter store, what validates, the modes of modules and the generators as they were."""
+    validates = torch.distributions.Distribution._validate_args
+    with ExitStack() as stack:
+        stack.enter_context(pyro.get_param_store().scope())
+        stack.callback(torch.distributions.Distribution.set_default_validate_args, validates)
+        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        for module in modules:
+            stack.enter_context(evaluating(module))
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _put_back_if_refused(modules: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[None]:
+    """Move modules to a device; after an error, have them where and as they were."""
+    before = [(module, copied(module.state_dict()), _device(module)) for module in modules]
+    try:
+        for module in modules:
+            if device is not None:
+                module.to(device)
+        yield
+    except Exception:
+        for module, state, place in before:
+            if place is not None:
+                module.to(place)
+            # A guide that was set up meanwhile has more than it had.
+            module.load_state_dict(state, strict=False)
+        raise
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
 
 
 def _seed(saved: Checkpoint) -> int:
@@ -313,7 +360,7 @@ def _seed(saved: Checkpoint) -> int:
 
 
 def _default(value: float | None, default: float) -> float:
-    return default if value is None else value
+    return default if value is None else float(value)
 
 
 def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any) -> None:

@@ -117,14 +117,19 @@ def test_missing_targets_lose_little(noise):
     assert losses["sparse"] < losses["dropped"]
 
 
-def test_rows_without_any_target_change_only_the_scaler_of_x():
-    x, y = data(50)
-    trained = network()
-    y[::2] = math.nan
-    fit(trained, x, y, validation=0, **QUICK)
-    assert trained.loss(x, y)[::2].abs().max() < 1e-6
-    assert trained.loss(x, y).isfinite().all()
-    assert_close(trained.head.shift, y[1::2].mean(0), rtol=1e-5, atol=1e-5)
+def test_rows_that_say_nothing_are_left_out():
+    """Of weight 0, or without a target: as if they were not there, whatever is in them."""
+    x, y = data(60)
+    absent, weightless, few = network(), network(), network()
+    gaps, far = y.clone(), y.clone()
+    gaps[1::2] = math.nan
+    far[1::2] = 1e6
+    fit(absent, x, gaps, **QUICK)
+    fit(weightless, x, far, sample_weight=(torch.arange(60) + 1) % 2, **QUICK)
+    fit(few, x[::2], y[::2], **QUICK)
+    assert states_equal(absent, few)
+    for a, b in zip(weightless.state_dict().values(), few.state_dict().values(), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_the_start_takes_missing_entries_from_other_rows():
@@ -186,11 +191,13 @@ def test_a_loader_trains_with_validation_of_the_callers_own():
     assert math.isnan(fit(network(), loader, **QUICK).history[0]["validation_loss"])
 
 
-def test_a_loader_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_a_loader_resumes_bit_for_bit(tmp_path, own_generator):
     x, y = data()
 
     def loader():
-        return DataLoader(Pairs(x, y), batch_size=40, shuffle=True)
+        generator = torch.Generator().manual_seed(5) if own_generator else None
+        return DataLoader(Pairs(x, y), batch_size=40, shuffle=True, generator=generator)
 
     def stop(result):
         if len(result.history) == 2:
@@ -229,6 +236,10 @@ X, Y = data(20)
         (lambda n: fit(n, DataLoader(Pairs(X, Y * math.inf))), "y: expected finite"),
         (lambda n: fit(n, DataLoader(Pairs(X.long(), Y))), "x: expected floating point"),
         (lambda n: fit(n, X, Y, validation=0, refit=True), "refit: expected arrays with some rows held out"),
+        (lambda n: fit(n, Endless()), "x: expected a data set of known length"),
+        (lambda n: fit(n, DataLoader(Pairs(X, Y, -torch.ones(20)))), "weight: expected finite numbers"),
+        (lambda n: fit(n, X, Y, validation=DataLoader(Pairs(X, Y[:, :1]))), "y: expected shape"),
+        (lambda n: fit(n, X, Y, sample_weight=torch.zeros(20)), "sample_weight: expected .* one positive at least"),
         (lambda n: fit(n, X), "x, y: expected equally many rows|y: expected floating-point"),
     ],
 )
@@ -274,6 +285,25 @@ def test_grids_of_targets_are_found():
     y = torch.stack([torch.arange(60.0) % 6, torch.arange(60.0), (torch.arange(60.0) % 4) * 0.25, torch.ones(60)], -1)
     y[::7, 0] = math.nan
     assert grid_spacing(y).tolist() == [1.0, 0.0, 0.25, 0.0]
+    rare = torch.zeros(300, 2)
+    rare[0] = 100.0
+    rare[::2, 1] = 1.0
+    rare[1, 1] = 1e-6
+    assert grid_spacing(rare).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("reverse", [lambda t: t.numpy()[::-1], lambda t: pd.DataFrame(t.numpy())[::-1]])
+def test_arrays_of_any_strides(reverse):
+    x, y = data(50)
+    a, b = network(), network()
+    fit(a, x.flip(0), y.flip(0), **QUICK)
+    fit(b, reverse(x), reverse(y), **QUICK)
+    assert states_equal(a, b)
+
+
+def test_a_loader_counts_the_rows_that_it_visits():
+    sampler = torch.utils.data.SubsetRandomSampler(range(40))
+    assert Streamed(network(), DataLoader(Pairs(*data(200)), batch_size=10, sampler=sampler)).num_rows == 40
 
 
 def test_densities_do_not_spike_on_a_grid():

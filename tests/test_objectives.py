@@ -130,6 +130,51 @@ def test_guide_without_latent_weights_trains_by_likelihood():
         assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def test_guides_whose_parameters_would_not_be_trained_are_refused():
+    network = linear_network()
+
+    def guide(x, y=None, num_data=None):
+        loc = pyro.param("loc", torch.zeros(1, 1))
+        pyro.sample("backbone.weight", dist.Normal(loc, 0.1).to_event(2))
+
+    before = copy.deepcopy(network.state_dict())
+    with pytest.raises(ValueError, match=r"guide: expected a module that owns its parameters, got .*'loc'"):
+        fit(network, *data(), guide=guide, progress=False)
+    assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
+    assert not list(pyro.get_param_store())
+
+
+def test_a_guide_can_be_refitted_on_all_rows():
+    x, y = data()
+    network = linear_network()
+    guide = AutoNormal(network.model)
+    settings = {"validation": 0.25, "max_epochs": 4, "initialize": False, "seed": 0, "progress": False}
+    result = fit(network, x, y, guide=guide, refit=True, **settings)
+    assert len(result.refit_history) == result.best_epoch
+    assert math.isnan(result.effective_components)
+
+
+def test_priors_need_no_pathwise_gradients():
+    backbone = PyroModule[nn.Linear](1, 1, bias=False)
+    spike_and_slab = dist.MixtureSameFamily(
+        dist.Categorical(torch.ones(1, 1, 2)), dist.Normal(torch.zeros(1, 1, 2), torch.tensor([0.1, 2.0]))
+    )
+    backbone.weight = PyroSample(spike_and_slab.to_event(2))
+    network = MixtureDensityNetwork(1, 1, 1, 1, noise=Fixed(0.5), backbone=backbone)
+
+    class Guide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.zeros(1, 1))
+
+        def forward(self, x, y=None, num_data=None):
+            pyro.sample("backbone.weight", dist.Normal(self.loc, 0.1).to_event(2))
+
+    guide = Guide()
+    fit(network, *data(), guide=guide, max_epochs=2, seed=0, progress=False)
+    assert guide.loc.abs() > 0
+
+
 def test_discrete_guides_are_refused():
     network = linear_network()
 

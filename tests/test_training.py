@@ -473,12 +473,85 @@ def test_compiled_training_gives_the_same_network():
 
 def test_missing_targets_are_not_compiled():
     x, y = fork(20)
-    y[0] = math.nan
+    y = torch.cat([y, y], 1)
+    y[0, 0] = math.nan
     with pytest.raises(ValueError, match="compile: expected complete targets"):
-        fit(network(), x, y, compile=True, **QUICK)
+        fit(MixtureDensityNetwork(1, 2), x, y, compile=True, **QUICK)
 
 
-def test_device_is_where_training_happens():
+# What a reader of the documentation relies on
+
+
+def test_modes_and_global_flags_are_as_they_were():
+    x, y = fork(50)
     trained = network()
-    fit(trained, *fork(), device="cpu", **QUICK)
-    assert trained.x_shift.device.type == "cpu"
+    objective = NegativeLogLikelihood(trained)
+    modes = []
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        callbacks = [lambda result: modes.append(objective.training)]
+        fit(trained, x, y, objective=objective, callbacks=callbacks, **QUICK)
+        assert not torch.distributions.Distribution._validate_args
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(True)
+    assert modes == [False] * 3
+    assert objective.training
+    assert trained.training
+
+
+def test_numpy_scalars_are_settings():
+    x, y = fork(50)
+    a, b = network(), network()
+    fit(a, x, y, max_epochs=2, lr=0.25, validation=0.25, seed=3, progress=False)
+    settings = {"max_epochs": np.int64(2), "lr": np.float32(0.25), "validation": np.float32(0.25)}
+    fit(b, x, y, seed=np.int64(3), progress=False, **settings)
+    assert states_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": "0.1"}, "lr: expected a finite number"),
+        ({"seed": -1}, "seed: expected an integer"),
+        ({"seed": 0.5}, "seed: expected an integer"),
+        ({"max_epochs": True}, "max_epochs: expected a positive integer, got True"),
+        ({"checkpoint": "nowhere/run"}, "checkpoint: expected a file in a directory that can be written to"),
+        ({"checkpoint": "."}, "checkpoint: expected a file in a directory that can be written to"),
+    ],
+)
+def test_bad_settings(settings, message):
+    untouched = network()
+    with pytest.raises(ValueError, match=message):
+        fit(untouched, *fork(20), progress=False, **settings)
+    assert states_equal(untouched, network())
+
+
+def test_a_scalar_objective_is_refused():
+    class Mean(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, y):
+            return self.network.loss(x, y).mean()
+
+    untouched = network()
+    with pytest.raises(ValueError, match=r"objective: expected one loss for each of 2 rows, got \(\)"):
+        fit(untouched, *fork(20), objective=Mean(untouched), **QUICK)
+    assert states_equal(untouched, network())
+
+
+def test_skipped_batches_leave_no_trace_in_buffers():
+    class Poisoned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear, self.calls = nn.BatchNorm1d(1), nn.Linear(1, 16), 0
+
+        def forward(self, x):
+            self.calls += self.training
+            return self.linear(self.norm(x * (math.nan if self.training and self.calls == 4 else 1.0)))
+
+    trained = network(backbone=Poisoned())
+    result = fit(trained, *fork(), validation=0, skip_bad_batches=True, **QUICK)
+    assert result.skipped_batches == 1
+    assert all(buffer.isfinite().all() for buffer in trained.buffers())
