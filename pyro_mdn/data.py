@@ -34,13 +34,14 @@ class Rows:
         return Rows(self.x[index], self.y[index], None if self.weight is None else self.weight[index])
 
     def informative(self) -> Rows:
-        """Rows that count: those of a positive weight and with an observed target."""
+        """Rows that count: those of a positive weight and with an observed target; weights of mean 1."""
         useful = ~self.y.isnan().flatten(1).all(1)
         if self.weight is not None:
             useful &= self.weight > 0
         if not bool(useful.any()):
             raise ValueError("x, y: expected rows of positive weight with a target, got none")
-        return self if bool(useful.all()) else self[useful]
+        rows = self if bool(useful.all()) else self[useful]
+        return rows if rows.weight is None else Rows(rows.x, rows.y, rows.weight / rows.weight.mean())
 
     def joined(self, other: Rows) -> Rows:
         """These rows and those of another; without weights, theirs count 1."""
@@ -201,8 +202,6 @@ def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
 def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:
     """Check arrays as a whole and make them tensors on the device of the network.
 
-    Weights are scaled to a mean of 1.
-
     Raises:
         ValueError: If they are not usable.
     """
@@ -299,4 +298,4 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Te
         raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.sum() > 0):
         raise ValueError("sample_weight: expected finite numbers that are not negative, one positive at least")
-    return (weight / weight.mean()).to(torch.promote_types(like.dtype, torch.float32))
+    return weight.to(torch.promote_types(like.dtype, torch.float32))

@@ -109,8 +109,8 @@ def fit(
             matters less the more data there are.
         input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.1.
         target_noise: The same for y; by default 0.1. Unless it is 0, the noise does not fade below a sixth of the
-            spacing of targets on a coarse grid (five rows to a value), and held-out targets have that much too: a
-            density could grow there without bound.
+            spacing of targets on a grid (values of five rows or more each), and held-out targets have that much
+            too: a density could grow there without bound.
         final_noise: Share of the noise that is left at the end of the schedule; by default 0.03.
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
             ``max_epochs``.
