@@ -41,9 +41,9 @@ class LightningObjective(LightningModule):
     processes; so are gradients, also where processes have unequally many rows. Each process draws noise of its own.
 
     Clipping, early stopping, averaged weights and checkpoints are settings and callbacks of the ``Trainer``;
-    ``gradient_clip_val=1.0`` is what ``fit`` has. Targets on a grid get no noise of their own here. A Lightning checkpoint holds the settings and all tensors, but not
-    the network as an object: ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's
-    parameter store stays as it was.
+    ``gradient_clip_val=1.0`` is what ``fit`` has. Targets on a grid get no noise of their own here. A Lightning
+    checkpoint holds the settings and all tensors, but not the network as an object:
+    ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's parameter store stays as it was.
 
     Args:
         objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. A guide
