@@ -79,7 +79,8 @@ class NegativeElbo(nn.Module):
         kl_weight: :math:`\beta`; 1 is the ELBO.
 
     Raises:
-        ValueError: If a count is not positive or the guide draws from a distribution without pathwise gradients.
+        ValueError: If a count is not positive or, when called, if the guide has other sites than the model or draws
+            from a distribution without pathwise gradients.
 
     References:
         Kingma & Welling (2014), Auto-encoding variational Bayes.
@@ -116,7 +117,7 @@ class NegativeElbo(nn.Module):
         losses = -likelihood["fn"].log_prob(likelihood["value"])
         if not self.training:
             return losses
-        _require_pathwise(guide)
+        _require_fitting(guide, model)
         divergence = guide.log_prob_sum(_is_latent) - model.log_prob_sum(_is_latent)
         return losses + self.kl_weight * divergence / self.num_data
 
@@ -125,9 +126,15 @@ def _is_latent(name: str, site: Any) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and name != "data"
 
 
-def _require_pathwise(guide: Any) -> None:
-    for name, site in guide.nodes.items():
-        if site["type"] == "sample" and _is_latent(name, site) and not site["fn"].has_rsample:
+def _require_fitting(guide: Any, model: Any) -> None:
+    """Raise a ``ValueError`` unless the guide has the sites of the model, with pathwise gradients."""
+    drawn = {name: site for name, site in guide.nodes.items() if _is_latent(name, site)}
+    wanted = {name for name, site in model.nodes.items() if _is_latent(name, site)}
+    matching = {name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")}
+    if matching != wanted:
+        raise ValueError(f"guide: expected the sites {sorted(wanted)}, got {sorted(matching)}")
+    for name, site in drawn.items():
+        if not site["fn"].has_rsample:
             raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
 
 

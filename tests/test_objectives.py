@@ -144,6 +144,14 @@ def test_guides_whose_parameters_would_not_be_trained_are_refused():
     assert not list(pyro.get_param_store())
 
 
+def test_guides_with_other_sites_are_refused():
+    def guide(x, y=None, num_data=None):
+        pyro.sample("backbone.weigth", dist.Normal(0.0, 0.1).expand([1, 1]).to_event(2))
+
+    with pytest.raises(ValueError, match=r"expected the sites \['backbone.weight'\], got \['backbone.weigth'\]"):
+        NegativeElbo(linear_network(), guide, 40)(*data())
+
+
 def test_a_guide_can_be_refitted_on_all_rows():
     x, y = data()
     network = linear_network()
