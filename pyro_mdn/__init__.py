@@ -1,9 +1,11 @@
 """Mixture density networks for Pyro: conditional densities that are Pyro distributions."""
 
 from pyro_mdn import scores
+from pyro_mdn.bayesian import bayesianize, posterior_predictive, starting_weights
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
+from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.loop import FitResult
 from pyro_mdn.mixture import GaussianMixture
@@ -18,6 +20,7 @@ __all__ = [
     "CollapseWarning",
     "ContinuousRankedProbability",
     "Covariance",
+    "DeepEnsemble",
     "Diagonal",
     "DiagonalCovariance",
     "FitResult",
@@ -35,8 +38,11 @@ __all__ = [
     "NegativeLogLikelihood",
     "NoiseModel",
     "WeightedSum",
+    "bayesianize",
     "fit",
     "kl_monte_carlo",
     "kl_variational_approximation",
+    "posterior_predictive",
     "scores",
+    "starting_weights",
 ]

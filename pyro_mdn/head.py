@@ -14,7 +14,7 @@ from pyro_mdn import kernels
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
 
-__all__ = ["MixtureHead"]
+__all__ = ["MixtureHead", "starting_value"]
 
 
 class MixtureHead(nn.Module):
@@ -64,7 +64,16 @@ class MixtureHead(nn.Module):
         self.raw_noise = nn.Parameter(torch.empty(learned_here)) if learned_here else None
         self.register_buffer("shift", torch.zeros(dim_out))
         self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out))
-        self._start(torch.zeros(n_components), torch.randn(n_components, dim_out), torch.ones(n_components, dim_out))
+        self._start_anywhere()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        self.linear.reset_parameters()
+        self._start_anywhere()
+
+    def _start_anywhere(self) -> None:
+        shape = self.n_components, self.dim_out
+        self._start(torch.zeros(self.n_components), torch.randn(shape), torch.ones(shape))
 
     def extra_repr(self) -> str:
         """Describe the head in a module's printout."""
@@ -72,7 +81,7 @@ class MixtureHead(nn.Module):
 
     def forward(self, features: Tensor) -> GaussianMixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
-        return self._standardized(features, validate_args=None).affine(self.shift, self.scale)
+        return self.mixture(self.raw(features), self.shift, self.scale)
 
     def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
         """Log-density of y ``(*batch, D)`` given the features, in nats and the units of y.
@@ -85,21 +94,40 @@ class MixtureHead(nn.Module):
         if not y.is_floating_point() or y.shape != (*features.shape[:-1], self.dim_out):
             expected = f"floating point of shape {(*features.shape[:-1], self.dim_out)}"
             raise ValueError(f"y: expected {expected}, got {y.dtype} of shape {tuple(y.shape)}")
-        mixture = self._standardized(features, validate_args=False)
-        standardized = ((y - self.shift) / self.scale).to(mixture.locs.dtype)
+        return self.log_density(self.raw(features), y, self.shift, self.scale)
+
+    def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Log-density of y ``(*batch, D)`` under :meth:`mixture` of the same arguments, without building that."""
+        mixture = self._standardized(raw, scale, validate_args=False)
+        standardized = ((y - shift) / scale).to(mixture.locs.dtype)
         # A missing entry has no density, and so no unit.
-        log_units = self.scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
+        log_units = scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
         return mixture.log_prob(standardized) - log_units.sum(-1)
 
-    def _standardized(self, features: Tensor, *, validate_args: bool | None) -> GaussianMixture:
-        if features.ndim < 1 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
-        logits, locs, raw = self._raw(features)
-        covariance = self.noise.build(raw, self.dim_out, self.scale)
+    def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:
+        """Mixture in the units of y that :meth:`raw` describes, of any batch shape.
+
+        Args:
+            raw: Raw logits, locations and noise.
+            shift: Location of the standardised units, shape ``(*batch, D)`` (broadcast).
+            scale: Their size, likewise; one number for all outputs if the noise model has a common unit.
+        """
+        return self._standardized(raw, scale, validate_args=None).affine(shift, scale)
+
+    def _standardized(
+        self, raw: tuple[Tensor, Tensor, Tensor], scale: Tensor, *, validate_args: bool | None
+    ) -> GaussianMixture:
+        logits, locs, noise = raw
+        covariance = self.noise.build(noise, self.dim_out, scale)
         return GaussianMixture(logits, locs, covariance, validate_args=validate_args)
 
-    def _raw(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits, locations and noise channels: views of one channel-first product, in float32 at least."""
+    def raw(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits ``(*batch, K)``, locations ``(*batch, K, D)`` and noise: what :meth:`mixture` takes.
+
+        Views of one channel-first product, in float32 at least.
+        """
+        if features.ndim < 1 or features.shape[-1] != self.in_features:
+            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
         flat = features.reshape(-1, self.in_features)
         channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
         channels = channels.to(torch.promote_types(channels.dtype, torch.float32))
@@ -145,11 +173,18 @@ class MixtureHead(nn.Module):
         """Let the biases alone give this mixture, ``(K,)``, ``(K, D)`` and ``(K, D)``."""
         if self.noise.tied:
             scale = scale.square().mean(0, keepdim=True).sqrt()
-        raw = self.noise.start(scale).T.flatten().to(self.linear.bias)
-        if self.raw_noise is not None:
-            self.raw_noise.copy_(raw)
+        bias = starting_value(self.linear, "bias")
+        raw = self.noise.start(scale).T.flatten().to(bias)
+        if self.sizes[-1] != len(raw):
+            starting_value(self, "raw_noise").copy_(raw)
             raw = raw[:0]
-        self.linear.bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+        bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+
+
+def starting_value(module: nn.Module, name: str) -> Tensor:
+    """Parameter of a module or, where it is latent, the buffer with the value that inference starts from."""
+    value = module._buffers.get(f"{name}_start")
+    return getattr(module, name) if value is None else value
 
 
 def _filled(y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, Self
@@ -99,7 +99,24 @@ class MixtureDensityNetwork(PyroModule):
             return nn.Module.__call__(self, x)
 
     def _context(self) -> AbstractContextManager[Any]:
-        return self._pyro_context if am_i_wrapped() else nullcontext()
+        if am_i_wrapped():
+            return self._pyro_context
+        return self._drawing() if self.latent else nullcontext()
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        with pyro.get_param_store().scope(), self._pyro_context:
+            yield
+
+    def raw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits, locations and noise for inputs x: what ``head.mixture`` makes a mixture of."""
+        with self._context():
+            return self.head.raw(self.features(x))
+
+    @property
+    def latent(self) -> bool:
+        """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
+        return any(getattr(part, "_pyro_samples", None) for part in self.modules())
 
     def forward(self, x: Tensor) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
@@ -107,7 +124,7 @@ class MixtureDensityNetwork(PyroModule):
         Raises:
             ValueError: If the shape, dtype or device of x does not fit or, when Pyro validates, if x is not finite.
         """
-        return self.head(self._features(x))
+        return self.head(self.features(x))
 
     def loss(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
@@ -122,7 +139,7 @@ class MixtureDensityNetwork(PyroModule):
                 one of x NaN.
         """
         with self._context():
-            features = self._features(x)
+            features = self.features(x)
             return -self.head.log_prob(features, self.targets(y, features.shape[:-1]))
 
     @torch.no_grad()
@@ -148,7 +165,7 @@ class MixtureDensityNetwork(PyroModule):
             num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
         """
         # Weights are global, so the network is evaluated outside the plate.
-        features = self._features(x)
+        features = self.features(x)
         self._check_batch(x)
         mixture = self.head(features)
         size = len(x) if num_data is None else num_data
@@ -186,12 +203,12 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If shapes, dtypes or devices do not agree, if there are no data, or if some are not finite; a
                 target may be NaN where it was not observed, but not a whole column.
         """
-        batch_shape = self._check_inputs(x)
+        batch_shape = self.check_inputs(x)
         self._check_batch(x)
         if x.numel() == 0:
             raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
         with self._context(), evaluating(self):
-            features = self._features(x[:1])
+            features = self.features(x[:1])
         y = self.targets(y, batch_shape[: features.ndim - 1])
         _require_finite(x, "x")
         _require_no_infinity(y)
@@ -202,8 +219,9 @@ class MixtureDensityNetwork(PyroModule):
             )
         return y
 
-    def _features(self, x: Tensor) -> Tensor:
-        batch_shape = self._check_inputs(x)
+    def features(self, x: Tensor) -> Tensor:
+        """What the backbone makes of inputs x, ``(*batch, hidden_dim)``."""
+        batch_shape = self.check_inputs(x)
         features = self.backbone(((x - self.x_shift) / self.x_scale).to(self.x_shift.dtype))
         n = features.ndim - 1 if isinstance(features, Tensor) else -1
         if n < min(1, len(batch_shape)) or features.shape != (*batch_shape[:n], self.hidden_dim[-1]):
@@ -216,7 +234,7 @@ class MixtureDensityNetwork(PyroModule):
         if x.ndim == len(self.input_shape):
             raise ValueError(f"x: expected a batch of inputs, got one of shape {tuple(x.shape)}")
 
-    def _check_inputs(self, x: Tensor) -> torch.Size:
+    def check_inputs(self, x: Tensor) -> torch.Size:
         """Batch shape of the inputs."""
         n = len(self.input_shape)
         _require_float(x, "x", self.x_shift.device)
@@ -245,8 +263,22 @@ class MixtureDensityNetwork(PyroModule):
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole."""
-        config = {
+        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole.
+
+        Raises:
+            ValueError: If there are latent weights: what was learned of them is in the guide or the samples.
+        """
+        serialization.write_tensors(path, self.config(), self.state_dict())
+
+    def config(self) -> dict[str, Any]:
+        """What the network was built from, in plain values.
+
+        Raises:
+            ValueError: If there are latent weights.
+        """
+        if self.latent:
+            raise ValueError("network: expected no latent weights: save it before bayesianize, and the posterior apart")
+        return {
             "dim_in": list(self.input_shape),
             "dim_out": self.dim_out,
             "n_components": self.n_components,
@@ -254,7 +286,6 @@ class MixtureDensityNetwork(PyroModule):
             "noise": serialization.noise_to_config(self.head.noise),
             "custom_backbone": self.custom_backbone,
         }
-        serialization.write_tensors(path, config, self.state_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
@@ -269,20 +300,22 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was.
         """
         config, tensors = serialization.read_tensors(path)
-        if config.pop("custom_backbone", None) is not (backbone is not None):
-            raise ValueError(f"{path}: expected backbone= exactly if the network was built with one")
-        try:
-            noise = serialization.noise_from_config(config.pop("noise"))
-            network = cls(**config, noise=noise, backbone=backbone)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: expected the configuration of a network, got {config}") from error
-        expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-        got = {name: tuple(t.shape) for name, t in tensors.items()}
-        if expected != got:
-            differing = sorted(name for name, _ in expected.items() ^ got.items())
-            raise ValueError(f"{path}: expected tensors that fit the network, got others for {differing}")
+        network = cls.from_config(config, str(path), backbone=backbone)
+        serialization.require_fitting(str(path), network.state_dict(), tensors)
         network.to(tensors["head.linear.weight"].dtype).load_state_dict(tensors)
         return network
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:
+        """Build the network that :meth:`config` described; a ``ValueError`` that names the source if it is not one."""
+        config = dict(config)
+        if config.pop("custom_backbone", None) is not (backbone is not None):
+            raise ValueError(f"{source}: expected backbone= exactly if the network was built with one")
+        try:
+            noise = serialization.noise_from_config(config.pop("noise"))
+            return cls(**config, noise=noise, backbone=backbone)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error
 
 
 @contextmanager

@@ -19,7 +19,14 @@ from torch import Tensor
 from pyro_mdn import noise as noise_models
 from pyro_mdn.noise import NoiseModel
 
-__all__ = ["noise_from_config", "noise_to_config", "read_tensors", "write_atomically", "write_tensors"]
+__all__ = [
+    "noise_from_config",
+    "noise_to_config",
+    "read_tensors",
+    "require_fitting",
+    "write_atomically",
+    "write_tensors",
+]
 
 _FORMAT = "pyro_mdn/1"
 
@@ -53,6 +60,14 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected a configuration, got {text}")
     return config, tensors
+
+
+def require_fitting(source: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` that names the source unless names and shapes of tensors are as expected."""
+    a, b = ({(name, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in (expected, got))
+    if a != b:
+        differing = sorted({name for name, _ in a ^ b})
+        raise ValueError(f"{source}: expected tensors that fit the network, got others for {differing}")
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -96,7 +96,7 @@ def test_bad_settings_are_refused(make, message):
 def test_memory_is_channel_first():
     """Logits, locations and factors are views of one product, the batch contiguous."""
     head = make_head(Full(), dim=3)
-    logits, locs, raw = head._raw(torch.randn(100, 6, dtype=torch.float64))
+    logits, locs, raw = head.raw(torch.randn(100, 6, dtype=torch.float64))
     assert logits.untyped_storage().data_ptr() == locs.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr()
     mixture = head(torch.randn(100, 6, dtype=torch.float64))
     tensors = [mixture.logits, mixture.locs, mixture.covariance.packed]

@@ -1,0 +1,299 @@
+r"""Latent weights: priors on them, and predictive mixtures given draws from a posterior."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import MCMC
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroSample
+from pyro.nn.module import to_pyro_module_
+from torch import Tensor, nn
+
+from pyro_mdn.checks import require_counts, require_numbers
+from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.head import starting_value
+from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.vectorized import OwnParameters, isolated, over_draws
+
+__all__ = ["bayesianize", "draw_weights", "fan_in_normal", "posterior_predictive", "starting_weights"]
+
+Prior = Callable[[str, Tensor], Any]
+
+_ELEMENTS = 2**25  # of intermediate results in one vectorised pass
+
+
+def bayesianize(
+    network: MixtureDensityNetwork,
+    prior_scale: float = 1.0,
+    *,
+    layers: str | Sequence[str] = "all",
+    prior: dist.Distribution | Prior | None = None,
+) -> MixtureDensityNetwork:
+    r"""Make parameters of a network latent: ``PyroSample`` sites of ``network.model``, in place.
+
+    .. math:: W_{ij} \sim \mathcal{N}(0, s^2 / n_\text{in}), \quad b_i \sim \mathcal{N}(0, s^2)
+
+    so that the prior over functions has a limit as layers get wider (Neal, 1996). The values that the parameters
+    had stay as buffers ``weight_start`` and so on: inference starts from them.
+
+    Args:
+        network: The network. Train it first, and inference starts from there.
+        prior_scale: Prior scale s.
+        layers: ``"all"``, ``"head"``, or names of parameters or of modules, as ``network.named_parameters()`` has
+            them.
+        prior: In place of the normal: a distribution for each entry, or a function from a parameter's name and
+            value to a distribution with its shape as event shape.
+
+    Returns:
+        The network.
+
+    Raises:
+        ValueError: If the scale is not positive, a name matches no parameter, or the prior has another shape.
+
+    References:
+        Neal (1996), Bayesian learning for neural networks.
+
+    >>> network = bayesianize(MixtureDensityNetwork(1, 1), layers="head")
+    >>> sorted(starting_weights(network))
+    ['head.linear.bias', 'head.linear.weight']
+    """
+    require_numbers(prior_scale=prior_scale)
+    names = _matching(network, [layers] if isinstance(layers, str) else list(layers))
+    make = _prior(prior, float(prior_scale))
+    with torch.random.fork_rng():
+        for name, value in names.items():
+            distribution = make(name, value.detach())
+            shape, dtype = getattr(distribution, "event_shape", None), getattr(distribution.sample(), "dtype", None)
+            if (shape, dtype) != (value.shape, value.dtype):
+                expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
+                raise ValueError(f"prior: expected {expected}, got {shape} and {dtype}")
+    for part in sorted({name.split(".")[0] for name in names}):
+        # As a whole: parts that are put in again one by one change their order in nn.Sequential.
+        to_pyro_module_(child := network.get_submodule(part))
+        setattr(network, part, child)
+    for name in names:
+        _make_latent(network, name, make)
+    return network
+
+
+def fan_in_normal(scale: float) -> Prior:
+    """Normal prior whose scale falls with the number of inputs; see :func:`bayesianize`.
+
+    >>> fan_in_normal(2.0)("weight", torch.zeros(3, 16)).base_dist.stddev.unique()
+    tensor([0.5000])
+    """
+
+    def prior(name: str, value: Tensor) -> dist.TorchDistribution:
+        fan_in = value[0].numel() if value.ndim > 1 else 1
+        return dist.Normal(torch.zeros_like(value), scale / math.sqrt(fan_in)).to_event(value.ndim)
+
+    return prior
+
+
+def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
+    """Values that the latent parameters had before they became so, by the name of their site.
+
+    ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides.
+    """
+    suffix = "_start"
+    return {name.removesuffix(suffix): value for name, value in network.named_buffers() if name.endswith(suffix)}
+
+
+def posterior_predictive(
+    network: MixtureDensityNetwork,
+    posterior: Any,
+    x: Tensor,
+    num_samples: int | None = None,
+    *,
+    chunk_size: int | None = None,
+) -> GaussianMixture:
+    r"""Mixture over y for each draw of the weights, ``batch_shape`` ``(S, *batch)``, in the units of y.
+
+    .. math:: p(y \mid x, w_s), \quad w_s \sim p(w \mid \text{data})
+
+    ``.pool(0)`` is the predictive distribution :math:`\frac1S \sum_s p(y \mid x, w_s)`, exactly a mixture of S·K
+    components. All draws go through the network in one vectorised pass.
+
+    Args:
+        network: The network that the posterior is of.
+        posterior: A guide of ``network.model``, as SVI or :func:`pyro_mdn.laplace` gives it; samples as
+            :func:`pyro_mdn.fit_mcmc`, ``MCMC`` or ``MCMC.get_samples()`` give them, ``(S, *shape)`` by site; or a
+            :class:`DeepEnsemble`.
+        x: Inputs ``(*batch, dim_in)``.
+        num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
+            evenly over them.
+        chunk_size: Draws in one pass; by default as many as keep intermediate results at about 100 MB.
+
+    Raises:
+        ValueError: If the posterior is not one of this network's, there are not as many draws, or torch.vmap cannot
+            handle a layer.
+
+    >>> from pyro.infer.autoguide import AutoNormal
+    >>> network = bayesianize(MixtureDensityNetwork(1, 1, n_components=3))
+    >>> posterior_predictive(network, AutoNormal(network.model), torch.randn(5, 1), num_samples=10).pool(0)
+    GaussianMixture(batch_shape=(5,), n_components=30, dim=1, covariance=DiagonalCovariance)
+    """
+    require_counts(num_samples=num_samples, chunk_size=chunk_size)
+    if isinstance(posterior, DeepEnsemble):
+        _require_samples(num_samples, posterior.size)
+        return posterior.members(x, _spread(posterior.size, num_samples))
+    with evaluating(network):
+        draws = draw_weights(network, posterior, x, num_samples)
+        return _mixtures(network, draws, x, chunk_size)
+
+
+@torch.no_grad()
+def draw_weights(
+    network: MixtureDensityNetwork, posterior: Any, x: Tensor, num_samples: int | None = None
+) -> dict[str, Tensor]:
+    """Draws of the latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
+    network.check_inputs(x)
+    with isolated():
+        if not network.latent:
+            raise ValueError("network: expected latent weights, got none: see bayesianize")
+        shapes = _latent_shapes(network.model, x := x.reshape(-1, *network.input_shape))
+        predicted = shapes.pop("y")
+        if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
+            posterior(x, x.new_zeros(predicted))  # it takes for latent what is not given
+        if callable(posterior) and not isinstance(posterior, MCMC):
+            return _from_guide(posterior, shapes, x, num_samples or 100)
+    samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior
+    if not isinstance(samples, Mapping):
+        expected = "a guide, samples by site, MCMC or a DeepEnsemble"
+        raise ValueError(f"posterior: expected {expected}, got {type(posterior).__name__}")
+    return _from_samples(samples, shapes, num_samples)
+
+
+def _from_guide(guide: Any, shapes: Mapping[str, torch.Size], x: Tensor, num_samples: int) -> dict[str, Tensor]:
+    _require_alike("guide", shapes, _latent_shapes(guide, x))
+    names = sorted(shapes)
+
+    def draw(_: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with OwnParameters():
+            trace = poutine.trace(guide).get_trace(x)
+        return tuple(trace.nodes[name]["value"] for name in names)
+
+    module = guide if isinstance(guide, nn.Module) else nn.Identity()
+    draws = over_draws(draw, {"number": torch.arange(num_samples)}, module)
+    return dict(zip(names, draws, strict=True))
+
+
+def _from_samples(
+    samples: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], num_samples: int | None
+) -> dict[str, Tensor]:
+    _require_alike("posterior", shapes, {name: value.shape[1:] for name, value in samples.items()})
+    counts = {len(value) for value in samples.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise ValueError(f"posterior: expected as many draws of each site, got {sorted(counts)}")
+    _require_samples(num_samples, size := counts.pop())
+    return {name: value[_spread(size, num_samples)] for name, value in samples.items()}
+
+
+def _mixtures(
+    network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor, chunk_size: int | None
+) -> GaussianMixture:
+    """Mixtures given weights, ``(S, *batch)``."""
+
+    def raw(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with OwnParameters(), poutine.condition(data=weights):
+            return network.raw(x)
+
+    if chunk_size is None:
+        rows = x.numel() // math.prod(network.input_shape)
+        weights = sum(value[0].numel() for value in draws.values())
+        chunk_size = max(1, _ELEMENTS // (weights + rows * (2 * sum(network.hidden_dim) + 4 * sum(network.head.sizes))))
+    with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+        logits, locs, noise = over_draws(raw, draws, network, chunk_size=chunk_size)
+    return network.head.mixture((logits, locs, noise), network.head.shift, network.head.scale)
+
+
+# Sites
+
+
+def _latent_shapes(model: Callable[..., Any], x: Tensor) -> dict[str, torch.Size]:
+    """Shapes of the latent sites of a model or guide, by name."""
+    with torch.random.fork_rng(), torch.no_grad():
+        nodes: dict[str, Any] = dict(poutine.trace(model).get_trace(x).nodes)
+    return {
+        name: site["value"].shape
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site["infer"].get("is_auxiliary")
+        and name != "data"
+    }
+
+
+def _require_alike(name: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
+    if expected.keys() != got.keys():
+        raise ValueError(f"{name}: expected the sites {sorted(expected)}, got {sorted(got)}")
+    for site, shape in expected.items():
+        if got[site] != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)} at site {site}, got {tuple(got[site])}")
+
+
+def _require_samples(num_samples: int | None, available: int) -> None:
+    if num_samples is not None and num_samples > available:
+        raise ValueError(f"num_samples: expected at most the {available} draws that there are, got {num_samples}")
+
+
+def _spread(size: int, num_samples: int | None) -> Tensor:
+    """Positions of so many draws, spread evenly."""
+    return torch.linspace(0, size - 1, num_samples or size).round().long()
+
+
+# Priors
+
+
+@dataclass(frozen=True)
+class _OfModule:
+    """Prior of one parameter, given the module that it belongs to, on whose device it is made."""
+
+    make: Prior
+    name: str
+
+    def __call__(self, module: nn.Module) -> Any:
+        return self.make(self.name, starting_value(module, self.name.rpartition(".")[2]))
+
+
+def _prior(prior: Any, scale: float) -> Prior:
+    if prior is None:
+        return fan_in_normal(scale)
+    if isinstance(prior, torch.distributions.Distribution):
+        if prior.event_shape or prior.batch_shape:
+            shapes = tuple(prior.batch_shape), tuple(prior.event_shape)
+            raise ValueError(f"prior: expected the distribution of one number, got batch and event shape {shapes}")
+        return lambda name, value: prior.expand(value.shape).to_event(value.ndim)  # pyright: ignore
+    if not callable(prior):
+        raise ValueError(f"prior: expected a distribution or a function that makes one, got {type(prior).__name__}")
+    return prior
+
+
+def _matching(network: MixtureDensityNetwork, layers: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Parameters of the layers with these names."""
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    if len({id(p) for p in parameters.values()}) != len(parameters):
+        raise ValueError("network: expected parameters of their own in each layer, got some that layers share")
+    chosen = {}
+    for layer in layers:
+        found = {n: p for n, p in parameters.items() if layer == "all" or n == layer or n.startswith(f"{layer}.")}
+        if not found:
+            raise ValueError(f"layers: expected 'all', 'head' or names among {sorted(parameters)}, got {layer!r}")
+        chosen |= found
+    return {name: p for name, p in parameters.items() if name in chosen}
+
+
+def _make_latent(network: nn.Module, name: str, make: Prior) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = network.get_submodule(path)
+    value = getattr(module, leaf).detach().clone()
+    setattr(module, leaf, PyroSample(_OfModule(make, name)))
+    module.register_buffer(f"{leaf}_start", value)

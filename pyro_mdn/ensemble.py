@@ -1,0 +1,228 @@
+r"""Deep ensembles: networks of one architecture, side by side."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyro_mdn import serialization
+from pyro_mdn.checks import require_counts
+from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.vectorized import isolated, over_draws
+
+__all__ = ["DeepEnsemble"]
+
+
+class DeepEnsemble(nn.Module):
+    r"""Networks of one architecture that differ in their weights; together, their average density.
+
+    .. math:: p(y \mid x) = \frac1M \sum_{m=1}^M p_m(y \mid x)
+
+    exactly a mixture of M·K components. :func:`pyro_mdn.fit` trains all members in one vectorised pass, each from its
+    own initial weights, on its own split of the rows, in its own order, and up to its own best epoch.
+
+    Args:
+        network: Network of the architecture; it is copied, and each member initialised anew, but for parameters that
+            do not require a gradient. Or a sequence of networks, which become the members as they are.
+        size: Number of members M; by default 10.
+        bootstrap: Whether each member trains on rows drawn with replacement from its training rows (Breiman, 1996).
+
+    Attributes:
+        stacked: Network whose tensors have a leading axis of members; not to be called.
+
+    Raises:
+        ValueError: If the size is not positive, if networks have latent weights or are not alike, or if a layer has no
+            ``reset_parameters`` to initialise it anew.
+
+    References:
+        Lakshminarayanan, Pritzel & Blundell (2017), Simple and scalable predictive uncertainty estimation using deep
+        ensembles.
+
+    >>> ensemble = DeepEnsemble(MixtureDensityNetwork(2, 1, n_components=3), size=4)
+    >>> ensemble(torch.randn(5, 2))
+    GaussianMixture(batch_shape=(5,), n_components=12, dim=1, covariance=DiagonalCovariance)
+    >>> ensemble.members(torch.randn(5, 2)).batch_shape
+    torch.Size([4, 5])
+    """
+
+    def __init__(
+        self,
+        network: MixtureDensityNetwork | Sequence[MixtureDensityNetwork],
+        size: int | None = None,
+        *,
+        bootstrap: bool = False,
+    ) -> None:
+        super().__init__()
+        require_counts(size=size)
+        if isinstance(network, MixtureDensityNetwork):
+            members = [_initialized_anew(network) for _ in range(size or 10)]
+        else:
+            members = list(network)
+            if not members or size not in (None, len(members)):
+                raise ValueError(f"size: expected one network at least, and as many as size={size}, got {len(members)}")
+        self.stacked, self.size, self.bootstrap = _stack(members), len(members), bootstrap
+
+    def extra_repr(self) -> str:
+        """Describe the ensemble in a module's printout."""
+        return f"size={self.size}, bootstrap={self.bootstrap}"
+
+    def forward(self, x: Tensor) -> GaussianMixture:
+        """Average of the members' densities over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``."""
+        return self.members(x).pool(0)
+
+    def members(self, x: Tensor, which: Tensor | slice = slice(None)) -> GaussianMixture:
+        """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
+
+        Args:
+            x: Inputs.
+            which: Positions of the members, by default all.
+        """
+        self.stacked.check_inputs(x)
+        tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
+        raw = self._raw(x, tensors, shared=True)
+        shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
+        return self.stacked.head.mixture(raw, shift, scale)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.
+
+        Args:
+            x: Inputs ``(M, *batch, dim_in)``, those of each member.
+            y: Targets ``(M, *batch, D)``.
+        """
+        tensors = self._tensors()
+        raw = self._raw(x, tensors, shared=False)
+        shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
+        return -self.stacked.head.log_density(raw, y, shift, scale)
+
+    def member(self, i: int) -> MixtureDensityNetwork:
+        """Member number i as a network of its own: a copy."""
+        network = copy.deepcopy(self.stacked)
+        _set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
+        return network
+
+    @torch.no_grad()
+    def initialize_(self, x: Tensor, y: Tensor) -> None:
+        """Set the scalers of each member from its own rows, and spread its components over its targets.
+
+        Args:
+            x: Inputs ``(M, *batch, dim_in)``, those of each member.
+            y: Targets ``(M, *batch, D)``, likewise.
+        """
+        tensors = self._tensors()
+        for i in range(self.size):
+            member = self.member(i)
+            member.initialize_(x[i], y[i])
+            for name, tensor in member.state_dict().items():
+                tensors[name][i].copy_(tensor)
+
+    def _raw(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+        raw = _Raw(self.stacked)
+
+        def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            own = x if shared else draw.pop("x")
+            return functional_call(raw, {f"network.{name}": tensor for name, tensor in draw.items()}, (own,))
+
+        with isolated():
+            logits, locs, noise = over_draws(call, tensors if shared else {**tensors, "x": x}, self.stacked)
+        return logits, locs, noise
+
+    def _unit(self, tensor: Tensor, batch_dim: int) -> Tensor:
+        """Shape ``(M, D)`` for a batch ``(M, ...)`` of mixtures."""
+        return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), -1)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
+
+    # Files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole."""
+        config = {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
+        serialization.write_tensors(path, config, self.stacked.state_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
+        """Read an ensemble that :meth:`save` wrote; nothing in the file is executed.
+
+        Args:
+            path: The file.
+            backbone: A module of the same architecture, where the networks were built with one.
+
+        Raises:
+            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was.
+        """
+        config, tensors = serialization.read_tensors(path)
+        if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
+            raise ValueError(f"{path}: expected an ensemble, got another file of this library")
+        network = MixtureDensityNetwork.from_config(config["ensemble"], str(path), backbone=copy.deepcopy(backbone))
+        network.to(tensors["head.linear.weight"].dtype)
+        ensemble = cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
+        serialization.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
+        ensemble.stacked.load_state_dict(tensors)
+        return ensemble
+
+
+class _Raw(nn.Module):
+    """A network whose call gives the raw parameters of its mixtures, away from Pyro's handlers."""
+
+    def __init__(self, network: MixtureDensityNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.network.head.raw(self.network.features(x))
+
+
+def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
+    """Copy of a network with fresh weights, but for frozen ones; the head keeps its start."""
+    network = copy.deepcopy(network)
+    for name, part in network.named_modules():
+        own = list(part.parameters(recurse=False))
+        if part is network.head or not any(p.requires_grad for p in own):
+            continue
+        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+        if reset is None:
+            raise ValueError(
+                f"network: expected layers with reset_parameters, got {name} ({type(part).__name__}) without: "
+                "give a sequence of networks instead"
+            )
+        reset()
+    network.head.reset_parameters()
+    return network
+
+
+def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
+    """Network with the tensors of all members along a new first axis."""
+    for member in members:
+        if not isinstance(member, MixtureDensityNetwork):
+            raise ValueError(f"network: expected MixtureDensityNetwork, got {type(member).__name__}")
+        if member.latent:
+            raise ValueError("network: expected no latent weights: see posterior_predictive for these")
+        if repr(member) != repr(members[0]):
+            raise ValueError(f"network: expected networks of one architecture, got {members[0]} and {member}")
+    stacked = copy.deepcopy(members[0])
+    states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
+    _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})
+    return stacked
+
+
+def _set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put tensors of any shape in place of parameters and buffers."""
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        part = network.get_submodule(path)
+        if leaf in part._buffers:
+            part._buffers[leaf] = tensor.detach().clone()
+        else:
+            trained = part._parameters[leaf]
+            part._parameters[leaf] = nn.Parameter(
+                tensor.detach().clone(), requires_grad=trained is not None and trained.requires_grad
+            )

@@ -1,0 +1,418 @@
+"""Latent weights: priors, draws from every kind of posterior, and predictives that are exact mixtures."""
+
+import math
+from contextlib import contextmanager
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+    init_to_value,
+)
+from pyro.optim import Adam
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_mdn import (
+    DeepEnsemble,
+    Diagonal,
+    Full,
+    Isotropic,
+    LowRank,
+    MixtureDensityNetwork,
+    bayesianize,
+    fit,
+    posterior_predictive,
+    starting_weights,
+)
+from pyro_mdn.bayesian import draw_weights, fan_in_normal
+from pyro_mdn.vectorized import over_draws
+
+GUIDES = [
+    AutoNormal,
+    AutoDiagonalNormal,
+    AutoMultivariateNormal,
+    AutoLowRankMultivariateNormal,
+    AutoDelta,
+    lambda model: AutoIAFNormal(model, [200]),
+]
+NAMES = ["normal", "diagonal", "full", "low rank", "delta", "flow"]
+
+
+class Convolutional(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv1d(1, 3, 3), nn.GELU(), nn.Flatten(), nn.Linear(12, width), nn.Tanh())
+
+    def forward(self, x):
+        return self.layers(x.unsqueeze(-2))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width, kind=nn.LSTM):
+        super().__init__()
+        self.layer = kind(1, width, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.unsqueeze(-1))[0][:, -1]
+
+
+def make(backbone="mlp", **settings):
+    torch.manual_seed(0)
+    settings = {"n_components": 3, "hidden_dim": 4, **settings}
+    module = {"mlp": None, "conv": Convolutional(4), "lstm": Recurrent(4), "gru": Recurrent(4, nn.GRU)}[backbone]
+    network = MixtureDensityNetwork(6, settings.pop("dim_out", 1), backbone=module, **settings)
+    return network.double()
+
+
+def data(dim_out=1, rows=7):
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(rows, d, generator=generator, dtype=torch.float64) for d in (6, dim_out))
+    return x, y
+
+
+def one_after_another(network, draws, x, y):
+    """Log-densities ``(S, N)`` by Pyro's model, given each draw of the weights in turn."""
+    rows = []
+    for i in range(len(next(iter(draws.values())))):
+        model = poutine.condition(network.model, data={name: value[i] for name, value in draws.items()})
+        rows.append(poutine.trace(model).get_trace(x).nodes["y"]["fn"].log_prob(y))
+    return torch.stack(rows)
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+# Priors
+
+
+def test_prior_scales_with_fan_in():
+    network = bayesianize(make(hidden_dim=(64, 32)), 2.0)
+    trace = poutine.trace(network.model).get_trace(data()[0])
+    scale = {name: trace.nodes[name]["fn"].base_dist.stddev for name in starting_weights(network)}
+    assert scale.keys() == dict(make().named_parameters()).keys()
+    for name, fan_in in [("backbone.0.weight", 6), ("backbone.2.weight", 64), ("head.linear.weight", 32)]:
+        assert_close(scale[name], torch.full_like(scale[name], 2 / math.sqrt(fan_in)))
+    assert bool((scale["backbone.0.bias"] == 2).all())
+
+
+def test_convolutions_and_recurrent_layers_have_fan_in_too():
+    assert_close(fan_in_normal(1.0)("", torch.zeros(3, 2, 5)).base_dist.stddev.max(), torch.tensor(0.1**0.5))
+    network = bayesianize(make("lstm"))
+    assert {name for name in starting_weights(network) if "layer" in name} == {
+        f"backbone.layer.{kind}_l0" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    }
+
+
+def test_any_prior():
+    network = bayesianize(
+        make(),
+        prior=dist.Laplace(torch.tensor(0.0, dtype=torch.float64), 0.5),
+        layers=["backbone.0", "head.linear.bias"],
+    )
+    nodes = poutine.trace(network.model).get_trace(data()[0]).nodes
+    latent = [n for n, s in nodes.items() if s["type"] == "sample" and not s["is_observed"] and n not in ("data", "y")]
+    assert sorted(latent) == ["backbone.0.bias", "backbone.0.weight", "head.linear.bias"]
+    assert isinstance(nodes["backbone.0.weight"]["fn"].base_dist, dist.Laplace)
+    assert nodes["backbone.0.weight"]["fn"].event_shape == (4, 6)
+
+    def around(name, value):
+        return dist.Normal(value, 0.1).to_event(value.ndim)
+
+    network = make()
+    weight = network.head.linear.weight.detach().clone()
+    bayesianize(network, prior=around, layers="head.linear.weight")
+    assert_close(poutine.trace(network.model).get_trace(data()[0]).nodes["head.linear.weight"]["fn"].mean, weight)
+
+
+def test_starting_weights_are_those_that_were_learned():
+    network = make()
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    x, y = data()
+    expected = network(x).log_prob(y)
+    assert bayesianize(network) is network
+    assert_close(starting_weights(network), before)
+    draws = {name: value.unsqueeze(0) for name, value in before.items()}
+    assert_close(posterior_predictive(network, draws, x).log_prob(y)[0], expected)
+
+
+def test_initialize_sets_the_start():
+    network = bayesianize(make(n_components=1))
+    x, y = data(rows=200)
+    network.initialize_(x, 5 + y)
+    assert_close(network.head.shift, 5 + y.mean(0), check_dtype=False)
+    assert starting_weights(network)["head.linear.bias"][1].abs() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "tail"}, "layers: expected 'all', 'head' or names among"),
+        ({"layers": ["head", "backbone.1"]}, "got 'backbone.1'"),
+        ({"prior_scale": 0.0}, "prior_scale"),
+        ({"prior": 3}, "prior: expected a distribution or a function"),
+        ({"prior": dist.Normal(0.0, 1.0)}, "prior: expected .* torch.float64 .* torch.float32"),
+        ({"prior": dist.Normal(torch.zeros(2), 1.0)}, "prior: expected the distribution of one number"),
+        ({"prior": lambda name, value: dist.Normal(value, 1.0)}, "prior: expected event shape"),
+    ],
+)
+def test_refused_and_unchanged(settings, message):
+    network = make()
+    with pytest.raises(ValueError, match=message):
+        bayesianize(network, **settings)
+    assert len(list(network.parameters())) == 6
+    assert not network.latent
+
+
+def test_layers_keep_their_order():
+    network = MixtureDensityNetwork(6, 1, hidden_dim=(5, 4))
+    expected = [name for name, _ in network.named_modules()]
+    bayesianize(network)
+    assert [name for name, _ in network.named_modules()] == expected
+
+
+def test_twice_is_refused():
+    with pytest.raises(ValueError, match="layers"):
+        bayesianize(bayesianize(make()))
+
+
+def test_shared_parameters_are_refused():
+    layer = nn.Linear(6, 6)
+    network = MixtureDensityNetwork(6, 1, hidden_dim=6, backbone=nn.Sequential(layer, nn.Tanh(), layer))
+    with pytest.raises(ValueError, match="share"):
+        bayesianize(network)
+
+
+def test_what_worked_on_the_model_still_does():
+    network = bayesianize(make())
+    x, y = data()
+    pyro.set_rng_seed(0)
+    guide = AutoNormal(network.model)
+    svi = SVI(network.model, guide, Adam({"lr": 0.01}), Trace_ELBO())
+    losses = [svi.step(x, y) for _ in range(50)]
+    assert sum(losses[-10:]) < sum(losses[:10])
+    draws = Predictive(network.model, guide=guide, num_samples=3)(x)["y"]
+    assert draws.shape == (3, 7, 1)
+    mcmc = MCMC(NUTS(network.model, max_tree_depth=2), num_samples=3, warmup_steps=2, disable_progbar=True)
+    mcmc.run(x, y)
+    assert posterior_predictive(network, mcmc, x).batch_shape == (3, 7)
+    assert_close(
+        posterior_predictive(network, mcmc, x).logits, posterior_predictive(network, mcmc.get_samples(), x).logits
+    )
+    network(x)  # one draw from the prior
+
+
+def test_calls_leave_the_parameter_store_alone():
+    pyro.clear_param_store()
+    network = bayesianize(make(), layers="head")
+    x, _ = data()
+    network(x), network.sample(x), network.raw(x)
+    posterior_predictive(network, AutoNormal(network.model), x, 2)
+    assert not list(pyro.get_param_store())
+
+
+def test_copies_and_files():
+    network = bayesianize(make(), layers="head")
+    with pytest.raises(ValueError, match="latent"):
+        network.save("nowhere")
+    assert network.float().head.linear.weight.dtype == torch.float32
+
+
+# Predictives
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=NAMES)
+@pytest.mark.parametrize("backbone", ["mlp", "conv", "lstm", "gru"])
+def test_guides_predict_as_one_after_another(guide, backbone):
+    network = bayesianize(make(backbone))
+    x, y = data()
+    torch.manual_seed(3)
+    with default_dtype(torch.float64):  # a flow makes its own networks
+        guide = guide(network.model)
+        guide(x, y)
+    torch.manual_seed(3)
+    mixture = posterior_predictive(network, guide, x, 5)
+    torch.manual_seed(3)
+    draws = draw_weights(network, guide, x, 5)
+    expected = one_after_another(network, draws, x, y)
+    assert mixture.batch_shape == (5, 7)
+    assert_close(mixture.log_prob(y), expected, rtol=1e-9, atol=1e-9)
+    assert_close(mixture.pool(0).log_prob(y), expected.logsumexp(0) - math.log(5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("noise", [Full(), LowRank(1), Isotropic(), Diagonal(tied=True), Diagonal(homoscedastic=True)])
+def test_every_noise_model(noise):
+    network = bayesianize(make(dim_out=2, noise=noise))
+    network.initialize_(*data(2, 50))
+    x, y = data(2)
+    draws = draw_weights(network, AutoNormal(network.model), x, 5)
+    assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
+
+
+def test_batch_shapes_and_chunks():
+    network = bayesianize(make())
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    draws = draw_weights(network, AutoNormal(network.model), x, 6)
+    whole = posterior_predictive(network, draws, x)
+    assert whole.batch_shape == (6, 4, 3)
+    assert_close(posterior_predictive(network, draws, x, chunk_size=4).locs, whole.locs)
+    assert_close(posterior_predictive(network, draws, x[0, 0]).locs, whole.locs[:, 0, 0])
+    fewer = posterior_predictive(network, draws, x, 3)
+    assert_close(fewer.locs, whole.locs[[0, 2, 5]])
+
+
+def test_draws_of_a_guide_follow_it():
+    network = bayesianize(make(), layers="head.linear.bias")
+    guide = AutoMultivariateNormal(network.model, init_scale=0.3)
+    x, _ = data()
+    draws = draw_weights(network, guide, x, 20_000)["head.linear.bias"]
+    posterior = guide.get_posterior()
+    assert (draws.mean(0) - posterior.mean).abs().max() < 5 * 0.3 / math.sqrt(20_000)
+    assert (draws.std(0) / 0.3 - 1).abs().max() < 5 / math.sqrt(2 * 20_000)
+    # Independent draws: neighbours do not repeat.
+    assert abs(torch.corrcoef(torch.stack([draws[:-1, 0], draws[1:, 0]]))[0, 1]) < 5 / math.sqrt(20_000)
+
+
+def test_guides_of_ones_own():
+    network = bayesianize(make(), layers="head.linear.bias")
+    loc = torch.zeros(9, dtype=torch.float64)
+
+    def guide(x, y=None, num_data=None):
+        common = pyro.sample("common", dist.Normal(loc[0], 1.0), infer={"is_auxiliary": True})
+        pyro.sample("head.linear.bias", dist.Normal(loc + common, 0.01).to_event(1))
+
+    draws = draw_weights(network, guide, data()[0], 1000)["head.linear.bias"]
+    assert draws.shape == (1000, 9)
+    assert draws.std(0).min() > 0.8
+    assert draws.std(1).max() < 0.05
+
+
+def test_hierarchical_priors():
+    network = bayesianize(make(), layers="head")
+    network.width = pyro.nn.PyroSample(dist.HalfNormal(torch.ones((), dtype=torch.float64)))
+    network.backbone = pyro.nn.PyroModule[nn.Linear](6, 4).double()
+    network.backbone.weight = pyro.nn.PyroSample(
+        lambda module: dist.Normal(0.0, network.width).expand([4, 6]).to_event(2)
+    )
+    x, y = data()
+    draws = draw_weights(network, AutoNormal(network.model), x, 4)
+    assert draws["width"].shape == (4,)
+    assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
+
+
+def test_gradients_reach_the_inputs():
+    network = bayesianize(make())
+    x, y = data()
+    guide = AutoNormal(network.model)
+    assert not posterior_predictive(network, guide, x, 3).locs.requires_grad
+    x.requires_grad_()
+    posterior_predictive(network, guide, x, 3).log_prob(y).sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.abs().sum() > 0)
+
+
+def test_ensembles_and_their_members():
+    ensemble = DeepEnsemble(make(), 4)
+    x, y = data()
+    members = posterior_predictive(ensemble.stacked, ensemble, x)
+    assert_close(members.log_prob(y), ensemble.members(x).log_prob(y))
+    assert posterior_predictive(ensemble.stacked, ensemble, x, 2).batch_shape == (2, 7)
+    with pytest.raises(ValueError, match="num_samples: expected at most the 4"):
+        posterior_predictive(ensemble.stacked, ensemble, x, 5)
+
+
+def test_modes_and_validation_stay_as_they_were():
+    network = bayesianize(make()).train()
+    validates = torch.distributions.Distribution._validate_args
+    state = torch.get_rng_state()
+    draws = {name: value.unsqueeze(0) for name, value in starting_weights(network).items()}
+    posterior_predictive(network, draws, data()[0])
+    assert network.training
+    assert torch.distributions.Distribution._validate_args is validates
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("head.linear.bias"), "posterior: expected the sites"),
+        (lambda d: d.update(extra=torch.zeros(5)), "posterior: expected the sites"),
+        (
+            lambda d: d.update({"head.linear.bias": torch.zeros(5, 3)}),
+            r"expected shape \(9,\) at site head.linear.bias",
+        ),
+        (lambda d: d.update({"head.linear.bias": torch.zeros(4, 9)}), "as many draws of each site"),
+        (lambda d: d.update({n: v[:0] for n, v in d.items()}), "as many draws of each site"),
+    ],
+)
+def test_samples_that_do_not_fit_are_refused(change, message):
+    network = bayesianize(make())
+    draws = draw_weights(network, AutoNormal(network.model), data()[0], 5)
+    change(draws)
+    with pytest.raises(ValueError, match=message):
+        posterior_predictive(network, draws, data()[0])
+
+
+def test_other_refusals():
+    network, x = bayesianize(make()), data()[0]
+    guide = AutoNormal(network.model)
+    with pytest.raises(ValueError, match="num_samples"):
+        posterior_predictive(network, guide, x, 0)
+    with pytest.raises(ValueError, match="guide: expected the sites"):
+        posterior_predictive(network, AutoNormal(bayesianize(make(), layers="head").model), x)
+    with pytest.raises(ValueError, match="guide: expected shape"):
+        posterior_predictive(network, AutoNormal(bayesianize(make(hidden_dim=5)).model), x)
+    guide = AutoNormal(network.model)
+    guide(x)
+    with pytest.raises(ValueError, match=r"guide: expected the sites .* 'y'"):
+        posterior_predictive(network, guide, x)
+    with pytest.raises(ValueError, match="posterior: expected a guide"):
+        posterior_predictive(network, [1, 2], x)
+    with pytest.raises(ValueError, match="x: expected shape"):
+        posterior_predictive(network, guide, x[:, :2])
+    with pytest.raises(ValueError, match="expected latent weights"):
+        posterior_predictive(make(), {}, x)
+
+
+def test_layers_that_vmap_cannot_handle_are_named():
+    class Deciding(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    network = MixtureDensityNetwork(6, 1, hidden_dim=6, backbone=nn.Sequential(nn.Linear(6, 6), Deciding())).double()
+    bayesianize(network)
+    x, _ = data()
+    with pytest.raises(ValueError, match=r"got backbone\.1 \(PyroDeciding\)"):
+        posterior_predictive(network, AutoNormal(network.model), x)
+    assert not network.backbone[1]._forward_hooks
+
+
+def test_errors_of_functions_pass():
+    with pytest.raises(RuntimeError, match="mine"):
+        over_draws(lambda draw: (_ for _ in ()).throw(RuntimeError("mine")), {"a": torch.zeros(2)}, nn.Identity())
+
+
+def test_init_to_starting_weights():
+    network = make()
+    x, y = data(rows=200)
+    fit(network, x, y, seed=0, progress=False, max_epochs=5)
+    expected = network(x).log_prob(y)
+    bayesianize(network)
+    guide = AutoNormal(network.model, init_loc_fn=init_to_value(values=starting_weights(network)), init_scale=1e-6)
+    assert_close(posterior_predictive(network, guide, x, 1).log_prob(y)[0], expected, rtol=1e-3, atol=1e-3)
