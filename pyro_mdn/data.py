@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,16 +16,31 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 
 from pyro_mdn.network import MixtureDensityNetwork
 
-__all__ = ["InMemory", "Rows", "Streamed", "as_rows", "default_batch_size", "grid_spacing", "prepare"]
+__all__ = [
+    "Batches",
+    "InMemory",
+    "Rows",
+    "Streamed",
+    "as_rows",
+    "default_batch_size",
+    "grid_spacing",
+    "held_out_count",
+    "prepare",
+]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs, targets and, if they are weighted, weights of some rows."""
+    """Inputs, targets and, if they are weighted, weights of some rows.
+
+    Attributes:
+        leading: Dimensions of x and y before those of one row.
+    """
 
     x: Tensor
     y: Tensor
     weight: Tensor | None = None
+    leading: ClassVar[int] = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -230,7 +245,7 @@ def prepare(
         return _prepare_stream(network, x, validation, batch_size)
     rows = as_rows(network, x, y, weight).informative()
     held_out = _given(network, validation)
-    if held_out is None and (n := _held_out_count(validation, len(rows))):
+    if held_out is None and (n := held_out_count(validation, len(rows))):
         order = torch.randperm(len(rows), device=rows.x.device)
         rows, held_out = rows[order[n:]], rows[order[:n]]
     return InMemory(rows, batch_size), held_out
@@ -249,7 +264,7 @@ def _prepare_stream(
     if not hasattr(data, "__len__"):
         raise ValueError(f"x: expected a data set of known length, got {type(data).__name__}")
     size = len(data)  # pyright: ignore[reportArgumentType]  (it has one, as was just seen)
-    if held_out is None and (n := _held_out_count(validation, size)):
+    if held_out is None and (n := held_out_count(validation, size)):
         data, rest = random_split(data, [size - n, n])
         held_out = Streamed(network, DataLoader(rest, default_batch_size(n)))
         size -= n
@@ -267,7 +282,8 @@ def _given(network: MixtureDensityNetwork, validation: Any) -> Rows | Streamed |
     return None
 
 
-def _held_out_count(validation: Any, size: int) -> int:
+def held_out_count(validation: Any, size: int) -> int:
+    """Rows to hold out of so many; a ``ValueError`` if the fraction is not one or leaves nothing."""
     if isinstance(validation, bool) or not isinstance(validation, Real) or not 0 <= float(validation) < 1:
         raise ValueError(f"validation: expected a fraction in [0, 1), a pair (x, y) or a loader, got {validation!r}")
     held_out = max(1, round(float(validation) * size)) if validation else 0

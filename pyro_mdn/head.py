@@ -130,15 +130,22 @@ class MixtureHead(nn.Module):
             raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
         flat = features.reshape(-1, self.in_features)
         channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
+        raw_noise = None if self.raw_noise is None else self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
+        return self.split(channels.reshape(channels.shape[0], *features.shape[:-1]), raw_noise)
+
+    def split(self, channels: Tensor, raw_noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits, locations and noise as :meth:`raw` gives them, from channels ``(C, *batch)`` of the linear layer.
+
+        Args:
+            channels: What the layer gives.
+            raw_noise: Channels ``(C', *batch)`` (broadcast) of noise that does not depend on the features, if any.
+        """
         channels = channels.to(torch.promote_types(channels.dtype, torch.float32))
-        channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         logits, locs, noise = channels.split(self.sizes)
-        if self.raw_noise is not None:
-            noise = self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
         return (
             kernels.channels_last(logits, 1),
             self._grouped(locs, self.dim_out),
-            self._grouped(noise, self.noise.num_params(self.dim_out)),
+            self._grouped(noise if raw_noise is None else raw_noise, self.noise.num_params(self.dim_out)),
         )
 
     def _grouped(self, channels: Tensor, width: int) -> Tensor:

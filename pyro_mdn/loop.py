@@ -43,6 +43,9 @@ class FitResult:
         component_weights: Share of the training rows that each component explains, ``K`` numbers; see
             :attr:`effective_components`. Empty where the weights are latent.
         refit_history: The same as ``history``, of a second training on all rows.
+        members: What it did for each member of an ensemble: ``history``, ``best_epoch``, ``best_loss``,
+            ``stopped_early`` and ``component_weights``. The history of the ensemble is their mean, its ``best_loss``
+            too; its ``best_epoch`` is the latest of theirs.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -54,6 +57,7 @@ class FitResult:
     seconds: float = 0.0
     component_weights: list[float] = field(default_factory=list)
     refit_history: list[dict[str, float]] = field(default_factory=list)
+    members: list[FitResult] = field(default_factory=list)
 
     @property
     def effective_components(self) -> float:
@@ -104,9 +108,12 @@ class Loop:
         compiled: Whether to compile the objective.
 
     Attributes:
+        matrix_dim: Dimensions of a weight matrix, which is decayed.
         least_noise: Standard deviation, in the units of y, that the noise on y does not fade below; held-out targets
             have as much. 0 at first.
     """
+
+    matrix_dim = 2
 
     def __init__(
         self,
@@ -122,7 +129,7 @@ class Loop:
         self.losses = torch.compile(objective, dynamic=True) if compiled else objective
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
         self.least_noise = torch.zeros_like(units[1])
-        self.optimizer = adamw(objective, settings.lr, settings.weight_decay, fused=True)
+        self.optimizer = adamw(objective, settings.lr, settings.weight_decay, self.matrix_dim, fused=True)
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.average = AveragedWeights(self.parameters)
         self.best = copied(objective.state_dict())
@@ -177,29 +184,34 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         loss = self._train(epoch)
         monitored = self._evaluate()
-        if self.held_out is not None and not math.isfinite(monitored):
-            raise FloatingPointError(f"fit: validation loss is {monitored} after epoch {epoch}")
+        if self.held_out is not None and not bool(monitored.isfinite().all()):
+            raise FloatingPointError(f"fit: validation loss is {self._shown(monitored)} after epoch {epoch}")
         lr = self.settings.lr * warmup_cosine(self.step - 1, self.steps)
+        self._judge(epoch, loss, monitored, lr)
+        losses = {"loss": loss.mean().item(), "validation_loss": monitored.mean().item()}
+        self.result.history.append({"epoch": epoch, **losses, "lr": lr})
+
+    def _judge(self, epoch: int, loss: Tensor, monitored: Tensor, lr: float) -> None:
+        """Keep the averaged weights if this epoch is the best so far."""
         result = self.result
-        if self.held_out is None or monitored < result.best_loss:
+        if self.held_out is None or monitored.item() < result.best_loss:
             with self.average.swapped_in():
                 best = copied(self.objective.state_dict())
             # Together, so that Ctrl-C does not part them.
             self.best, result.best_epoch = best, epoch
-            result.best_loss = loss if self.held_out is None else monitored
+            result.best_loss = (loss if self.held_out is None else monitored).item()
         result.stopped_early = epoch - result.best_epoch >= self.settings.patience
-        result.history.append({"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr})
 
     # Steps
 
-    def _train(self, epoch: int) -> float:
+    def _train(self, epoch: int) -> Tensor:
         """Mean loss over one pass."""
         self.objective.train()
-        total, rows = 0.0, 0
+        total, rows = torch.zeros(()), 0
         for number, batch in enumerate(self.batches, start=1):
             buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
             try:
-                total += self._step(batch) * len(batch)
+                total = total + self._step(batch) * len(batch)
                 rows += len(batch)
             except FloatingPointError as error:
                 where = f"{error} in epoch {epoch}, batch {number} of {len(self.batches)}"
@@ -213,25 +225,35 @@ class Loop:
             raise FloatingPointError(f"fit: no batch of epoch {epoch} has a finite loss and gradient")
         return total / rows
 
-    def _step(self, batch: Rows) -> float:
+    def _step(self, batch: Rows) -> Tensor:
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
         x = blur(batch.x, fade * self.noise[0])
         y = blur(batch.y, torch.maximum(fade * self.noise[1], self.least_noise))
         self.optimizer.zero_grad()
-        loss = batch.weigh(self._losses(x, y)).mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"loss is {value}")
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
-        if not norm.isfinite():
-            raise FloatingPointError(f"norm of the gradient is {norm.item()}")
+        loss = self._mean(batch.weigh(self._losses(x, y)))
+        if not bool(loss.isfinite().all()):
+            raise FloatingPointError(f"loss is {self._shown(loss)}")
+        loss.sum().backward()
+        norm = self._clip()
+        if not bool(norm.isfinite().all()):
+            raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * warmup_cosine(step, self.steps)
         self.optimizer.step()
         self.average.update(step)
-        return value
+        return loss.detach().to("cpu", torch.float64)
+
+    def _mean(self, losses: Tensor) -> Tensor:
+        """Mean over rows: one number, or one for each of what is trained side by side."""
+        return losses.mean()
+
+    def _clip(self) -> Tensor:
+        """Scale gradients down to the largest norm that is allowed; return the norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+
+    def _shown(self, value: Tensor) -> str:
+        return str(value.item())
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
         dtype = self.settings.autocast
@@ -241,19 +263,19 @@ class Loop:
     # Judging epochs
 
     @torch.no_grad()
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> Tensor:
         """Mean held-out loss of the averaged weights; NaN if nothing is held out."""
         if self.held_out is None:
-            return math.nan
+            return torch.tensor(math.nan)
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
         with self.average.swapped_in():
-            total, count = 0.0, 0.0
+            total = count = torch.zeros((), dtype=torch.float64)
             for batch in batches:
                 losses = self.objective(*self._off_grid(batch))
-                total += float(batch.weigh(losses).double().sum())
-                count += float(batch.weigh(torch.ones_like(losses)).double().sum())
-        return total / count if count else math.nan
+                total = total + len(batch) * self._mean(batch.weigh(losses).double()).cpu()
+                count = count + len(batch) * self._mean(batch.weigh(torch.ones_like(losses)).double()).cpu()
+        return total / count
 
     def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
         """Rows with the least noise on their targets, if there is any, and the same each time."""
@@ -300,6 +322,7 @@ class Loop:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         device = self.noise[0].device
         self.step, self.result = config["step"], FitResult(**config["result"])
+        self.result.members = [FitResult(**member) for member in config["result"]["members"]]
         torch.set_rng_state(rest["generator"])
         for i, generator in enumerate(self.batches.generators()):
             generator.set_state(rest[f"generator.loader.{i}"])

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pyro_mdn import scores
+from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.vectorized import isolated, over_draws
 
-__all__ = ["ContinuousRankedProbability", "NegativeElbo", "NegativeLogLikelihood", "WeightedSum"]
+__all__ = [
+    "ContinuousRankedProbability",
+    "Memberwise",
+    "MemberwiseLogLikelihood",
+    "NegativeElbo",
+    "NegativeLogLikelihood",
+    "WeightedSum",
+]
 
 
 class NegativeLogLikelihood(nn.Module):
@@ -136,6 +146,62 @@ def _require_fitting(guide: Any, model: Any) -> None:
     for name, site in drawn.items():
         if not site["fn"].has_rsample:
             raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
+
+
+class MemberwiseLogLikelihood(nn.Module):
+    r"""Objective :math:`-\log p_m(y \mid x)` in nats for each member of an ensemble and each of its rows, ``(M, N)``.
+
+    >>> ensemble = DeepEnsemble(MixtureDensityNetwork(1, 1), size=3)
+    >>> MemberwiseLogLikelihood(ensemble)(torch.randn(3, 8, 1), torch.randn(3, 8, 1)).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(self, ensemble: DeepEnsemble) -> None:
+        super().__init__()
+        self.ensemble = ensemble
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each member's rows, shape ``(M, N, ...)``."""
+        return self.ensemble.loss(x, y)
+
+
+class Memberwise(nn.Module):
+    r"""Any objective over ``ensemble.stacked``, for each member of the ensemble and each of its rows, ``(M, N)``.
+
+    Args:
+        objective: Objective whose tensors all have a leading axis of members, as those of ``ensemble.stacked`` do.
+        size: Number of members.
+
+    Raises:
+        ValueError: If a tensor of the objective has no such axis.
+
+    >>> ensemble = DeepEnsemble(MixtureDensityNetwork(1, 1), size=3)
+    >>> crps = Memberwise(ContinuousRankedProbability(ensemble.stacked), 3)
+    >>> crps(torch.randn(3, 8, 1), torch.randn(3, 8, 1)).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(self, objective: nn.Module, size: int) -> None:
+        super().__init__()
+        self.objective = objective
+        for name, tensor in self._tensors().items():
+            if tensor.shape[:1] != (size,):
+                raise ValueError(
+                    f"objective: expected a first axis of {size} members, got {name} {tuple(tensor.shape)}"
+                )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each member's rows, shape ``(M, N, ...)``."""
+
+        def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            rows = draw.pop("x"), draw.pop("y")
+            return (functional_call(self.objective, draw, rows),)
+
+        with isolated():
+            return over_draws(call, {**self._tensors(), "x": x, "y": y}, self.objective)[0]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.objective.named_parameters()), **dict(self.objective.named_buffers())}
 
 
 class WeightedSum(nn.Module):

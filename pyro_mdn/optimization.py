@@ -27,12 +27,14 @@ def default_weight_decay(rows: int) -> float:
     return min(0.5, 20 / rows)
 
 
-def adamw(objective: nn.Module, lr: float, weight_decay: float, *, fused: bool = False) -> torch.optim.AdamW:
+def adamw(
+    objective: nn.Module, lr: float, weight_decay: float, matrix_dim: int = 2, *, fused: bool = False
+) -> torch.optim.AdamW:
     """AdamW whose decoupled decay acts on weight matrices alone (Loshchilov & Hutter, 2019)."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= matrix_dim], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < matrix_dim], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, fused=fused)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
-from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing, prepare
+from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing
+from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
+from pyro_mdn.objectives import NegativeElbo
 from pyro_mdn.optimization import (
     FINAL_NOISE,
     INPUT_NOISE,
@@ -31,19 +31,16 @@ from pyro_mdn.optimization import (
     blur,
     default_weight_decay,
 )
+from pyro_mdn.trainee import CollapseWarning, EnsembleTrainee, NetworkTrainee, Trainee
+from pyro_mdn.vectorized import isolated
 
 __all__ = ["CollapseWarning", "fit"]
 
 _ROWS_TO_START = 10_000
-_DEAD = 1e-3
-
-
-class CollapseWarning(UserWarning):
-    """Components of a trained mixture are idle: fewer would do, or the training went wrong."""
 
 
 def fit(
-    network: MixtureDensityNetwork,
+    network: MixtureDensityNetwork | DeepEnsemble,
     x: Any,
     y: Any = None,
     *,
@@ -158,14 +155,15 @@ def fit(
     root = _seed(saved) if seed is None else int(seed)
     if validation is None:
         validation = 0.0 if guide is not None or isinstance(x, DataLoader) else 0.1
+    trainee = EnsembleTrainee(network) if isinstance(network, DeepEnsemble) else NetworkTrainee(network)
     modules = [module for module in (network, objective, guide) if isinstance(module, nn.Module)]
     with _isolated(modules, root):
         with _put_back_if_refused(modules, device):
-            batches, held_out = prepare(network, x, y, sample_weight, validation, batch_size)
+            batches, held_out = trainee.prepare(x, y, sample_weight, validation, batch_size)
             _require_data(batches, held_out, compile=compile, refit=refit)
-            if guide is not None:
+            if guide is not None and isinstance(network, MixtureDensityNetwork):
                 objective = NegativeElbo(network, guide, batches.num_rows, num_particles=num_particles)
-            objective = objective or NegativeLogLikelihood(network)
+            objective = trainee.objective(objective)
             regularized = not any(isinstance(part, NegativeElbo) for part in objective.modules())
             max_epochs = int(max_epochs or max(100, math.ceil(3000 / len(batches))))
             settings = Settings(
@@ -180,7 +178,7 @@ def fit(
                 skip_bad_batches=skip_bad_batches,
                 autocast=autocast,
             )
-            plan = _Plan(network, objective, settings, root, initialize, compile, counts_rows=guide is not None)
+            plan = _Plan(trainee, objective, settings, root, initialize, compile, counts_rows=guide is not None)
             plan.set_up(batches)
             if checkpoint is not None:
                 saved.require(plan.describe(batches, held_out, refit=refit))
@@ -190,7 +188,7 @@ def fit(
         run = _Run(plan, list(callbacks), progress)
         result = run.twice(loop, saved, start) if refit else run(loop, saved)
         if regularized:
-            result.component_weights = _component_weights(network, batches.head(_ROWS_TO_START))
+            trainee.summarize(result, batches.head(_ROWS_TO_START))
         return result
 
 
@@ -198,7 +196,7 @@ def fit(
 class _Plan:
     """What is trained, and how."""
 
-    network: MixtureDensityNetwork
+    trainee: Trainee
     objective: nn.Module
     settings: Settings
     seed: int
@@ -211,7 +209,7 @@ class _Plan:
         settings = dataclasses.asdict(self.settings)
         return {
             "seed": self.seed,
-            "network": repr(self.network),
+            "network": repr(self.trainee.module),
             "objective": repr(self.objective),
             "settings": {**settings, "autocast": settings["autocast"] and str(settings["autocast"])},
             "initialize": self.initialize,
@@ -227,7 +225,7 @@ class _Plan:
         rows = batches.head(_ROWS_TO_START)[:2]
         with torch.no_grad():
             losses = self.objective(rows.x, rows.y)
-        if losses.shape[:1] != (len(rows),):
+        if losses.shape[: rows.leading] != rows.x.shape[: rows.leading]:
             raise ValueError(f"objective: expected one loss for each of {len(rows)} rows, got {tuple(losses.shape)}")
         trained = {id(parameter) for parameter in self.objective.parameters()}
         strangers = [name for name, p in pyro.get_param_store().named_parameters() if id(p) not in trained]
@@ -237,14 +235,16 @@ class _Plan:
     def loop(self, batches: Batches, held_out: Rows | Streamed | None) -> Loop:
         """Loop at its start, scalers and components set from the data."""
         rows = batches.head(_ROWS_TO_START)
+        trainee = self.trainee
         # 99.7 % of that noise stays within the cell of the grid.
-        least = (grid_spacing(rows.y) / 6 * (self.settings.target_noise > 0)).to(self.network.head.scale)
+        least = grid_spacing(trainee.targets(rows)) / 6 * (self.settings.target_noise > 0)
+        least = least.to(trainee.network.head.scale)
         if self.initialize:
-            self.network.initialize_(rows.x, blur(rows.y, least))
+            trainee.initialize_(rows, blur(rows.y, least))
         if self.counts_rows and isinstance(self.objective, NegativeElbo):
             self.objective.num_data = batches.num_rows
-        units = (self.network.x_scale, self.network.head.scale)
-        loop = Loop(self.objective, batches, held_out, units, self.settings, compiled=self.compiled)
+        units = trainee.units(rows)
+        loop = trainee.loop(self.objective, batches, held_out, units, self.settings, compiled=self.compiled)
         loop.least_noise = least
         return loop
 
@@ -305,26 +305,11 @@ class _Run:
         )
 
 
-@torch.no_grad()
-def _component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float]:
-    """Mean responsibility of each component for the rows; a warning if some have next to none."""
-    with evaluating(network):
-        parts = [network(part.x).responsibilities(part.y) for part in rows.chunks(1024)]
-    share = torch.cat([part.flatten(0, -2) for part in parts]).double().mean(0)
-    if dead := int((share < _DEAD).sum()):
-        text = f"fit: {dead} of {network.n_components} components explain less than {_DEAD:.1%} of the rows each"
-        warnings.warn(f"{text}; fewer would do", CollapseWarning, stacklevel=4)  # of the caller of fit
-    return share.tolist()
-
-
 @contextmanager
 def _isolated(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Keep Pyro's parameter store, what validates, the modes of modules and the generators as they were."""
-    validates = torch.distributions.Distribution._validate_args
     with ExitStack() as stack:
-        stack.enter_context(pyro.get_param_store().scope())
-        stack.callback(torch.distributions.Distribution.set_default_validate_args, validates)
-        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(isolated())
         stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
         for module in modules:
             stack.enter_context(evaluating(module))
@@ -366,6 +351,10 @@ def _default(value: float | None, default: float) -> float:
 def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any) -> None:
     if objective is not None and guide is not None:
         raise ValueError("objective, guide: expected one of the two, got both")
+    if isinstance(network, DeepEnsemble):
+        if guide is not None:
+            raise ValueError("guide: expected None for an ensemble, which has no latent weights")
+        network = network.stacked
     if objective is not None and not (isinstance(objective, nn.Module) and network in objective.modules()):
         raise ValueError(f"objective: expected a module with the network in it, got {type(objective).__name__}")
     if guide is not None and not callable(guide):
@@ -375,7 +364,7 @@ def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any
 
 
 def _require_data(batches: Batches, held_out: Any, *, compile: bool, refit: bool) -> None:
-    if refit and not (isinstance(batches, InMemory) and isinstance(held_out, Rows)):
-        raise ValueError("refit: expected arrays with some rows held out")
+    if refit and not (type(batches) is InMemory and isinstance(held_out, Rows)):
+        raise ValueError("refit: expected one network, and arrays with some rows held out")
     if compile and isinstance(batches, InMemory) and bool(batches.rows.y.isnan().any()):
         raise ValueError("compile: expected complete targets, got NaN for missing ones")

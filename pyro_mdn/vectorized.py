@@ -3,7 +3,7 @@ r"""Many networks at once: functions of weights, mapped over a leading axis of d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pyro
@@ -43,15 +43,15 @@ def over_draws(
         size = len(next(iter(draws.values())))
         results = [function({name: tensor[i] for name, tensor in draws.items()}) for i in range(size)]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    entered: list[str] = []
-    try:
-        with _FreshNoise(), _recorded(module, entered):
-            return torch.vmap(function, randomness="different", chunk_size=chunk_size)(dict(draws))
-    except RuntimeError as error:
-        if not entered:
-            raise
-        part = f"{entered[-1] or 'the network'} ({type(module.get_submodule(entered[-1])).__name__})"
-        raise ValueError(f"network: expected layers that torch.vmap supports, got {part}: {error}") from error
+    mapped = torch.vmap(function, randomness="different", chunk_size=chunk_size)
+    with _FreshNoise():
+        try:
+            return mapped(dict(draws))
+        except RuntimeError as error:
+            if (part := _failing(lambda: mapped(dict(draws)), module)) is None:
+                raise
+            expected = "network: expected layers that torch.vmap supports"
+            raise ValueError(f"{expected}, got {part}: {error}") from error
 
 
 @contextmanager
@@ -76,21 +76,18 @@ class OwnParameters(Messenger):
             msg["value"] = msg["args"][1]
 
 
-@contextmanager
-def _recorded(module: nn.Module, entered: list[str]) -> Iterator[None]:
-    """Keep the names of the parts whose call has begun but not ended."""
-
-    def begin(name: str) -> Callable[..., None]:
-        return lambda *_: entered.append(name)
-
-    def end(*_: Any) -> None:
-        entered.pop()
-
+def _failing(call: Callable[[], Any], module: nn.Module) -> str | None:
+    """Name and type of the part of a module whose call does not return, if there is one."""
+    entered: list[str] = []
     with ExitStack() as stack:
         for name, part in module.named_modules():
-            stack.callback(part.register_forward_pre_hook(begin(name)).remove)
-            stack.callback(part.register_forward_hook(end).remove)
-        yield
+            begin = part.register_forward_pre_hook(lambda *_, name=name: entered.append(name))
+            end = part.register_forward_hook(lambda *_: entered.pop() and None)
+            stack.callback(begin.remove)
+            stack.callback(end.remove)
+        with suppress(RuntimeError):
+            call()
+    return f"{entered[-1]} ({type(module.get_submodule(entered[-1])).__name__})" if entered else None
 
 
 class _FreshNoise(TorchFunctionMode):

@@ -1,0 +1,399 @@
+"""Deep ensembles: members side by side are what they would be alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_mdn import (
+    ContinuousRankedProbability,
+    DeepEnsemble,
+    Diagonal,
+    Fixed,
+    Full,
+    Isotropic,
+    LowRank,
+    MixtureDensityNetwork,
+    bayesianize,
+    fit,
+    scores,
+)
+from pyro_mdn.data import Rows
+from pyro_mdn.member_data import MemberBatches
+
+PLAIN = {"progress": False, "input_noise": 0.0, "target_noise": 0.0, "initialize": False}
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.GRU(1, 8, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.unsqueeze(-1))[0][:, -1]
+
+
+def backbone(kind):
+    return {
+        "default": lambda: None,
+        "custom": lambda: nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU()),
+        "normalized": lambda: nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh()),
+        "convolutional": lambda: nn.Sequential(nn.Unflatten(-1, (1, 3)), nn.Conv1d(1, 4, 2), nn.Flatten()),
+        "recurrent": Recurrent,
+    }[kind]()
+
+
+def make(kind="default", dim_out=1, **settings):
+    return MixtureDensityNetwork(3, dim_out, 4, 8, backbone=backbone(kind), **settings)
+
+
+def networks(n, kind="default", **settings):
+    torch.manual_seed(0)
+    return [make(kind, **settings) for _ in range(n)]
+
+
+def data(rows=120, dim_out=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 3, generator=generator)
+    return x, torch.sin(3 * x[:, :dim_out]) + 0.2 * torch.randn(rows, dim_out, generator=generator)
+
+
+KINDS = ["default", "custom", "normalized", "convolutional", "recurrent"]
+NOISE = [
+    Full(),
+    Full(tied=True, homoscedastic=True),
+    LowRank(1),
+    Isotropic(),
+    Isotropic(homoscedastic=True),
+    Fixed(0.3),
+    Diagonal(tied=True),
+    Diagonal(homoscedastic=True),
+]
+
+
+# Predictions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_members_predict_as_alone(kind):
+    members = [n.double() for n in networks(3, kind)]
+    x, y = (t.double() for t in data(10))
+    for i, network in enumerate(members):
+        network.initialize_(x + i, 10 * y - i)
+    ensemble = DeepEnsemble(members)
+    expected = torch.stack([network(x).log_prob(y) for network in members])
+    assert_close(ensemble.members(x).log_prob(y), expected)
+    assert_close(ensemble(x).log_prob(y), expected.logsumexp(0) - math.log(3))
+    assert_close(ensemble.loss(x.expand(3, -1, -1), y.expand(3, -1, -1)), -expected)
+    assert_close(ensemble.members(x, torch.tensor([2, 0])).log_prob(y), expected[[2, 0]])
+    for i, network in enumerate(members):
+        assert_close(ensemble.member(i)(x).log_prob(y), network(x).log_prob(y))
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=repr)
+@pytest.mark.parametrize("kind", ["default", "custom"])
+@pytest.mark.parametrize("batch_shape", [(), (5,), (2, 5)])
+def test_every_noise_model_and_batch_shape(noise, kind, batch_shape):
+    members = [n.double() for n in networks(3, kind, dim_out=2, noise=noise)]
+    for i, network in enumerate(members):
+        network.initialize_(*(i + t.double() for t in data(50, 2, seed=i)))
+    ensemble = DeepEnsemble(members)
+    x, y = torch.randn(*batch_shape, 3).double(), torch.randn(*batch_shape, 2).double()
+    expected = torch.stack([network(x).log_prob(y) for network in members])
+    assert_close(ensemble.members(x).log_prob(y), expected)
+    assert_close(ensemble.loss(x.expand(3, *x.shape), y.expand(3, *y.shape)), -expected)
+
+
+def test_missing_targets():
+    members = networks(2, dim_out=2, noise=Full())
+    x, y = data(6, 2)
+    y[::2, 0] = math.nan
+    expected = torch.stack([network.loss(x, y) for network in members])
+    assert_close(DeepEnsemble(members).loss(x.expand(2, -1, -1), y.expand(2, -1, -1)), expected)
+
+
+def test_members_differ_and_the_network_does_not_change():
+    network = make("custom")
+    before = copy.deepcopy(network.state_dict())
+    ensemble = DeepEnsemble(network, 3)
+    assert_close(network.state_dict(), before)
+    for name, parameter in ensemble.stacked.named_parameters():
+        assert parameter.shape[0] == 3
+        if "bias" not in name or "linear" not in name:
+            assert not torch.equal(parameter[0], parameter[1]), name
+    assert len(DeepEnsemble(network)._tensors()["x_shift"]) == 10
+
+
+def test_frozen_parameters_are_kept():
+    network = make("custom")
+    network.backbone[0].requires_grad_(False)
+    ensemble = DeepEnsemble(network, 3)
+    assert_close(ensemble.stacked.backbone[0].weight, network.backbone[0].weight.expand(3, -1, -1))
+    assert not ensemble.stacked.backbone[0].weight.requires_grad
+    assert not ensemble.member(1).backbone[0].weight.requires_grad
+    x, y = data()
+    fit(ensemble, x, y, max_epochs=2, seed=0, progress=False)
+    assert_close(ensemble.stacked.backbone[0].weight, network.backbone[0].weight.expand(3, -1, -1))
+
+
+def test_served_by_a_smaller_mixture():
+    x, y = data()
+    ensemble = DeepEnsemble(make(), 5)
+    fit(ensemble, x, y, max_epochs=20, seed=0, progress=False)
+    pooled = ensemble(x)
+    small = pooled.reduce(6)
+    assert small.n_components == 6
+    assert_close(small.mean, pooled.mean, atol=1e-4, rtol=1e-4)
+    assert scores.log_score(small, y).mean() < scores.log_score(pooled, y).mean() + 0.1
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_together_is_training_alone(kind):
+    members = [n.double() for n in networks(3, kind)]
+    (x, y), held_out = ([t.double() for t in data(60, seed=i)] for i in (0, 1))
+    for i, network in enumerate(members):
+        network.initialize_(x + 0.1 * i, y + i)
+    ensemble = DeepEnsemble(members)
+    settings = {**PLAIN, "validation": tuple(held_out), "batch_size": 60, "max_epochs": 40, "patience": 3, "lr": 0.2}
+    together = fit(ensemble, x, y, **settings)
+    alone = [fit(network, x, y, **settings) for network in members]
+    assert [r.best_epoch for r in together.members] == [r.best_epoch for r in alone]
+    assert [r.stopped_early for r in together.members] == [r.stopped_early for r in alone]
+    assert len({r.best_epoch for r in alone}) > 1, "the test should tell members apart"
+    for i, (network, result) in enumerate(zip(members, alone, strict=True)):
+        assert_close(dict(ensemble.member(i).state_dict()), dict(network.state_dict()), rtol=1e-6, atol=1e-6)
+        assert_close([r["loss"] for r in together.members[i].history], [r["loss"] for r in result.history])
+        assert_close(together.members[i].component_weights, result.component_weights, rtol=1e-6, atol=1e-6)
+
+
+def test_members_have_splits_and_orders_of_their_own():
+    x, y = data(100)
+    ensemble = DeepEnsemble(make(), 4)
+    result = fit(ensemble, x, y, max_epochs=3, seed=0, progress=False)
+    assert len({r.history[0]["validation_loss"] for r in result.members}) == 4
+    assert result.history[0]["loss"] == pytest.approx(sum(r.history[0]["loss"] for r in result.members) / 4)
+    assert result.best_loss == pytest.approx(sum(r.best_loss for r in result.members) / 4)
+    assert len(torch.unique(ensemble.stacked.x_shift, dim=0)) == 4, "scalers of their own training rows"
+    assert all(sum(r.component_weights) == pytest.approx(1) for r in result.members)
+
+
+def test_batches_are_the_rows_of_each_member():
+    rows = Rows(torch.arange(10.0).unsqueeze(-1), torch.arange(10.0).unsqueeze(-1))
+    positions = torch.stack([torch.randperm(10)[:8] for _ in range(3)])
+    batches = MemberBatches(rows, positions, 3)
+    seen = torch.cat([batch.x for batch in batches], 1).squeeze(-1)
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    assert_close(seen.sort(1).values, positions.sort(1).values.float())
+    assert not torch.equal(seen, torch.cat([batch.x for batch in batches], 1).squeeze(-1))
+
+
+def test_bootstrap_draws_from_the_training_rows():
+    x, y = data(200)
+    seen = {}
+    for bootstrap in (False, True):
+        ensemble = DeepEnsemble(make(), 3, bootstrap=bootstrap)
+        fit(ensemble, x, y, max_epochs=1, seed=0, progress=False, validation=0.5)
+        seen[bootstrap] = ensemble.stacked.x_shift
+    assert not torch.equal(seen[False], seen[True])
+
+
+def test_quality_and_pooling():
+    x, y = data(600)
+    ensemble = DeepEnsemble(make(), 5)
+    fit(ensemble, x, y, seed=0, progress=False, max_epochs=60)
+    x, y = data(1000, seed=1)
+    pooled = scores.log_score(ensemble(x), y).mean()
+    single = scores.log_score(ensemble.members(x), y).mean()
+    assert pooled < single
+    assert pooled < 0.1, "about -0.1 with these settings; the noise alone has -0.19"
+
+
+@pytest.mark.parametrize("kind", ["default", "custom"])
+def test_the_same_seed_gives_the_same_bits(kind):
+    x, y = data()
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        ensemble = DeepEnsemble(make(kind), 3)
+        before = torch.get_rng_state()
+        fit(ensemble, x, y, seed=3, max_epochs=3, progress=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(ensemble.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+
+
+def test_resume_gives_the_same_bits(tmp_path):
+    x, y = data()
+
+    def run(**settings):
+        torch.manual_seed(0)
+        ensemble = DeepEnsemble(make("custom"), 3)
+        settings = {"seed": 3, "max_epochs": 12, "patience": 4, "progress": False, **settings}
+        return ensemble, fit(ensemble, x, y, **settings)
+
+    whole, expected = run()
+
+    def fall(result):
+        if len(result.history) == 7:
+            raise RuntimeError("power failure")
+
+    checkpoint = {"checkpoint": tmp_path / "run", "checkpoint_every": 2}
+    with pytest.raises(RuntimeError, match="power"):
+        run(callbacks=[fall], **checkpoint)
+    resumed, result = run(resume=True, **checkpoint)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )
+    assert result.members == expected.members
+
+
+@pytest.mark.parametrize("source", ["loader", "weights", "missing", "dataset", "sequence"])
+def test_sources_of_data(source):
+    x, y = data(100)
+    settings = {"max_epochs": 3, "seed": 0, "progress": False}
+    ensemble = DeepEnsemble(make(), 3)
+    if source == "loader":
+        held_out = DataLoader(TensorDataset(x, y), 50)
+        result = fit(ensemble, DataLoader(TensorDataset(x, y), 25), validation=held_out, **settings)
+    elif source == "weights":
+        result = fit(ensemble, x, y, sample_weight=torch.rand(100), **settings)
+    elif source == "missing":
+        ensemble, y = DeepEnsemble(make(dim_out=2, noise=Full()), 3), torch.cat([y, -y], 1)
+        y[::3, 0] = math.nan
+        result = fit(ensemble, x, y, **settings)
+    elif source == "dataset":
+        result = fit(ensemble, TensorDataset(x, y), **settings)
+    else:
+        ensemble = DeepEnsemble(make("custom"), 3)
+        result = fit(ensemble, x.reshape(20, 5, 3), y.reshape(20, 5, 1), **settings)
+        x = x.reshape(20, 5, 3)
+    assert len(result.members) == 3
+    assert all(math.isfinite(r.best_loss) for r in result.members)
+    assert ensemble(x).batch_shape == x.shape[:-1]
+
+
+def test_sample_weights_count():
+    members = [n.double() for n in networks(2)]
+    x, y = (t.double() for t in data(60))
+    weight = torch.rand(60)
+    ensemble = DeepEnsemble(members)
+    settings = {**PLAIN, "validation": 0, "batch_size": 60, "max_epochs": 5, "sample_weight": weight}
+    fit(ensemble, x, y, **settings)
+    for i, network in enumerate(members):
+        fit(network, x, y, **settings)
+        assert_close(dict(ensemble.member(i).state_dict()), dict(network.state_dict()), rtol=1e-6, atol=1e-6)
+
+
+def test_another_objective():
+    x, y = (t.double() for t in data(60))
+    members = [n.double() for n in networks(2)]
+    ensemble = DeepEnsemble(members)
+    settings = {**PLAIN, "validation": 0, "batch_size": 60, "max_epochs": 5}
+    fit(ensemble, x, y, objective=ContinuousRankedProbability(ensemble.stacked), **settings)
+    for i, network in enumerate(members):
+        fit(network, x, y, objective=ContinuousRankedProbability(network), **settings)
+        assert_close(dict(ensemble.member(i).state_dict()), dict(network.state_dict()), rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_differs_from_member_to_member():
+    layers = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5))
+    network = MixtureDensityNetwork(3, 1, 4, 8, backbone=layers)
+    ensemble = DeepEnsemble([network] * 4).train()
+    locs = ensemble.members(torch.randn(5, 3)).locs
+    assert not torch.equal(locs[0], locs[1])
+    locs = ensemble.eval().members(torch.randn(5, 3)).locs
+    assert torch.equal(locs[0], locs[1])
+
+
+def test_one_bad_member_is_named():
+    members = networks(3)
+    with torch.no_grad():
+        members[1].head.linear.weight.fill_(math.nan)
+    x, y = data()
+    with pytest.raises(FloatingPointError, match="loss is nan in member 1 of 3 in epoch 1, batch 1"):
+        fit(DeepEnsemble(members), x, y, initialize=False, progress=False)
+
+
+# Files and refusals
+
+
+@pytest.mark.parametrize("kind", ["default", "custom"])
+def test_save_and_load(tmp_path, kind):
+    ensemble = DeepEnsemble(make(kind, noise=Full(tied=True)), 3, bootstrap=True)
+    x, y = data()
+    fit(ensemble, x, y, max_epochs=1, progress=False)
+    ensemble.save(tmp_path / "file")
+    given = backbone(kind)
+    before = None if given is None else copy.deepcopy(given.state_dict())
+    loaded = DeepEnsemble.load(tmp_path / "file", backbone=given)
+    assert before is None or given is not None
+    assert repr(loaded) == repr(ensemble)
+    assert_close(loaded.members(x).log_prob(y), ensemble.members(x).log_prob(y))
+    if given is not None:
+        assert_close(given.state_dict(), before)
+    with pytest.raises(ValueError, match="expected"):
+        MixtureDensityNetwork.load(tmp_path / "file")
+    make(kind).save(tmp_path / "single")
+    with pytest.raises(ValueError, match="expected an ensemble"):
+        DeepEnsemble.load(tmp_path / "single")
+    content = (tmp_path / "file").read_bytes()
+    (tmp_path / "file").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match="checksum"):
+        DeepEnsemble.load(tmp_path / "file", backbone=given)
+
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 3))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_refusals():
+    x, y = data()
+    with pytest.raises(ValueError, match="size"):
+        DeepEnsemble(make(), 0)
+    with pytest.raises(ValueError, match="size"):
+        DeepEnsemble(networks(2), 3)
+    with pytest.raises(ValueError, match="one network at least"):
+        DeepEnsemble([])
+    with pytest.raises(ValueError, match="one architecture"):
+        DeepEnsemble([make(), make(noise=Full())])
+    with pytest.raises(ValueError, match="latent"):
+        DeepEnsemble([bayesianize(make())])
+    with pytest.raises(ValueError, match="got Linear"):
+        DeepEnsemble([nn.Linear(1, 1)])
+    stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
+    with pytest.raises(ValueError, match=r"reset_parameters, got backbone \(Stubborn\)"):
+        DeepEnsemble(stubborn, 2)
+    assert DeepEnsemble([stubborn, stubborn])(x).n_components == 8
+    ensemble = DeepEnsemble(make(), 2)
+    with pytest.raises(ValueError, match="guide: expected None"):
+        fit(ensemble, x, y, guide=lambda x, y: None)
+    with pytest.raises(ValueError, match="refit: expected one network"):
+        fit(ensemble, x, y, refit=True, progress=False)
+    with pytest.raises(ValueError, match="objective: expected a module with the network"):
+        fit(ensemble, x, y, objective=ContinuousRankedProbability(make()))
+    with pytest.raises(ValueError, match="x: expected shape"):
+        ensemble(x[:, :2])
+
+
+def test_refused_fits_leave_the_ensemble_as_it_was():
+    ensemble = DeepEnsemble(make(), 2)
+    before = copy.deepcopy(ensemble.state_dict())
+    x, y = data()
+    for bad in ({"validation": 2.0}, {"sample_weight": torch.zeros(120)}, {"checkpoint": "/nowhere/at/all"}):
+        with pytest.raises(ValueError, match="expected"):
+            fit(ensemble, x, y, progress=False, **bad)
+    with pytest.raises(ValueError, match="finite"):
+        fit(ensemble, x, y * math.inf, progress=False)
+    assert_close(ensemble.state_dict(), before)
