@@ -46,6 +46,7 @@ class FitResult:
         members: What it did for each member of an ensemble: ``history``, ``best_epoch``, ``best_loss``,
             ``stopped_early`` and ``component_weights``. The history of the ensemble is their mean, its ``best_loss``
             too; its ``best_epoch`` is the latest of theirs.
+        guide: The guide that was trained, if one was.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class FitResult:
     component_weights: list[float] = field(default_factory=list)
     refit_history: list[dict[str, float]] = field(default_factory=list)
     members: list[FitResult] = field(default_factory=list)
+    guide: Any = None
 
     @property
     def effective_components(self) -> float:

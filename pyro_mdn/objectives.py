@@ -3,18 +3,20 @@ r"""Objectives: modules that a training loop minimises, one loss per row."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn import scores
+from pyro_mdn.checks import require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.vectorized import isolated, over_draws
+from pyro_mdn.vectorized import OwnParameters, isolated, over_draws, unvalidated
 
 __all__ = [
     "ContinuousRankedProbability",
@@ -87,6 +89,7 @@ class NegativeElbo(nn.Module):
         num_data: Rows in the whole of the data, N.
         num_particles: Draws of the weights for each estimate.
         kl_weight: :math:`\beta`; 1 is the ELBO.
+        kl_warmup: Steps over which :math:`\beta` grows from 0 to that (Bowman et al., 2016).
 
     Raises:
         ValueError: If a count is not positive or, when called, if the guide has other sites than the model or draws
@@ -96,6 +99,8 @@ class NegativeElbo(nn.Module):
         Kingma & Welling (2014), Auto-encoding variational Bayes.
     """
 
+    step: Tensor
+
     def __init__(
         self,
         network: MixtureDensityNetwork,
@@ -104,46 +109,95 @@ class NegativeElbo(nn.Module):
         *,
         num_particles: int = 1,
         kl_weight: float = 1.0,
+        kl_warmup: int = 0,
     ) -> None:
         super().__init__()
         if num_data < 1 or num_particles < 1:
             raise ValueError(f"num_data, num_particles: expected 1 at least, got {num_data} and {num_particles}")
+        require_numbers(least=0.0, kl_weight=kl_weight, kl_warmup=kl_warmup)
         self.network, self.guide = network, guide
-        self.num_data, self.num_particles, self.kl_weight = num_data, num_particles, kl_weight
+        self.num_data, self.num_particles = num_data, num_particles
+        self.kl_weight, self.kl_warmup = kl_weight, kl_warmup
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def extra_repr(self) -> str:
         """Describe the estimate in a module's printout."""
         guide = "" if isinstance(self.guide, nn.Module) else f", guide={getattr(self.guide, '__name__', self.guide)}"
-        return f"num_data={self.num_data}, num_particles={self.num_particles}, kl_weight={self.kl_weight}{guide}"
+        kl = f"kl_weight={self.kl_weight}, kl_warmup={self.kl_warmup}"
+        return f"num_data={self.num_data}, num_particles={self.num_particles}, {kl}{guide}"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N,)``."""
-        return torch.stack([self._particle(x, y) for _ in range(self.num_particles)]).mean(0)
-
-    def _particle(self, x: Tensor, y: Tensor) -> Tensor:
-        guide = poutine.trace(self.guide).get_trace(x, y, num_data=self.num_data)
-        model = poutine.trace(poutine.replay(self.network.model, guide)).get_trace(x, y, num_data=self.num_data)
-        likelihood: dict[str, Any] = dict(model.nodes["y"])
-        losses = -likelihood["fn"].log_prob(likelihood["value"])
+        draws, log_q = self.draw(x, y)
+        losses, log_prior = self.score(draws, x, y)
         if not self.training:
-            return losses
-        _require_fitting(guide, model)
-        divergence = guide.log_prob_sum(_is_latent) - model.log_prob_sum(_is_latent)
-        return losses + self.kl_weight * divergence / self.num_data
+            return losses.mean(0)
+        self.step += 1
+        beta = self.kl_weight * min(1.0, self.step.item() / max(1, self.kl_warmup))
+        return losses.mean(0) + beta * (log_q - log_prior).mean() / self.num_data
+
+    def draw(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws at all sites of the guide, ``(S, ...)`` by name, and their log-density, ``(S,)``."""
+        names: list[str] = []
+        if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
+            self.guide(x, y, num_data=self.num_data)  # it makes its parameters
+
+        def draw(_: Any) -> tuple[Tensor, ...]:
+            trace = poutine.trace(self.guide).get_trace(x, y, num_data=self.num_data)
+            sites = _sites(trace)
+            _require_pathwise(sites)
+            names[:] = (name for name, site in sites.items() if not site["infer"].get("is_auxiliary"))
+            log_q = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in sites))
+            return (*(sites[name]["value"] for name in names), log_q)
+
+        *values, log_q = self._over_particles(draw, {"number": torch.arange(self.num_particles)})
+        return dict(zip(names, values, strict=True)), log_q
+
+    def score(self, draws: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses ``(S, N)`` of the rows given draws, and the log-density ``(S,)`` of the draws under the prior."""
+
+        def score(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            model = poutine.condition(self.network.model, data=draw)
+            trace = poutine.trace(model).get_trace(x, y, num_data=self.num_data)
+            _require_sites(expected=_sites(trace, draw).keys() - {"y"}, got=draw.keys())
+            likelihood: dict[str, Any] = dict(trace.nodes["y"])
+            log_prior = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in draw))
+            return -likelihood["fn"].log_prob(likelihood["value"]), log_prior
+
+        losses, log_prior = self._over_particles(score, draws)
+        return losses, log_prior
+
+    def _over_particles(
+        self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], draws: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        if self.num_particles == 1 or not draws:
+            results = function({name: value[0] for name, value in draws.items()})
+            return tuple(result.unsqueeze(0) for result in results)
+
+        def own(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            with OwnParameters():
+                return function(draw)
+
+        with unvalidated():
+            return over_draws(own, draws, self.network)
 
 
-def _is_latent(name: str, site: Any) -> bool:
-    return site["type"] == "sample" and not site["is_observed"] and name != "data"
+def _sites(trace: Any, given: Collection[str] = ()) -> dict[str, Any]:
+    """Sample sites that are not observed, and those that were given."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and name != "data" and (name in given or not site["is_observed"])
+    }
 
 
-def _require_fitting(guide: Any, model: Any) -> None:
-    """Raise a ``ValueError`` unless the guide has the sites of the model, with pathwise gradients."""
-    drawn = {name: site for name, site in guide.nodes.items() if _is_latent(name, site)}
-    wanted = {name for name, site in model.nodes.items() if _is_latent(name, site)}
-    matching = {name for name, site in drawn.items() if not site["infer"].get("is_auxiliary")}
-    if matching != wanted:
-        raise ValueError(f"guide: expected the sites {sorted(wanted)}, got {sorted(matching)}")
-    for name, site in drawn.items():
+def _require_sites(expected: Collection[str], got: Collection[str]) -> None:
+    if set(expected) != set(got):
+        raise ValueError(f"guide: expected the sites {sorted(expected)}, got {sorted(got)}")
+
+
+def _require_pathwise(sites: Mapping[str, Any]) -> None:
+    for name, site in sites.items():
         if not site["fn"].has_rsample:
             raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
 

@@ -3,6 +3,7 @@ r"""Training: one call from data to a trained network."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +14,11 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing
@@ -47,6 +50,7 @@ def fit(
     objective: nn.Module | None = None,
     guide: Callable[..., Any] | None = None,
     num_particles: int = 1,
+    kl_warmup: float = 0.2,
     sample_weight: Any = None,
     validation: float | Sequence[Any] | DataLoader | None = None,
     max_epochs: int | None = None,
@@ -90,9 +94,12 @@ def fit(
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
             by default :class:`NegativeLogLikelihood`.
         guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. An AutoGuide, or a module
-            that owns its parameters. By default there is no validation, noise or weight decay then: the prior is
-            what regularises.
-        num_particles: Draws from the guide for each step.
+            that owns its parameters; or a class of AutoGuides, such as ``AutoNormal``, of which one is made that
+            starts from the weights that the network had. It comes back in the result. By default there is no
+            validation, noise or weight decay then: the prior is what regularises.
+        num_particles: Draws from the guide for each step, in one vectorised pass.
+        kl_warmup: Share of the steps over which the divergence from the prior grows to its weight in the ELBO
+            (Bowman et al., 2016).
         sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. Rows of weight 0 are left out, as are
             rows without a target; scalers and start count the others equally.
         validation: Fraction of the rows to hold out, a pair ``(x, y)``, or a loader; 0 for none, and so no early
@@ -145,7 +152,7 @@ def fit(
     require_counts(num_particles=num_particles, checkpoint_every=checkpoint_every)
     require_numbers(lr=lr, max_grad_norm=max_grad_norm)
     require_numbers(least=0.0, weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
-    require_numbers(least=0.0, final_noise=final_noise)
+    require_numbers(least=0.0, final_noise=final_noise, kl_warmup=kl_warmup)
     _require_modules(network, objective, guide)
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
@@ -156,16 +163,20 @@ def fit(
     if validation is None:
         validation = 0.0 if guide is not None or isinstance(x, DataLoader) else 0.1
     trainee = EnsembleTrainee(network) if isinstance(network, DeepEnsemble) else NetworkTrainee(network)
-    modules = [module for module in (network, objective, guide) if isinstance(module, nn.Module)]
+    modules: list[nn.Module] = [module for module in (network, objective, guide) if isinstance(module, nn.Module)]
     with _isolated(modules, root):
         with _put_back_if_refused(modules, device):
             batches, held_out = trainee.prepare(x, y, sample_weight, validation, batch_size)
             _require_data(batches, held_out, compile=compile, refit=refit)
+            max_epochs = int(max_epochs or max(100, math.ceil(3000 / len(batches))))
             if guide is not None and isinstance(network, MixtureDensityNetwork):
-                objective = NegativeElbo(network, guide, batches.num_rows, num_particles=num_particles)
+                if isinstance(guide, type):
+                    guide = _started(guide, network, batches.head(_ROWS_TO_START), initialize=initialize)
+                    initialize = False
+                counts = {"num_particles": num_particles, "kl_warmup": math.ceil(kl_warmup * max_epochs * len(batches))}
+                objective = NegativeElbo(network, guide, batches.num_rows, **counts)
             objective = trainee.objective(objective)
             regularized = not any(isinstance(part, NegativeElbo) for part in objective.modules())
-            max_epochs = int(max_epochs or max(100, math.ceil(3000 / len(batches))))
             settings = Settings(
                 max_epochs=max_epochs,
                 patience=int(patience or math.ceil(max_epochs / 4)),
@@ -187,9 +198,22 @@ def fit(
             saved.restore(loop)
         run = _Run(plan, list(callbacks), progress)
         result = run.twice(loop, saved, start) if refit else run(loop, saved)
+        result.guide = guide
         if regularized:
             trainee.summarize(result, batches.head(_ROWS_TO_START))
         return result
+
+
+def _started(guide: type, network: MixtureDensityNetwork, rows: Rows, *, initialize: bool) -> Callable[..., Any]:
+    """Guide of a class that begins at the weights that the network had."""
+    if not issubclass(guide, AutoGuide):
+        raise ValueError(f"guide: expected a guide, or a class of AutoGuides, got {guide.__name__}")
+    if initialize:
+        network.initialize_(rows.x, rows.y)
+    settings: dict[str, Any] = {"init_loc_fn": init_to_value(values=starting_weights(network))}
+    if "init_scale" in inspect.signature(guide).parameters:
+        settings["init_scale"] = 0.01  # what was learned would drown in Pyro's 0.1
+    return guide(network.model, **settings)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OwnParameters", "isolated", "over_draws"]
+__all__ = ["OwnParameters", "isolated", "over_draws", "unvalidated"]
 
 
 def over_draws(
@@ -56,24 +56,29 @@ def over_draws(
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Have Pyro's parameter store empty and nothing validated inside, and both as they were afterwards.
-
-    A test of values under vmap would have to read data.
-    """
-    validates = torch.distributions.Distribution._validate_args
-    with ExitStack() as stack:
-        stack.enter_context(pyro.get_param_store().scope())
-        stack.callback(torch.distributions.Distribution.set_default_validate_args, validates)
-        stack.enter_context(pyro.validation_enabled(False))
+    """Have Pyro's parameter store empty and nothing validated inside, and both as they were afterwards."""
+    with pyro.get_param_store().scope(), unvalidated():
         yield
 
 
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Have nothing validated inside: under vmap, a test of values would have to read data."""
+    validates = torch.distributions.Distribution._validate_args
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validates)
+
+
 class OwnParameters(Messenger):
-    """Have ``pyro.param`` give what it is given: under vmap the parameter store cannot take new ones."""
+    """Have ``pyro.param`` give a tensor that it is given: under vmap the parameter store cannot take new ones."""
 
     def _pyro_param(self, msg: Any) -> None:
-        if len(msg["args"]) > 1 and isinstance(msg["args"][1], Tensor):
-            msg["value"] = msg["args"][1]
+        name, *initial = msg["args"]
+        if initial and isinstance(initial[0], Tensor) and name not in pyro.get_param_store():
+            msg["value"] = initial[0]
 
 
 def _failing(call: Callable[[], Any], module: nn.Module) -> str | None:

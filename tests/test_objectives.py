@@ -5,8 +5,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.testing import assert_close
@@ -19,8 +20,10 @@ from pyro_mdn import (
     NegativeElbo,
     NegativeLogLikelihood,
     WeightedSum,
+    bayesianize,
     fit,
     scores,
+    starting_weights,
 )
 
 # Pyro's advice on the frozen head.
@@ -55,24 +58,97 @@ def exact_log_evidence(x, y):
     return torch.distributions.MultivariateNormal(torch.zeros(len(x)), covariance).log_prob(y.squeeze(-1)).item()
 
 
-@pytest.mark.parametrize("num_particles", [1, 3])
 @pytest.mark.parametrize("batch", [40, 10])
-def test_elbo_is_that_of_pyro(num_particles, batch):
+def test_elbo_is_that_of_pyro(batch):
     x, y = (part[:batch] for part in data())
     with pyro.get_param_store().scope():
         network = linear_network()
         guide = AutoNormal(network.model)
-        objective = NegativeElbo(network, guide, 40, num_particles=num_particles)
+        objective = NegativeElbo(network, guide, 40)
         objective(x, y)
         torch.manual_seed(0)
         ours = objective(x, y).mean() * 40
         torch.manual_seed(0)
-        elbo = Trace_ELBO(num_particles=num_particles)
-        theirs = elbo.differentiable_loss(network.model, guide, x, y, num_data=40)
+        theirs = Trace_ELBO().differentiable_loss(network.model, guide, x, y, num_data=40)
         assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         parameters = list(guide.parameters())
         for a, b in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True):
             assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal])
+@pytest.mark.parametrize("backbone", ["mlp", "convolutional", "recurrent"])
+@pytest.mark.parametrize("batch", [40, 10])
+def test_vectorised_particles_are_those_of_pyro_one_by_one(guide, backbone, batch):
+    """Value and gradients of the ELBO at the draws that were made, by Pyro's traces of model and guide."""
+    x, y = (part[:batch].double() for part in data())
+    torch.manual_seed(0)
+    layers = {
+        "mlp": None,
+        "convolutional": nn.Sequential(nn.Unflatten(-1, (1, 1)), nn.Conv1d(1, 4, 1), nn.Tanh(), nn.Flatten()),
+        "recurrent": Recurrent(),
+    }
+    network = bayesianize(MixtureDensityNetwork(1, 1, 3, 4, backbone=layers[backbone]).double())
+    with pyro.get_param_store().scope():
+        guide = guide(network.model)
+        objective = NegativeElbo(network, guide, 40, num_particles=8)
+        draws, log_q = objective.draw(x, y)
+        losses, log_prior = objective.score(draws, x, y)
+        ours = losses.mean(0).mean() * 40 + (log_q - log_prior).mean()
+        theirs = [particle(network, guide, {n: v[i] for n, v in draws.items()}, x, y) for i in range(8)]
+        theirs = torch.stack(theirs).mean()
+        assert len(draws) == len(starting_weights(network))
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        parameters = list(guide.parameters())
+        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (ours, theirs)]
+        for a, b in zip(*gradients, strict=True):
+            assert_close(a, b, rtol=1e-7, atol=1e-7)
+        torch.manual_seed(1)
+        whole = objective(x, y).mean() * 40
+        torch.manual_seed(1)
+        draws, log_q = objective.draw(x, y)
+        losses, log_prior = objective.score(draws, x, y)
+        assert_close(whole, losses.mean() * 40 + (log_q - log_prior).mean())
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(1, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.layer(x.unsqueeze(-1))[0][:, -1]
+
+
+def particle(network, guide, draw, x, y):
+    """Minus the ELBO at one draw, by Pyro."""
+    if isinstance(guide, AutoNormal):
+        latent = {f"{name}_unconstrained": value for name, value in draw.items()}
+    else:
+        order = guide.prototype_trace.stochastic_nodes
+        flat = torch.cat([draw[name].flatten() for name in order if name in draw])
+        latent = {f"_{type(guide).__name__}_latent": flat}
+    drawn = poutine.trace(poutine.condition(guide, data=latent)).get_trace(x, y, num_data=40)
+    model = poutine.trace(poutine.replay(network.model, drawn)).get_trace(x, y, num_data=40)
+    return drawn.log_prob_sum() - model.log_prob_sum()
+
+
+def test_warm_up_of_the_divergence():
+    x, y = data()
+    network = linear_network()
+
+    def guide(x, y=None, num_data=None):
+        pyro.sample("backbone.weight", dist.Normal(0.7, 0.1).expand([1, 1]).to_event(2))
+
+    objective = NegativeElbo(network, guide, 40, kl_warmup=4, num_particles=2)
+    divergence = []
+    for _ in range(6):
+        torch.manual_seed(0)
+        draws, log_q = objective.draw(x, y)
+        losses, log_prior = objective.score(draws, x, y)
+        torch.manual_seed(0)
+        divergence.append(((objective(x, y) - losses.mean(0)) * 40 / (log_q - log_prior).mean()).mean())
+    assert_close(torch.stack(divergence), torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0]), rtol=1e-3, atol=1e-3)
 
 
 def test_svi_recovers_the_exact_posterior():

@@ -1,0 +1,147 @@
+"""SVI through the one training loop: exact posteriors, guides of every kind, and fits that do not see each other."""
+
+import hashlib
+import math
+import os
+import subprocess
+import sys
+import textwrap
+
+import pyro
+import pytest
+import torch
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoDiagonalNormal,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormal,
+)
+from torch import nn
+from torch.testing import assert_close
+
+from pyro_mdn import Fixed, MixtureDensityNetwork, bayesianize, fit, posterior_predictive, scores, starting_weights
+from pyro_mdn.bayesian import draw_weights
+
+NOISE, PRIOR = 0.3, 1.5
+
+
+def regression(rows=40):
+    """A linear network of one component with a known noise, and data for it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    y = x @ torch.tensor([[0.5], [-1.0]]).double() + 0.3 + NOISE * torch.randn(rows, 1, generator=generator)
+    network = MixtureDensityNetwork(2, 1, 1, hidden_dim=2, noise=Fixed(NOISE), backbone=nn.Identity()).double()
+    return bayesianize(network, PRIOR), x, y
+
+
+def exact_posterior(x, y):
+    """Mean and covariance of the weights and the bias of the mean."""
+    design = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    prior = torch.diag(torch.tensor([PRIOR**-2 * 2, PRIOR**-2 * 2, PRIOR**-2]).double())
+    covariance = torch.linalg.inv(design.T @ design / NOISE**2 + prior)
+    return covariance @ design.T @ y.squeeze(-1) / NOISE**2, covariance
+
+
+def coefficients(draws):
+    """Weights and bias of the mean, ``(S, 3)``; row 0 is the logit's."""
+    return torch.cat([draws["head.linear.weight"][:, 1], draws["head.linear.bias"][:, 1:]], 1)
+
+
+def test_a_full_covariance_guide_recovers_the_exact_posterior():
+    network, x, y = regression()
+    mean, covariance = exact_posterior(x, y)
+    settings = {"num_particles": 16, "max_epochs": 1000, "batch_size": 40, "lr": 0.02, "initialize": False}
+    guide = fit(network, x, y, guide=AutoMultivariateNormal, seed=0, progress=False, **settings).guide
+    draws = coefficients(draw_weights(network, guide, x, 20_000))
+    deviation = covariance.diagonal().sqrt()
+    assert ((draws.mean(0) - mean).abs() / deviation).max() < 0.1
+    ratio = draws.T.cov() / torch.outer(deviation, deviation)
+    assert_close(ratio, covariance / torch.outer(deviation, deviation), rtol=0, atol=0.1)
+    logit = draw_weights(network, guide, x, 20_000)["head.linear.bias"][:, 0]
+    assert_close(logit.std().item(), PRIOR, rtol=0.1, atol=0), "nothing is learned of it: that is the prior"
+
+
+def test_minibatches_are_scaled_to_all_rows():
+    network, x, y = regression(200)
+    mean, covariance = exact_posterior(x, y)
+    settings = {"num_particles": 8, "max_epochs": 400, "batch_size": 40, "lr": 0.02, "initialize": False}
+    guide = fit(network, x, y, guide=AutoMultivariateNormal, seed=0, progress=False, **settings).guide
+    draws = coefficients(draw_weights(network, guide, x, 20_000))
+    deviation = covariance.diagonal().sqrt()
+    assert ((draws.mean(0) - mean).abs() / deviation).max() < 0.3
+    assert_close(draws.std(0), deviation, rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "guide", [AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal, AutoDelta]
+)
+def test_classes_of_guides_start_from_the_trained_network(guide):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(200, 1, generator=generator)
+    y = torch.sin(6 * x) + 0.1 * torch.randn(200, 1, generator=generator)
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 1, 2, 8)
+    fit(network, x, y, seed=0, progress=False, max_epochs=60)
+    trained = scores.log_score(network(x), y).mean()
+    bayesianize(network)
+    start = {name: value.clone() for name, value in starting_weights(network).items()}
+    result = fit(network, x, y, guide=guide, seed=0, progress=False, max_epochs=60, initialize=False, num_particles=2)
+    assert not list(pyro.get_param_store())
+    pooled = posterior_predictive(network, result.guide, x, 50).pool(0)
+    assert scores.log_score(pooled, y).mean() < trained + 0.3
+    medians = draw_weights(network, result.guide, x, 200)["backbone.0.weight"].mean(0)
+    assert torch.corrcoef(torch.stack([medians.flatten(), start["backbone.0.weight"].flatten()]))[0, 1] > 0.8
+
+
+def test_an_untrained_network_is_initialized_first():
+    network = bayesianize(MixtureDensityNetwork(1, 1, 2, 8))
+    x = torch.linspace(100, 200, 50).unsqueeze(-1)
+    result = fit(network, x, 5 + x, guide=AutoNormal, seed=0, progress=False, max_epochs=3)
+    assert network.x_shift.item() == pytest.approx(150)
+    assert result.guide is not None
+    assert math.isfinite(result.best_loss)
+
+
+def test_other_classes_are_refused():
+    network, x, y = regression()
+    with pytest.raises(ValueError, match="guide: expected a guide, or a class of AutoGuides, got Linear"):
+        fit(network, x, y, guide=nn.Linear, progress=False)
+
+
+CODE = """
+import hashlib, sys, torch
+from pyro.infer.autoguide import AutoNormal
+from pyro_mdn import MixtureDensityNetwork, bayesianize, fit
+from pyro_mdn.bayesian import draw_weights
+
+def run(name):
+    generator = torch.Generator().manual_seed(ord(name))
+    x, y = torch.randn(60, 2, generator=generator), torch.randn(60, 1, generator=generator)
+    torch.manual_seed(ord(name))
+    network = bayesianize(MixtureDensityNetwork(2, 1, 3, 8 if name == "B" else 6))
+    guide = AutoNormal(network.model)
+    fit(network, x, y, guide=guide, seed=1, max_epochs=3, num_particles=2, progress=False)
+    torch.manual_seed(5)
+    draws = draw_weights(network, guide, x, 3)
+    parts = [*guide.state_dict().values(), *network.state_dict().values(), *draws.values()]
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in parts)).hexdigest()
+
+print(*[run(name) for name in sys.argv[1]])
+"""
+
+
+def digests(names):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(CODE), names]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert all(len(digest) == len(hashlib.sha256().hexdigest()) for digest in shown.split())
+    return shown.split()
+
+
+def test_fits_in_one_process_never_see_each_other():
+    a, b, again = digests("ABA")
+    assert a == again
+    assert [a] == digests("A")
+    assert [b] == digests("B")
+    assert a != b
