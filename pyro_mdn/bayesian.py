@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.guides import draw_from, latent_sites, require_sites
 from pyro_mdn.head import starting_value
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -161,29 +162,17 @@ def draw_weights(
             raise ValueError("network: expected latent weights, got none: see bayesianize")
         shapes = _latent_shapes(network.model, x := x.reshape(-1, *network.input_shape))
         predicted = shapes.pop("y")
-        if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
-            posterior(x, x.new_zeros(predicted))  # it takes for latent what is not given
         if callable(posterior) and not isinstance(posterior, MCMC):
-            return _from_guide(posterior, shapes, x, num_samples or 100)
+            if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
+                posterior(x, x.new_zeros(predicted))  # it takes for latent what is not given
+            draws, _ = draw_from(posterior, num_samples or 100, x)
+            _require_alike("guide", shapes, {name: value.shape[1:] for name, value in draws.items()})
+            return draws
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior
     if not isinstance(samples, Mapping):
         expected = "a guide, samples by site, MCMC or a DeepEnsemble"
         raise ValueError(f"posterior: expected {expected}, got {type(posterior).__name__}")
     return _from_samples(samples, shapes, num_samples)
-
-
-def _from_guide(guide: Any, shapes: Mapping[str, torch.Size], x: Tensor, num_samples: int) -> dict[str, Tensor]:
-    _require_alike("guide", shapes, _latent_shapes(guide, x))
-    names = sorted(shapes)
-
-    def draw(_: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        with OwnParameters():
-            trace = poutine.trace(guide).get_trace(x)
-        return tuple(trace.nodes[name]["value"] for name in names)
-
-    module = guide if isinstance(guide, nn.Module) else nn.Identity()
-    draws = over_draws(draw, {"number": torch.arange(num_samples)}, module)
-    return dict(zip(names, draws, strict=True))
 
 
 def _from_samples(
@@ -219,22 +208,14 @@ def _mixtures(
 
 
 def _latent_shapes(model: Callable[..., Any], x: Tensor) -> dict[str, torch.Size]:
-    """Shapes of the latent sites of a model or guide, by name."""
-    with torch.random.fork_rng(), torch.no_grad():
-        nodes: dict[str, Any] = dict(poutine.trace(model).get_trace(x).nodes)
-    return {
-        name: site["value"].shape
-        for name, site in nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site["infer"].get("is_auxiliary")
-        and name != "data"
-    }
+    """Shapes of the latent sites of a model, by name."""
+    with torch.random.fork_rng():
+        trace = poutine.trace(model).get_trace(x)
+    return {name: site["value"].shape for name, site in latent_sites(trace).items()}
 
 
 def _require_alike(name: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
-    if expected.keys() != got.keys():
-        raise ValueError(f"{name}: expected the sites {sorted(expected)}, got {sorted(got)}")
+    require_sites(name, expected, got)
     for site, shape in expected.items():
         if got[site] != shape:
             raise ValueError(f"{name}: expected shape {tuple(shape)} at site {site}, got {tuple(got[site])}")

@@ -3,18 +3,18 @@ r"""Objectives: modules that a training loop minimises, one loss per row."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn import scores
 from pyro_mdn.checks import require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.guides import draw_from, latent_sites, require_sites
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.vectorized import OwnParameters, isolated, over_draws, unvalidated
 
@@ -138,20 +138,7 @@ class NegativeElbo(nn.Module):
 
     def draw(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Draws at all sites of the guide, ``(S, ...)`` by name, and their log-density, ``(S,)``."""
-        names: list[str] = []
-        if isinstance(self.guide, AutoGuide) and self.guide.prototype_trace is None:
-            self.guide(x, y, num_data=self.num_data)  # it makes its parameters
-
-        def draw(_: Any) -> tuple[Tensor, ...]:
-            trace = poutine.trace(self.guide).get_trace(x, y, num_data=self.num_data)
-            sites = _sites(trace)
-            _require_pathwise(sites)
-            names[:] = (name for name, site in sites.items() if not site["infer"].get("is_auxiliary"))
-            log_q = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in sites))
-            return (*(sites[name]["value"] for name in names), log_q)
-
-        *values, log_q = self._over_particles(draw, {"number": torch.arange(self.num_particles)})
-        return dict(zip(names, values, strict=True)), log_q
+        return draw_from(self.guide, self.num_particles, x, y, num_data=self.num_data, pathwise=True)
 
     def score(self, draws: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Losses ``(S, N)`` of the rows given draws, and the log-density ``(S,)`` of the draws under the prior."""
@@ -159,47 +146,17 @@ class NegativeElbo(nn.Module):
         def score(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
             model = poutine.condition(self.network.model, data=draw)
             trace = poutine.trace(model).get_trace(x, y, num_data=self.num_data)
-            _require_sites(expected=_sites(trace, draw).keys() - {"y"}, got=draw.keys())
+            require_sites("guide", expected=latent_sites(trace, draw).keys() - {"y"}, got=draw.keys())
             likelihood: dict[str, Any] = dict(trace.nodes["y"])
             log_prior = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in draw))
             return -likelihood["fn"].log_prob(likelihood["value"]), log_prior
 
-        losses, log_prior = self._over_particles(score, draws)
-        return losses, log_prior
-
-    def _over_particles(
-        self, function: Callable[[dict[str, Tensor]], tuple[Tensor, ...]], draws: Mapping[str, Tensor]
-    ) -> tuple[Tensor, ...]:
         if self.num_particles == 1 or not draws:
-            results = function({name: value[0] for name, value in draws.items()})
-            return tuple(result.unsqueeze(0) for result in results)
-
-        def own(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            with OwnParameters():
-                return function(draw)
-
-        with unvalidated():
-            return over_draws(own, draws, self.network)
-
-
-def _sites(trace: Any, given: Collection[str] = ()) -> dict[str, Any]:
-    """Sample sites that are not observed, and those that were given."""
-    return {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample" and name != "data" and (name in given or not site["is_observed"])
-    }
-
-
-def _require_sites(expected: Collection[str], got: Collection[str]) -> None:
-    if set(expected) != set(got):
-        raise ValueError(f"guide: expected the sites {sorted(expected)}, got {sorted(got)}")
-
-
-def _require_pathwise(sites: Mapping[str, Any]) -> None:
-    for name, site in sites.items():
-        if not site["fn"].has_rsample:
-            raise ValueError(f"guide: expected pathwise gradients at site {name!r}, got {type(site['fn']).__name__}")
+            losses, log_prior = score({name: value[0] for name, value in draws.items()})
+            return losses.unsqueeze(0), log_prior.unsqueeze(0)
+        with unvalidated(), OwnParameters():
+            losses, log_prior = over_draws(score, draws, self.network)
+        return losses, log_prior
 
 
 class MemberwiseLogLikelihood(nn.Module):

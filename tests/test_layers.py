@@ -24,6 +24,7 @@ ORDER = [
     "serialization",
     "network",
     "vectorized",
+    "guides",
     "ensemble",
     "bayesian",
     "objectives",
