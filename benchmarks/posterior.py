@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from pyro.infer import Predictive
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNormal, AutoNormal
 
 from pyro_mdn import (
     CollapseWarning,
@@ -98,7 +98,7 @@ def training(size, epochs, repeats):
 
 def measure(*, smoke):
     draws, points, repeats = (5, 10, 1) if smoke else (1000, 500, 7)
-    kinds = AutoNormal, AutoDiagonalNormal, AutoMultivariateNormal
+    kinds = AutoNormal, AutoDiagonalNormal, AutoLowRankMultivariateNormal
     results = {}
     for guide in kinds:
         name = f"{draws} draws at {points} points, {guide.__name__}: Predictive over posterior_predictive"

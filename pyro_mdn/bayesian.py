@@ -165,7 +165,7 @@ def draw_weights(
         if callable(posterior) and not isinstance(posterior, MCMC):
             if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
                 posterior(x, x.new_zeros(predicted))  # it takes for latent what is not given
-            draws, _ = draw_from(posterior, num_samples or 100, x)
+            draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
             _require_alike("guide", shapes, {name: value.shape[1:] for name, value in draws.items()})
             return draws
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior

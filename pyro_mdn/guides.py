@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide
@@ -18,7 +19,7 @@ __all__ = ["draw_from", "latent_sites", "require_sites"]
 
 
 def draw_from(
-    guide: Callable[..., Any], size: int, *args: Any, pathwise: bool = False, **kwargs: Any
+    guide: Callable[..., Any], size: int, *args: Any, pathwise: bool = False, density: bool = True, **kwargs: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Draws at the sites of a guide, ``(S, *shape)`` by name, and the log-density of each draw, ``(S,)``.
 
@@ -27,6 +28,7 @@ def draw_from(
         size: Number of draws S.
         args: What it is called with, as the model is.
         pathwise: Whether it must have pathwise gradients.
+        density: Whether the log-density is wanted; it is incomplete otherwise.
         kwargs: Likewise.
 
     Raises:
@@ -53,12 +55,19 @@ def draw_from(
         return dict(zip(names, values, strict=True)), log_density
     given = {"number": torch.arange(size)}
     if posterior is not None:
-        # In one product: under vmap, each draw would have a copy of a covariance.
-        given["latent"] = posterior.rsample(torch.Size((size,)))
+        given["latent"] = _sampled(posterior, size)
     *values, log_density = _mapped(draw, given, guide)
-    if posterior is not None:
+    if posterior is not None and density:
         log_density = log_density + posterior.log_prob(given["latent"])
     return dict(zip(names, values, strict=True)), log_density
+
+
+def _sampled(posterior: Any, size: int) -> Tensor:
+    """Draws from a distribution of vectors; with one product for all by a covariance, which is large."""
+    if isinstance(posterior, dist.MultivariateNormal):
+        noise = torch.randn(size, len(posterior.loc), dtype=posterior.loc.dtype, device=posterior.loc.device)
+        return posterior.loc + noise @ posterior.scale_tril.mT
+    return posterior.rsample(torch.Size((size,)))
 
 
 def _mapped(function: Callable[..., tuple[Tensor, ...]], given: Mapping[str, Tensor], guide: Any) -> tuple[Tensor, ...]:
