@@ -1,6 +1,6 @@
 """Mixture density networks for Pyro: conditional densities that are Pyro distributions."""
 
-from pyro_mdn import scores
+from pyro_mdn import scores, uncertainty
 from pyro_mdn.bayesian import bayesianize, posterior_predictive, starting_weights
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
@@ -45,4 +45,5 @@ __all__ = [
     "posterior_predictive",
     "scores",
     "starting_weights",
+    "uncertainty",
 ]

@@ -20,6 +20,7 @@ ORDER = [
     "mixture",
     "divergence",
     "scores",
+    "uncertainty",
     "head",
     "serialization",
     "network",
