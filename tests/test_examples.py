@@ -15,6 +15,7 @@ FILES = {
     "likelihood_component": [],
     "mixture_guide": [],
     "conditioning": [],
+    "active_learning": ["active_learning.png"],
     "distributed": ["distributed.safetensors"],
     "world_model": ["world_model.png"],
 }

@@ -1,0 +1,80 @@
+"""Active learning (BALD): what to label next is where an ensemble's members disagree, not where the noise is large.
+
+A machine mostly idles, its signal jumping between two levels. Under load, one row in ten, it follows the speed closely.
+A label is dear, and all speeds matter. Where is a prediction's variance large, and where can labels reduce it?
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+from pyro_mdn import DeepEnsemble, MixtureDensityNetwork, fit
+from pyro_mdn.uncertainty import mutual_information
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def simulate(n, idle, generator):
+    """Speeds in (-4, 4), of which those below -2 are idle and have that share, with their signals."""
+    place, level, noise = torch.rand(n, 1, generator=generator), *torch.randn(2, n, 1, generator=generator)
+    x = torch.where(torch.rand(n, 1, generator=generator) < idle, -4 + 2 * place, -2 + 6 * place)
+    return x, torch.where(x < -2, 1.5 * level.sign() + 0.5 * noise, torch.sin(2 * x) + 0.1 * noise)
+
+
+STRATEGIES = {
+    "random": lambda members: torch.ones(members.batch_shape[1]),
+    "variance": lambda members: members.pool(0).variance.squeeze(-1),
+    "mutual information": lambda members: mutual_information(members, num_samples=500).value,
+}
+
+
+def learn(score, seed, rounds, n_rows=2000, step=20, **settings):
+    """Held-out NLL of each fit; rows are then drawn for labels, as the highest scores are alike (Kirsch et al., 2023)."""
+    generator = torch.Generator().manual_seed(seed)
+    (x, y), held_out = simulate(n_rows, 0.9, generator), simulate(4000, 0.25, torch.Generator().manual_seed(10_000))
+    labelled, nll = torch.randperm(n_rows, generator=generator) < 2 * step, []
+    for _ in range(rounds):
+        torch.manual_seed(seed)
+        ensemble = DeepEnsemble(MixtureDensityNetwork(dim_in=1, dim_out=1), size=5)
+        fit(ensemble, x[labelled], y[labelled], seed=seed, progress=False, **settings)
+        with torch.no_grad():
+            nll.append(-ensemble(held_out[0]).log_prob(held_out[1]).mean().item())
+            chances = score(ensemble.members(x)).masked_fill(labelled, 0.0)
+        labelled[torch.multinomial(chances, step, generator=generator)] = True
+    return nll
+
+
+def draw(labels, curves, path):
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, nll in curves.items():
+        axis.errorbar(labels, nll.mean(0), nll.std(0, ddof=1) / len(nll) ** 0.5, capsize=2, marker=".", label=name)
+    axis.set(xlabel="labels", ylabel="held-out NLL (nats)", title="Which rows to label next")
+    axis.legend(frameon=False, title="chosen by")
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    rounds, seeds, epochs = (2, 2, 2) if args.smoke else (11, 6, 100)
+    labels = 40 + 20 * np.arange(rounds)
+    print(f"{'labels':<20}{'  '.join(f'{count:5d}' for count in labels)}")
+    curves = {}
+    for name, score in STRATEGIES.items():
+        curves[name] = np.array([learn(score, seed, rounds, max_epochs=epochs) for seed in range(seeds)])
+        print(f"{name:<20}{'  '.join(f'{nll:5.2f}' for nll in curves[name].mean(0))}")
+    draw(labels, curves, args.out / "active_learning.png")
+    goal = curves["random"].mean(0).min()
+    needed = {k: next(iter(labels[nll.mean(0) <= goal]), "more") for k, nll in curves.items()}
+    print(f"labels to reach NLL {goal:.2f}: {needed['mutual information']} instead of {needed['random']}")
+
+
+if __name__ == "__main__":
+    main()
