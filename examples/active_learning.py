@@ -33,7 +33,7 @@ STRATEGIES = {
 
 
 def learn(score, seed, rounds, n_rows=2000, step=20, **settings):
-    """Held-out NLL of each fit; rows are then drawn for labels, as the highest scores are alike (Kirsch et al., 2023)."""
+    """Held-out NLL of each fit. Rows are drawn for labels: the best ones are alike (Kirsch et al., 2023)."""
     generator = torch.Generator().manual_seed(seed)
     (x, y), held_out = simulate(n_rows, 0.9, generator), simulate(4000, 0.25, torch.Generator().manual_seed(10_000))
     labelled, nll = torch.randperm(n_rows, generator=generator) < 2 * step, []

@@ -7,7 +7,9 @@ from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovaria
 from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.head import MixtureHead
+from pyro_mdn.laplace import laplace
 from pyro_mdn.loop import FitResult
+from pyro_mdn.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
@@ -19,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CollapseWarning",
     "ContinuousRankedProbability",
+    "ConvergenceWarning",
     "Covariance",
     "DeepEnsemble",
     "Diagonal",
@@ -37,11 +40,14 @@ __all__ = [
     "NegativeElbo",
     "NegativeLogLikelihood",
     "NoiseModel",
+    "PosteriorSamples",
     "WeightedSum",
     "bayesianize",
     "fit",
+    "fit_mcmc",
     "kl_monte_carlo",
     "kl_variational_approximation",
+    "laplace",
     "posterior_predictive",
     "scores",
     "starting_weights",

@@ -1,12 +1,13 @@
-"""Mixtures over every noise model × tied × homoscedastic × batch shape, and dense ones to check against."""
+"""Mixtures over every noise model × tied × homoscedastic × batch shape, dense ones to check against, a regression."""
 
 import dataclasses
 import itertools
 
 import torch
+from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
-from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureHead
+from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureDensityNetwork, MixtureHead, bayesianize
 
 DIM, K = 4, 3
 STRUCTURES = {"full": Full, "low_rank": LowRank, "diagonal": Diagonal, "isotropic": Isotropic}
@@ -43,3 +44,26 @@ def dense(mixture):
     matrix = mixture.covariance.matrix().expand(*mixture.batch_shape, mixture.n_components, -1, -1)
     components = MultivariateNormal(mixture.locs, covariance_matrix=matrix)
     return MixtureSameFamily(Categorical(logits=mixture.logits), components)
+
+
+def linear_regression(dim_out=1, rows=40, prior_scale=1.5):
+    """A network that is Bayesian linear regression, its data, and mean and covariance of its posterior.
+
+    Order of the weights: ``head.linear.bias``, then ``head.linear.weight``, each from the logit to the last output.
+    """
+    torch.manual_seed(2)
+    network = MixtureDensityNetwork(3, dim_out, 1, hidden_dim=3, backbone=nn.Identity(), noise=Fixed(0.3)).double()
+    x = torch.randn(rows, 3, dtype=torch.float64)
+    y = 2 + x @ torch.randn(3, dim_out, dtype=torch.float64) + 0.3 * torch.randn(rows, dim_out, dtype=torch.float64)
+    network.initialize_(x, y)
+    bayesianize(network, prior_scale)
+    features = torch.cat([torch.ones(rows, 1), (x - network.x_shift) / network.x_scale], -1)
+    prior = torch.tensor([1.0, 3.0, 3.0, 3.0]).double().diag() / prior_scale**2
+    unit = network.head.scale
+    precision = (unit / 0.3).square() * features.T @ features + prior
+    mean = torch.linalg.solve(precision, features.T @ (y - network.head.shift) * unit / 0.3**2).T
+    means = torch.cat([torch.zeros(1, 4), mean])
+    blocks = torch.block_diag(prior.inverse(), *[precision.inverse()] * dim_out)
+    order = [4 * row for row in range(1 + dim_out)]
+    order += [4 * row + column for row in range(1 + dim_out) for column in (1, 2, 3)]
+    return network, x, y, means.flatten()[order], blocks[order][:, order]
