@@ -17,6 +17,7 @@ from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
 from pyro_mdn.checks import require_counts, require_numbers
+from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, require_sites
 from pyro_mdn.head import starting_value
@@ -28,7 +29,7 @@ __all__ = ["bayesianize", "draw_weights", "fan_in_normal", "posterior_predictive
 
 Prior = Callable[[str, Tensor], Any]
 
-_ELEMENTS = 2**25  # of intermediate results in one vectorised pass
+_ELEMENTS = 2**22  # of intermediate results in one vectorised pass: beyond a cache it gets slower
 
 
 def bayesianize(
@@ -131,7 +132,7 @@ def posterior_predictive(
         x: Inputs ``(*batch, dim_in)``.
         num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
             evenly over them.
-        chunk_size: Draws in one pass; by default as many as keep intermediate results at about 100 MB.
+        chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB.
 
     Raises:
         ValueError: If the posterior is not one of this network's, there are not as many draws, or torch.vmap cannot
@@ -190,18 +191,30 @@ def _mixtures(
     network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor, chunk_size: int | None
 ) -> GaussianMixture:
     """Mixtures given weights, ``(S, *batch)``."""
-
-    def raw(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        with OwnParameters(), poutine.condition(data=weights):
-            return network.raw(x)
-
     if chunk_size is None:
         rows = x.numel() // math.prod(network.input_shape)
         weights = sum(value[0].numel() for value in draws.values())
         chunk_size = max(1, _ELEMENTS // (weights + rows * (2 * sum(network.hidden_dim) + 4 * sum(network.head.sizes))))
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-        logits, locs, noise = over_draws(raw, draws, network, chunk_size=chunk_size)
-    return network.head.mixture((logits, locs, noise), network.head.shift, network.head.scale)
+        raw = _raw(network, draws, x, chunk_size)
+    return network.head.mixture(raw, network.head.shift, network.head.scale)
+
+
+def _raw(
+    network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw parameters of the mixtures, ``(S, *batch, ...)``."""
+    if is_dense(network):
+        same = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        tensors = {name: tensor.unsqueeze(0) for name, tensor in same.items()}
+        return dense_raw(network, x.unsqueeze(0), {**tensors, **draws}, chunk_size=chunk_size)
+
+    def raw(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with OwnParameters(), poutine.condition(data=weights):
+            return network.raw(x)
+
+    logits, locs, noise = over_draws(raw, draws, network, chunk_size=chunk_size)
+    return logits, locs, noise
 
 
 # Sites

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from pyro_mdn import serialization
 from pyro_mdn.checks import require_counts
+from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.vectorized import isolated, over_draws
@@ -125,9 +126,8 @@ class DeepEnsemble(nn.Module):
 
     def _raw(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Raw parameters ``(M, *batch, ...)`` of the mixtures, for inputs that members share or have each their own."""
-        if not self.stacked.custom_backbone:
-            size = len(tensors["x_shift"])
-            return self._dense(x.expand(size, *x.shape) if shared else x, tensors)
+        if is_dense(self.stacked):
+            return dense_raw(self.stacked, x.unsqueeze(0) if shared else x, tensors)
         raw = _Raw(self.stacked)
 
         def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -137,25 +137,6 @@ class DeepEnsemble(nn.Module):
         with isolated():
             logits, locs, noise = over_draws(call, tensors if shared else {**tensors, "x": x}, self.stacked)
         return logits, locs, noise
-
-    def _dense(self, x: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for hidden layers of our own: batched matrix products, twice as fast as what vmap makes of them."""
-        network, n = self.stacked, x.ndim - 1
-        shift, scale = (self._unit(tensors[name], n) for name in ("x_shift", "x_scale"))
-        features = ((x - shift) / scale).to(shift.dtype).reshape(len(x), -1, x.shape[-1])
-        for name, layer in network.backbone.named_children():
-            if isinstance(layer, nn.Linear):
-                bias, weight = (tensors[f"backbone.{name}.{kind}"] for kind in ("bias", "weight"))
-                features = torch.baddbmm(bias.unsqueeze(1), features, weight.mT)
-            else:
-                features = layer(features)
-        bias, weight = (tensors[f"head.linear.{kind}"] for kind in ("bias", "weight"))
-        channels = torch.baddbmm(bias.unsqueeze(-1), weight, features.mT).transpose(0, 1)
-        raw_noise = tensors.get("head.raw_noise")
-        return network.head.split(
-            channels.reshape(channels.shape[0], *x.shape[:-1]),
-            None if raw_noise is None else raw_noise.T.reshape(-1, len(x), *(1,) * (n - 1)),
-        )
 
     def _unit(self, tensor: Tensor, batch_dim: int) -> Tensor:
         """Shape ``(M, D)`` for a batch ``(M, ...)`` of mixtures."""

@@ -28,7 +28,7 @@ def draw_from(
         size: Number of draws S.
         args: What it is called with, as the model is.
         pathwise: Whether it must have pathwise gradients.
-        density: Whether the log-density is wanted; it is incomplete otherwise.
+        density: Whether the log-density is wanted; it is 0 otherwise.
         kwargs: Likewise.
 
     Raises:
@@ -46,7 +46,7 @@ def draw_from(
         if pathwise:
             _require_pathwise(sites)
         names[:] = (name for name, site in sites.items() if not _is_auxiliary(site))
-        counted = names if "latent" in given else sites
+        counted = () if not density else names if "latent" in given else sites
         log_density = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in counted))
         return (*(sites[name]["value"] for name in names), log_density)
 

@@ -277,6 +277,33 @@ def test_batch_shapes_and_chunks():
     assert_close(fewer.locs, whole.locs[[0, 2, 5]])
 
 
+@pytest.mark.parametrize("layers", ["head", "backbone.2.weight", ["backbone.0", "head.linear.bias"]])
+@pytest.mark.parametrize("noise", [Diagonal(), Full(homoscedastic=True)])
+def test_weights_that_are_not_latent(layers, noise):
+    network = bayesianize(make(dim_out=2, noise=noise, hidden_dim=(5, 4)), layers=layers)
+    network.initialize_(*data(2, 50))
+    x, y = data(2)
+    draws = draw_weights(network, AutoNormal(network.model), x, 5)
+    mixture = posterior_predictive(network, draws, x, chunk_size=2)
+    assert mixture.batch_shape == (5, 7)
+    assert_close(mixture.log_prob(y), one_after_another(network, draws, x, y))
+
+
+@pytest.mark.parametrize("change", ["spectral norm", "other layer", "no bias"])
+def test_backbones_that_were_changed(change):
+    network = make()
+    if change == "spectral norm":
+        nn.utils.parametrizations.spectral_norm(network.backbone[2])
+    elif change == "other layer":
+        network.backbone.append(nn.Tanh())
+    else:
+        network.backbone[0] = nn.Linear(6, 4, bias=False).double()
+    bayesianize(network.eval(), layers="head")
+    x, y = data()
+    draws = draw_weights(network, AutoNormal(network.model), x, 5)
+    assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
+
+
 def test_draws_of_a_guide_follow_it():
     network = bayesianize(make(), layers="head.linear.bias")
     guide = AutoMultivariateNormal(network.model, init_scale=0.3)

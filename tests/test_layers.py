@@ -25,6 +25,7 @@ ORDER = [
     "serialization",
     "network",
     "vectorized",
+    "dense",
     "guides",
     "ensemble",
     "bayesian",
