@@ -1,4 +1,4 @@
-r"""Checks of settings, for errors that say what was expected and what came."""
+r"""Checks of settings and tensors, for errors that say what was expected and what came."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["require_counts", "require_numbers"]
+import torch
+from torch import Tensor
+
+__all__ = ["all_finite", "bounds", "require_counts", "require_numbers"]
 
 
 def require_counts(**settings: Any) -> None:
@@ -32,3 +35,21 @@ def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
         if value is not None and (not isinstance(value, Real) or not least <= float(value) < math.inf):
             kind = "not negative" if least == 0 else "positive"
             raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")
+
+
+def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest entry, both NaN if there is one, in a single pass; 1 and 1 of none."""
+    if tensor.numel() == 0:
+        return tensor.new_ones(()), tensor.new_ones(())
+    low, high = torch.aminmax(tensor.detach())
+    return low, high
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is infinite or NaN.
+
+    >>> all_finite(torch.tensor([1.0, math.nan]))
+    False
+    """
+    low, high = bounds(tensor)
+    return bool(low.isfinite() & high.isfinite())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import kernels
+from pyro_mdn.checks import all_finite
 from pyro_mdn.covariance import Covariance, require_positive, stored
 
 __all__ = ["FullCovariance", "LowRankCovariance"]
@@ -143,7 +144,7 @@ class FullCovariance(Covariance):
 
     def validate(self) -> None:
         require_positive(self.packed[..., : self.dim], "FullCovariance: diagonal of the factor")
-        if not bool(self.packed.isfinite().all()):
+        if not all_finite(self.packed):
             raise ValueError("FullCovariance: expected a finite factor, got NaN or Inf")
 
     def _reordered(self, dims: Sequence[int]) -> Tensor:
@@ -267,7 +268,7 @@ class LowRankCovariance(Covariance):
 
     def validate(self) -> None:
         require_positive(self.scale, "LowRankCovariance.scale")
-        if not bool(self.factor.isfinite().all()):
+        if not all_finite(self.factor):
             raise ValueError("LowRankCovariance.factor: expected finite numbers, got NaN or Inf")
 
     def _ratio(self) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import kernels
+from pyro_mdn.checks import bounds
 
 __all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored"]
 
@@ -147,7 +148,8 @@ def _take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor
 
 def require_positive(scale: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless all of ``scale`` is positive and finite."""
-    if not bool(((scale > 0) & scale.isfinite()).all()):
+    low, high = bounds(scale)
+    if not bool((low > 0) & high.isfinite()):
         raise ValueError(f"{name}: expected positive finite numbers, got some that are not")
 
 

@@ -39,11 +39,15 @@ def dense_raw(
     shift, scale = (_aligned(tensors[name], n) for name in ("x_shift", "x_scale"))
     inputs = ((x - shift) / scale).to(shift.dtype).reshape(max(len(x), len(shift)), -1, x.shape[-1])
     step = chunk_size or size
-    parts = [
-        _channels(network, _part(inputs, start, step), {n: _part(t, start, step) for n, t in tensors.items()})
-        for start in range(0, size, step)
-    ]
-    channels = (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+    weight = tensors["head.linear.weight"]
+    # Chunks write to their place in one tensor, but autograd wants one of its own from each.
+    whole = None if torch.is_grad_enabled() else weight.new_empty(size, weight.shape[1], inputs.shape[1])
+    parts = []
+    for start in range(0, size, step):
+        own = {name: _part(tensor, start, step) for name, tensor in tensors.items()}
+        out = None if whole is None else whole[start : start + step]
+        parts.append(_channels(network, _part(inputs, start, step), own, out))
+    channels = (torch.cat(parts) if whole is None else whole).transpose(0, 1)
     raw_noise = tensors.get("head.raw_noise")
     return network.head.split(
         channels.reshape(channels.shape[0], -1, *x.shape[1:-1]),
@@ -51,7 +55,9 @@ def dense_raw(
     )
 
 
-def _channels(network: MixtureDensityNetwork, features: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+def _channels(
+    network: MixtureDensityNetwork, features: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None
+) -> Tensor:
     """What the head's linear layer gives, ``(S, C, N)``."""
     for name, layer in network.backbone.named_children():
         if isinstance(layer, nn.Linear):
@@ -60,12 +66,12 @@ def _channels(network: MixtureDensityNetwork, features: Tensor, tensors: Mapping
         else:
             features = layer(features)
     bias, weight = (tensors[f"head.linear.{kind}"] for kind in ("bias", "weight"))
-    return _product(bias.unsqueeze(-1), weight, features.mT)
+    return _product(bias.unsqueeze(-1), weight, features.mT, out)
 
 
-def _product(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def _product(bias: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     size = max(len(bias), len(left), len(right))
-    return torch.baddbmm(*(t if len(t) == size else t.expand(size, -1, -1) for t in (bias, left, right)))
+    return torch.baddbmm(*(t if len(t) == size else t.expand(size, -1, -1) for t in (bias, left, right)), out=out)
 
 
 def _part(tensor: Tensor, start: int, step: int) -> Tensor:

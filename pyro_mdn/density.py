@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
+from pyro_mdn.checks import all_finite, bounds
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 
@@ -38,9 +39,9 @@ class MixtureDensity(dist.MixtureSameFamily):
             self._validate()
 
     def _validate(self) -> None:
-        if bool(self.logits.isnan().any()):
+        if bool(bounds(self.logits)[0].isnan()):
             raise ValueError("logits: expected numbers below +inf, one at least finite; got NaN, +inf or all -inf")
-        if not bool(self.locs.isfinite().all()):
+        if not all_finite(self.locs):
             raise ValueError("locs: expected finite numbers, got NaN or Inf")
         self.covariance.validate()
 

@@ -63,10 +63,17 @@ def draw_from(
 
 
 def _sampled(posterior: Any, size: int) -> Tensor:
-    """Draws from a distribution of vectors; with one product for all by a covariance, which is large."""
+    """Draws from a distribution of vectors; with one product for all by a root of a covariance, which is large."""
+
+    def noise(width: int) -> Tensor:
+        return torch.randn(size, width, dtype=posterior.loc.dtype, device=posterior.loc.device)
+
     if isinstance(posterior, dist.MultivariateNormal):
-        noise = torch.randn(size, len(posterior.loc), dtype=posterior.loc.dtype, device=posterior.loc.device)
-        return posterior.loc + noise @ posterior.scale_tril.mT
+        return torch.addmm(posterior.loc, noise(len(posterior.loc)), posterior.scale_tril.mT)
+    if isinstance(posterior, dist.LowRankMultivariateNormal):
+        spread = noise(len(posterior.loc)) * posterior.cov_diag.sqrt()
+        factor = posterior.cov_factor
+        return torch.addmm(posterior.loc + spread, noise(factor.shape[-1]), factor.mT)
     return posterior.rsample(torch.Size((size,)))
 
 

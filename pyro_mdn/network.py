@@ -16,6 +16,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
+from pyro_mdn.checks import all_finite
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
@@ -352,7 +353,7 @@ def _require_float(value: Tensor, name: str, device: torch.device) -> None:
 
 
 def _require_finite(value: Tensor, name: str) -> None:
-    if not bool(value.isfinite().all()):
+    if not all_finite(value):
         raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
 
 
