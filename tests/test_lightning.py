@@ -302,6 +302,8 @@ both = [torch.empty_like(noise) for _ in range(2)]
 torch.distributed.all_gather(both, noise)
 assert not torch.isclose(both[0], both[1]).any(), both
 Path(f"rank_{{rank}}").touch()
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
