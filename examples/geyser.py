@@ -1,4 +1,4 @@
-"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, five noise models."""
+"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, five noise models, and an ensemble."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureDensityNetwork, fit
+from pyro_mdn import DeepEnsemble, Diagonal, Full, Isotropic, LowRank, MixtureDensityNetwork, fit
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,12 +29,26 @@ def marginal_nll(y_train, y_test):
     return -MultivariateNormal(y_train.mean(0), y_train.T.cov()).log_prob(y_test).mean().item()
 
 
-def held_out_nll(noise, x, y, seed, **settings):
-    """Train one network, and return it with its mean negative log-density on the held-out pairs."""
+@torch.no_grad()
+def held_out_nll(predict, x, y):
+    """Mean negative log-density on the held-out pairs."""
+    return -predict(x[1]).log_prob(y[1]).mean().item()
+
+
+def train(noise, x, y, seed, **settings):
+    """One network."""
     torch.manual_seed(seed)
     network = MixtureDensityNetwork(dim_in=2, dim_out=2, noise=noise)
     fit(network, x[0], y[0], seed=seed, progress=False, **settings)
-    return network, network.loss(x[1], y[1]).mean().item()
+    return network
+
+
+def train_ensemble(x, y, seed, **settings):
+    """Ten networks at once, whose average density is the prediction."""
+    torch.manual_seed(seed)
+    ensemble = DeepEnsemble(MixtureDensityNetwork(dim_in=2, dim_out=2), size=10)
+    fit(ensemble, x[0], y[0], seed=seed, progress=False, **settings)
+    return ensemble
 
 
 def draw(network, x, y, path):
@@ -61,14 +75,15 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     settings, seeds = ({"max_epochs": 3}, [0]) if args.smoke else ({}, [0, 1, 2, 3, 4])
     x, y = load_pairs()
-    runs = {name: [held_out_nll(n, x, y, s, **settings) for s in seeds] for name, n in NOISE.items()}
-    network = runs["full"][0][0]
+    runs = {name: [train(n, x, y, s, **settings) for s in seeds] for name, n in NOISE.items()}
+    network = runs["full"][0]
+    runs["ensemble of 10"] = [train_ensemble(x, y, s, **settings) for s in seeds]
     draw(network, x[1], y[1], args.out / "geyser.png")
     network.save(args.out / "geyser.safetensors")
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     print(f"{'marginal Gaussian':<22}{marginal_nll(y[0], y[1]):8.2f}")
     for name, results in runs.items():
-        nll = [value for _, value in results]
+        nll = [held_out_nll(predict, x, y) for predict in results]
         print(f"{name:<22}{np.mean(nll):8.2f}   {'  '.join(f'{v:.2f}' for v in nll)}")
     print(f"saved {args.out / 'geyser.png'} and {args.out / 'geyser.safetensors'}")
 
