@@ -1,4 +1,4 @@
-"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, five noise models, and an ensemble."""
+"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, and an ensemble of networks."""
 
 import argparse
 from pathlib import Path

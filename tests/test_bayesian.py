@@ -1,6 +1,7 @@
 """Latent weights: priors, draws from every kind of posterior, and predictives that are exact mixtures."""
 
 import math
+import warnings
 from contextlib import contextmanager
 
 import pyro
@@ -23,6 +24,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_mdn import (
+    ConvergenceWarning,
     DeepEnsemble,
     Diagonal,
     Full,
@@ -31,6 +33,8 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     bayesianize,
     fit,
+    fit_mcmc,
+    laplace,
     posterior_predictive,
     starting_weights,
 )
@@ -254,6 +258,35 @@ def test_guides_predict_as_one_after_another(guide, backbone):
     assert mixture.batch_shape == (5, 7)
     assert_close(mixture.log_prob(y), expected, rtol=1e-9, atol=1e-9)
     assert_close(mixture.pool(0).log_prob(y), expected.logsumexp(0) - math.log(5), rtol=1e-9, atol=1e-9)
+
+
+def chains(network, x, y):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # so few draws have not converged
+        return fit_mcmc(network, x, y, num_samples=2, warmup_steps=2, num_chains=2, max_tree_depth=2, progress=False)
+
+
+def approximated(network, x, y):
+    return laplace(network, x, y, max_iter=5, progress=False)
+
+
+@pytest.mark.parametrize("infer", [approximated, chains])
+@pytest.mark.parametrize("layers", ["head", "all"])
+@pytest.mark.parametrize("backbone", ["mlp", "conv", "lstm", "gru"])
+def test_other_posteriors_predict_as_one_after_another(infer, layers, backbone):
+    network = make(backbone)
+    x, y = data(rows=20)
+    network.initialize_(x, y)
+    posterior = infer(bayesianize(network, layers=layers), x, y)
+    torch.manual_seed(3)
+    mixture = posterior_predictive(network, posterior, x, 4)
+    torch.manual_seed(3)
+    draws = draw_weights(network, posterior, x, 4)
+    if infer is chains:
+        assert_close(draws, posterior.get_samples())
+    expected = one_after_another(network, draws, x, y)
+    assert_close(mixture.log_prob(y), expected, rtol=1e-9, atol=1e-9)
+    assert_close(mixture.pool(0).log_prob(y), expected.logsumexp(0) - math.log(4), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("noise", [Full(), LowRank(1), Isotropic(), Diagonal(tied=True), Diagonal(homoscedastic=True)])

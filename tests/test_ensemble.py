@@ -42,6 +42,7 @@ def backbone(kind):
         "default": lambda: None,
         "custom": lambda: nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU()),
         "normalized": lambda: nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8), nn.Tanh()),
+        "batch norm": lambda: nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh()),
         "convolutional": lambda: nn.Sequential(nn.Unflatten(-1, (1, 3)), nn.Conv1d(1, 4, 2), nn.Flatten()),
         "recurrent": Recurrent,
     }[kind]()
@@ -62,7 +63,7 @@ def data(rows=120, dim_out=1, seed=0):
     return x, torch.sin(3 * x[:, :dim_out]) + 0.2 * torch.randn(rows, dim_out, generator=generator)
 
 
-KINDS = ["default", "custom", "normalized", "convolutional", "recurrent"]
+KINDS = ["default", "custom", "normalized", "batch norm", "convolutional", "recurrent"]
 NOISE = [
     Full(),
     Full(tied=True, homoscedastic=True),
