@@ -1,4 +1,4 @@
-"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, and an ensemble of networks."""
+"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, noise models, a pool."""
 
 import argparse
 from pathlib import Path
