@@ -29,26 +29,13 @@ def marginal_nll(y_train, y_test):
     return -MultivariateNormal(y_train.mean(0), y_train.T.cov()).log_prob(y_test).mean().item()
 
 
-@torch.no_grad()
-def held_out_nll(predict, x, y):
-    """Mean negative log-density on the held-out pairs."""
-    return -predict(x[1]).log_prob(y[1]).mean().item()
-
-
-def train(noise, x, y, seed, **settings):
-    """One network."""
+def train(noise, x, y, seed, members=1, **settings):
+    """Train a network or an ensemble, and return it with its mean negative log-density on the held-out pairs."""
     torch.manual_seed(seed)
     network = MixtureDensityNetwork(dim_in=2, dim_out=2, noise=noise)
-    fit(network, x[0], y[0], seed=seed, progress=False, **settings)
-    return network
-
-
-def train_ensemble(x, y, seed, **settings):
-    """Ten networks at once, whose average density is the prediction."""
-    torch.manual_seed(seed)
-    ensemble = DeepEnsemble(MixtureDensityNetwork(dim_in=2, dim_out=2), size=10)
-    fit(ensemble, x[0], y[0], seed=seed, progress=False, **settings)
-    return ensemble
+    model = network if members == 1 else DeepEnsemble(network, members)
+    fit(model, x[0], y[0], seed=seed, progress=False, **settings)
+    return model, -model(x[1]).log_prob(y[1]).mean().item()
 
 
 def draw(network, x, y, path):
@@ -76,14 +63,14 @@ def main():
     settings, seeds = ({"max_epochs": 3}, [0]) if args.smoke else ({}, [0, 1, 2, 3, 4])
     x, y = load_pairs()
     runs = {name: [train(n, x, y, s, **settings) for s in seeds] for name, n in NOISE.items()}
-    network = runs["full"][0]
-    runs["ensemble of 10"] = [train_ensemble(x, y, s, **settings) for s in seeds]
-    draw(network, x[1], y[1], args.out / "geyser.png")
-    network.save(args.out / "geyser.safetensors")
+    runs["ensemble of 10"] = [train(Diagonal(), x, y, s, members=10, **settings) for s in seeds]
+    full = runs["full"][0][0]
+    draw(full, x[1], y[1], args.out / "geyser.png")
+    full.save(args.out / "geyser.safetensors")
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     print(f"{'marginal Gaussian':<22}{marginal_nll(y[0], y[1]):8.2f}")
     for name, results in runs.items():
-        nll = [held_out_nll(predict, x, y) for predict in results]
+        nll = [value for _, value in results]
         print(f"{name:<22}{np.mean(nll):8.2f}   {'  '.join(f'{v:.2f}' for v in nll)}")
     print(f"saved {args.out / 'geyser.png'} and {args.out / 'geyser.safetensors'}")
 
