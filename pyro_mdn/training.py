@@ -86,7 +86,9 @@ def fit(
     ``interrupted``, and a checkpoint stays as it was last written.
 
     Args:
-        network: The network.
+        network: The network. Or a :class:`DeepEnsemble`: its members are trained in one vectorised pass, each with
+            its own split, order, noise, early stopping and best epoch, on the default loss or one that the objective
+            says for each member; without ``guide`` and ``refit``. ``FitResult.members`` has the result of each.
         x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers. Or a
             ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
