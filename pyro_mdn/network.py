@@ -332,8 +332,21 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
-    layers = [(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(widths)]
-    return nn.Sequential(*(module for layer in layers for module in layer))
+    layers = [(nn.Linear if i else _FirstLinear)(a, b) for i, (a, b) in enumerate(pairwise(widths))]
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
+
+
+class _FirstLinear(nn.Linear):
+    """Linear layer with initial weights three times those of torch, for inputs of unit scale.
+
+    What it gives has a variance of 3 then, so that the network starts with features that vary within the range of the
+    data. From the small weights of torch, jumps between the levels of an input take far longer to learn.
+    """
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight.mul_(3.0)
 
 
 def _sizes(value: int | Sequence[int], name: str) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ LEARNING_RATE = 0.02
 INPUT_NOISE = 0.1
 TARGET_NOISE = 0.1
 FINAL_NOISE = 0.03
+STEPS = 9000
 
 
 def default_weight_decay(rows: int) -> float:

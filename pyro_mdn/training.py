@@ -30,6 +30,7 @@ from pyro_mdn.optimization import (
     FINAL_NOISE,
     INPUT_NOISE,
     LEARNING_RATE,
+    STEPS,
     TARGET_NOISE,
     blur,
     default_weight_decay,
@@ -107,7 +108,7 @@ def fit(
         validation: Fraction of the rows to hold out, a pair ``(x, y)``, or a loader; 0 for none, and so no early
             stopping. By default 0.1, but 0 for a loader or a guide.
         max_epochs: Passes over the training rows at most; the schedule is spread over them. By default as many as
-            make 3000 steps, but 100 at least.
+            make 9000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
         lr: Largest learning rate; by default 0.02.
         weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 20 over the
@@ -170,7 +171,7 @@ def fit(
         with _put_back_if_refused(modules, device):
             batches, held_out = trainee.prepare(x, y, sample_weight, validation, batch_size)
             _require_data(batches, held_out, compile=compile, refit=refit)
-            max_epochs = int(max_epochs or max(100, math.ceil(3000 / len(batches))))
+            max_epochs = int(max_epochs or max(100, math.ceil(STEPS / len(batches))))
             if guide is not None and isinstance(network, MixtureDensityNetwork):
                 if isinstance(guide, type):
                     guide = _started(guide, network, batches.head(_ROWS_TO_START), initialize=initialize)
