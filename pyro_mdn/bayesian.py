@@ -115,6 +115,7 @@ def posterior_predictive(
     x: Tensor,
     num_samples: int | None = None,
     *,
+    linearize: bool = False,
     chunk_size: int | None = None,
 ) -> GaussianMixture:
     r"""Mixture over y for each draw of the weights, ``batch_shape`` ``(S, *batch)``, in the units of y.
@@ -124,6 +125,14 @@ def posterior_predictive(
     ``.pool(0)`` is the predictive distribution :math:`\frac1S \sum_s p(y \mid x, w_s)`, exactly a mixture of S·K
     components. All draws go through the network in one vectorised pass.
 
+    :func:`pyro_mdn.laplace` takes the raw outputs f of the head to be linear in the weights. Draws of weights in
+    hidden layers go so far that they are not, and predict badly; ``linearize=True`` has the outputs that the
+    approximation is about, in place of those of the network:
+
+    .. math:: f(x, \hat w) + \nabla_w f(x, \hat w)^\top (w_s - \hat w), \quad \hat w \text{ the guide's median}
+
+    For weights of the head alone the two are the same.
+
     Args:
         network: The network that the posterior is of.
         posterior: A guide of ``network.model``, as SVI or :func:`pyro_mdn.laplace` gives it; samples as
@@ -132,11 +141,15 @@ def posterior_predictive(
         x: Inputs ``(*batch, dim_in)``.
         num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
             evenly over them.
+        linearize: Whether the raw outputs are linear in the weights, around the median of the guide.
         chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB.
 
     Raises:
-        ValueError: If the posterior is not one of this network's, there are not as many draws, or torch.vmap cannot
-            handle a layer.
+        ValueError: If the posterior is not one of this network's, there are not as many draws, it has no median to
+            linearise around, or torch.vmap cannot handle a layer.
+
+    References:
+        Immer, Korzepa & Bauer (2021), Improving predictions of Bayesian neural nets via local linearization.
 
     >>> from pyro.infer.autoguide import AutoNormal
     >>> network = bayesianize(MixtureDensityNetwork(1, 1, n_components=3))
@@ -144,12 +157,15 @@ def posterior_predictive(
     GaussianMixture(batch_shape=(5,), n_components=30, dim=1, covariance=DiagonalCovariance)
     """
     require_counts(num_samples=num_samples, chunk_size=chunk_size)
+    if linearize and not hasattr(posterior, "median"):
+        raise _no_median(posterior)
     if isinstance(posterior, DeepEnsemble):
         _require_samples(num_samples, posterior.size)
         return posterior.members(x, _spread(posterior.size, num_samples))
     with evaluating(network):
         draws = draw_weights(network, posterior, x, num_samples)
-        return _mixtures(network, draws, x, chunk_size)
+        center = _median(posterior, draws) if linearize else None
+        return _mixtures(network, draws, x, chunk_size, center)
 
 
 @torch.no_grad()
@@ -187,24 +203,47 @@ def _from_samples(
     return {name: value[_spread(size, num_samples)] for name, value in samples.items()}
 
 
+def _median(posterior: Any, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Median of a guide that was set up, by site."""
+    try:
+        with torch.no_grad():
+            median = posterior.median()
+            return {name: median[name].detach() for name in draws}
+    except NotImplementedError as error:
+        raise _no_median(posterior) from error
+
+
+def _no_median(posterior: Any) -> ValueError:
+    expected = "a guide with a median, such as laplace gives, to linearize around"
+    return ValueError(f"posterior: expected {expected}, got {type(posterior).__name__}")
+
+
 def _mixtures(
-    network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor, chunk_size: int | None
+    network: MixtureDensityNetwork,
+    draws: Mapping[str, Tensor],
+    x: Tensor,
+    chunk_size: int | None,
+    center: Mapping[str, Tensor] | None = None,
 ) -> GaussianMixture:
-    """Mixtures given weights, ``(S, *batch)``."""
+    """Mixtures given weights, ``(S, *batch)``; with a center, by outputs that are linear in the weights around it."""
     if chunk_size is None:
         rows = x.numel() // math.prod(network.input_shape)
         weights = sum(value[0].numel() for value in draws.values())
         chunk_size = max(1, _ELEMENTS // (weights + rows * (2 * sum(network.hidden_dim) + 4 * sum(network.head.sizes))))
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-        raw = _raw(network, draws, x, chunk_size)
+        raw = _raw(network, draws, x, chunk_size, center)
     return network.head.mixture(raw, network.head.shift, network.head.scale)
 
 
 def _raw(
-    network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor, chunk_size: int
+    network: MixtureDensityNetwork,
+    draws: Mapping[str, Tensor],
+    x: Tensor,
+    chunk_size: int,
+    center: Mapping[str, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raw parameters of the mixtures, ``(S, *batch, ...)``."""
-    if is_dense(network):
+    if center is None and is_dense(network):
         same = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         tensors = {name: tensor.unsqueeze(0) for name, tensor in same.items()}
         return dense_raw(network, x.unsqueeze(0), {**tensors, **draws}, chunk_size=chunk_size)
@@ -213,7 +252,12 @@ def _raw(
         with OwnParameters(), poutine.condition(data=weights):
             return network.raw(x)
 
-    logits, locs, noise = over_draws(raw, draws, network, chunk_size=chunk_size)
+    def linear(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        at = dict(center or {})
+        values, changes, *_ = torch.func.jvp(raw, (at,), ({name: weights[name] - at[name] for name in at},))
+        return tuple(value + change for value, change in zip(values, changes, strict=True))
+
+    logits, locs, noise = over_draws(raw if center is None else linear, draws, network, chunk_size=chunk_size)
     return logits, locs, noise
 
 

@@ -387,6 +387,86 @@ def test_gradients_reach_the_inputs():
     assert bool(x.grad.abs().sum() > 0)
 
 
+# Linearised
+
+
+class Raw(nn.Module):
+    """Raw outputs of a network in one tensor, ``(N, C)``."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return torch.cat([part.flatten(1) for part in self.network.raw(x)], 1)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+@pytest.mark.parametrize("backbone", ["mlp", "conv", "gru"])
+def test_linearized_outputs_have_the_jacobian_of_the_network(guide, backbone):
+    plain, (x, y) = Raw(make(backbone)), data()
+    network = bayesianize(make(backbone))
+    guide = guide(network.model, init_scale=0.5, init_loc_fn=init_to_value(values=starting_weights(network)))
+    draws = draw_weights(network, guide, x, 3)
+    names, center = list(draws), {name: value.detach() for name, value in guide.median().items()}
+
+    def outputs(*weights):
+        given = {f"network.{name}": weight for name, weight in zip(names, weights, strict=True)}
+        return torch.func.functional_call(plain, given, (x,))
+
+    at = tuple(center[name] for name in names)
+    jacobians = torch.autograd.functional.jacobian(outputs, at)
+    torch.manual_seed(3)
+    mixture = posterior_predictive(network, guide, x, 3, linearize=True)
+    torch.manual_seed(3)
+    draws = draw_weights(network, guide, x, 3)
+    for s in range(3):
+        steps = [(draws[name][s] - center[name]).flatten() for name in names]
+        raw = outputs(*at) + sum(j.flatten(2) @ step for j, step in zip(jacobians, steps, strict=True))
+        logits, locs, noise = raw.split(3, 1)
+        expected = network.head.mixture((logits, locs.unsqueeze(-1), noise.unsqueeze(-1)), 0.0, 1.0)
+        assert_close(mixture.log_prob(y)[s], expected.log_prob(y), rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_the_head_are_linear():
+    network = bayesianize(make(noise=Diagonal(homoscedastic=True)), layers="head")
+    x, y = data()
+    guide = AutoMultivariateNormal(network.model, init_scale=2.0)
+    guide(x, y)
+    mixtures = []
+    for linearize in (False, True):
+        torch.manual_seed(3)
+        mixtures.append(posterior_predictive(network, guide, x, 10, linearize=linearize).log_prob(y))
+    assert_close(*mixtures, rtol=1e-9, atol=1e-9)
+
+
+def test_linearized_gradients_and_chunks():
+    network = bayesianize(make())
+    x, y = data()
+    guide = AutoNormal(network.model, init_loc_fn=init_to_value(values=starting_weights(network)))
+    guide(x, y)
+    x.requires_grad_()
+    results = []
+    for chunk_size in (None, 2):
+        torch.manual_seed(3)
+        mixture = posterior_predictive(network, guide, x, 5, linearize=True, chunk_size=chunk_size)
+        results.append((mixture.locs.detach(), *torch.autograd.grad(mixture.log_prob(y).sum(), x)))
+    assert_close(*results)
+    assert bool(results[0][1].abs().sum() > 0)
+
+
+def test_only_guides_with_a_median_are_linearized():
+    network = bayesianize(make())
+    x, _ = data()
+    with default_dtype(torch.float64):
+        flow = AutoIAFNormal(network.model, [200])
+        flow(*data())
+    samples = draw_weights(network, AutoNormal(network.model), x, 2)
+    for posterior in (samples, flow, DeepEnsemble(make(), 2)):
+        with pytest.raises(ValueError, match="posterior: expected a guide"):
+            posterior_predictive(network, posterior, x, 2, linearize=True)
+
+
 def test_ensembles_and_their_members():
     ensemble = DeepEnsemble(make(), 4)
     x, y = data()
