@@ -3,6 +3,7 @@ r"""Latent weights: priors on them, and predictive mixtures given draws from a p
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -257,7 +258,10 @@ def _raw(
         values, changes, *_ = torch.func.jvp(raw, (at,), ({name: weights[name] - at[name] for name in at},))
         return tuple(value + change for value, change in zip(values, changes, strict=True))
 
-    logits, locs, noise = over_draws(raw if center is None else linear, draws, network, chunk_size=chunk_size)
+    with warnings.catch_warnings():
+        # What torch uses itself at the first derivative in forward mode.
+        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
+        logits, locs, noise = over_draws(raw if center is None else linear, draws, network, chunk_size=chunk_size)
     return logits, locs, noise
 
 

@@ -16,6 +16,7 @@ FILES = {
     "mixture_guide": [],
     "conditioning": [],
     "active_learning": ["active_learning.png"],
+    "bayesian_weights": ["bayesian_weights.png"],
     "distributed": ["distributed.safetensors"],
     "world_model": ["world_model.png"],
 }
