@@ -66,12 +66,15 @@ def main():
         numbers = (inside := deviation[GAP].mean()), (outside := deviation[~GAP].mean()), inside / outside, nll, seconds
         print(f"{name:<15}" + "".join(f"{number:10.2f}" for number in numbers), flush=True)
         mean, twice = (pooled := mixture.pool(0)).mean, 2 * deviation
-        for label, band in {"90 %": pooled.interval(0.9), "± 2 epistemic": (mean - twice, mean + twice)}.items():
+        for label, band in {
+            "90 % interval": pooled.interval(0.9),
+            "± 2 epistemic": (mean - twice, mean + twice),
+        }.items():
             top.fill_between(GRID, *(edge.squeeze(-1).detach() for edge in band), alpha=0.4, label=label)
         top.plot(x, y, ".", color="0.3", markersize=2)
         top.set(title=name, ylim=(-3, 3))
         bottom.semilogy(GRID, deviation.detach())
-        bottom.set(xlabel="x", ylabel="epistemic", ylim=(0.01, 3))
+        bottom.set(xlabel="x", ylabel="epistemic" if name == NAMES[0] else "", ylim=(0.01, 3))
     axes[0, 0].legend(frameon=False, loc="lower center")
     figure.savefig(args.out / "bayesian_weights.png", dpi=100)
 

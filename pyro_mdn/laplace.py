@@ -37,7 +37,8 @@ def laplace(
     latent weights of the head, one component and fixed noise.
 
     The weights of a mixture network have many modes; this is one, near the values that the weights had. A posterior
-    of weights in all layers is less normal than that of the head, ``bayesianize(network, layers="head")``.
+    of weights in all layers is less normal than that of the head, ``bayesianize(network, layers="head")``: draws of
+    them need ``posterior_predictive(..., linearize=True)``.
 
     Args:
         network: Network with latent weights, 10 000 at most.
