@@ -65,11 +65,8 @@ def main():
         deviation, nll = epistemic_variance(mixture).sqrt(), -at_new.pool(0).log_prob(y_new).mean()
         numbers = (inside := deviation[GAP].mean()), (outside := deviation[~GAP].mean()), inside / outside, nll, seconds
         print(f"{name:<15}" + "".join(f"{number:10.2f}" for number in numbers), flush=True)
-        mean, twice = (pooled := mixture.pool(0)).mean, 2 * deviation
-        for label, band in {
-            "90 % interval": pooled.interval(0.9),
-            "± 2 epistemic": (mean - twice, mean + twice),
-        }.items():
+        mean, half = (pool := mixture.pool(0)).mean, 2 * deviation
+        for label, band in {"90 % interval": pool.interval(0.9), "± 2 epistemic": (mean - half, mean + half)}.items():
             top.fill_between(GRID, *(edge.squeeze(-1).detach() for edge in band), alpha=0.4, label=label)
         top.plot(x, y, ".", color="0.3", markersize=2)
         top.set(title=name, ylim=(-3, 3))
