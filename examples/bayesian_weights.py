@@ -35,7 +35,7 @@ def infer(name, network, x, y, smoke, **settings):
         return network, ensemble
     network = bayesianize(copy.deepcopy(network), prior_scale=2.0, layers="head" if "head" in name else "all")
     if name == "SVI":
-        return network, fit(network, x, y, guide=AutoNormal, initialize=False, **settings).guide
+        return network, fit(network, x, y, guide=AutoNormal, **settings).guide
     if name == "NUTS":
         warnings.simplefilter("ignore", ConvergenceWarning)  # chains this short: see docs/uncertainty.md
         size = {"num_samples": 3 if smoke else 100, "warmup_steps": 3 if smoke else 200, "max_tree_depth": 5}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
-from pyro_mdn.guides import draw_from, latent_sites, require_sites
+from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
 from pyro_mdn.head import starting_value
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -116,7 +116,7 @@ def posterior_predictive(
     x: Tensor,
     num_samples: int | None = None,
     *,
-    linearize: bool = False,
+    linearize: bool | None = None,
     chunk_size: int | None = None,
 ) -> GaussianMixture:
     r"""Mixture over y for each draw of the weights, ``batch_shape`` ``(S, *batch)``, in the units of y.
@@ -142,12 +142,16 @@ def posterior_predictive(
         x: Inputs ``(*batch, dim_in)``.
         num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
             evenly over them.
-        linearize: Whether the raw outputs are linear in the weights, around the median of the guide.
+        linearize: Whether the raw outputs are linear in the weights, around the median of the guide. By default not,
+            with a warning where they should be.
         chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB.
 
     Raises:
         ValueError: If the posterior is not one of this network's, there are not as many draws, it has no median to
             linearise around, or torch.vmap cannot handle a layer.
+
+    Warns:
+        UserWarning: If a guide by :func:`pyro_mdn.laplace` has weights of hidden layers, and ``linearize`` is not said.
 
     References:
         Immer, Korzepa & Bauer (2021), Improving predictions of Bayesian neural nets via local linearization.
@@ -165,6 +169,9 @@ def posterior_predictive(
         return posterior.members(x, _spread(posterior.size, num_samples))
     with evaluating(network):
         draws = draw_weights(network, posterior, x, num_samples)
+        if linearize is None and isinstance(posterior, LaplaceGuide) and not all(n.startswith("head.") for n in draws):
+            message = "Laplace's approximation of hidden layers predicts badly unless linearize=True"
+            warnings.warn(f"posterior_predictive: {message}; linearize=False to go on", stacklevel=2)
         center = _median(posterior, draws) if linearize else None
         return _mixtures(network, draws, x, chunk_size, center)
 

@@ -9,13 +9,17 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous, AutoGuide
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoMultivariateNormal
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_mdn.vectorized import OwnParameters, over_draws, unvalidated
 
-__all__ = ["draw_from", "latent_sites", "require_sites"]
+__all__ = ["LaplaceGuide", "draw_from", "latent_sites", "require_sites"]
+
+
+class LaplaceGuide(AutoMultivariateNormal):
+    """A normal around a mode, with the curvature of a network whose raw outputs are linear in the weights."""
 
 
 def draw_from(

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoMultivariateNormal
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 from tqdm.auto import tqdm
 
+from pyro_mdn.guides import LaplaceGuide
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.joint import LogJoint, reciprocal_variance, rows_of, undisturbed
 from pyro_mdn.network import MixtureDensityNetwork
@@ -25,7 +25,7 @@ _ELEMENTS = 2**24  # of Jacobians in one pass
 
 def laplace(
     network: MixtureDensityNetwork, x: Any, y: Any, *, max_iter: int = 1000, progress: bool = True
-) -> AutoMultivariateNormal:
+) -> LaplaceGuide:
     r"""Gaussian at the mode of the posterior of latent weights, with a generalised Gauss-Newton curvature.
 
     .. math:: q(w) = \mathcal{N}(w \mid \hat w, \Lambda^{-1}), \quad
@@ -210,7 +210,7 @@ def _inverse_root(precision: Tensor) -> Tensor:
 
 
 def _guide(network: MixtureDensityNetwork, loc: Tensor, scale_tril: Tensor, x: Tensor, y: Tensor) -> Any:
-    guide: Any = AutoMultivariateNormal(network.model)
+    guide: Any = LaplaceGuide(network.model)
     guide(x, y)  # it takes for latent what is not given
     with torch.no_grad():
         scale = scale_tril.diagonal()

@@ -194,6 +194,12 @@ class MixtureDensityNetwork(PyroModule):
         self.x_shift.copy_(shift)
         self.x_scale.copy_(scale)
 
+    @property
+    def initialized(self) -> bool:
+        """Whether scalers were set; see :meth:`initialize_`."""
+        shifts, scales = (self.x_shift, self.head.shift), (self.x_scale, self.head.scale)
+        return any(bool((shift != 0).any()) for shift in shifts) or any(bool((scale != 1).any()) for scale in scales)
+
     # Checks
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ def fit(
     final_noise: float = FINAL_NOISE,
     patience: int | None = None,
     max_grad_norm: float = 1.0,
-    initialize: bool = True,
+    initialize: bool | None = None,
     refit: bool = False,
     skip_bad_batches: bool = False,
     device: torch.device | str | None = None,
@@ -122,7 +122,8 @@ def fit(
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
             ``max_epochs``.
         max_grad_norm: Gradients are scaled down to this norm.
-        initialize: Set scalers and components from the training rows first; ``False`` to train a network further.
+        initialize: Set scalers and components from the training rows first; ``False`` to train a network further. By
+            default they are set, but not for a guide of a network that has them already.
         refit: Once the best epoch is known, start again and train on all rows up to it.
         skip_bad_batches: Leave out a batch whose loss or gradient is not finite, and count it, instead of stopping.
         device: Where to train; the network is moved there and stays.
@@ -165,6 +166,8 @@ def fit(
     root = _seed(saved) if seed is None else int(seed)
     if validation is None:
         validation = 0.0 if guide is not None or isinstance(x, DataLoader) else 0.1
+    if initialize is None:
+        initialize = guide is None or not (isinstance(network, MixtureDensityNetwork) and network.initialized)
     trainee = EnsembleTrainee(network) if isinstance(network, DeepEnsemble) else NetworkTrainee(network)
     modules: list[nn.Module] = [module for module in (network, objective, guide) if isinstance(module, nn.Module)]
     with _isolated(modules, root):

@@ -225,7 +225,7 @@ def test_priors_that_are_not_normal():
 def test_recurrent_backbones(layers):
     network, x, y = make(backbone=Recurrent(4), layers=layers)
     guide = laplace(network, x, y, max_iter=3, progress=False)
-    assert posterior_predictive(network, guide, x, 4).batch_shape == (4, 30)
+    assert posterior_predictive(network, guide, x, 4, linearize=False).batch_shape == (4, 30)
 
 
 def test_sequences():
@@ -234,7 +234,7 @@ def test_sequences():
     bayesianize(network)
     x, y = torch.randn(6, 5, 2).double(), torch.randn(6, 5, 1).double()
     guide = laplace(network, x, y, max_iter=0, progress=False)
-    assert posterior_predictive(network, guide, x, 4).batch_shape == (4, 6, 5)
+    assert posterior_predictive(network, guide, x, 4, linearize=False).batch_shape == (4, 6, 5)
     # Steps are rows here: the backbone takes each alone.
     steps = laplace(network, x.flatten(0, 1), y.flatten(0, 1), max_iter=0, progress=False)
     assert_close(moments(guide), moments(steps))
@@ -248,7 +248,7 @@ def test_predictives_equal_one_after_another(layers):
     network, x, y = make(2, noise=Full(), layers=layers)
     guide = laplace(network, x, y, max_iter=20, progress=False)
     torch.manual_seed(3)
-    mixture = posterior_predictive(network, guide, x, 5)
+    mixture = posterior_predictive(network, guide, x, 5, linearize=False)
     torch.manual_seed(3)
     draws = draw_weights(network, guide, x, 5)
     rows = []
@@ -256,6 +256,16 @@ def test_predictives_equal_one_after_another(layers):
         model = poutine.condition(network.model, data={name: value[i] for name, value in draws.items()})
         rows.append(poutine.trace(model).get_trace(x).nodes["y"]["fn"].log_prob(y))
     assert_close(mixture.log_prob(y), torch.stack(rows), rtol=1e-9, atol=1e-9)
+
+
+def test_hidden_layers_without_linear_outputs_warn():
+    network, x, y = make()
+    guide = laplace(network, x, y, max_iter=0, progress=False)
+    with pytest.warns(UserWarning, match="predicts badly unless linearize=True"):
+        posterior_predictive(network, guide, x, 2)
+    posterior_predictive(network, guide, x, 2, linearize=True)
+    network, x, y = make(layers="head")
+    posterior_predictive(network, laplace(network, x, y, max_iter=0, progress=False), x, 2)
 
 
 def test_draws_follow_the_posterior():

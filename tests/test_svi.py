@@ -86,7 +86,7 @@ def test_classes_of_guides_start_from_the_trained_network(guide):
     trained = scores.log_score(network(x), y).mean()
     bayesianize(network)
     start = {name: value.clone() for name, value in starting_weights(network).items()}
-    result = fit(network, x, y, guide=guide, seed=0, progress=False, max_epochs=60, initialize=False, num_particles=2)
+    result = fit(network, x, y, guide=guide, seed=0, progress=False, max_epochs=60, num_particles=2)
     assert not list(pyro.get_param_store())
     pooled = posterior_predictive(network, result.guide, x, 50).pool(0)
     assert scores.log_score(pooled, y).mean() < trained + 0.3
@@ -101,6 +101,21 @@ def test_an_untrained_network_is_initialized_first():
     assert network.x_shift.item() == pytest.approx(150)
     assert result.guide is not None
     assert math.isfinite(result.best_loss)
+
+
+@pytest.mark.parametrize("layers", ["all", "backbone"])
+def test_what_a_network_learned_stays_unless_asked(layers):
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 1, 2, 8)
+    x = torch.linspace(100, 200, 50).unsqueeze(-1)
+    fit(network, x, 5 + x, seed=0, progress=False, max_epochs=30)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    fit(bayesianize(network, layers=layers), x + 1, x, guide=AutoNormal, lr=1e-12, seed=0, progress=False, max_epochs=1)
+    after = network.state_dict()
+    for name, value in state.items():
+        assert_close(after.get(f"{name}_start", after.get(name)), value, rtol=1e-6, atol=1e-6)
+    fit(network, x + 1, x, guide=AutoNormal, initialize=True, seed=0, progress=False, max_epochs=1)
+    assert network.x_shift.item() == pytest.approx(151)
 
 
 def test_other_classes_are_refused():

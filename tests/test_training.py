@@ -409,7 +409,7 @@ def test_dead_components_are_named():
     trained = network()
     fit(trained, x, y, **QUICK)
     with torch.no_grad():
-        trained.head.linear.bias[1] -= 50
+        trained.head.linear.bias[1] -= 500
     with pytest.warns(CollapseWarning, match="1 of 3 components explain less than 0.1% of the rows each") as caught:
         result = fit(trained, x, y, initialize=False, lr=1e-12, **QUICK)
     assert caught[0].filename == __file__
