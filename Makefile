@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format quality install
+.PHONY: demo test test-slow lint format quality speed install
 
 demo: install
 	$(BIN)/python examples/geyser.py
@@ -17,6 +17,9 @@ quality: install
 	$(BIN)/python benchmarks/uci.py
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/missing.py
+
+speed: install
+	$(BIN)/python benchmarks/posterior.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.dense import dense_raw, is_dense
@@ -87,18 +88,20 @@ def bayesianize(
     return network
 
 
-def fan_in_normal(scale: float) -> Prior:
+@dataclass(frozen=True)
+class fan_in_normal:
     """Normal prior whose scale falls with the number of inputs; see :func:`bayesianize`.
 
     >>> fan_in_normal(2.0)("weight", torch.zeros(3, 16)).base_dist.stddev.unique()
     tensor([0.5000])
     """
 
-    def prior(name: str, value: Tensor) -> dist.TorchDistribution:
-        fan_in = value[0].numel() if value.ndim > 1 else 1
-        return dist.Normal(torch.zeros_like(value), scale / math.sqrt(fan_in)).to_event(value.ndim)
+    scale: float
 
-    return prior
+    def __call__(self, name: str, value: Tensor) -> dist.TorchDistribution:
+        """Prior of a parameter, given its name and value."""
+        fan_in = value[0].numel() if value.ndim > 1 else 1
+        return dist.Normal(torch.zeros_like(value), self.scale / math.sqrt(fan_in)).to_event(value.ndim)
 
 
 def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
@@ -185,30 +188,33 @@ def draw_weights(
     with isolated():
         if not network.latent:
             raise ValueError("network: expected latent weights, got none: see bayesianize")
-        shapes = _latent_shapes(network.model, x := x.reshape(-1, *network.input_shape))
-        predicted = shapes.pop("y")
+        row, x = x.new_zeros(1, *network.input_shape), x.reshape(-1, *network.input_shape)
+        expected = _latent_values(network.model, row)
+        predicted = expected.pop("y")
         if callable(posterior) and not isinstance(posterior, MCMC):
             if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
-                posterior(x, x.new_zeros(predicted))  # it takes for latent what is not given
+                posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
             draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
-            _require_alike("guide", shapes, {name: value.shape[1:] for name, value in draws.items()})
+            _require_alike("guide", expected, draws)
             return draws
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior
     if not isinstance(samples, Mapping):
-        expected = "a guide, samples by site, MCMC or a DeepEnsemble"
-        raise ValueError(f"posterior: expected {expected}, got {type(posterior).__name__}")
-    return _from_samples(samples, shapes, num_samples)
+        kinds = "a guide, samples by site, MCMC or a DeepEnsemble"
+        raise ValueError(f"posterior: expected {kinds}, got {type(posterior).__name__}")
+    return _from_samples(samples, expected, num_samples)
 
 
 def _from_samples(
-    samples: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], num_samples: int | None
+    samples: Mapping[str, Any], expected: Mapping[str, Tensor], num_samples: int | None
 ) -> dict[str, Tensor]:
-    _require_alike("posterior", shapes, {name: value.shape[1:] for name, value in samples.items()})
+    samples = {name: torch.as_tensor(value) for name, value in samples.items()}
+    _require_alike("posterior", expected, samples)
     counts = {len(value) for value in samples.values()}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"posterior: expected as many draws of each site, got {sorted(counts)}")
     _require_samples(num_samples, size := counts.pop())
-    return {name: value[_spread(size, num_samples)] for name, value in samples.items()}
+    chosen = _spread(size, num_samples)
+    return {name: value[chosen.to(value.device)].to(expected[name]) for name, value in samples.items()}
 
 
 def _median(posterior: Any, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,28 +271,33 @@ def _raw(
         values, changes, *_ = torch.func.jvp(raw, (at,), ({name: weights[name] - at[name] for name in at},))
         return tuple(value + change for value, change in zip(values, changes, strict=True))
 
-    with warnings.catch_warnings():
-        # What torch uses itself at the first derivative in forward mode.
+    if center is None:
+        logits, locs, noise = over_draws(raw, draws, network, chunk_size=chunk_size)
+        return logits, locs, noise
+    # Fused attention has no derivative in forward mode, at the first of which torch warns of what it uses itself.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
-        logits, locs, noise = over_draws(raw if center is None else linear, draws, network, chunk_size=chunk_size)
+        logits, locs, noise = over_draws(linear, draws, network, chunk_size=chunk_size)
     return logits, locs, noise
 
 
 # Sites
 
 
-def _latent_shapes(model: Callable[..., Any], x: Tensor) -> dict[str, torch.Size]:
-    """Shapes of the latent sites of a model, by name."""
+def _latent_values(model: Callable[..., Any], x: Tensor) -> dict[str, Tensor]:
+    """Values of the latent sites of a model, drawn from the prior, by name."""
     with torch.random.fork_rng():
         trace = poutine.trace(model).get_trace(x)
-    return {name: site["value"].shape for name, site in latent_sites(trace).items()}
+    return {name: site["value"] for name, site in latent_sites(trace).items()}
 
 
-def _require_alike(name: str, expected: Mapping[str, torch.Size], got: Mapping[str, torch.Size]) -> None:
-    require_sites(name, expected, got)
-    for site, shape in expected.items():
-        if got[site] != shape:
-            raise ValueError(f"{name}: expected shape {tuple(shape)} at site {site}, got {tuple(got[site])}")
+def _require_alike(name: str, expected: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` unless these are draws ``(S, *shape)`` at the same sites."""
+    require_sites(name, expected, draws)
+    for site, value in expected.items():
+        if draws[site].shape[1:] != value.shape:
+            wanted, got = tuple(value.shape), tuple(draws[site].shape[1:])
+            raise ValueError(f"{name}: expected shape {wanted} at site {site}, got {got}")
 
 
 def _require_samples(num_samples: int | None, available: int) -> None:
@@ -313,6 +324,16 @@ class _OfModule:
         return self.make(self.name, starting_value(module, self.name.rpartition(".")[2]))
 
 
+@dataclass(frozen=True)
+class _OfEachEntry:
+    """The same distribution for all entries of a parameter."""
+
+    distribution: Any
+
+    def __call__(self, name: str, value: Tensor) -> Any:
+        return self.distribution.expand(value.shape).to_event(value.ndim)
+
+
 def _prior(prior: Any, scale: float) -> Prior:
     if prior is None:
         return fan_in_normal(scale)
@@ -320,7 +341,7 @@ def _prior(prior: Any, scale: float) -> Prior:
         if prior.event_shape or prior.batch_shape:
             shapes = tuple(prior.batch_shape), tuple(prior.event_shape)
             raise ValueError(f"prior: expected the distribution of one number, got batch and event shape {shapes}")
-        return lambda name, value: prior.expand(value.shape).to_event(value.ndim)  # pyright: ignore
+        return _OfEachEntry(prior)
     if not callable(prior):
         raise ValueError(f"prior: expected a distribution or a function that makes one, got {type(prior).__name__}")
     return prior

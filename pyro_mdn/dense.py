@@ -37,7 +37,7 @@ def dense_raw(
     """
     n, size = x.ndim - 1, max(len(x), *(len(tensor) for tensor in tensors.values()))
     shift, scale = (_aligned(tensors[name], n) for name in ("x_shift", "x_scale"))
-    inputs = ((x - shift) / scale).to(shift.dtype).reshape(max(len(x), len(shift)), -1, x.shape[-1])
+    inputs = ((x - shift) / scale).to(shift.dtype).reshape(max(len(x), len(shift)), x.shape[1:-1].numel(), x.shape[-1])
     step = chunk_size or size
     weight = tensors["head.linear.weight"]
     # Chunks write to their place in one tensor, but autograd wants one of its own from each.
@@ -50,7 +50,7 @@ def dense_raw(
     channels = (torch.cat(parts) if whole is None else whole).transpose(0, 1)
     raw_noise = tensors.get("head.raw_noise")
     return network.head.split(
-        channels.reshape(channels.shape[0], -1, *x.shape[1:-1]),
+        channels.reshape(channels.shape[0], size, *x.shape[1:-1]),
         None if raw_noise is None else raw_noise.T.reshape(-1, len(raw_noise), *(1,) * (n - 1)),
     )
 

@@ -1,6 +1,7 @@
 """Latent weights: priors, draws from every kind of posterior, and predictives that are exact mixtures."""
 
 import math
+import pickle
 import warnings
 from contextlib import contextmanager
 
@@ -374,6 +375,34 @@ def test_hierarchical_priors():
     draws = draw_weights(network, AutoNormal(network.model), x, 4)
     assert draws["width"].shape == (4,)
     assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
+
+
+def test_no_rows():
+    network = bayesianize(make())
+    mixture = posterior_predictive(network, AutoNormal(network.model), data()[0][:0], 3)
+    assert mixture.batch_shape == (3, 0)
+
+
+def test_networks_and_guides_can_be_pickled():
+    network = make()
+    prior = dist.Laplace(torch.tensor(0.0, dtype=torch.float64), 0.5)
+    bayesianize(bayesianize(network, layers="backbone"), layers="head", prior=prior)
+    guide, (x, y) = AutoNormal(network.model), data()
+    guide(x, y)
+    mixtures = []
+    for both in [(network, guide), pickle.loads(pickle.dumps((network, guide)))]:
+        torch.manual_seed(0)
+        mixtures.append(posterior_predictive(*both, x, 3))
+    assert_close(mixtures[1].locs, mixtures[0].locs)
+
+
+def test_samples_of_another_dtype_or_kind():
+    network = bayesianize(make().float())
+    x = data()[0].float()
+    draws = draw_weights(network, AutoNormal(network.model), x, 3)
+    expected = posterior_predictive(network, draws, x).locs
+    for other in ({n: v.double() for n, v in draws.items()}, {n: v.numpy() for n, v in draws.items()}):
+        assert_close(posterior_predictive(network, other, x).locs, expected)
 
 
 def test_gradients_reach_the_inputs():

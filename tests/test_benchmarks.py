@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["uci", "ablation", "missing"])
+@pytest.mark.parametrize("name", ["uci", "ablation", "missing", "posterior"])
 def test_benchmark_runs(name, tmp_path):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", "--jobs", "1", "--out", str(tmp_path / "out")]
     shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -25,7 +25,12 @@ def test_benchmark_runs(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "part", "page"),
-    [("uci", "summary", "README.md"), ("ablation", "nll", "docs/training.md"), ("missing", None, "docs/training.md")],
+    [
+        ("uci", "summary", "README.md"),
+        ("ablation", "nll", "docs/training.md"),
+        ("missing", None, "docs/training.md"),
+        ("posterior", "ratios", "docs/uncertainty.md"),
+    ],
 )
 def test_pages_show_the_results(name, part, page, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
