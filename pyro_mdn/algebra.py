@@ -95,7 +95,7 @@ class MixtureAlgebra(MixtureDensity):
         if self._validate_args and not bool((scale.isfinite() & (scale != 0)).all() & shift.isfinite().all()):
             raise ValueError("shift, scale: expected finite numbers, and scales other than zero")
         shift, scale = shift.unsqueeze(-2), scale.unsqueeze(-2)
-        return self._new(self.logits, shift + scale * self.locs, self.covariance.affine(scale))
+        return self._with(torch.addcmul(shift, scale, self.locs), self.covariance.affine(scale))
 
     def _map_linearly(self, shift: Tensor | float, scale: Tensor | float, matrix: Tensor) -> Self:
         if not isinstance(scale, float | int) or scale != 1:
@@ -109,7 +109,7 @@ class MixtureAlgebra(MixtureDensity):
         covariance = FullCovariance.from_root(matrix @ self.covariance.root())
         if self._validate_args and not bool(covariance.packed.isfinite().all()):
             raise ValueError("matrix: expected finite numbers and full rank")
-        return self._new(self.logits, shift + (matrix @ self.locs.unsqueeze(-1)).squeeze(-1), covariance)
+        return self._with(shift + (matrix @ self.locs.unsqueeze(-1)).squeeze(-1), covariance)
 
     def _as_vector(self, value: Tensor | float, name: str, dim: int) -> Tensor:
         value = torch.as_tensor(value, dtype=self.locs.dtype, device=self.locs.device)
@@ -178,7 +178,7 @@ class MixtureAlgebra(MixtureDensity):
         else:
             pull, covariance = _precision_weighted(left.covariance, right.covariance, apart)
         peak = left.locs + pull
-        log_scale = _at(left, peak) + _at(right, peak) - _at(left._new(left.logits, peak, covariance), peak)
+        log_scale = _at(left, peak) + _at(right, peak) - _at(left._with(peak, covariance), peak)
         logits = left.logits + right.logits + log_scale
         return Product(self._new(logits, peak, covariance), logits.logsumexp(-1))
 

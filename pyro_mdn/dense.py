@@ -62,11 +62,19 @@ def _channels(
     for name, layer in network.backbone.named_children():
         if isinstance(layer, nn.Linear):
             bias, weight = (tensors[f"backbone.{name}.{kind}"] for kind in ("bias", "weight"))
-            features = _product(bias.unsqueeze(1), features, weight.mT)
+            features = _linear(features, weight, bias)
         else:
             features = layer(features)
     bias, weight = (tensors[f"head.linear.{kind}"] for kind in ("bias", "weight"))
     return _product(bias.unsqueeze(-1), weight, features.mT, out)
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Outputs ``(S, N, out)`` of S layers; where they have the same inputs, by one product that is wider."""
+    if len(features) > 1 or len(weight) == 1:
+        return _product(bias.unsqueeze(1), features, weight.mT)
+    wide = torch.addmm(bias.expand(len(weight), -1).flatten(), features[0], weight.flatten(0, 1).mT)
+    return wide.unflatten(1, weight.shape[:2]).transpose(0, 1)
 
 
 def _product(bias: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

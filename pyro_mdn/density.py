@@ -30,13 +30,16 @@ class MixtureDensity(dist.MixtureSameFamily):
         self, logits: Tensor, locs: Tensor, covariance: Covariance, *, validate_args: bool | None = None
     ) -> None:
         covariance = _check_shapes(logits, locs, covariance)
+        self._set(kernels.normalize_logits(logits), locs, covariance, validate_args)
+        if self._validate_args:
+            self._validate()
+
+    def _set(self, logits: Tensor, locs: Tensor, covariance: Covariance, validate_args: bool | None) -> None:
         batch_shape = _broadcast(logits.shape[:-1], locs.shape[:-2], covariance.batch_shape[:-1])
-        self.logits = kernels.normalize_logits(logits).expand(*batch_shape, -1)
+        self.logits = logits.expand(*batch_shape, -1)
         self.locs = locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
         torch.distributions.Distribution.__init__(self, batch_shape, locs.shape[-1:], validate_args)
-        if self._validate_args:
-            self._validate()
 
     def _validate(self) -> None:
         if bool(bounds(self.logits)[0].isnan()):
@@ -49,6 +52,12 @@ class MixtureDensity(dist.MixtureSameFamily):
         """Build a mixture from parameters derived from valid ones."""
         new = type(self)(logits, locs, covariance, validate_args=False)
         new._validate_args = self._validate_args
+        return new
+
+    def _with(self, locs: Tensor, covariance: Covariance) -> Self:
+        """Build a mixture with the same weights from parameters derived from valid ones."""
+        new = type(self).__new__(type(self))
+        new._set(self.logits, locs, _check_shapes(self.logits, locs, covariance), self._validate_args)
         return new
 
     def __repr__(self) -> str:
@@ -224,7 +233,7 @@ class MixtureDensity(dist.MixtureSameFamily):
             ValueError: If an index repeats or is out of range, or if there is none.
         """
         dims = check_dims(dims, self.dim)
-        return self._new(self.logits, self.locs[..., dims], self.covariance.marginal(dims))
+        return self._with(self.locs[..., dims], self.covariance.marginal(dims))
 
 
 def _check_shapes(logits: Tensor, locs: Tensor, covariance: Covariance) -> Covariance:

@@ -67,17 +67,18 @@ def draw_from(
 
 
 def _sampled(posterior: Any, size: int) -> Tensor:
-    """Draws from a distribution of vectors; with one product for all by a root of a covariance, which is large."""
+    """Draws from a distribution of vectors, in as few passes over them as it takes."""
 
-    def noise(width: int) -> Tensor:
-        return torch.randn(size, width, dtype=posterior.loc.dtype, device=posterior.loc.device)
+    def noise(like: Tensor) -> Tensor:
+        return torch.randn(size, like.shape[-1], dtype=like.dtype, device=like.device)
 
     if isinstance(posterior, dist.MultivariateNormal):
-        return torch.addmm(posterior.loc, noise(len(posterior.loc)), posterior.scale_tril.mT)
+        return torch.addmm(posterior.loc, noise(posterior.loc), posterior.scale_tril.mT)
     if isinstance(posterior, dist.LowRankMultivariateNormal):
-        spread = noise(len(posterior.loc)) * posterior.cov_diag.sqrt()
-        factor = posterior.cov_factor
-        return torch.addmm(posterior.loc + spread, noise(factor.shape[-1]), factor.mT)
+        spread = noise(posterior.loc) * posterior.cov_diag.sqrt()
+        return torch.addmm(posterior.loc + spread, noise(posterior.cov_factor), posterior.cov_factor.mT)
+    if isinstance(posterior, dist.Independent) and isinstance(normal := posterior.base_dist, dist.Normal):
+        return torch.addcmul(normal.loc, noise(normal.loc), normal.scale)
     return posterior.rsample(torch.Size((size,)))
 
 

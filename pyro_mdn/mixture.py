@@ -238,7 +238,7 @@ class GaussianMixture(MixtureAlgebra):
         matrices = self.covariance.matrix().expand(*shape, self.dim, self.dim)
         for k in range(self.n_components):
             summed = FullCovariance.from_matrix(matrices + matrices[..., k, None, :, :])
-            crossed = self._new(self.logits, self.locs, summed).log_prob(self.locs[..., k, :])
+            crossed = self._with(self.locs, summed).log_prob(self.locs[..., k, :])
             lower = lower - weights[..., k] * crossed
         return lower, torch.minimum(components, gaussian) + constant
 

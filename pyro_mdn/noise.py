@@ -61,7 +61,7 @@ class _Learned(NoiseModel):
         _require_positive(self.min_scale, "min_scale")
 
     def _positive(self, raw: Tensor) -> Tensor:
-        return softplus(raw) + self.min_scale
+        return softplus(raw).add_(self.min_scale)
 
     def _unconstrained(self, scale: Tensor) -> Tensor:
         excess = (scale - self.min_scale).clamp(min=0.1 * self.min_scale)
