@@ -58,14 +58,14 @@ class PosteriorSamples:
     Attributes:
         samples: Draws by site, ``(num_chains, num_samples, *shape)``.
         log_joint: Log joint density of each draw and the data, ``(num_chains, num_samples)``, in float64.
-        divergences: Number of divergent steps after the warm-up, for each chain.
+        diverging: Whether the step to a draw diverged, ``(num_chains, num_samples)``.
         acceptance: Share of steps that moved, for each chain.
         seconds: Wall-clock time.
     """
 
     samples: Mapping[str, Tensor]
     log_joint: Tensor
-    divergences: list[int]
+    diverging: Tensor
     acceptance: list[float]
     seconds: float
 
@@ -77,6 +77,11 @@ class PosteriorSamples:
             group_by_chain: Keep the chains apart, ``(num_chains, num_samples, *shape)``.
         """
         return select_samples(dict(self.samples), num_samples, group_by_chain)
+
+    @property
+    def divergences(self) -> list[int]:
+        """Number of divergent steps after the warm-up, for each chain."""
+        return self.diverging.sum(-1).tolist()
 
     @property
     def r_hat(self) -> dict[str, Tensor]:
@@ -187,7 +192,7 @@ def fit_mcmc(
     posterior = PosteriorSamples(
         samples,
         log_joint,
-        divergences=[len(diagnostics["divergences"]) for diagnostics in found],
+        diverging=torch.stack([_marked(diagnostics["divergences"], num_samples) for diagnostics in found]),
         acceptance=[diagnostics["acceptance rate"] for diagnostics in found],
         seconds=time.perf_counter() - started,
     )
@@ -274,6 +279,11 @@ def _effective_sample_size(chains: Tensor) -> Tensor:
     total, size = chains.shape[0] * chains.shape[1], effective_sample_size(chains)
     most = total * math.log10(total)
     return torch.where((size > 0) & (size < most), size, most)
+
+
+def _marked(positions: list[int], size: int) -> Tensor:
+    """True at these positions."""
+    return torch.zeros(size, dtype=torch.bool).index_fill(0, torch.tensor(positions, dtype=torch.int64), True)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ so that a network can be trained on any of them (to first order: :func:`crps` ha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch.special import erf, log_ndtr
 from pyro_mdn.mixture import GaussianMixture
 
 __all__ = [
+    "Comparison",
     "Estimate",
+    "compare",
     "coverage",
     "crps",
     "dawid_sebastiani",
@@ -25,6 +28,7 @@ __all__ = [
     "interval_log_score",
     "interval_score",
     "log_score",
+    "observed_mean",
     "pinball",
     "pit",
 ]
@@ -37,9 +41,73 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
 
+def observed_mean(values: Tensor) -> Estimate:
+    """Mean over the rows of ``(N, ...)`` that are not NaN, and its standard error if they are independent.
+
+    Raises:
+        ValueError: If there is none in a column.
+    """
+    observed = ~values.isnan()
+    count = observed.sum(0)
+    if not bool((count > 0).all()):
+        raise ValueError("y: expected an observed entry in each column, got none in one")
+    mean = values.nanmean(0)
+    squares = (values - mean).square().masked_fill(~observed, 0.0).sum(0)
+    return Estimate(mean, (squares / (count - 1) / count).sqrt())
+
+
 def log_score(mixture: GaussianMixture, y: Tensor) -> Tensor:
     r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952)."""
     return -mixture.log_prob(y)
+
+
+class Comparison(NamedTuple):
+    """Mean log score of a prediction in nats, and how far it is behind the best one, with their standard errors."""
+
+    log_score: float
+    standard_error: float
+    behind: float
+    behind_standard_error: float
+
+
+@torch.no_grad()
+def compare(predictions: Mapping[str, GaussianMixture], y: Tensor) -> dict[str, Comparison]:
+    """Compare predictions of held-out targets by their log scores, row by row; the best comes first.
+
+    For single networks and small ensembles, where leave-one-out cross-validation by importance sampling has no
+    meaning; of rows that they were trained on, the scores say nothing.
+
+    Args:
+        predictions: Predictive distributions by name, ``batch_shape`` ``(N,)``, or ``(S, N)``, which are averaged.
+        y: Held-out targets ``(N, D)``. Entries that are NaN were not observed; rows without any do not count.
+
+    Raises:
+        ValueError: If there is no prediction, or if shapes do not agree.
+
+    References:
+        Diebold & Mariano (1995), Comparing predictive accuracy.
+
+    >>> from pyro_mdn import IsotropicCovariance
+    >>> def normal(scale):
+    ...     covariance = IsotropicCovariance(torch.full((4, 1), scale))
+    ...     return GaussianMixture(torch.zeros(4, 1), torch.zeros(4, 1, 1), covariance)
+    >>> result = compare({"wide": normal(2.0), "narrow": normal(1.0)}, torch.tensor([[0.5], [-0.5], [1.0], [-1.0]]))
+    >>> list(result), round(result["wide"].behind, 2)
+    (['narrow', 'wide'], 0.46)
+    """
+    if not predictions:
+        raise ValueError("predictions: expected one at least, got none")
+    losses = {}
+    for name, mixture in predictions.items():
+        pooled = mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
+        if y.ndim != 2 or pooled.batch_shape != y.shape[:1] or pooled.dim != y.shape[1]:
+            expected = f"batch shape ({', '.join(map(str, y.shape[:1]))},) or (S, N) for y of shape {tuple(y.shape)}"
+            raise ValueError(f"predictions[{name!r}]: expected {expected}, got {tuple(mixture.batch_shape)}")
+        losses[name] = log_score(pooled, y).double().masked_fill(y.isnan().all(-1), torch.nan)
+    order = sorted(losses, key=lambda name: observed_mean(losses[name]).value.item())
+    best = losses[order[0]]
+    numbers = {name: (*observed_mean(losses[name]), *observed_mean(losses[name] - best)) for name in order}
+    return {name: Comparison(*(number.item() for number in row)) for name, row in numbers.items()}
 
 
 def crps(mixture: GaussianMixture, y: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ ORDER = [
     "divergence",
     "scores",
     "uncertainty",
+    "calibration",
     "head",
     "serialization",
     "network",

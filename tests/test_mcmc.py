@@ -194,9 +194,10 @@ def test_features_are_computed_once():
 # Diagnostics
 
 
-def chains(values, divergences=(0, 0)):
+def chains(values):
     values = torch.as_tensor(values, dtype=torch.float64)
-    return PosteriorSamples({"w": values.unsqueeze(-1)}, values, list(divergences), [1.0] * len(values), 0.0)
+    never = torch.zeros_like(values, dtype=torch.bool)
+    return PosteriorSamples({"w": values.unsqueeze(-1)}, values, never, [1.0] * len(values), 0.0)
 
 
 def test_diagnostics_tell_chains_apart():

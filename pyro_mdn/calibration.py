@@ -1,0 +1,193 @@
+r"""Calibration: whether predictive distributions say how often what happens, and how sharp they are.
+
+Transforms :math:`u = F(y)` by the predictive distribution (:func:`pyro_mdn.scores.pit`) are uniform if it is right,
+and so are those by ``mixture.rosenblatt``, for all outputs jointly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import gammaln
+from scipy.stats import binom
+from torch import Tensor
+
+from pyro_mdn.checks import require_counts
+from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.scores import observed_mean
+
+__all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
+
+Array = NDArray[np.float64]
+
+_POINTS = np.linspace(0, 1, 101)[1:-1]
+_MANY = 5000  # from here on the pointwise level hardly depends on the size of the sample
+
+
+class CoverageTable(NamedTuple):
+    """Intervals of several probabilities: calibration, and sharpness.
+
+    Attributes:
+        mass: Nominal probabilities, ``(M,)``.
+        coverage: Share of the observed targets inside, ``(M, D)``.
+        standard_error: Its standard error, if the rows are independent, ``(M, D)``.
+        width: Mean width of the intervals in the units of y, ``(M, D)``.
+    """
+
+    mass: Tensor
+    coverage: Tensor
+    standard_error: Tensor
+    width: Tensor
+
+
+@torch.no_grad()
+def coverage_table(
+    mixture: GaussianMixture,
+    y: Tensor,
+    masses: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
+    *,
+    kind: Literal["central", "shortest"] = "central",
+) -> CoverageTable:
+    """Coverage and width of predictive intervals; targets that are NaN do not count.
+
+    Args:
+        mixture: Predictive distributions, ``batch_shape`` ``(N,)``.
+        y: What was observed, ``(N, D)``.
+        masses: Probabilities of the intervals, in (0, 1).
+        kind: As for ``mixture.interval``.
+
+    Raises:
+        ValueError: If shapes do not agree, a probability is not in (0, 1), or an output has no observed target.
+
+    References:
+        Gneiting, Balabdaoui & Raftery (2007), Probabilistic forecasts, calibration and sharpness.
+
+    >>> from pyro_mdn import DiagonalCovariance
+    >>> normal = GaussianMixture(torch.zeros(1, 1), torch.zeros(1, 1, 1), DiagonalCovariance(torch.ones(1, 1, 1)))
+    >>> table = coverage_table(normal.expand((3,)), torch.tensor([[0.0], [1.0], [2.0]]), [0.9])
+    >>> table.coverage, table.width
+    (tensor([[0.6667]]), tensor([[3.2897]]))
+    """
+    if not len(masses):
+        raise ValueError("masses: expected one probability at least, got none")
+    _check_rows(mixture, y)
+    rows = []
+    for mass in masses:
+        lower, upper = mixture.interval(mass, kind=kind)
+        inside = ((lower <= y) & (y <= upper)).to(lower).masked_fill(y.isnan(), torch.nan)
+        rows.append((*observed_mean(inside), (upper - lower).mean(0)))
+    coverage, error, width = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    return CoverageTable(torch.as_tensor(masses).to(coverage), coverage, error, width)
+
+
+def ecdf_band(size: int, points: ArrayLike | None = None, level: float = 0.95) -> tuple[Array, Array]:
+    r"""Simultaneous band of the empirical distribution function of a uniform sample: lower and upper, ``(P,)`` each.
+
+    .. math:: P\left(l_i \le \hat F_N(z_i) \le u_i \text{ for all } i\right) \ge \text{level}
+
+    Equal-tailed binomial intervals at all points, of one pointwise level, which is found from the exact probability
+    that a sample stays inside: counts at increasing points are a Markov chain. Beyond 5000 the level is that of 5000.
+
+    Args:
+        size: Size of the sample N.
+        points: Points :math:`z_i` in (0, 1), increasing; by default 0.01, 0.02, ..., 0.99.
+        level: Probability that the whole function stays inside.
+
+    Raises:
+        ValueError: If the size is not positive, or points or level are not in (0, 1).
+
+    References:
+        Säilynoja, Bürkner & Vehtari (2022), Graphical test for discrete uniformity and its applications in
+        goodness-of-fit evaluation and multiple sample comparison.
+
+    >>> lower, upper = ecdf_band(100, [0.5])
+    >>> lower.tolist(), upper.tolist()
+    ([0.4], [0.6])
+    """
+    require_counts(size=size)
+    z = _check_points(points)
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a probability in (0, 1), got {level!r}")
+    tail = _tail(min(int(size), _MANY), tuple(z.tolist()), float(level))
+    lower = binom.ppf(tail, size, z)
+    return lower / size, (size - binom.ppf(tail, size, 1 - z)) / size
+
+
+def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
+    r"""P-value of the test that transforms are independent and uniform.
+
+    The statistic is the smallest of the pointwise binomial tail probabilities of their empirical distribution
+    function; its distribution is exact up to 5000 of them, and then that of 5000. Below 1 − level, the function
+    leaves the band of :func:`ecdf_band`.
+
+    Args:
+        pit: Numbers in [0, 1], of any shape; NaN are left out. For several outputs, those of ``mixture.rosenblatt``
+            are independent; those of :func:`pyro_mdn.scores.pit` are not, and belong into a test for each output.
+        points: Where the function is looked at, as for :func:`ecdf_band`.
+
+    Raises:
+        ValueError: If there is no number, or one outside [0, 1].
+
+    References:
+        Säilynoja, Bürkner & Vehtari (2022), Graphical test for discrete uniformity and its applications in
+        goodness-of-fit evaluation and multiple sample comparison.
+
+    >>> uniformity_p_value(torch.linspace(0, 1, 200)) > 0.99, uniformity_p_value(torch.linspace(0, 0.8, 200)) < 1e-6
+    (True, True)
+    """
+    u = torch.as_tensor(pit).detach().cpu().double().flatten().numpy()
+    u = u[~np.isnan(u)]
+    if not len(u) or not ((u >= 0) & (u <= 1)).all():
+        raise ValueError(f"pit: expected numbers in [0, 1], one at least, got {len(u)} with some outside")
+    z = _check_points(points)
+    counts = (u[:, None] <= z).sum(0)
+    tail = np.minimum(binom.cdf(counts, len(u), z), binom.sf(counts - 1, len(u), z)).min()
+    # What is as extreme as this lies outside.
+    return float(np.clip(1 - _inside(min(len(u), _MANY), z, tail * (1 + 1e-9)), 0.0, 1.0))
+
+
+@lru_cache(maxsize=64)
+def _tail(size: int, points: tuple[float, ...], level: float) -> float:
+    """Largest probability of each pointwise tail so that a sample stays inside everywhere with this probability."""
+    z, low, high = np.asarray(points), 0.0, (1 - level) / 2
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _inside(size, z, middle) >= level else (low, middle)
+    return low
+
+
+def _inside(size: int, points: Array, tail: float) -> float:
+    """Probability that counts of a uniform sample have no tail smaller than this at any point."""
+    first = binom.ppf(tail, size, points).astype(int)
+    last = size - binom.ppf(tail, size, 1 - points).astype(int)
+    if (first > last).any():
+        return 0.0
+    log_factorial = gammaln(np.arange(size + 2) + 1.0)
+    counts, weights, before = np.zeros(1, dtype=int), np.ones(1), 0.0
+    for point, lower, upper in zip(points, first, last, strict=True):
+        reached = np.arange(lower, upper + 1)
+        share, left, new = (point - before) / (1 - before), size - counts, reached - counts[:, None]
+        stay = size - reached
+        log_step = log_factorial[left][:, None] - log_factorial[np.maximum(new, 0)] - log_factorial[stay]
+        log_step += new * np.log(share) + stay * np.log1p(-share)
+        weights = weights @ np.where(new < 0, 0.0, np.exp(np.minimum(log_step, 0.0)))
+        counts, before = reached, point
+    return float(weights.sum())
+
+
+def _check_points(points: ArrayLike | None) -> Array:
+    z = _POINTS if points is None else np.asarray(points, dtype=np.float64)
+    if z.ndim != 1 or not len(z) or not ((z > 0) & (z < 1)).all() or (np.diff(z) <= 0).any():
+        raise ValueError(f"points: expected increasing numbers in (0, 1), got {points!r}")
+    return z
+
+
+def _check_rows(mixture: GaussianMixture, y: Tensor) -> None:
+    if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
+        expected = "a mixture of batch shape (N,) and y of shape (N, D)"
+        raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
