@@ -7,6 +7,7 @@ from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovaria
 from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.head import MixtureHead
+from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.laplace import laplace
 from pyro_mdn.loop import FitResult
 from pyro_mdn.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
@@ -51,5 +52,6 @@ __all__ = [
     "posterior_predictive",
     "scores",
     "starting_weights",
+    "to_inference_data",
     "uncertainty",
 ]

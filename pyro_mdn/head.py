@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -207,6 +206,8 @@ def _filled(y: Tensor) -> Tensor:
 
 def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Tensor, Tensor, Tensor]:
     """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``."""
+    from scipy.cluster.vq import kmeans2  # it takes longer to import than all of this package
+
     rows = y[torch.randperm(len(y))[:max_rows]]
     distinct = rows.unique(dim=0)
     if len(distinct) <= n_components:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 from tqdm.auto import tqdm
@@ -87,6 +86,8 @@ def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool) -> tuple[T
 
 def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
     """Weights of the highest density that L-BFGS meets."""
+    from scipy.optimize import minimize  # it takes longer to import than all of this package
+
     best = joint.flatten(joint.start)
     if max_iter == 0:
         return best

@@ -1,0 +1,446 @@
+"""What goes to ArviZ, of either generation, against the mixtures themselves and closed forms; what ArviZ makes of it."""
+
+import builtins
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import linear_regression
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import AutoNormal
+from scipy import stats
+from torch.testing import assert_close
+
+from pyro_mdn import (
+    DeepEnsemble,
+    Diagonal,
+    MixtureDensityNetwork,
+    PosteriorSamples,
+    bayesianize,
+    laplace,
+    posterior_predictive,
+    scores,
+    to_inference_data,
+)
+from pyro_mdn.calibration import uniformity_p_value
+from pyro_mdn.inference_data import compare, loo, loo_pit
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import arviz as az
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+OLD = not az.__version__.startswith("1.")
+FILE = Path(__file__).parent / "data" / "arviz_0_23.nc"
+ROWS = 30
+
+
+def make(dim_out=2, *, latent=False):
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(2, dim_out, 3, hidden_dim=6, noise=Diagonal()).double()
+    x = torch.randn(ROWS, 2, dtype=torch.float64)
+    y = 3 + 2 * torch.randn(ROWS, dim_out, dtype=torch.float64)
+    network.initialize_(x, y)
+    return (bayesianize(network, layers="head") if latent else network), x, y
+
+
+def chains(network, count=2, size=40):
+    """Draws around the starting weights that stand for those of a sampler."""
+    guide = AutoNormal(network.model, init_scale=0.1)
+    guide(torch.zeros(1, 2).double(), torch.zeros(1, network.head.dim_out).double())
+    names = ["head.linear.bias", "head.linear.weight"]
+    samples = {
+        name: torch.stack([guide()[name].detach() for _ in range(count * size)]).reshape(count, size, *shape)
+        for name, shape in zip(names, [(15,), (15, 6)], strict=True)
+    }
+    diverging = torch.zeros(count, size, dtype=torch.bool)
+    diverging[1, 3] = True
+    log_joint = torch.arange(float(count * size)).reshape(count, size)
+    return PosteriorSamples(samples, log_joint, diverging, [0.9] * count, 1.0)
+
+
+def values(data, group, name):
+    return torch.as_tensor(np.asarray(data[group][name]))
+
+
+# Groups
+
+
+def test_point_network():
+    network, x, y = make()
+    data = to_inference_data(network, y, x, num_samples=200, seed=0)
+    mixture = network(x)
+    assert dict(data["posterior_predictive"].sizes) == {"chain": 1, "draw": 200, "obs_id": ROWS}
+    assert_close(values(data, "log_likelihood", "joint")[0, 0], mixture.log_prob(y).detach())
+    for i, name in enumerate(["y0", "y1"]):
+        assert_close(values(data, "log_likelihood", name)[0, 0], mixture.marginal(i).log_prob(y[:, [i]]).detach())
+        assert_close(values(data, "observed_data", name), y[:, i])
+        drawn = values(data, "posterior_predictive", name)[0]
+        error = (drawn.mean(0) - mixture.mean[:, i]).detach() / (mixture.stddev[:, i].detach() / 200**0.5)
+        assert error.abs().max() < 5
+    assert_close(values(data, "posterior", "mean")[0, 0], mixture.mean.detach())
+    assert_close(values(data, "constant_data", "x"), x)
+    assert data.attrs["inference_method"] == "point estimate"
+    assert data.attrs["y_shift"] == pytest.approx(network.head.shift.tolist())
+    assert {"torch_version", "pyro_version", "arviz_version", "inference_library_version"} <= set(data.attrs)
+
+
+def test_draws_of_the_weights_stay_draws():
+    network, x, y = make(1, latent=True)
+    posterior = AutoNormal(network.model)
+    torch.manual_seed(0)
+    mixture = posterior_predictive(network, posterior, x, 70)
+    data = to_inference_data(mixture, y, x, method="SVI")
+    assert dict(data["posterior_predictive"]["y"].sizes) == {"chain": 1, "draw": 70, "obs_id": ROWS}
+    assert_close(values(data, "log_likelihood", "y")[0], mixture.log_prob(y))
+    assert list(data["log_likelihood"].data_vars) == ["y"]
+    assert data.attrs["inference_method"] == "SVI"
+    made = to_inference_data(network, y, x, posterior=posterior, num_samples=60)
+    assert made.attrs["inference_method"] == "SVI with AutoNormal"
+    assert made["log_likelihood"].sizes["draw"] == 60
+
+
+def test_chains_stay_chains():
+    network, x, y = make(latent=True)
+    posterior = chains(network)
+    data = to_inference_data(network, y, x, posterior=posterior)
+    mixture = posterior_predictive(network, posterior, x)
+    assert data["posterior"].sizes["chain"] == 2
+    assert_close(values(data, "log_likelihood", "joint").flatten(0, 1), mixture.log_prob(y))
+    assert_close(values(data, "posterior", "head.linear.bias"), posterior.samples["head.linear.bias"])
+    assert_close(values(data, "sample_stats", "lp"), posterior.log_joint)
+    assert values(data, "sample_stats", "diverging").nonzero().tolist() == [[1, 3]]
+    summary = az.summary(data, var_names=["head.linear.bias"])
+    assert len(summary) == 15
+    rhat = az.rhat(data, var_names=["head.linear.bias"], method="split")
+    expected = posterior.r_hat["head.linear.bias"]
+    rhat = rhat if OLD else rhat["posterior"] if "posterior" in rhat else rhat
+    assert np.allclose(np.asarray(rhat["head.linear.bias"]), expected, atol=1e-6)
+    assert "head.linear.bias" not in to_inference_data(network, y, x, posterior=posterior, sites=False)["posterior"]
+
+
+def test_chains_of_pyro():
+    network, x, y = make(1)
+    bayesianize(network, layers="head.linear.bias")
+    mcmc = MCMC(NUTS(network.model, max_tree_depth=2), num_samples=5, warmup_steps=2, disable_progbar=True)
+    mcmc.run(x, y)
+    data = to_inference_data(network, y, x, posterior=mcmc)
+    assert data["sample_stats"]["diverging"].shape == (1, 5)
+    assert data.attrs["inference_method"] == "MCMC"
+
+
+def test_ensemble_is_pooled():
+    network, x, y = make(1)
+    ensemble = DeepEnsemble(network, 3)
+    data = to_inference_data(ensemble, y, x, num_samples=500, seed=0)
+    assert data.attrs["inference_method"] == "ensemble"
+    assert data["log_likelihood"].sizes["draw"] == 3
+    drawn, pooled = values(data, "posterior_predictive", "y")[0], ensemble(x)
+    assert drawn.shape == (500, ROWS)
+    assert uniformity_p_value(torch.stack([pooled.cdf(d[:, None]) for d in drawn[:20]]).detach()) > 0.001
+
+
+def test_quantities():
+    network, x, y = make()
+    names = ["mean", "stddev", "weights", "locs", "scales", "entropy_bounds"]
+    data = to_inference_data(network, y, x, quantities=names)
+    mixture = network(x)
+    expected = {
+        "stddev": mixture.stddev,
+        "weights": mixture.logits.exp(),
+        "locs": mixture.locs,
+        "scales": mixture.covariance.variance().sqrt(),
+        "entropy_bounds": torch.stack(mixture.entropy_bounds(), -1),
+    }
+    for name, value in expected.items():
+        assert_close(values(data, "posterior", name)[0, 0], value.detach())
+    assert data["posterior"]["locs"].dims == ("chain", "draw", "obs_id", "component", "output")
+    assert data["posterior"]["entropy_bounds"].coords["bound"].values.tolist() == ["lower", "upper"]
+
+
+def test_prior_and_new_inputs():
+    network, x, y = make()
+    drawn = torch.randn(7, ROWS, 2)
+    data = to_inference_data(network, y, x, prior=drawn, predictions=x[:4], num_samples=50)
+    assert_close(values(data, "prior_predictive", "y1")[0], drawn[..., 1])
+    assert dict(data["predictions"]["y0"].sizes) == {"chain": 1, "draw": 50, "obs_id": 4}
+    assert_close(values(data, "predictions_constant_data", "x"), x[:4])
+    mixture = network(x)
+    data = to_inference_data(mixture, y, prior=mixture.expand((5, ROWS)), predictions=(network(x[:3]), x[:3]))
+    assert data["prior_predictive"].sizes["draw"] == 5
+    assert data["predictions"].sizes["obs_id"] == data["predictions_constant_data"].sizes["obs_id"] == 3
+    latent, x, y = make(latent=True)
+    data = to_inference_data(latent, y, x, posterior=chains(latent), predictions=x[:4])
+    assert dict(data["predictions"]["y0"].sizes) == {"chain": 2, "draw": 40, "obs_id": 4}
+
+
+# Names
+
+
+def test_names_come_from_pandas():
+    network, x, y = make()
+    index = pd.date_range("2020-01-01", periods=ROWS)
+    x, y = pd.DataFrame(x, index, ["age", "height"]), pd.DataFrame(y, index, ["left", "right"])
+    data = to_inference_data(network, y, x, predictions=x[:2])
+    assert list(data["observed_data"].data_vars) == ["left", "right"]
+    assert set(data["log_likelihood"].data_vars) == {"joint", "left", "right"}
+    assert data["constant_data"].coords["input"].values.tolist() == ["age", "height"]
+    assert (data["observed_data"].coords["obs_id"].values == index.values).all()
+    assert (data["predictions"].coords["obs_id"].values == index.values[:2]).all()
+    assert data["posterior"].coords["output"].values.tolist() == ["left", "right"]
+    one, x1, y1 = make(1)
+    series = pd.Series(y1.flatten(), name="height")
+    assert list(to_inference_data(one, series, x1)["observed_data"].data_vars) == ["height"]
+
+
+def test_names_can_be_given():
+    network, x, y = make()
+    coords = {"obs_id": [f"row {i}" for i in range(ROWS)], "input": ["a", "b"]}
+    data = to_inference_data(network, y.numpy(), x.numpy(), output_names=["u", "v"], coords=coords)
+    assert data["observed_data"]["u"].coords["obs_id"].values[3] == "row 3"
+    assert data["constant_data"].coords["input"].values.tolist() == ["a", "b"]
+
+
+# Missing targets
+
+
+def test_missing_targets_stay_out():
+    network, x, y = make()
+    y[3, 0] = torch.nan
+    y[5] = torch.nan
+    data = to_inference_data(network, y, x, prior=torch.randn(4, ROWS, 2))
+    for group in ("observed_data", "posterior_predictive", "log_likelihood", "prior_predictive"):
+        assert data[group]["y0"].dims[-1] == "obs_id_y0"
+        assert data[group]["y0"].sizes["obs_id_y0"] == ROWS - 2
+        assert not np.isnan(data[group]["y0"]).any()
+    joint = data["log_likelihood"]["joint"]
+    assert 3 in joint.coords["obs_id_joint"]
+    assert 5 not in joint.coords["obs_id_joint"]
+    expected = network(x).log_prob(y).detach()
+    assert_close(values(data, "log_likelihood", "joint")[0, 0], torch.cat([expected[:5], expected[6:]]))
+
+
+# Files
+
+
+def test_files_keep_all(tmp_path):
+    network, x, y = make(latent=True)
+    data = to_inference_data(network, y, x, posterior=chains(network), seed=0)
+    data.to_netcdf(str(tmp_path / "a.nc"))
+    back = az.from_netcdf(str(tmp_path / "a.nc"))
+    for group in ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data"):
+        for name in data[group].data_vars:
+            assert np.array_equal(data[group][name], back[group][name])
+    assert back.attrs["inference_method"] == "MCMC"
+    assert np.allclose(back.attrs["x_scale"], network.x_scale)
+
+
+def test_files_of_arviz_0_load():
+    """Written by ``python tests/test_inference_data.py`` on ArviZ 0.23.4."""
+    data = az.from_netcdf(str(FILE))
+    assert data.attrs["arviz_version"].startswith("0.23")
+    assert dict(data["posterior"]["head.linear.bias"].sizes) == {"chain": 2, "draw": 26, "head.linear.bias_dim_0": 15}
+    mixture, y, _ = written()
+    assert_close(values(data, "log_likelihood", "joint").flatten(0, 1), mixture.log_prob(y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.isfinite(float(loo(data).elpd_loo if OLD else loo(data).elpd))
+
+
+def written():
+    network, x, y = make(latent=True)
+    torch.manual_seed(3)
+    return posterior_predictive(network, chains(network, size=26), x), y, x
+
+
+# Leave-one-out
+
+
+def exact():
+    """Draws from an exact posterior, and log-density and transform of each target given the others in closed form."""
+    network, x, y, mean, covariance = linear_regression()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, len(mean), generator=generator, dtype=torch.float64)
+    flat = mean + noise @ torch.linalg.cholesky(covariance).T
+    draws = {"head.linear.bias": flat[:, :2], "head.linear.weight": flat[:, 2:].reshape(-1, 2, 3)}
+    features = torch.cat([torch.ones(len(x), 1), (x - network.x_shift) / network.x_scale], -1)
+    rows = [1, 5, 6, 7]  # intercept and slopes of the mean
+    unit = network.head.scale
+    leverage = unit**2 * (features @ covariance[rows][:, rows] * features).sum(-1) / 0.3**2
+    residual = (y - network.head.shift).squeeze(-1) - unit * features @ mean[rows]
+    left_out = stats.norm(0, 0.3 / (1 - leverage).sqrt().numpy())
+    scaled = (residual / (1 - leverage)).numpy()
+    return posterior_predictive(network, draws, x), y, left_out.logpdf(scaled), left_out.cdf(scaled)
+
+
+def test_leave_one_out_is_that_of_the_closed_form():
+    mixture, y, log_density, _ = exact()
+    result = loo(to_inference_data(mixture, y))
+    assert float(result.elpd_loo if OLD else result.elpd) == pytest.approx(log_density.sum(), abs=0.1)
+    assert np.allclose(np.asarray(result.loo_i if OLD else result.elpd_i), log_density, atol=0.05)
+
+
+def test_leave_one_out_transforms_are_those_of_the_closed_form():
+    mixture, y, _, transforms = exact()
+    result = loo_pit(mixture, y)
+    assert result.pareto_k.max() < 0.7
+    assert np.allclose(result.pit.flatten(), transforms, atol=0.01)
+    seen = scores.pit(mixture.pool(0), y).flatten().numpy()
+    assert abs(seen - transforms).max() > 0.02  # of a row that was seen they are closer to the middle
+
+
+def fitted(x, y, n_components, seed):
+    from pyro_mdn import fit
+
+    torch.manual_seed(seed)
+    network = MixtureDensityNetwork(1, 1, n_components, hidden_dim=8).double()
+    fit(network, x, y, max_epochs=150, validation=0.2, seed=seed, progress=False)
+    bayesianize(network, layers="head")
+    guide = laplace(network, x, y, progress=False)
+    torch.manual_seed(seed)
+    return to_inference_data(network, y, x, posterior=guide, num_samples=500, seed=seed)
+
+
+@pytest.mark.slow
+def test_comparison_finds_the_number_of_components():
+    found = 0
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        x = 2 * torch.rand(300, 1, generator=generator, dtype=torch.float64) - 1
+        side = torch.where(torch.rand(300, 1, generator=generator) < 0.4, -1.0, 1.0)
+        y = x + 1.5 * side + 0.5 * torch.randn(300, 1, generator=generator, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto")
+            models = {str(k): fitted(x, y, k, seed) for k in (1, 2, 5)}
+            table = compare(models)
+            pair = compare({k: models[k] for k in ("2", "5")})
+        order = list(table.index)
+        found += order.index("2") < order.index("1")
+        best = pair.index[0]
+        behind, error = ("elpd_diff", "dse")
+        assert best == "2" or pair.loc["2", behind] <= 2 * pair.loc["2", error]
+    assert found >= 9
+
+
+# Figures of ArviZ
+
+
+@pytest.mark.parametrize("dim_out", [1, 2])
+def test_figures_of_arviz(dim_out):
+    network, x, y = make(dim_out, latent=True)
+    guide = AutoNormal(network.model, init_scale=0.02)
+    data = to_inference_data(network, y, x, posterior=guide, num_samples=200, seed=0)
+    other = to_inference_data(network, y, x, posterior=guide, num_samples=200, seed=1)
+    name = "y" if dim_out == 1 else "y1"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result, table = loo(data), compare({"one": data, "other": other})
+        if OLD:
+            shown = [
+                az.plot_ppc(data, num_pp_samples=20),
+                az.plot_loo_pit(data, y=name),
+                az.plot_compare(table),
+                az.plot_khat(result),
+            ]
+        else:
+            shown = [
+                az.plot_ppc_dist(data),
+                az.plot_loo_pit(data, var_names=[name]),
+                az.plot_compare(table),
+                az.plot_khat(result),
+            ]
+    assert all(figure is not None for figure in shown)
+    assert all(any(axes.has_data() for axes in plt.figure(number).axes) for number in plt.get_fignums())
+    assert len(plt.get_fignums()) >= 4
+    plt.close("all")
+
+
+# Refusals
+
+
+def test_leave_one_out_needs_a_posterior():
+    network, x, y = make(1)
+    for predictive in (network, DeepEnsemble(network, 3), network(x).expand((20, ROWS))):
+        data = to_inference_data(predictive, y, x, num_samples=10)
+        for call in (lambda data=data: loo(data), lambda data=data: compare({"a": data, "b": data})):
+            with pytest.raises(
+                ValueError, match=r"leave-one-out: expected at least 50 draws .* pyro_mdn\.scores\.compare"
+            ):
+                call()
+    with pytest.raises(ValueError, match="leave-one-out: expected at least 50 draws"):
+        loo_pit(network(x).expand((20, ROWS)), y)
+    draws = network(x).expand((60, ROWS))
+    one, other = to_inference_data(draws, y), to_inference_data(draws, y + 1)
+    with pytest.raises(ValueError, match="models: expected the same targets"):
+        compare({"a": one, "b": other})
+    with pytest.raises(ValueError, match="models: expected two"):
+        compare({"a": one})
+
+
+def test_bad_input():
+    network, x, y = make()
+    latent = make(latent=True)[0]
+    mixture = network(x)
+    posterior = chains(latent)
+    for arguments, settings, message in [
+        ((network, y[:5], x), {}, "y: expected shape"),
+        ((network, y[:, :1], x), {}, "y: expected shape"),
+        ((network, y), {}, "x: expected the inputs"),
+        ((mixture, y, x[:4]), {}, "x: expected 30 rows, got 4"),
+        ((mixture.expand((2, 3, ROWS)), y), {}, "predictive: expected mixtures of batch shape"),
+        (("network", y, x), {}, "predictive: expected a GaussianMixture, a network or an ensemble"),
+        ((latent, y, x), {}, "posterior: expected one for a network with latent weights"),
+        ((mixture.expand((3, ROWS)), y), {"posterior": posterior}, "posterior: expected 3 draws"),
+        ((mixture, y), {"posterior": 3}, "posterior: expected a guide"),
+        ((mixture, y), {"output_names": ["a"]}, "output_names: expected 2"),
+        ((mixture, y), {"output_names": ["a", "a"]}, "output_names: expected 2 that differ"),
+        ((mixture, y), {"output_names": ["a", "joint"]}, "output_names: expected 2 .* none of them 'joint'"),
+        ((mixture, y), {"quantities": ["mode"]}, "quantities: expected some of"),
+        ((mixture, y), {"coords": {"obs_id": [1, 2]}}, "coords: expected 30 labels of 'obs_id', got 2"),
+        ((mixture, y, x), {"coords": {"input": ["a"]}}, "coords: expected 2 labels of 'input', got 1"),
+        ((mixture, y), {"coords": {"rows": [1]}}, "coords: expected labels of some of"),
+        ((mixture, y), {"num_samples": 0}, "num_samples: expected a positive integer"),
+        ((mixture, y), {"prior": torch.zeros(3, 4, 2)}, "prior: expected draws of y"),
+        ((mixture, y), {"predictions": x}, "predictions: expected a GaussianMixture"),
+        ((mixture, y), {"predictions": mixture.marginal(0)}, "predictions: expected mixtures"),
+        ((mixture, [["a", "b"]] * ROWS), {}, "y: expected numbers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            to_inference_data(*arguments, **settings)
+
+
+def test_without_arviz(monkeypatch):
+    network, x, y = make()
+    real = builtins.__import__
+
+    def refuse(name, *arguments, **settings):
+        if name == "arviz":
+            raise ImportError(name)
+        return real(name, *arguments, **settings)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'pyro-mdn\[arviz\]'"):
+        to_inference_data(network, y, x)
+
+
+def test_nothing_global_changes():
+    network, x, y = make()
+    state, mode = torch.get_rng_state(), network.training
+    first = to_inference_data(network, y, x, num_samples=5, seed=1)
+    assert (torch.get_rng_state() == state).all()
+    assert network.training == mode
+    second = to_inference_data(network, y, x, num_samples=5, seed=1)
+    assert np.array_equal(first["posterior_predictive"]["y0"], second["posterior_predictive"]["y0"])
+
+
+if __name__ == "__main__":
+    mixture, y, x = written()
+    network = make(latent=True)[0]
+    torch.manual_seed(3)
+    to_inference_data(mixture, y, x, posterior=chains(network, size=26), seed=0).to_netcdf(str(FILE))
