@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroSample
+from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -185,6 +186,7 @@ def draw_weights(
 ) -> dict[str, Tensor]:
     """Draws of the latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
     network.check_inputs(x)
+    store = pyro.get_param_store().get_state()
     with isolated():
         if not network.latent:
             raise ValueError("network: expected latent weights, got none: see bayesianize")
@@ -194,7 +196,9 @@ def draw_weights(
         if callable(posterior) and not isinstance(posterior, MCMC):
             if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
                 posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
-            draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
+            # What is no PyroModule has its parameters in the store, where SVI put them.
+            with pyro.get_param_store().scope(None if isinstance(posterior, PyroModule) else store):
+                draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
             _require_alike("guide", expected, draws)
             return draws
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior

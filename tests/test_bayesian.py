@@ -364,6 +364,24 @@ def test_guides_of_ones_own():
     assert draws.std(1).max() < 0.05
 
 
+def test_guides_with_parameters_in_the_store():
+    network, (x, y) = bayesianize(make(), layers="head.linear.bias"), data()
+
+    def guide(x, y=None):
+        loc = pyro.param("loc", torch.zeros(9, dtype=torch.float64))
+        pyro.sample("head.linear.bias", dist.Normal(loc, 1e-6).to_event(1))
+
+    svi = SVI(network.model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(5):
+        svi.step(x, y)
+    learned = pyro.param("loc").detach().clone()
+    assert learned.abs().max() > 0.1
+    before = list(pyro.get_param_store())
+    draws = draw_weights(network, guide, x, 3)["head.linear.bias"]
+    assert_close(draws, learned.expand(3, -1), rtol=0, atol=1e-4)
+    assert list(pyro.get_param_store()) == before
+
+
 def test_hierarchical_priors():
     network = bayesianize(make(), layers="head")
     network.width = pyro.nn.PyroSample(dist.HalfNormal(torch.ones((), dtype=torch.float64)))
