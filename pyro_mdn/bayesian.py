@@ -190,7 +190,8 @@ def draw_weights(
     with isolated():
         if not network.latent:
             raise ValueError("network: expected latent weights, got none: see bayesianize")
-        row, x = x.new_zeros(1, *network.input_shape), x.reshape(-1, *network.input_shape)
+        x = x if x.ndim > len(network.input_shape) else x.unsqueeze(0)
+        row = x.new_zeros(1, *x.shape[1:])
         expected = _latent_values(network.model, row)
         predicted = expected.pop("y")
         if callable(posterior) and not isinstance(posterior, MCMC):

@@ -395,6 +395,26 @@ def test_hierarchical_priors():
     assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        _, _, _ = x.shape  # of sequences alone
+        return self.layer(x, x, x)[0]
+
+
+def test_backbones_of_sequences_alone():
+    network = bayesianize(MixtureDensityNetwork(6, 1, 2, 6, backbone=Attending()).double())
+    x, y = torch.randn(4, 3, 6).double(), torch.randn(4, 3, 1).double()
+    guide = AutoNormal(network.model)
+    draws = draw_weights(network, guide, x, 2)
+    mixture = posterior_predictive(network, draws, x)
+    assert_close(mixture.log_prob(y).sum(-1), one_after_another(network, draws, x, y))
+    assert posterior_predictive(network, guide, x[:0], 2).batch_shape == (2, 0, 3)
+
+
 def test_no_rows():
     network = bayesianize(make())
     mixture = posterior_predictive(network, AutoNormal(network.model), data()[0][:0], 3)
