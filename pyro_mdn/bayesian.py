@@ -110,8 +110,12 @@ def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
 
     ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides.
     """
-    suffix = "_start"
-    return {name.removesuffix(suffix): value for name, value in network.named_buffers() if name.endswith(suffix)}
+    values = {}
+    for path, part in network.named_modules():
+        for leaf in getattr(part, "_pyro_samples", ()):  # a backbone may have buffers of such names of its own
+            if (value := part._buffers.get(f"{leaf}_start")) is not None:
+                values[f"{path}.{leaf}"] = value
+    return values
 
 
 def posterior_predictive(

@@ -157,6 +157,15 @@ def test_starting_weights_are_those_that_were_learned():
     assert_close(posterior_predictive(network, draws, x).log_prob(y)[0], expected)
 
 
+def test_starting_weights_are_no_other_buffers():
+    network = make("conv")
+    network.backbone.register_buffer("cold_start", torch.zeros(2).double())
+    bayesianize(network, layers="backbone.layers.0")
+    assert starting_weights(network).keys() == {"backbone.layers.0.weight", "backbone.layers.0.bias"}
+    x, y = data()
+    assert posterior_predictive(network, approximated(network, x, y), x, 2, linearize=True).batch_shape == (2, 7)
+
+
 def test_initialize_sets_the_start():
     network = bayesianize(make(n_components=1))
     x, y = data(rows=200)
