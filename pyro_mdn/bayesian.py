@@ -174,7 +174,8 @@ def posterior_predictive(
         raise _no_median(posterior)
     if isinstance(posterior, DeepEnsemble):
         _require_samples(num_samples, posterior.size)
-        return posterior.members(x, _spread(posterior.size, num_samples))
+        with evaluating(posterior):
+            return posterior.members(x, _spread(posterior.size, num_samples))
     with evaluating(network):
         draws = draw_weights(network, posterior, x, num_samples)
         if linearize is None and isinstance(posterior, LaplaceGuide) and not all(n.startswith("head.") for n in draws):

@@ -553,6 +553,15 @@ def test_ensembles_and_their_members():
         posterior_predictive(ensemble.stacked, ensemble, x, 5)
 
 
+def test_ensembles_are_evaluated_without_dropout():
+    backbone = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    ensemble = DeepEnsemble(MixtureDensityNetwork(6, 1, 2, 4, backbone=backbone).double(), 2)
+    x, _ = data()
+    mixture = posterior_predictive(ensemble.stacked, ensemble, x)
+    assert ensemble.training
+    assert_close(mixture.locs, ensemble.eval().members(x).locs)
+
+
 def test_modes_and_validation_stay_as_they_were():
     network = bayesianize(make()).train()
     validates = torch.distributions.Distribution._validate_args
