@@ -188,6 +188,7 @@ class _Raw(nn.Module):
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
     """Copy of a network with fresh weights, but for frozen ones; the head keeps its start."""
     network = copy.deepcopy(network)
+    frozen = [(p, p.detach().clone()) for p in network.parameters() if not p.requires_grad]
     for name, part in network.named_modules():
         own = list(part.parameters(recurse=False))
         if part is network.head or not any(p.requires_grad for p in own):
@@ -200,6 +201,9 @@ def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
             )
         reset()
     network.head.reset_parameters()
+    with torch.no_grad():
+        for parameter, value in frozen:  # a layer may have some of both
+            parameter.copy_(value)
     return network
 
 

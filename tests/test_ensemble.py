@@ -141,6 +141,16 @@ def test_frozen_parameters_are_kept():
     assert_close(ensemble.stacked.backbone[0].weight, network.backbone[0].weight.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("name", ["backbone.0.bias", "head.linear.weight"])
+def test_single_frozen_parameters_are_kept(name):
+    network = make()
+    network.get_parameter(name).requires_grad_(False)
+    for key, parameter in DeepEnsemble(network, 2).stacked.named_parameters():
+        if key != "head.linear.bias":
+            assert torch.equal(parameter[0], parameter[1]) == (key == name), key
+            assert torch.equal(parameter[0], network.get_parameter(key)) == (key == name), key
+
+
 def test_served_by_a_smaller_mixture():
     x, y = data()
     ensemble = DeepEnsemble(make(), 5)
