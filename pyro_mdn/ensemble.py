@@ -39,8 +39,8 @@ class DeepEnsemble(nn.Module):
         stacked: Network whose tensors have a leading axis of members; not to be called.
 
     Raises:
-        ValueError: If the size is not positive, if networks have latent weights or are not alike, or if a layer has no
-            ``reset_parameters`` to initialise it anew.
+        ValueError: If the size is not positive, if networks have latent weights or are not alike, if layers share
+            tensors, or if a layer has no ``reset_parameters`` to initialise it anew.
 
     References:
         Lakshminarayanan, Pritzel & Blundell (2017), Simple and scalable predictive uncertainty estimation using deep
@@ -216,6 +216,9 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
             raise ValueError("network: expected no latent weights: see posterior_predictive for these")
         if repr(member) != repr(members[0]):
             raise ValueError(f"network: expected networks of one architecture, got {members[0]} and {member}")
+        every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
+        if len({id(tensor) for _, tensor in every}) != len(every):
+            raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
     stacked = copy.deepcopy(members[0])
     states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
     _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})

@@ -383,6 +383,13 @@ def test_refusals():
         DeepEnsemble([bayesianize(make())])
     with pytest.raises(ValueError, match="got Linear"):
         DeepEnsemble([nn.Linear(1, 1)])
+    shared = make("custom")
+    shared.backbone[2].bias = shared.backbone[0].bias
+    layer = nn.Sequential(nn.Linear(3, 3))
+    twice = MixtureDensityNetwork(3, 1, 4, 8, backbone=nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 8)))
+    for network in (shared, twice):
+        with pytest.raises(ValueError, match="some that layers share"):
+            DeepEnsemble(network, 8)
     stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
     with pytest.raises(ValueError, match=r"reset_parameters, got backbone \(Stubborn\)"):
         DeepEnsemble(stubborn, 2)
