@@ -323,6 +323,22 @@ def test_dropout_differs_from_member_to_member():
     assert torch.equal(locs[0], locs[1])
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.size = nn.Linear(3, 8), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return torch.tanh(self.size * self.layer(x))
+
+
+def test_parameters_that_are_one_number():
+    networks = [MixtureDensityNetwork(3, 1, 4, 8, backbone=Scaled()) for _ in range(2)]
+    x, y = data()
+    fit(ensemble := DeepEnsemble(networks), x, y, max_epochs=2, seed=0, progress=False)
+    assert bool((ensemble.stacked.backbone.size != 1).all())
+
+
 def test_one_bad_member_is_named():
     members = networks(3)
     with torch.no_grad():
