@@ -40,8 +40,9 @@ def dense_raw(
     inputs = ((x - shift) / scale).to(shift.dtype).reshape(max(len(x), len(shift)), x.shape[1:-1].numel(), x.shape[-1])
     step = chunk_size or size
     weight = tensors["head.linear.weight"]
-    # Chunks write to their place in one tensor, but autograd wants one of its own from each.
-    whole = None if torch.is_grad_enabled() else weight.new_empty(size, weight.shape[1], inputs.shape[1])
+    # Chunks write to their place in one tensor, but autograd wants one of its own from each, and autocast another dtype.
+    apart = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    whole = None if apart else weight.new_empty(size, weight.shape[1], inputs.shape[1])
     parts = []
     for start in range(0, size, step):
         own = {name: _part(tensor, start, step) for name, tensor in tensors.items()}

@@ -424,6 +424,15 @@ def test_backbones_of_sequences_alone():
     assert posterior_predictive(network, guide, x[:0], 2).batch_shape == (2, 0, 3)
 
 
+def test_autocast():
+    network = bayesianize(make().float())
+    x = data()[0].float()
+    draws = draw_weights(network, AutoNormal(network.model), x, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture = posterior_predictive(network, draws, x, chunk_size=2)
+    assert_close(mixture.locs, posterior_predictive(network, draws, x).locs, rtol=0.1, atol=0.1)
+
+
 def test_no_rows():
     network = bayesianize(make())
     mixture = posterior_predictive(network, AutoNormal(network.model), data()[0][:0], 3)
