@@ -117,6 +117,20 @@ def test_missing_targets():
     assert_close(DeepEnsemble(members).loss(x.expand(2, -1, -1), y.expand(2, -1, -1)), expected)
 
 
+class Residual(MixtureDensityNetwork):
+    def features(self, x):
+        return super().features(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("change", ["features", "squashed head"])
+def test_networks_that_were_changed(change):
+    members = [Residual(3, 1, 4, 8) if change == "features" else make() for _ in range(2)]
+    for network in members if change == "squashed head" else []:
+        nn.utils.parametrize.register_parametrization(network.head.linear, "weight", nn.Tanh())
+    x, y = data(6)
+    assert_close(DeepEnsemble(members).members(x).log_prob(y), torch.stack([n(x).log_prob(y) for n in members]))
+
+
 def test_members_differ_and_the_network_does_not_change():
     network = make("custom")
     before = copy.deepcopy(network.state_dict())
