@@ -183,7 +183,8 @@ def _site_precision(prior: Distribution, value: Tensor) -> Tensor:
             lambda v: -prior.log_prob(v.reshape(value.shape)).sum(), value.flatten()
         )
         values, vectors = torch.linalg.eigh(torch.as_tensor(hessian).double())
-        return (vectors * values.clamp(min=float(floor.min()))) @ vectors.mT
+        # No direction has a variance above the sum of those of all entries, so a joint normal stays as it is.
+        return (vectors * values.clamp(min=1 / float(floor.reciprocal().sum()))) @ vectors.mT
     value = value.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(prior.log_prob(value).sum(), value, create_graph=True)
     (bend,) = torch.autograd.grad(slope.sum(), value, allow_unused=True) if slope.requires_grad else (None,)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from pyro_mdn import Diagonal, Full, LowRank, MixtureDensityNetwork, bayesianize, laplace, posterior_predictive
 from pyro_mdn.bayesian import draw_weights, starting_weights
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.laplace import mode_and_scale
+from pyro_mdn.laplace import _site_precision, mode_and_scale
 
 
 class Recurrent(nn.Module):
@@ -219,6 +219,12 @@ def test_priors_that_are_not_normal():
     got = precision_of(laplace(network, x, y, max_iter=0, progress=False)) - root @ root.T
     assert torch.linalg.matrix_rank(got, atol=1e-6) <= 15
     assert torch.linalg.eigvalsh(got).min() > -1e-8
+
+
+def test_correlated_prior_is_exact():
+    covariance = 0.9 + 0.1 * torch.eye(5).double()
+    prior, value = dist.MultivariateNormal(torch.zeros(5).double(), covariance), torch.randn(5).double()
+    assert_close(_site_precision(prior, value), prior.precision_matrix)
 
 
 @pytest.mark.parametrize("layers", ["head", "all"])
