@@ -80,7 +80,9 @@ class PosteriorSamples:
 
     @property
     def r_hat(self) -> dict[str, Tensor]:
-        """Split R-hat by site, and of ``"log_joint"``: 1 where chains and their halves agree; NaN below 4 draws.
+        """Split R-hat by site, and of ``"log_joint"``: 1 where chains and their halves agree.
+
+        NaN where all draws are equal, and below 4 draws.
 
         References:
             Gelman et al. (2013), Bayesian data analysis, chapter 11.
@@ -89,7 +91,10 @@ class PosteriorSamples:
 
     @property
     def effective_sample_size(self) -> dict[str, Tensor]:
-        """Number of independent draws that a mean over all chains is worth, by site, and of ``"log_joint"``."""
+        """Number of independent draws that a mean over all chains is worth, by site, and of ``"log_joint"``.
+
+        NaN where all draws are equal, and below 4 draws.
+        """
         return self._of_each(_effective_sample_size)
 
     def _of_each(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -273,7 +278,7 @@ def _effective_sample_size(chains: Tensor) -> Tensor:
     """Pyro's, at most N log10 N: where draws alternate, the estimate may exceed that, or be negative."""
     total, size = chains.shape[0] * chains.shape[1], effective_sample_size(chains)
     most = total * math.log10(total)
-    return torch.where((size > 0) & (size < most), size, most)
+    return torch.where((size <= 0) | (size > most), most, size)
 
 
 @torch.no_grad()
@@ -288,7 +293,7 @@ def _warn(posterior: PosteriorSamples) -> None:
     troubles = []
     if divergences := sum(posterior.divergences):
         troubles.append(f"{divergences} divergent steps: target_accept_prob closer to 1 helps")
-    if r_hat > _R_HAT:
+    if r_hat > _R_HAT or (math.isnan(r_hat) and posterior.log_joint.shape[1] >= 4):  # NaN: none moved
         troubles.append(f"R-hat of the log joint density is {r_hat:.2f}: more warmup_steps and num_samples help")
     if troubles:
         warnings.warn(f"fit_mcmc: {'; '.join(troubles)}", ConvergenceWarning, stacklevel=3)

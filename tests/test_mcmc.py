@@ -20,7 +20,7 @@ from pyro_mdn import (
     posterior_predictive,
 )
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.mcmc import _Joint, _Model, _target
+from pyro_mdn.mcmc import _Joint, _Model, _target, _warn
 
 QUICK = {"num_samples": 6, "warmup_steps": 6, "num_chains": 2, "max_tree_depth": 3, "seed": 0, "progress": False}
 
@@ -210,6 +210,11 @@ def test_diagnostics_tell_chains_apart():
     alternating = chains(torch.tensor([[1.0, -1.0] * 50] * 2) + 0.01 * noise[:2, :100])
     assert alternating.effective_sample_size["w"] > 0
     assert chains(noise[:, :3]).r_hat["w"].isnan()
+    stuck = chains(torch.ones(2, 50))
+    assert stuck.r_hat["w"].isnan()
+    assert stuck.effective_sample_size["w"].isnan()
+    with pytest.warns(ConvergenceWarning, match="is nan"):
+        _warn(stuck)
 
 
 def test_warnings():
