@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule, PyroSample
@@ -75,11 +76,12 @@ def bayesianize(
     make = _prior(prior, float(prior_scale))
     with torch.random.fork_rng():
         for name, value in names.items():
-            distribution = make(name, value.detach())
-            shape, dtype = getattr(distribution, "event_shape", None), getattr(distribution.sample(), "dtype", None)
-            if (shape, dtype) != (value.shape, value.dtype):
+            distribution = _of_pyro(make(name, value.detach()))
+            shape, dtype = distribution.event_shape, distribution.sample().dtype
+            if (shape, dtype) != (value.shape, value.dtype) or distribution.batch_shape:
                 expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
-                raise ValueError(f"prior: expected {expected}, got {shape} and {dtype}")
+                got = f"{tuple(shape)} and {dtype}, and batch shape {tuple(distribution.batch_shape)}"
+                raise ValueError(f"prior: expected {expected}, got {got}")
     for part in sorted({name.split(".")[0] for name in names}):
         # As a whole: parts that are put in again one by one change their order in nn.Sequential.
         to_pyro_module_(child := network.get_submodule(part))
@@ -348,12 +350,19 @@ def _prior(prior: Any, scale: float) -> Prior:
     if prior is None:
         return fan_in_normal(scale)
     if isinstance(prior, torch.distributions.Distribution):
-        if prior.event_shape or prior.batch_shape:
+        if _of_pyro(prior).event_shape or prior.batch_shape:
             shapes = tuple(prior.batch_shape), tuple(prior.event_shape)
             raise ValueError(f"prior: expected the distribution of one number, got batch and event shape {shapes}")
         return _OfEachEntry(prior)
     if not callable(prior):
         raise ValueError(f"prior: expected a distribution or a function that makes one, got {type(prior).__name__}")
+    return prior
+
+
+def _of_pyro(prior: Any) -> TorchDistributionMixin:
+    if not isinstance(prior, TorchDistributionMixin):
+        kind = type(prior)
+        raise ValueError(f"prior: expected one of pyro.distributions, got {kind.__module__}.{kind.__qualname__}")
     return prior
 
 

@@ -184,6 +184,12 @@ def test_initialize_sets_the_start():
         ({"prior": dist.Normal(0.0, 1.0)}, "prior: expected .* torch.float64 .* torch.float32"),
         ({"prior": dist.Normal(torch.zeros(2), 1.0)}, "prior: expected the distribution of one number"),
         ({"prior": lambda name, value: dist.Normal(value, 1.0)}, "prior: expected event shape"),
+        (
+            {"prior": lambda name, value: dist.Normal(value, 1.0).expand([2, *value.shape]).to_event(value.ndim)},
+            "batch",
+        ),
+        ({"prior": torch.distributions.Normal(0.0, 1.0)}, "pyro.distributions, got torch.distributions.normal.Normal"),
+        ({"prior": lambda name, value: None}, "prior: expected one of pyro.distributions, got builtins.NoneType"),
     ],
 )
 def test_refused_and_unchanged(settings, message):
