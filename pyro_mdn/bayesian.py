@@ -82,7 +82,7 @@ def bayesianize(
                 expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
                 got = f"{tuple(shape)} and {dtype}, and batch shape {tuple(distribution.batch_shape)}"
                 raise ValueError(f"prior: expected {expected}, got {got}")
-    for part in sorted({name.split(".")[0] for name in names}):
+    for part in sorted({name.split(".")[0] for name in names if "." in name}):
         # As a whole: parts that are put in again one by one change their order in nn.Sequential.
         to_pyro_module_(child := network.get_submodule(part))
         setattr(network, part, child)
@@ -116,7 +116,7 @@ def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
     for path, part in network.named_modules():
         for leaf in getattr(part, "_pyro_samples", ()):  # a backbone may have buffers of such names of its own
             if (value := part._buffers.get(f"{leaf}_start")) is not None:
-                values[f"{path}.{leaf}"] = value
+                values[f"{path}.{leaf}".removeprefix(".")] = value
     return values
 
 

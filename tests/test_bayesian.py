@@ -157,6 +157,25 @@ def test_starting_weights_are_those_that_were_learned():
     assert_close(posterior_predictive(network, draws, x).log_prob(y)[0], expected)
 
 
+class Stretched(MixtureDensityNetwork):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.size = nn.Parameter(torch.full((), 2.0))
+
+    def features(self, x):
+        return self.size * super().features(x)
+
+
+def test_parameters_of_the_network_itself():
+    network = Stretched(6, 1, 2, 4).double()
+    x, y = data()
+    expected = network(x).log_prob(y)
+    bayesianize(network)
+    assert starting_weights(network)["size"] == 2
+    draws = {name: value.unsqueeze(0) for name, value in starting_weights(network).items()}
+    assert_close(posterior_predictive(network, draws, x).log_prob(y)[0], expected)
+
+
 def test_starting_weights_are_no_other_buffers():
     network = make("conv")
     network.backbone.register_buffer("cold_start", torch.zeros(2).double())
