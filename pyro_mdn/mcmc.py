@@ -17,7 +17,7 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pyro.infer.mcmc.util import select_samples
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
 
 from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.checks import require_counts
@@ -131,7 +131,8 @@ def fit_mcmc(
     Chains start near the mode that :func:`pyro_mdn.laplace` finds from ``starting_weights(network)``, each at another
     place, and move in coordinates in which its approximation is a standard normal. If the prior of a weight is not
     over the real numbers or depends on others, or beyond 2000 weights, they start near the starting weights, and go
-    by the weights themselves; that takes more steps.
+    by the weights themselves; that takes more steps. Starting weights outside the support of their prior are replaced
+    by its median.
 
     Args:
         network: Network with latent weights.
@@ -263,9 +264,11 @@ def _target(network: MixtureDensityNetwork, rows: Rows) -> _Joint | _Model:
 
 
 def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -> dict[str, Tensor]:
-    """Weights a little apart from the starting ones, where any real number will do."""
+    """Weights a little apart from the starting ones, where any real number will do; none outside the support."""
     values = {}
     for name, value in start.items():
+        if not bool(biject_to(priors[name].support).inv(value).isfinite().all()):
+            continue
         scale = reciprocal_variance(priors[name], value).rsqrt().clamp(max=1.0).to(value)
         values[name] = value + _JITTER * scale * is_real(priors[name]) * torch.randn_like(value)
     return values

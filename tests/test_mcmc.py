@@ -19,6 +19,7 @@ from pyro_mdn import (
     fit_mcmc,
     posterior_predictive,
 )
+from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
 from pyro_mdn.mcmc import _Joint, _Model, _target, _warn
 
@@ -115,6 +116,14 @@ def test_constrained_and_hierarchical_priors_go_by_the_model():
 
 
 # What comes back
+
+
+def test_starting_weights_outside_the_support():
+    network, x, y = make(layers=[])
+    half = dist.HalfNormal(torch.ones((), dtype=torch.float64))
+    bayesianize(network, layers="head.linear.bias", prior=half)
+    assert starting_weights(network)["head.linear.bias"].min() < 0
+    assert quick(network, x, y).get_samples()["head.linear.bias"].min() > 0
 
 
 def test_samples_are_those_of_mcmc():
