@@ -2,6 +2,7 @@ r"""Laplace's approximation: a Gaussian at the mode of the posterior of the weig
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def laplace(
     >>> posterior_predictive(network, guide, x, num_samples=20).batch_shape
     torch.Size([20, 50])
     """
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
+    if isinstance(max_iter, bool) or not isinstance(max_iter, Integral) or int(max_iter) < 0:
         raise ValueError(f"max_iter: expected an integer that is not negative, got {max_iter!r}")
     with undisturbed(network):
         rows = rows_of(network, x, y)
@@ -76,7 +77,7 @@ def laplace(
         if joint.num_weights > _LIMIT:
             expected = f"at most {_LIMIT} latent weights, such as bayesianize(network, layers='head') makes"
             raise ValueError(f"network: expected {expected}, got {joint.num_weights}")
-        return _guide(network, *mode_and_scale(joint, max_iter, progress=progress), rows.x[:1], rows.y[:1])
+        return _guide(network, *mode_and_scale(joint, int(max_iter), progress=progress), rows.x[:1], rows.y[:1])
 
 
 def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool) -> tuple[Tensor, Tensor]:

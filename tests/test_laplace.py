@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -311,7 +312,7 @@ def test_leaves_everything_as_it_was(capfd):
     with torch.no_grad():
         first = laplace(network, x, y, max_iter=5, progress=False)
     torch.randn(3)
-    second = laplace(network, x.numpy(), y.squeeze(-1).numpy(), max_iter=5, progress=False)
+    second = laplace(network, x.numpy(), y.squeeze(-1).numpy(), max_iter=np.int64(5), progress=False)
     assert_close(moments(first), moments(second), rtol=0, atol=0)
     assert network.training
     assert network.latent
