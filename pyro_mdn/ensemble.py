@@ -216,6 +216,9 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
             raise ValueError("network: expected no latent weights: see posterior_predictive for these")
         if repr(member) != repr(members[0]):
             raise ValueError(f"network: expected networks of one architecture, got {members[0]} and {member}")
+        if differing := sorted({name for name, *_ in _described(member) ^ _described(members[0])}):
+            kinds = "one shape, dtype and requires_grad"
+            raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {differing}")
         every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
         if len({id(tensor) for _, tensor in every}) != len(every):
             raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
@@ -223,6 +226,11 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
     states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
     _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})
     return stacked
+
+
+def _described(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return {(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors}
 
 
 def _set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -409,6 +409,13 @@ def test_refusals():
         DeepEnsemble([])
     with pytest.raises(ValueError, match="one architecture"):
         DeepEnsemble([make(), make(noise=Full())])
+    frozen, other = make(), MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
+    frozen.head.linear.bias.requires_grad_(False)
+    other.backbone.weight = nn.Parameter(torch.randn(8, 4))
+    stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
+    for pair in [(make(), frozen), (make().double(), make()), (stubborn, other)]:
+        with pytest.raises(ValueError, match="one shape, dtype and requires_grad"):
+            DeepEnsemble(pair)
     with pytest.raises(ValueError, match="latent"):
         DeepEnsemble([bayesianize(make())])
     with pytest.raises(ValueError, match="got Linear"):
@@ -420,7 +427,6 @@ def test_refusals():
     for network in (shared, twice):
         with pytest.raises(ValueError, match="some that layers share"):
             DeepEnsemble(network, 8)
-    stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
     with pytest.raises(ValueError, match=r"reset_parameters, got backbone \(Stubborn\)"):
         DeepEnsemble(stubborn, 2)
     assert DeepEnsemble([stubborn, stubborn])(x).n_components == 8
