@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from tqdm.auto import tqdm
 
+from pyro_mdn.checks import all_finite
 from pyro_mdn.guides import LaplaceGuide
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.joint import LogJoint, reciprocal_variance, rows_of, undisturbed
@@ -55,7 +56,7 @@ def laplace(
     Raises:
         ValueError: If there are no latent weights or too many, if the prior of one is not over the real numbers or
             depends on others, or if the data are not usable.
-        FloatingPointError: If the density of the starting weights is not finite.
+        FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     References:
         MacKay (1992), A practical Bayesian framework for backpropagation networks.
@@ -126,6 +127,8 @@ def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
             raw = _joined(joint.raw(weights, inputs))
         weighted = (_output_root(head, raw, y, (jacobian != 0).any(-1)).mT @ jacobian).reshape(-1, len(mode))
         total.addmm_(weighted.mT, weighted)
+    if not all_finite(total):
+        raise FloatingPointError("network: expected finite derivatives at the mode, got NaN or Inf")
     return total
 
 

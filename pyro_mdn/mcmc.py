@@ -148,7 +148,7 @@ def fit_mcmc(
 
     Raises:
         ValueError: If there are no latent weights, or if the data or a setting are not usable.
-        FloatingPointError: If the density of the starting weights is not finite.
+        FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     Warns:
         ConvergenceWarning: If there were divergences, or if R-hat of the joint density is above 1.05.

@@ -375,3 +375,23 @@ def test_a_density_that_is_not_finite():
     starting_weights(network)["head.linear.bias"].fill_(math.inf)
     with pytest.raises(FloatingPointError, match="finite joint density"):
         laplace(network, x, y, progress=False)
+
+
+class Rooted(nn.Module):
+    """Its derivatives at weights of 0 are NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(x).square().sqrt()
+
+
+def test_derivatives_that_are_not_finite():
+    network = bayesianize(MixtureDensityNetwork(3, 1, 1, hidden_dim=4, backbone=Rooted()).double())
+    x = torch.randn(10, 3).double()
+    with pytest.raises(FloatingPointError, match="expected finite derivatives at the mode"):
+        laplace(network, x, x[:, :1], max_iter=0, progress=False)
