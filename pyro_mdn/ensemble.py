@@ -97,9 +97,16 @@ class DeepEnsemble(nn.Module):
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``.
+
+        Raises:
+            ValueError: If the shapes do not agree.
         """
+        if not self.stacked.check_inputs(x) or len(x) != self.size:
+            raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
         raw = self._raw(x, tensors, shared=False)
+        if y.shape != (expected := (*raw[0].shape[:-1], self.stacked.dim_out)):
+            raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return -self.stacked.head.log_density(raw, y, shift, scale)
 

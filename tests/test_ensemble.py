@@ -439,6 +439,13 @@ def test_refusals():
         fit(ensemble, x, y, objective=ContinuousRankedProbability(make()))
     with pytest.raises(ValueError, match="x: expected shape"):
         ensemble(x[:, :2])
+    both = x.expand(2, -1, -1), y.expand(2, -1, -1)
+    for bad in (x, x.unsqueeze(0), both[0][..., :2]):
+        with pytest.raises(ValueError, match="x: expected shape"):
+            ensemble.loss(bad, both[1])
+    for bad in (y, both[1][:, :1], both[1][..., 0]):
+        with pytest.raises(ValueError, match="y: expected shape"):
+            ensemble.loss(both[0], bad)
 
 
 def test_refused_fits_leave_the_ensemble_as_it_was():
