@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroSample
+from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,12 +76,13 @@ def bayesianize(
     make = _prior(prior, float(prior_scale))
     with torch.random.fork_rng():
         for name, value in names.items():
-            distribution = make(name, value.detach())
-            shape, dtype = getattr(distribution, "event_shape", None), getattr(distribution.sample(), "dtype", None)
-            if (shape, dtype) != (value.shape, value.dtype):
+            distribution = _of_pyro(make(name, value.detach()))
+            shape, dtype = distribution.event_shape, distribution.sample().dtype
+            if (shape, dtype) != (value.shape, value.dtype) or distribution.batch_shape:
                 expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
-                raise ValueError(f"prior: expected {expected}, got {shape} and {dtype}")
-    for part in sorted({name.split(".")[0] for name in names}):
+                got = f"{tuple(shape)} and {dtype}, and batch shape {tuple(distribution.batch_shape)}"
+                raise ValueError(f"prior: expected {expected}, got {got}")
+    for part in sorted({name.split(".")[0] for name in names if "." in name}):
         # As a whole: parts that are put in again one by one change their order in nn.Sequential.
         to_pyro_module_(child := network.get_submodule(part))
         setattr(network, part, child)
@@ -109,8 +112,12 @@ def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
 
     ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides.
     """
-    suffix = "_start"
-    return {name.removesuffix(suffix): value for name, value in network.named_buffers() if name.endswith(suffix)}
+    values = {}
+    for path, part in network.named_modules():
+        for leaf in getattr(part, "_pyro_samples", ()):  # a backbone may have buffers of such names of its own
+            if (value := part._buffers.get(f"{leaf}_start")) is not None:
+                values[f"{path}.{leaf}".removeprefix(".")] = value
+    return values
 
 
 def posterior_predictive(
@@ -169,7 +176,8 @@ def posterior_predictive(
         raise _no_median(posterior)
     if isinstance(posterior, DeepEnsemble):
         _require_samples(num_samples, posterior.size)
-        return posterior.members(x, _spread(posterior.size, num_samples))
+        with evaluating(posterior):
+            return posterior.members(x, _spread(posterior.size, num_samples))
     with evaluating(network):
         draws = draw_weights(network, posterior, x, num_samples)
         if linearize is None and isinstance(posterior, LaplaceGuide) and not all(n.startswith("head.") for n in draws):
@@ -185,16 +193,20 @@ def draw_weights(
 ) -> dict[str, Tensor]:
     """Draws of the latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
     network.check_inputs(x)
+    store = pyro.get_param_store().get_state()
     with isolated():
         if not network.latent:
             raise ValueError("network: expected latent weights, got none: see bayesianize")
-        row, x = x.new_zeros(1, *network.input_shape), x.reshape(-1, *network.input_shape)
+        x = x if x.ndim > len(network.input_shape) else x.unsqueeze(0)
+        row = x.new_zeros(1, *x.shape[1:])
         expected = _latent_values(network.model, row)
         predicted = expected.pop("y")
         if callable(posterior) and not isinstance(posterior, MCMC):
             if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
                 posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
-            draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
+            # What is no PyroModule has its parameters in the store, where SVI put them.
+            with pyro.get_param_store().scope(None if isinstance(posterior, PyroModule) else store):
+                draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
             _require_alike("guide", expected, draws)
             return draws
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior
@@ -338,12 +350,19 @@ def _prior(prior: Any, scale: float) -> Prior:
     if prior is None:
         return fan_in_normal(scale)
     if isinstance(prior, torch.distributions.Distribution):
-        if prior.event_shape or prior.batch_shape:
+        if _of_pyro(prior).event_shape or prior.batch_shape:
             shapes = tuple(prior.batch_shape), tuple(prior.event_shape)
             raise ValueError(f"prior: expected the distribution of one number, got batch and event shape {shapes}")
         return _OfEachEntry(prior)
     if not callable(prior):
         raise ValueError(f"prior: expected a distribution or a function that makes one, got {type(prior).__name__}")
+    return prior
+
+
+def _of_pyro(prior: Any) -> TorchDistributionMixin:
+    if not isinstance(prior, TorchDistributionMixin):
+        kind = type(prior)
+        raise ValueError(f"prior: expected one of pyro.distributions, got {kind.__module__}.{kind.__qualname__}")
     return prior
 
 

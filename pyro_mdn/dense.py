@@ -14,10 +14,11 @@ __all__ = ["dense_raw", "is_dense"]
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
     """Whether :func:`dense_raw` knows all layers of a network, and where their weights are."""
-    if not isinstance(network.backbone, nn.Sequential) or network.custom_backbone:
+    own = network.custom_backbone or type(network).features is not MixtureDensityNetwork.features
+    if own or not isinstance(network.backbone, nn.Sequential):
         return False
     names = {name.removesuffix("_start") for name, _ in [*network.named_parameters(), *network.named_buffers()]}
-    return all(
+    return {"head.linear.weight", "head.linear.bias"} <= names and all(
         isinstance(layer, nn.GELU)
         or (isinstance(layer, nn.Linear) and {f"backbone.{name}.weight", f"backbone.{name}.bias"} <= names)
         for name, layer in network.backbone.named_children()
@@ -40,8 +41,9 @@ def dense_raw(
     inputs = ((x - shift) / scale).to(shift.dtype).reshape(max(len(x), len(shift)), x.shape[1:-1].numel(), x.shape[-1])
     step = chunk_size or size
     weight = tensors["head.linear.weight"]
-    # Chunks write to their place in one tensor, but autograd wants one of its own from each.
-    whole = None if torch.is_grad_enabled() else weight.new_empty(size, weight.shape[1], inputs.shape[1])
+    # Chunks write to their place in one tensor; but autograd wants one of its own from each, autocast another dtype.
+    apart = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    whole = None if apart else weight.new_empty(size, weight.shape[1], inputs.shape[1])
     parts = []
     for start in range(0, size, step):
         own = {name: _part(tensor, start, step) for name, tensor in tensors.items()}

@@ -39,8 +39,8 @@ class DeepEnsemble(nn.Module):
         stacked: Network whose tensors have a leading axis of members; not to be called.
 
     Raises:
-        ValueError: If the size is not positive, if networks have latent weights or are not alike, or if a layer has no
-            ``reset_parameters`` to initialise it anew.
+        ValueError: If the size is not positive, if networks have latent weights or are not alike, if layers share
+            tensors, or if a layer has no ``reset_parameters`` to initialise it anew.
 
     References:
         Lakshminarayanan, Pritzel & Blundell (2017), Simple and scalable predictive uncertainty estimation using deep
@@ -97,9 +97,16 @@ class DeepEnsemble(nn.Module):
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``.
+
+        Raises:
+            ValueError: If the shapes do not agree.
         """
+        if not self.stacked.check_inputs(x) or len(x) != self.size:
+            raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
         raw = self._raw(x, tensors, shared=False)
+        if y.shape != (expected := (*raw[0].shape[:-1], self.stacked.dim_out)):
+            raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return -self.stacked.head.log_density(raw, y, shift, scale)
 
@@ -188,6 +195,7 @@ class _Raw(nn.Module):
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
     """Copy of a network with fresh weights, but for frozen ones; the head keeps its start."""
     network = copy.deepcopy(network)
+    frozen = [(p, p.detach().clone()) for p in network.parameters() if not p.requires_grad]
     for name, part in network.named_modules():
         own = list(part.parameters(recurse=False))
         if part is network.head or not any(p.requires_grad for p in own):
@@ -200,6 +208,9 @@ def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
             )
         reset()
     network.head.reset_parameters()
+    with torch.no_grad():
+        for parameter, value in frozen:  # a layer may have some of both
+            parameter.copy_(value)
     return network
 
 
@@ -212,10 +223,21 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
             raise ValueError("network: expected no latent weights: see posterior_predictive for these")
         if repr(member) != repr(members[0]):
             raise ValueError(f"network: expected networks of one architecture, got {members[0]} and {member}")
+        if differing := sorted({name for name, *_ in _described(member) ^ _described(members[0])}):
+            kinds = "one shape, dtype and requires_grad"
+            raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {differing}")
+        every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
+        if len({id(tensor) for _, tensor in every}) != len(every):
+            raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
     stacked = copy.deepcopy(members[0])
     states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
     _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})
     return stacked
+
+
+def _described(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    return {(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors}
 
 
 def _set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@ r"""Laplace's approximation: a Gaussian at the mode of the posterior of the weig
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from tqdm.auto import tqdm
 
+from pyro_mdn.checks import all_finite
 from pyro_mdn.guides import LaplaceGuide
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.joint import LogJoint, reciprocal_variance, rows_of, undisturbed
@@ -53,7 +55,7 @@ def laplace(
     Raises:
         ValueError: If there are no latent weights or too many, if the prior of one is not over the real numbers or
             depends on others, or if the data are not usable.
-        FloatingPointError: If the density of the starting weights is not finite.
+        FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     References:
         MacKay (1992), A practical Bayesian framework for backpropagation networks.
@@ -67,7 +69,7 @@ def laplace(
     >>> posterior_predictive(network, guide, x, num_samples=20).batch_shape
     torch.Size([20, 50])
     """
-    if isinstance(max_iter, bool) or not isinstance(max_iter, int) or max_iter < 0:
+    if isinstance(max_iter, bool) or not isinstance(max_iter, Integral) or int(max_iter) < 0:
         raise ValueError(f"max_iter: expected an integer that is not negative, got {max_iter!r}")
     with undisturbed(network):
         rows = rows_of(network, x, y)
@@ -75,7 +77,7 @@ def laplace(
         if joint.num_weights > _LIMIT:
             expected = f"at most {_LIMIT} latent weights, such as bayesianize(network, layers='head') makes"
             raise ValueError(f"network: expected {expected}, got {joint.num_weights}")
-        return _guide(network, *mode_and_scale(joint, max_iter, progress=progress), rows.x[:1], rows.y[:1])
+        return _guide(network, *mode_and_scale(joint, int(max_iter), progress=progress), rows.x[:1], rows.y[:1])
 
 
 def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool) -> tuple[Tensor, Tensor]:
@@ -126,6 +128,8 @@ def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
             raw = _joined(joint.raw(weights, inputs))
         weighted = (_output_root(head, raw, y, (jacobian != 0).any(-1)).mT @ jacobian).reshape(-1, len(mode))
         total.addmm_(weighted.mT, weighted)
+    if not all_finite(total):
+        raise FloatingPointError("network: expected finite derivatives at the mode, got NaN or Inf")
     return total
 
 
@@ -184,7 +188,8 @@ def _site_precision(prior: Distribution, value: Tensor) -> Tensor:
             lambda v: -prior.log_prob(v.reshape(value.shape)).sum(), value.flatten()
         )
         values, vectors = torch.linalg.eigh(torch.as_tensor(hessian).double())
-        return (vectors * values.clamp(min=float(floor.min()))) @ vectors.mT
+        # No direction has a variance above the sum of those of all entries, so a joint normal stays as it is.
+        return (vectors * values.clamp(min=1 / float(floor.reciprocal().sum()))) @ vectors.mT
     value = value.detach().clone().requires_grad_()
     (slope,) = torch.autograd.grad(prior.log_prob(value).sum(), value, create_graph=True)
     (bend,) = torch.autograd.grad(slope.sum(), value, allow_unused=True) if slope.requires_grad else (None,)

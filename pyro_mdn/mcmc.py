@@ -17,7 +17,7 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pyro.infer.mcmc.util import select_samples
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
 
 from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.checks import require_counts
@@ -85,7 +85,9 @@ class PosteriorSamples:
 
     @property
     def r_hat(self) -> dict[str, Tensor]:
-        """Split R-hat by site, and of ``"log_joint"``: 1 where chains and their halves agree; NaN below 4 draws.
+        """Split R-hat by site, and of ``"log_joint"``: 1 where chains and their halves agree.
+
+        NaN where all draws are equal, and below 4 draws.
 
         References:
             Gelman et al. (2013), Bayesian data analysis, chapter 11.
@@ -94,7 +96,10 @@ class PosteriorSamples:
 
     @property
     def effective_sample_size(self) -> dict[str, Tensor]:
-        """Number of independent draws that a mean over all chains is worth, by site, and of ``"log_joint"``."""
+        """Number of independent draws that a mean over all chains is worth, by site, and of ``"log_joint"``.
+
+        NaN where all draws are equal, and below 4 draws.
+        """
         return self._of_each(_effective_sample_size)
 
     def _of_each(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -131,7 +136,8 @@ def fit_mcmc(
     Chains start near the mode that :func:`pyro_mdn.laplace` finds from ``starting_weights(network)``, each at another
     place, and move in coordinates in which its approximation is a standard normal. If the prior of a weight is not
     over the real numbers or depends on others, or beyond 2000 weights, they start near the starting weights, and go
-    by the weights themselves; that takes more steps.
+    by the weights themselves; that takes more steps. Starting weights outside the support of their prior are replaced
+    by its median.
 
     Args:
         network: Network with latent weights.
@@ -147,7 +153,7 @@ def fit_mcmc(
 
     Raises:
         ValueError: If there are no latent weights, or if the data or a setting are not usable.
-        FloatingPointError: If the density of the starting weights is not finite.
+        FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     Warns:
         ConvergenceWarning: If there were divergences, or if R-hat of the joint density is above 1.05.
@@ -263,9 +269,11 @@ def _target(network: MixtureDensityNetwork, rows: Rows) -> _Joint | _Model:
 
 
 def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -> dict[str, Tensor]:
-    """Weights a little apart from the starting ones, where any real number will do."""
+    """Weights a little apart from the starting ones, where any real number will do; none outside the support."""
     values = {}
     for name, value in start.items():
+        if not bool(biject_to(priors[name].support).inv(value).isfinite().all()):
+            continue
         scale = reciprocal_variance(priors[name], value).rsqrt().clamp(max=1.0).to(value)
         values[name] = value + _JITTER * scale * is_real(priors[name]) * torch.randn_like(value)
     return values
@@ -278,7 +286,7 @@ def _effective_sample_size(chains: Tensor) -> Tensor:
     """Pyro's, at most N log10 N: where draws alternate, the estimate may exceed that, or be negative."""
     total, size = chains.shape[0] * chains.shape[1], effective_sample_size(chains)
     most = total * math.log10(total)
-    return torch.where((size > 0) & (size < most), size, most)
+    return torch.where((size <= 0) | (size > most), most, size)
 
 
 def _marked(positions: list[int], size: int) -> Tensor:
@@ -298,7 +306,7 @@ def _warn(posterior: PosteriorSamples) -> None:
     troubles = []
     if divergences := sum(posterior.divergences):
         troubles.append(f"{divergences} divergent steps: target_accept_prob closer to 1 helps")
-    if r_hat > _R_HAT:
+    if r_hat > _R_HAT or (math.isnan(r_hat) and posterior.log_joint.shape[1] >= 4):  # NaN: none moved
         troubles.append(f"R-hat of the log joint density is {r_hat:.2f}: more warmup_steps and num_samples help")
     if troubles:
         warnings.warn(f"fit_mcmc: {'; '.join(troubles)}", ConvergenceWarning, stacklevel=3)

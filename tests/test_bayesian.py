@@ -157,6 +157,34 @@ def test_starting_weights_are_those_that_were_learned():
     assert_close(posterior_predictive(network, draws, x).log_prob(y)[0], expected)
 
 
+class Stretched(MixtureDensityNetwork):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.size = nn.Parameter(torch.full((), 2.0))
+
+    def features(self, x):
+        return self.size * super().features(x)
+
+
+def test_parameters_of_the_network_itself():
+    network = Stretched(6, 1, 2, 4).double()
+    x, y = data()
+    expected = network(x).log_prob(y)
+    bayesianize(network)
+    assert starting_weights(network)["size"] == 2
+    draws = {name: value.unsqueeze(0) for name, value in starting_weights(network).items()}
+    assert_close(posterior_predictive(network, draws, x).log_prob(y)[0], expected)
+
+
+def test_starting_weights_are_no_other_buffers():
+    network = make("conv")
+    network.backbone.register_buffer("cold_start", torch.zeros(2).double())
+    bayesianize(network, layers="backbone.layers.0")
+    assert starting_weights(network).keys() == {"backbone.layers.0.weight", "backbone.layers.0.bias"}
+    x, y = data()
+    assert posterior_predictive(network, approximated(network, x, y), x, 2, linearize=True).batch_shape == (2, 7)
+
+
 def test_initialize_sets_the_start():
     network = bayesianize(make(n_components=1))
     x, y = data(rows=200)
@@ -175,6 +203,12 @@ def test_initialize_sets_the_start():
         ({"prior": dist.Normal(0.0, 1.0)}, "prior: expected .* torch.float64 .* torch.float32"),
         ({"prior": dist.Normal(torch.zeros(2), 1.0)}, "prior: expected the distribution of one number"),
         ({"prior": lambda name, value: dist.Normal(value, 1.0)}, "prior: expected event shape"),
+        (
+            {"prior": lambda name, value: dist.Normal(value, 1.0).expand([2, *value.shape]).to_event(value.ndim)},
+            "batch",
+        ),
+        ({"prior": torch.distributions.Normal(0.0, 1.0)}, "pyro.distributions, got torch.distributions.normal.Normal"),
+        ({"prior": lambda name, value: None}, "prior: expected one of pyro.distributions, got builtins.NoneType"),
     ],
 )
 def test_refused_and_unchanged(settings, message):
@@ -364,6 +398,24 @@ def test_guides_of_ones_own():
     assert draws.std(1).max() < 0.05
 
 
+def test_guides_with_parameters_in_the_store():
+    network, (x, y) = bayesianize(make(), layers="head.linear.bias"), data()
+
+    def guide(x, y=None):
+        loc = pyro.param("loc", torch.zeros(9, dtype=torch.float64))
+        pyro.sample("head.linear.bias", dist.Normal(loc, 1e-6).to_event(1))
+
+    svi = SVI(network.model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    for _ in range(5):
+        svi.step(x, y)
+    learned = pyro.param("loc").detach().clone()
+    assert learned.abs().max() > 0.1
+    before = list(pyro.get_param_store())
+    draws = draw_weights(network, guide, x, 3)["head.linear.bias"]
+    assert_close(draws, learned.expand(3, -1), rtol=0, atol=1e-4)
+    assert list(pyro.get_param_store()) == before
+
+
 def test_hierarchical_priors():
     network = bayesianize(make(), layers="head")
     network.width = pyro.nn.PyroSample(dist.HalfNormal(torch.ones((), dtype=torch.float64)))
@@ -375,6 +427,35 @@ def test_hierarchical_priors():
     draws = draw_weights(network, AutoNormal(network.model), x, 4)
     assert draws["width"].shape == (4,)
     assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x):
+        _, _, _ = x.shape  # of sequences alone
+        return self.layer(x, x, x)[0]
+
+
+def test_backbones_of_sequences_alone():
+    network = bayesianize(MixtureDensityNetwork(6, 1, 2, 6, backbone=Attending()).double())
+    x, y = torch.randn(4, 3, 6).double(), torch.randn(4, 3, 1).double()
+    guide = AutoNormal(network.model)
+    draws = draw_weights(network, guide, x, 2)
+    mixture = posterior_predictive(network, draws, x)
+    assert_close(mixture.log_prob(y).sum(-1), one_after_another(network, draws, x, y))
+    assert posterior_predictive(network, guide, x[:0], 2).batch_shape == (2, 0, 3)
+
+
+def test_autocast():
+    network = bayesianize(make().float())
+    x = data()[0].float()
+    draws = draw_weights(network, AutoNormal(network.model), x, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture = posterior_predictive(network, draws, x, chunk_size=2)
+    assert_close(mixture.locs, posterior_predictive(network, draws, x).locs, rtol=0.1, atol=0.1)
 
 
 def test_no_rows():
@@ -504,6 +585,15 @@ def test_ensembles_and_their_members():
     assert posterior_predictive(ensemble.stacked, ensemble, x, 2).batch_shape == (2, 7)
     with pytest.raises(ValueError, match="num_samples: expected at most the 4"):
         posterior_predictive(ensemble.stacked, ensemble, x, 5)
+
+
+def test_ensembles_are_evaluated_without_dropout():
+    backbone = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    ensemble = DeepEnsemble(MixtureDensityNetwork(6, 1, 2, 4, backbone=backbone).double(), 2)
+    x, _ = data()
+    mixture = posterior_predictive(ensemble.stacked, ensemble, x)
+    assert ensemble.training
+    assert_close(mixture.locs, ensemble.eval().members(x).locs)
 
 
 def test_modes_and_validation_stay_as_they_were():

@@ -117,6 +117,20 @@ def test_missing_targets():
     assert_close(DeepEnsemble(members).loss(x.expand(2, -1, -1), y.expand(2, -1, -1)), expected)
 
 
+class Residual(MixtureDensityNetwork):
+    def features(self, x):
+        return super().features(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("change", ["features", "squashed head"])
+def test_networks_that_were_changed(change):
+    members = [Residual(3, 1, 4, 8) if change == "features" else make() for _ in range(2)]
+    for network in members if change == "squashed head" else []:
+        nn.utils.parametrize.register_parametrization(network.head.linear, "weight", nn.Tanh())
+    x, y = data(6)
+    assert_close(DeepEnsemble(members).members(x).log_prob(y), torch.stack([n(x).log_prob(y) for n in members]))
+
+
 def test_members_differ_and_the_network_does_not_change():
     network = make("custom")
     before = copy.deepcopy(network.state_dict())
@@ -139,6 +153,16 @@ def test_frozen_parameters_are_kept():
     x, y = data()
     fit(ensemble, x, y, max_epochs=2, seed=0, progress=False)
     assert_close(ensemble.stacked.backbone[0].weight, network.backbone[0].weight.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("name", ["backbone.0.bias", "head.linear.weight"])
+def test_single_frozen_parameters_are_kept(name):
+    network = make()
+    network.get_parameter(name).requires_grad_(False)
+    for key, parameter in DeepEnsemble(network, 2).stacked.named_parameters():
+        if key != "head.linear.bias":
+            assert torch.equal(parameter[0], parameter[1]) == (key == name), key
+            assert torch.equal(parameter[0], network.get_parameter(key)) == (key == name), key
 
 
 def test_served_by_a_smaller_mixture():
@@ -313,6 +337,22 @@ def test_dropout_differs_from_member_to_member():
     assert torch.equal(locs[0], locs[1])
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.size = nn.Linear(3, 8), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return torch.tanh(self.size * self.layer(x))
+
+
+def test_parameters_that_are_one_number():
+    networks = [MixtureDensityNetwork(3, 1, 4, 8, backbone=Scaled()) for _ in range(2)]
+    x, y = data()
+    fit(ensemble := DeepEnsemble(networks), x, y, max_epochs=2, seed=0, progress=False)
+    assert bool((ensemble.stacked.backbone.size != 1).all())
+
+
 def test_one_bad_member_is_named():
     members = networks(3)
     with torch.no_grad():
@@ -369,11 +409,24 @@ def test_refusals():
         DeepEnsemble([])
     with pytest.raises(ValueError, match="one architecture"):
         DeepEnsemble([make(), make(noise=Full())])
+    frozen, other = make(), MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
+    frozen.head.linear.bias.requires_grad_(False)
+    other.backbone.weight = nn.Parameter(torch.randn(8, 4))
+    stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
+    for pair in [(make(), frozen), (make().double(), make()), (stubborn, other)]:
+        with pytest.raises(ValueError, match="one shape, dtype and requires_grad"):
+            DeepEnsemble(pair)
     with pytest.raises(ValueError, match="latent"):
         DeepEnsemble([bayesianize(make())])
     with pytest.raises(ValueError, match="got Linear"):
         DeepEnsemble([nn.Linear(1, 1)])
-    stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
+    shared = make("custom")
+    shared.backbone[2].bias = shared.backbone[0].bias
+    layer = nn.Sequential(nn.Linear(3, 3))
+    twice = MixtureDensityNetwork(3, 1, 4, 8, backbone=nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(3, 8)))
+    for network in (shared, twice):
+        with pytest.raises(ValueError, match="some that layers share"):
+            DeepEnsemble(network, 8)
     with pytest.raises(ValueError, match=r"reset_parameters, got backbone \(Stubborn\)"):
         DeepEnsemble(stubborn, 2)
     assert DeepEnsemble([stubborn, stubborn])(x).n_components == 8
@@ -386,6 +439,13 @@ def test_refusals():
         fit(ensemble, x, y, objective=ContinuousRankedProbability(make()))
     with pytest.raises(ValueError, match="x: expected shape"):
         ensemble(x[:, :2])
+    both = x.expand(2, -1, -1), y.expand(2, -1, -1)
+    for bad in (x, x.unsqueeze(0), both[0][..., :2]):
+        with pytest.raises(ValueError, match="x: expected shape"):
+            ensemble.loss(bad, both[1])
+    for bad in (y, both[1][:, :1], both[1][..., 0]):
+        with pytest.raises(ValueError, match="y: expected shape"):
+            ensemble.loss(both[0], bad)
 
 
 def test_refused_fits_leave_the_ensemble_as_it_was():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +17,7 @@ from torch.testing import assert_close
 from pyro_mdn import Diagonal, Full, LowRank, MixtureDensityNetwork, bayesianize, laplace, posterior_predictive
 from pyro_mdn.bayesian import draw_weights, starting_weights
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.laplace import mode_and_scale
+from pyro_mdn.laplace import _site_precision, mode_and_scale
 
 
 class Recurrent(nn.Module):
@@ -221,6 +222,12 @@ def test_priors_that_are_not_normal():
     assert torch.linalg.eigvalsh(got).min() > -1e-8
 
 
+def test_correlated_prior_is_exact():
+    covariance = 0.9 + 0.1 * torch.eye(5).double()
+    prior, value = dist.MultivariateNormal(torch.zeros(5).double(), covariance), torch.randn(5).double()
+    assert_close(_site_precision(prior, value), prior.precision_matrix)
+
+
 @pytest.mark.parametrize("layers", ["head", "all"])
 def test_recurrent_backbones(layers):
     network, x, y = make(backbone=Recurrent(4), layers=layers)
@@ -305,7 +312,7 @@ def test_leaves_everything_as_it_was(capfd):
     with torch.no_grad():
         first = laplace(network, x, y, max_iter=5, progress=False)
     torch.randn(3)
-    second = laplace(network, x.numpy(), y.squeeze(-1).numpy(), max_iter=5, progress=False)
+    second = laplace(network, x.numpy(), y.squeeze(-1).numpy(), max_iter=np.int64(5), progress=False)
     assert_close(moments(first), moments(second), rtol=0, atol=0)
     assert network.training
     assert network.latent
@@ -368,3 +375,23 @@ def test_a_density_that_is_not_finite():
     starting_weights(network)["head.linear.bias"].fill_(math.inf)
     with pytest.raises(FloatingPointError, match="finite joint density"):
         laplace(network, x, y, progress=False)
+
+
+class Rooted(nn.Module):
+    """Its derivatives at weights of 0 are NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        nn.init.zeros_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, x):
+        return self.layer(x).square().sqrt()
+
+
+def test_derivatives_that_are_not_finite():
+    network = bayesianize(MixtureDensityNetwork(3, 1, 1, hidden_dim=4, backbone=Rooted()).double())
+    x = torch.randn(10, 3).double()
+    with pytest.raises(FloatingPointError, match="expected finite derivatives at the mode"):
+        laplace(network, x, x[:, :1], max_iter=0, progress=False)

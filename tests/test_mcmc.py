@@ -19,8 +19,9 @@ from pyro_mdn import (
     fit_mcmc,
     posterior_predictive,
 )
+from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.mcmc import _Joint, _Model, _target
+from pyro_mdn.mcmc import _Joint, _Model, _target, _warn
 
 QUICK = {"num_samples": 6, "warmup_steps": 6, "num_chains": 2, "max_tree_depth": 3, "seed": 0, "progress": False}
 
@@ -117,6 +118,14 @@ def test_constrained_and_hierarchical_priors_go_by_the_model():
 # What comes back
 
 
+def test_starting_weights_outside_the_support():
+    network, x, y = make(layers=[])
+    half = dist.HalfNormal(torch.ones((), dtype=torch.float64))
+    bayesianize(network, layers="head.linear.bias", prior=half)
+    assert starting_weights(network)["head.linear.bias"].min() < 0
+    assert quick(network, x, y).get_samples()["head.linear.bias"].min() > 0
+
+
 def test_samples_are_those_of_mcmc():
     network, x, y = make()
     posterior = quick(network, x, y)
@@ -211,6 +220,11 @@ def test_diagnostics_tell_chains_apart():
     alternating = chains(torch.tensor([[1.0, -1.0] * 50] * 2) + 0.01 * noise[:2, :100])
     assert alternating.effective_sample_size["w"] > 0
     assert chains(noise[:, :3]).r_hat["w"].isnan()
+    stuck = chains(torch.ones(2, 50))
+    assert stuck.r_hat["w"].isnan()
+    assert stuck.effective_sample_size["w"].isnan()
+    with pytest.warns(ConvergenceWarning, match="is nan"):
+        _warn(stuck)
 
 
 def test_warnings():
