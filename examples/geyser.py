@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch.distributions import MultivariateNormal
 
-from pyro_mdn import DeepEnsemble, Diagonal, Full, Isotropic, LowRank, MixtureDensityNetwork, fit
+from pyro_mdn import DeepEnsemble, Diagonal, Full, Isotropic, LowRank, MixtureDensityNetwork, fit, plots, scores
+from pyro_mdn.inference_data import to_inference_data
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,18 +40,16 @@ def train(noise, x, y, seed, members=1, **settings):
 
 
 def draw(network, x, y, path):
-    """Conditional density after a short and after a long eruption, with held-out eruptions that followed one."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
-    waiting, duration = torch.meshgrid(torch.linspace(38, 112, 200), torch.linspace(0.5, 6, 200), indexing="xy")
-    for axis, last, alike in zip(axes, [[85.0, 2.0], [75.0, 4.5]], [x[:, 1] < 3, x[:, 1] >= 3], strict=True):
-        mixture = network(torch.tensor(last))
-        density = mixture.log_prob(torch.stack([waiting, duration], -1)).exp().detach()
-        filled = axis.contourf(waiting, duration, density, levels=12, cmap="Blues")
-        axis.scatter(*y[alike].T, s=18, color="black", edgecolor="white", linewidth=0.5)
-        axis.set(title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption", xlabel="next waiting (min)")
-        figure.colorbar(filled, ax=axis, label="density (1/min²)")
-    axes[0].set_ylabel("next duration (min)")
-    figure.suptitle("Old Faithful: density of the next eruption, with those held out that followed one alike")
+    """Density after a short and after a long eruption, with held-out ones that followed such; calibration of both."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
+    for axis, last, alike in zip(axes[0], [[85.0, 2.0], [75.0, 4.5]], [x[:, 1] < 3, x[:, 1] >= 3], strict=True):
+        plots.plot_conditional_density(network(torch.tensor(last)), y=y[alike], ax=axis)
+        axis.set(title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption")
+        axis.set(xlabel="next waiting (min)", ylabel="next duration (min)", xlim=(38, 112), ylim=(0.5, 6))
+    mixture, names = network(x), ["waiting", "duration"]
+    plots.plot_pit(scores.pit(mixture, y), output_names=names, ax=axes[1, 0])
+    plots.plot_calibration(mixture, y, output_names=names, ax=axes[1, 1])
+    figure.suptitle("Old Faithful: the next eruption, and 60 that were held out")
     figure.savefig(path, dpi=150)
 
 
@@ -67,12 +66,14 @@ def main():
     full = runs["full"][0][0]
     draw(full, x[1], y[1], args.out / "geyser.png")
     full.save(args.out / "geyser.safetensors")
+    report = to_inference_data(full, y[1], x[1], output_names=["waiting", "duration"], seed=0)
+    report.to_netcdf(str(args.out / "geyser.nc"))
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     print(f"{'marginal Gaussian':<22}{marginal_nll(y[0], y[1]):8.2f}")
     for name, results in runs.items():
         nll = [value for _, value in results]
         print(f"{name:<22}{np.mean(nll):8.2f}   {'  '.join(f'{v:.2f}' for v in nll)}")
-    print(f"saved {args.out / 'geyser.png'} and {args.out / 'geyser.safetensors'}")
+    print(f"saved geyser.png, geyser.safetensors and, for ArviZ, geyser.nc in {args.out}")
 
 
 if __name__ == "__main__":

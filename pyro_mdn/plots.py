@@ -1,14 +1,361 @@
-r"""Figures; the only importer of matplotlib. Every function takes axes and returns them."""
+r"""Figures; the only importer of matplotlib. Every function takes axes and returns them, and changes no style.
+
+Mixtures of batch shape ``(S, N)``, by draws of the weights, are averaged. Colours are told apart by colour-blind
+readers, and lines also by their style.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from pyro_mdn import uncertainty
+from pyro_mdn.grids import above_threshold, along, grid_of, one_input, pooled, targets_of
+from pyro_mdn.labels import to_numpy
+from pyro_mdn.mixture import GaussianMixture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_training"]
+__all__ = [
+    "plot_calibration",
+    "plot_components",
+    "plot_conditional_density",
+    "plot_observed_vs_sampled",
+    "plot_pit",
+    "plot_predictive_intervals",
+    "plot_training",
+    "plot_uncertainty_split",
+]
+
+# Okabe & Ito (2008): distinguishable for all, in the order of their lightness as far as it goes.
+_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_STYLES = ["-", "--", "-.", ":"]
+
+
+# Densities
+
+
+@torch.no_grad()
+def plot_conditional_density(
+    mixture: GaussianMixture,
+    x: Any = None,
+    y: Any = None,
+    *,
+    output: int | tuple[int, int] | None = None,
+    masses: Sequence[float] = (0.5, 0.8, 0.95),
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the density of one output along x, or the joint density of two at one x, with what was observed.
+
+    Args:
+        mixture: Predictive distributions ``(N,)`` at x; or one, of batch shape ``()``, for two outputs.
+        x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order. Without it there are contours of two outputs.
+        y: Observed targets ``(N', D)`` to draw over it: at x, where there is one, and N' is N.
+        output: Which output, or which two; by default the first ones.
+        masses: Probabilities of the regions of highest density that the contours enclose.
+        ax: Axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If shapes do not agree, or there is no such output.
+        ImportError: If matplotlib is not installed.
+    """
+    if x is None:
+        return _plot_joint_density(mixture, y, output or (0, 1), masses, ax)
+    if isinstance(output, tuple):
+        raise ValueError(f"output: expected one output along x, got {output}")
+    x, label, mixture, order = along(mixture, x, output or 0)
+    ax = _axes(ax)
+    grid = grid_of(mixture)
+    density = mixture.log_prob(grid[:, None, None]).exp()
+    shown = ax.pcolormesh(x, to_numpy(grid), to_numpy(density), cmap="Blues", shading="gouraud", rasterized=True)
+    ax.figure.colorbar(shown, ax=ax, label="density")
+    if y is not None:
+        _scatter(ax, x, targets_of(y, len(x))[order, output or 0])
+    ax.set(xlabel=label, ylabel=_name(output or 0, y))
+    return ax
+
+
+def _plot_joint_density(
+    mixture: GaussianMixture, y: Any, output: Any, masses: Sequence[float], ax: Axes | None
+) -> Axes:
+    pair = (output, output) if isinstance(output, int) else tuple(output)
+    if mixture.batch_shape or len(set(pair)) != 2:
+        expected = "one mixture, of batch shape (), and two outputs; or x"
+        raise ValueError(f"mixture, output: expected {expected}, got {tuple(mixture.batch_shape)} and {output}")
+    mixture = mixture.marginal(pair)
+    ax = _axes(ax)
+    first, second = (grid_of(mixture.marginal(i)) for i in range(2))
+    points = torch.stack(torch.meshgrid(first, second, indexing="xy"), -1)
+    log_density = to_numpy(mixture.log_prob(points))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the thresholds are by Monte Carlo: a figure should stay the same
+        levels = {float(mixture.highest_density_threshold(mass)): f"{100 * mass:g} %" for mass in masses}
+    order = sorted(levels)
+    for level, color in zip(order, _shades(len(order)), strict=True):
+        ax.contourf(to_numpy(first), to_numpy(second), log_density, levels=[level, math.inf], colors=[color])
+        ax.fill_between([], [], [], color=color, label=levels[level])
+    if y is not None:
+        observed = to_numpy(y)
+        _scatter(ax, observed[:, pair[0]], observed[:, pair[1]])
+    ax.set(xlabel=_name(pair[0], y, mixture.dim), ylabel=_name(pair[1], y, mixture.dim))
+    ax.legend(title="highest density")
+    return ax
+
+
+@torch.no_grad()
+def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Axes | None = None) -> Axes:
+    """Draw mean, standard deviation and weight of each component of one output along x.
+
+    Bands are means ± one standard deviation, the more opaque the larger the weight; so are the lines.
+
+    Args:
+        mixture: Predictive distributions ``(N,)`` at x.
+        x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order.
+        output: Which output.
+        ax: Axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If shapes do not agree, if mixtures are by several draws of the weights, whose components do not
+            correspond, or there is no such output.
+        ImportError: If matplotlib is not installed.
+    """
+    if len(mixture.batch_shape) != 1:
+        raise ValueError(f"mixture: expected batch shape (N,), got {tuple(mixture.batch_shape)}")
+    x, label, mixture, _ = along(mixture, x, output)
+    ax = _axes(ax)
+    means, weights = to_numpy(mixture.locs[..., 0]), to_numpy(mixture.logits.exp())
+    scales = to_numpy(mixture.covariance.variance().sqrt().expand(mixture.locs.shape)[..., 0])
+    for k in range(mixture.n_components):
+        color, weight = _COLORS[k % len(_COLORS)], weights[:, k]
+        lower, upper = means[:, k] - scales[:, k], means[:, k] + scales[:, k]
+        for start in range(len(x) - 1):
+            piece, opacity = slice(start, start + 2), float(weight[start : start + 2].mean())
+            ax.fill_between(
+                x[piece], lower[piece], upper[piece], color=color, alpha=0.5 * opacity, linewidth=0, rasterized=True
+            )
+            ax.plot(x[piece], means[piece, k], color=color, alpha=max(0.1, opacity), linewidth=1.5)
+        ax.plot([], [], color=color, linewidth=1.5, label=f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}")
+        heaviest = int(weight.argmax())
+        ax.annotate(str(k + 1), (x[heaviest], means[heaviest, k]), ha="center", va="center", weight="bold")
+    ax.set(xlabel=label, ylabel=f"{_name(output)}: mean ± std of components")
+    ax.legend(fontsize="small", title="component")
+    return ax
+
+
+@torch.no_grad()
+def plot_predictive_intervals(
+    mixture: GaussianMixture,
+    x: Any,
+    y: Any = None,
+    *,
+    masses: Sequence[float] = (0.5, 0.8, 0.95),
+    kind: Literal["central", "shortest", "highest density"] = "central",
+    output: int = 0,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw intervals of several probabilities for one output along x, with what was observed.
+
+    Args:
+        mixture: Predictive distributions ``(N,)`` at x.
+        x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order.
+        y: Observed targets ``(N, D)``.
+        masses: Probabilities, in (0, 1).
+        kind: ``"central"`` and ``"shortest"`` as in ``mixture.interval``, with the median; regions of ``"highest
+            density"`` may have several parts.
+        output: Which output.
+        ax: Axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If shapes do not agree, or there is no such output or kind.
+        ImportError: If matplotlib is not installed.
+    """
+    if kind not in ("central", "shortest", "highest density"):
+        raise ValueError(f"kind: expected 'central', 'shortest' or 'highest density', got {kind!r}")
+    x, label, mixture, order = along(mixture, x, output)
+    ax = _axes(ax)
+    masses = sorted(masses, reverse=True)
+    grid = grid_of(mixture)
+    for mass, color in zip(masses, _shades(len(masses)), strict=True):
+        name = f"{100 * mass:g} %"
+        if kind == "highest density":
+            inside = above_threshold(mixture, grid, mass)
+            ax.contourf(x, to_numpy(grid), to_numpy(inside), levels=[0.0, math.inf], colors=[color])
+            ax.fill_between([], [], [], color=color, label=name)
+        else:
+            lower, upper = (to_numpy(end[:, 0]) for end in mixture.interval(mass, kind=kind))
+            ax.fill_between(x, lower, upper, color=color, linewidth=0, label=name)
+    if kind != "highest density":
+        ax.plot(x, to_numpy(mixture.icdf(0.5)[:, 0]), color="black", linewidth=1, label="median")
+    if y is not None:
+        _scatter(ax, x, targets_of(y, len(x))[order, output])
+    ax.set(xlabel=label, ylabel=_name(output, y))
+    ax.legend(title=kind)
+    return ax
+
+
+def plot_observed_vs_sampled(
+    x: Any, y: Any, sampled: Any, *, output: int = 0, ax: Sequence[Axes] | None = None
+) -> list[Axes]:
+    """Draw observed and sampled targets side by side, on the same scales.
+
+    Args:
+        x: Values of one input, ``(N,)`` or ``(N, 1)``.
+        y: Observed targets ``(N, D)``.
+        sampled: One draw for each, ``(N, D)``, as from ``network.sample(x)``.
+        output: Which output.
+        ax: Two axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If shapes do not agree, or there are not two axes.
+        ImportError: If matplotlib is not installed.
+    """
+    values, label = one_input(x)
+    rows = [targets_of(part, len(values)) for part in (y, sampled)]
+    if rows[0].shape != rows[1].shape or not 0 <= output < rows[0].shape[1]:
+        shapes = f"{rows[0].shape} and {rows[1].shape}"
+        raise ValueError(f"y, sampled: expected one shape, with an output {output}, got {shapes}")
+    if ax is None:
+        ax = _pyplot().subplots(1, 2, sharex=True, sharey=True)[1]
+    axes = list(np.ravel(np.asarray(ax)))
+    if len(axes) != 2:
+        raise ValueError(f"ax: expected two axes, got {len(axes)}")
+    shown = np.concatenate(rows)[:, output]
+    margin = 0.05 * (np.nanmax(shown) - np.nanmin(shown))
+    for axis, part, title in zip(axes, rows, ["observed", "sampled"], strict=True):
+        axis.scatter(values, part[:, output], s=8, color=_COLORS[0], alpha=0.6, linewidth=0)
+        axis.set(title=title, xlabel=label, ylim=(np.nanmin(shown) - margin, np.nanmax(shown) + margin))
+    axes[0].set_ylabel(_name(output, y))
+    return axes
+
+
+# Calibration
+
+
+def plot_pit(
+    pit: Any, *, level: float = 0.95, output_names: Sequence[str] | None = None, ax: Axes | None = None
+) -> Axes:
+    r"""Draw how far the distribution of transforms is from uniform, with a simultaneous band.
+
+    .. math:: \hat F(u) - u
+
+    A line inside the band everywhere is what independent uniform numbers show with probability ``level``. Below a
+    hump on the left, above on the right: too narrow predictions have the shape of an S.
+
+    Args:
+        pit: Transforms ``(N,)`` or ``(N, D)``, as by :func:`pyro_mdn.scores.pit`; NaN are left out.
+        level: Probability of the band, which is that of the output with the fewest transforms.
+        output_names: Names of the outputs.
+        ax: Axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If there are none, or some are outside [0, 1].
+        ImportError: If matplotlib is not installed.
+
+    References:
+        Säilynoja, Bürkner & Vehtari (2022), Graphical test for discrete uniformity and its applications in
+        goodness-of-fit evaluation and multiple sample comparison.
+    """
+    from pyro_mdn.calibration import ecdf_band
+
+    rows = to_numpy(pit)
+    rows = rows[:, None] if rows.ndim == 1 else rows
+    observed = [column[~np.isnan(column)] for column in rows.T]
+    if not observed or not all(len(u) and ((u >= 0) & (u <= 1)).all() for u in observed):
+        raise ValueError(f"pit: expected numbers in [0, 1], (N,) or (N, D), got shape {np.shape(pit)}")
+    ax = _axes(ax)
+    points = np.linspace(0, 1, 101)[1:-1]
+    lower, upper = ecdf_band(min(map(len, observed)), points, level)
+    ends = np.concatenate([[0.0], points, [1.0]])
+    band = (np.pad(lower - points, 1), np.pad(upper - points, 1))
+    ax.fill_between(ends, *band, color="0.85", linewidth=0, label=f"{100 * level:g} % band")
+    ax.axhline(0.0, color="0.5", linewidth=0.8)
+    for i, (u, name) in enumerate(zip(observed, _names(output_names, len(observed)), strict=True)):
+        ecdf = (u[:, None] <= ends).mean(0)
+        ax.plot(ends, ecdf - ends, color=_COLORS[i % 7], linestyle=_STYLES[i % 4], label=name)
+    ax.set(xlabel="probability integral transform u", ylabel="share below u, minus u", xlim=(0, 1))
+    ax.set_ylim(top=1.4 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(frameon=False, loc="upper right", ncols=2)
+    return ax
+
+
+@torch.no_grad()
+def plot_calibration(
+    mixture: GaussianMixture,
+    y: Any,
+    *,
+    masses: Sequence[float] | None = None,
+    level: float = 0.95,
+    output_names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how many targets lie in central intervals against their probability, with a pointwise binomial band.
+
+    Args:
+        mixture: Predictive distributions ``(N,)``.
+        y: Observed targets ``(N, D)``; NaN are left out.
+        masses: Probabilities of the intervals; by default 0.05 to 0.95.
+        level: Probability of the band at each point.
+        output_names: Names of the outputs.
+        ax: Axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If shapes do not agree.
+        ImportError: If matplotlib is not installed.
+    """
+    from scipy.stats import binom
+
+    from pyro_mdn.calibration import coverage_table
+
+    mixture = pooled(mixture)
+    targets = torch.as_tensor(np.array(to_numpy(y))).to(mixture.locs)
+    nominal = np.linspace(0.05, 0.95, 19) if masses is None else np.asarray(masses, dtype=float)
+    table = coverage_table(mixture, targets, nominal.tolist())
+    ax = _axes(ax)
+    count = int((~targets.isnan()).sum(0).min())
+    band = [end / count for end in binom.interval(level, count, nominal)]
+    ax.fill_between(nominal, *band, color="0.85", linewidth=0, label=f"{100 * level:g} % band")
+    ax.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
+    for i, name in enumerate(_names(output_names or _columns(y), mixture.dim)):
+        ax.plot(nominal, to_numpy(table.coverage[:, i]), color=_COLORS[i % 7], linestyle=_STYLES[i % 4], label=name)
+    ax.set(xlabel="probability of the interval", ylabel="share of targets inside", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(frameon=False, loc="upper left")
+    return ax
+
+
+@torch.no_grad()
+def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Axes | None = None) -> Axes:
+    """Draw what is noise and what the data leave open along x, as standard deviations of one output.
+
+    Args:
+        mixture: Mixtures ``(S, N)`` by draws of the weights, or members of an ensemble, at x.
+        x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order.
+        output: Which output.
+        ax: Axes to draw on; by default new ones.
+
+    Raises:
+        ValueError: If shapes do not agree, or there is no such output.
+        ImportError: If matplotlib is not installed.
+    """
+    if len(mixture.batch_shape) != 2:
+        raise ValueError(f"mixture: expected batch shape (S, N), got {tuple(mixture.batch_shape)}")
+    values, label, _, order = along(mixture, x, output)
+    ax = _axes(ax)
+    noise, open_ = uncertainty.aleatoric_variance(mixture), uncertainty.epistemic_variance(mixture)
+    parts = {"total": noise + open_, "aleatoric: noise": noise, "epistemic: open": open_}
+    for i, (name, variance) in enumerate(parts.items()):
+        ax.plot(values, to_numpy(variance.sqrt()[:, output])[order], color=_COLORS[i], linestyle=_STYLES[i], label=name)
+    ax.set(xlabel=label, ylabel=f"standard deviation of {_name(output)}")
+    ax.set_ylim(bottom=0)
+    ax.legend(frameon=False)
+    return ax
+
+
+# Training
 
 
 def plot_training(result: Any, *, ax: Axes | None = None) -> Axes:
@@ -36,11 +383,45 @@ def plot_training(result: Any, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
+# Axes and names
+
+
+def _columns(y: Any) -> list[str] | None:
+    columns = getattr(y, "columns", None)
+    return None if columns is None else [str(column) for column in columns]
+
+
+def _name(output: int, y: Any = None, dim: int = 1) -> str:
+    columns = _columns(y)
+    if columns is not None:
+        return columns[output]
+    shape = () if y is None else np.shape(to_numpy(y))
+    return f"y{output}" if output or dim > 1 or (len(shape) == 2 and shape[1] > 1) else "y"
+
+
+def _names(given: Sequence[str] | None, dim: int) -> list[str]:
+    names = list(given or (["y"] if dim == 1 else [f"y{i}" for i in range(dim)]))
+    if len(names) != dim:
+        raise ValueError(f"output_names: expected {dim}, got {names}")
+    return names
+
+
+def _shades(count: int) -> list[tuple[float, float, float]]:
+    """Blues, from light to dark."""
+    return [(1 - s, 1 - 0.75 * s, 1 - 0.35 * s) for s in np.linspace(0.25, 0.75, count)]
+
+
+def _scatter(ax: Axes, x: Any, y: Any) -> None:
+    ax.scatter(x, y, s=10, color="black", edgecolor="white", linewidth=0.4)
+
+
 def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
+    return _pyplot().subplots()[1] if ax is None else ax
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'pyro-mdn[plots]'") from error
-    return plt.subplots()[1]
+    return plt

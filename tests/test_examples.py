@@ -9,7 +9,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = {
-    "geyser": ["geyser.png", "geyser.safetensors"],
+    "arviz_workflow": ["arviz_workflow.png", "arviz_workflow.nc"],
+    "geyser": ["geyser.png", "geyser.safetensors", "geyser.nc"],
     "inverse_sine": ["inverse_sine.png"],
     "svi_script": [],
     "likelihood_component": [],

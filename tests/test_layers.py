@@ -40,6 +40,7 @@ ORDER = [
     "labels",
     "source",
     "inference_data",
+    "grids",
     "plots",
     "loop",
     "member_loop",

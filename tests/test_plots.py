@@ -1,0 +1,300 @@
+"""Figures hold what they promise: their artists and data against the mixtures, not pixels."""
+
+import builtins
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import make_mixture
+from scipy import integrate
+
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, plots, scores, uncertainty
+from pyro_mdn.calibration import ecdf_band
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+ROWS = 40
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    settings = dict(mpl.rcParams)
+    yield
+    assert dict(mpl.rcParams) == settings
+    plt.close("all")
+
+
+def along(dim=1, seed=0):
+    """Two modes that move apart along x, in random order of x, and targets from them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 2 * torch.rand(ROWS, generator=generator, dtype=torch.float64) - 1
+    locs = torch.stack([2 + x, -2 - x], 1).unsqueeze(-1).expand(ROWS, 2, dim) + torch.arange(dim)
+    logits = torch.tensor([0.3, 0.7]).double().log().expand(ROWS, 2)
+    mixture = GaussianMixture(logits, locs, DiagonalCovariance(torch.full((1, 1, 1), 0.2).double().expand(1, 1, dim)))
+    torch.manual_seed(seed)
+    return x, mixture, mixture.sample()
+
+
+def legend(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+# Densities
+
+
+def test_heat_map_is_the_density():
+    x, mixture, y = along(2)
+    ax = plots.plot_conditional_density(mixture, x, y, output=1)
+    (mesh,) = [c for c in ax.collections if type(c).__name__ == "QuadMesh"]
+    coordinates = mesh.get_coordinates()
+    across, up = coordinates[..., 0], coordinates[..., 1]
+    order = x.argsort()
+    assert np.allclose(across[0], x[order])
+    expected = mixture.marginal(1).log_prob(torch.as_tensor(up[:, :1])[:, None]).exp()[:, order]
+    shown = np.asarray(mesh.get_array()).reshape(up.shape)
+    assert np.allclose(shown, expected)
+    assert np.allclose(integrate.trapezoid(shown, up[:, 0], axis=0), 1, atol=0.01)
+    (points,) = [c for c in ax.collections if type(c).__name__ == "PathCollection"]
+    assert np.allclose(np.asarray(points.get_offsets()), torch.stack([x, y[:, 1]], 1)[order])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y1")
+    assert ax.figure.axes[1].get_ylabel() == "density"
+
+
+def test_contours_enclose_their_probability():
+    torch.manual_seed(0)
+    mixture = make_mixture(Full(), (), dim=3)
+    y = pd.DataFrame(mixture.sample((50,)), columns=["a", "b", "c"])
+    ax = plots.plot_conditional_density(mixture, y=y, output=(2, 0))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("c", "a")
+    assert legend(ax) == ["95 %", "80 %", "50 %"]
+    drawn = mixture.marginal([2, 0]).sample((4000,))
+    regions = [c for c in ax.collections if type(c).__name__ == "QuadContourSet"]
+    for region, mass in zip(regions, [0.95, 0.8, 0.5], strict=True):
+        inside = np.zeros(len(drawn), dtype=bool)
+        for polygon in region.get_paths()[0].to_polygons():
+            inside ^= mpl.path.Path(polygon).contains_points(drawn.numpy())
+        assert inside.mean() == pytest.approx(mass, abs=0.03)
+
+
+def test_components():
+    x, mixture, _ = along(2)
+    ax = plots.plot_components(mixture, x, output=1)
+    assert legend(ax) == ["1: weight 0.30 to 0.30", "2: weight 0.70 to 0.70"]
+    order = x.argsort()
+    pieces = [line for line in ax.lines if len(line.get_xdata()) == 2]
+    assert len(pieces) == 2 * (ROWS - 1)
+    for k, weight in enumerate([0.3, 0.7]):
+        own = pieces[k * (ROWS - 1) : (k + 1) * (ROWS - 1)]
+        assert np.allclose([line.get_ydata()[0] for line in own], mixture.locs[order][:-1, k, 1])
+        assert {round(line.get_alpha(), 6) for line in own} == {weight}
+    bands = [c.get_paths()[0].get_extents() for c in ax.collections]
+    assert bands[0].y0 == pytest.approx(float(mixture.locs[order][:2, 0, 1].min()) - 0.2)
+    assert {text.get_text() for text in ax.texts} == {"1", "2"}
+
+
+@pytest.mark.parametrize("kind", ["central", "shortest"])
+def test_intervals(kind):
+    x, mixture, y = along()
+    ax = plots.plot_predictive_intervals(mixture, x, y, masses=[0.5, 0.9], kind=kind)
+    bands = [c for c in ax.collections if type(c).__name__ == "FillBetweenPolyCollection"]
+    for band, mass in zip(bands, [0.9, 0.5], strict=True):
+        lower, upper = mixture.interval(mass, kind=kind)
+        vertices = {(round(a, 6), round(b, 6)) for a, b in band.get_paths()[0].vertices}
+        for ends in (lower, upper):
+            assert {(round(float(a), 6), round(float(b), 6)) for a, b in zip(x, ends[:, 0], strict=True)} <= vertices
+    (median,) = ax.lines
+    assert np.allclose(median.get_ydata(), mixture.icdf(0.5)[x.argsort(), 0])
+    assert legend(ax) == ["90 %", "50 %", "median"]
+
+
+def test_regions_of_highest_density_may_have_parts():
+    x, mixture, _ = along()
+    ax = plots.plot_predictive_intervals(mixture, x, masses=[0.8], kind="highest density")
+    (region,) = [c for c in ax.collections if type(c).__name__ == "QuadContourSet"]
+    polygons = region.get_paths()[0].to_polygons()
+    right = max(polygons, key=lambda p: p[:, 1].max()), min(polygons, key=lambda p: p[:, 1].min())
+    assert len(polygons) == 2  # apart all along x
+    assert right[0][:, 1].min() > right[1][:, 1].max() - 2
+    n = int((x - 0.5).abs().argmin())
+    path = [mpl.path.Path(p) for p in polygons]
+    drawn = mixture.sample((2000,))[:, n, 0]
+    inside = [any(p.contains_point((float(x[n]), float(v))) for p in path) for v in drawn]
+    assert np.mean(inside) == pytest.approx(0.8, abs=0.04)
+
+
+def test_draws_of_the_weights_are_averaged():
+    x, mixture, _ = along()
+    pair = mixture.expand((2, ROWS))
+    one, other = (plots.plot_predictive_intervals(m, x, masses=[0.9]) for m in (mixture, pair))
+    for first, second in zip(one.collections, other.collections, strict=True):
+        assert np.allclose(first.get_paths()[0].vertices, second.get_paths()[0].vertices, atol=1e-6)
+
+
+def test_observed_vs_sampled():
+    x, mixture, y = along(2)
+    sampled = mixture.sample()
+    axes = plots.plot_observed_vs_sampled(x, y, sampled, output=1)
+    for ax, part, title in zip(axes, [y, sampled], ["observed", "sampled"], strict=True):
+        assert np.allclose(np.asarray(ax.collections[0].get_offsets()), torch.stack([x, part[:, 1]], 1))
+        assert ax.get_title() == title
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[0].get_ylim()[1] > max(y[:, 1].max(), sampled[:, 1].max())
+
+
+# Calibration
+
+
+def test_transforms_and_their_band():
+    _, mixture, y = along(2)
+    u = scores.pit(mixture, y)
+    u[:5, 1] = torch.nan
+    ax = plots.plot_pit(u, output_names=["left", "right"])
+    assert legend(ax) == ["95 % band", "left", "right"]
+    points = np.linspace(0, 1, 101)
+    lines = [line for line in ax.lines if len(line.get_xdata()) == 101]
+    for line, column in zip(lines, [u[:, 0], u[5:, 1]], strict=True):
+        ecdf = (column.numpy()[:, None] <= points).mean(0)
+        assert np.allclose(line.get_ydata(), ecdf - points)
+    lower, upper = ecdf_band(ROWS - 5)
+    vertices = ax.collections[0].get_paths()[0].vertices
+    assert vertices[:, 1].min() == pytest.approx((lower - points[1:-1]).min())
+    assert vertices[:, 1].max() == pytest.approx((upper - points[1:-1]).max())
+    styles = {line.get_linestyle() for line in lines}
+    assert len(styles) == 2  # told apart without colours
+
+
+def test_too_narrow_predictions_leave_the_band():
+    u = scores.pit(*_narrow())
+    ax = plots.plot_pit(u)
+    line = next(line for line in ax.lines if len(line.get_xdata()) == 101)
+    lower, upper = ecdf_band(500)
+    points = np.linspace(0, 1, 101)[1:-1]
+    inside = line.get_ydata()[1:-1]
+    assert ((inside < lower - points) | (inside > upper - points)).any()
+
+
+def _narrow():
+    torch.manual_seed(0)
+    mixture = GaussianMixture(
+        torch.zeros(500, 1), torch.zeros(500, 1, 1), DiagonalCovariance(torch.full((1, 1, 1), 0.7))
+    )
+    return mixture, torch.randn(500, 1)
+
+
+def test_calibration():
+    _, mixture, y = along(2)
+    y[:5, 0] = torch.nan
+    ax = plots.plot_calibration(mixture, pd.DataFrame(y, columns=["a", "b"]), masses=[0.2, 0.5, 0.9])
+    assert legend(ax) == ["95 % band", "a", "b"]
+    for i, rows in enumerate([slice(5, None), slice(None)]):
+        line = ax.lines[1 + i]
+        part, targets = mixture._flat(mixture.batch_shape)._pick(torch.arange(ROWS)[rows]), y[rows]
+        expected = [scores.coverage(part, targets, mass)[:, i].mean() for mass in (0.2, 0.5, 0.9)]
+        assert np.allclose(line.get_ydata(), expected)
+
+
+def test_uncertainty_split():
+    x, mixture, _ = along()
+    shift = torch.tensor([-0.5, 0.0, 0.5]).double()[:, None, None] * (1 + x[None, :, None])
+    draws = mixture.expand((3, ROWS)).affine(shift)
+    ax = plots.plot_uncertainty_split(draws, x)
+    order = x.argsort()
+    shown = {line.get_label(): line.get_ydata() for line in ax.lines}
+    noise, open_ = uncertainty.aleatoric_variance(draws)[order, 0], uncertainty.epistemic_variance(draws)[order, 0]
+    assert np.allclose(shown["aleatoric: noise"], noise.sqrt())
+    assert np.allclose(shown["epistemic: open"], open_.sqrt())
+    assert np.allclose(shown["total"], draws.pool(0).stddev[order, 0])
+    assert legend(ax) == list(shown)
+
+
+# Axes and inputs
+
+
+def every():
+    x, mixture, y = along()
+    draws = mixture.expand((3, ROWS))
+    return {
+        "density": lambda ax: plots.plot_conditional_density(mixture, x, ax=ax),
+        "contours": lambda ax: plots.plot_conditional_density(make_mixture(Diagonal(), (), dim=2), ax=ax),
+        "components": lambda ax: plots.plot_components(mixture, x, ax=ax),
+        "intervals": lambda ax: plots.plot_predictive_intervals(mixture, x, ax=ax),
+        "pit": lambda ax: plots.plot_pit(scores.pit(mixture, y), ax=ax),
+        "calibration": lambda ax: plots.plot_calibration(mixture, y, ax=ax),
+        "split": lambda ax: plots.plot_uncertainty_split(draws, x, ax=ax),
+    }
+
+
+@pytest.mark.parametrize("name", every())
+def test_axes_of_the_caller(name):
+    figure, ax = plt.subplots()
+    assert every()[name](ax) is ax
+    assert ax.has_data()
+    assert ax.get_xlabel()
+    assert ax.get_ylabel()
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_two_axes_of_the_caller():
+    x, _, y = along()
+    figure, axes = plt.subplots(1, 2)
+    assert plots.plot_observed_vs_sampled(x, y, y, ax=axes) == list(axes)
+    assert plt.get_fignums() == [figure.number]
+
+
+def test_kinds_of_inputs():
+    x, mixture, y = along()
+    tracked = GaussianMixture(mixture.logits, mixture.locs.clone().requires_grad_(), mixture.covariance)
+    series = pd.Series(x.numpy(), name="age")
+    ax = plots.plot_conditional_density(tracked, series, pd.DataFrame(y, columns=["height"]))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("age", "height")
+    assert plots.plot_predictive_intervals(tracked, x.unsqueeze(1).numpy(), y.flatten()).get_ylabel() == "y"
+    assert plots.plot_components(tracked, x.tolist()).has_data()
+    assert plots.plot_pit(scores.pit(tracked, y).requires_grad_()).has_data()
+
+
+def test_bad_input():
+    x, mixture, y = along(2)
+    single = make_mixture(Diagonal(), ())
+    for call, message in [
+        (lambda: plots.plot_conditional_density(mixture, x[:5]), r"mixture: expected batch shape \(5,\)"),
+        (lambda: plots.plot_conditional_density(mixture), "mixture, output: expected one mixture"),
+        (lambda: plots.plot_conditional_density(single, output=1), "mixture, output: expected one mixture"),
+        (lambda: plots.plot_conditional_density(single, output=(0, 9)), "dims: expected"),
+        (lambda: plots.plot_conditional_density(mixture, x, output=(0, 1)), "output: expected one output"),
+        (lambda: plots.plot_conditional_density(mixture, x, y[:5]), "y: expected shape"),
+        (lambda: plots.plot_conditional_density(mixture, torch.zeros(ROWS, 2)), "x: expected values of one input"),
+        (lambda: plots.plot_components(mixture.expand((2, ROWS)), x), "mixture: expected batch shape"),
+        (lambda: plots.plot_components(mixture, x, output=2), "output: expected one of 2, got 2"),
+        (
+            lambda: plots.plot_components(mixture, []),
+            "mixture: expected batch shape",
+        ),
+        (lambda: plots.plot_predictive_intervals(mixture, x, kind="widest"), "kind: expected"),
+        (lambda: plots.plot_predictive_intervals(mixture, x, masses=[1.2]), "mass"),
+        (lambda: plots.plot_observed_vs_sampled(x, y, y[:, :1]), "y, sampled: expected one shape"),
+        (lambda: plots.plot_observed_vs_sampled(x, y, y, ax=[plt.gca()]), "ax: expected two axes"),
+        (lambda: plots.plot_pit([0.5, 1.5]), "pit: expected numbers in"),
+        (lambda: plots.plot_pit([]), "pit: expected numbers in"),
+        (lambda: plots.plot_pit([0.5], output_names=["a", "b"]), "output_names: expected 1"),
+        (lambda: plots.plot_calibration(mixture, y[:5]), "mixture, y: expected"),
+        (lambda: plots.plot_uncertainty_split(mixture, x), "mixture: expected batch shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_without_matplotlib(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name, *arguments, **settings):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *arguments, **settings)
+
+    x, mixture, _ = along()
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"pip install 'pyro-mdn\[plots\]'"):
+        plots.plot_components(mixture, x)
