@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format quality speed install
+.PHONY: demo test test-slow lint format quality speed figures install
 
 demo: install
 	$(BIN)/python examples/geyser.py
@@ -20,6 +20,14 @@ quality: install
 
 speed: install
 	$(BIN)/python benchmarks/posterior.py
+
+figures: install
+	$(BIN)/python examples/geyser.py
+	$(BIN)/python examples/inverse_sine.py --seeds 1
+	$(BIN)/python examples/arviz_workflow.py
+	$(BIN)/python examples/bayesian_weights.py
+	$(BIN)/python examples/active_learning.py
+	cp out/geyser.png out/inverse_sine.png out/arviz_workflow.png out/bayesian_weights.png out/active_learning.png docs/
 
 lint: install
 	$(BIN)/ruff check .

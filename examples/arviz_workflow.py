@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from geyser import load_pairs
+from geyser import NAMES, load_pairs
 from pyro.infer import Predictive
 
 from pyro_mdn import Diagonal, Full, MixtureDensityNetwork, bayesianize, fit, laplace, plots, scores, to_inference_data
@@ -21,7 +21,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MODELS = {f"{type(noise).__name__}, K = {k}": (noise, k) for noise in (Diagonal(), Full()) for k in (1, 2, 5)}
-NAMES = ["waiting", "duration"]
 
 
 def train(noise, n_components, x, y, draws, **settings):

@@ -14,7 +14,7 @@ from pyro_mdn.inference_data import to_inference_data
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DATA = Path(__file__).parent / "data" / "geyser.csv"
+DATA, NAMES = Path(__file__).parent / "data" / "geyser.csv", ["waiting", "duration"]
 NOISE = {"diagonal (default)": Diagonal(), "full": Full(), "full, tied": Full(tied=True)}
 NOISE |= {"low rank": LowRank(rank=1), "isotropic": Isotropic()}
 
@@ -44,13 +44,13 @@ def draw(network, x, y, path):
     figure, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
     for axis, last, alike in zip(axes[0], [[85.0, 2.0], [75.0, 4.5]], [x[:, 1] < 3, x[:, 1] >= 3], strict=True):
         plots.plot_conditional_density(network(torch.tensor(last)), y=y[alike], ax=axis)
+        axis.get_legend().set_loc("lower left")
         axis.set(title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption")
         axis.set(xlabel="next waiting (min)", ylabel="next duration (min)", xlim=(38, 112), ylim=(0.5, 6))
-    mixture, names = network(x), ["waiting", "duration"]
-    plots.plot_pit(scores.pit(mixture, y), output_names=names, ax=axes[1, 0])
-    plots.plot_calibration(mixture, y, output_names=names, ax=axes[1, 1])
+    plots.plot_pit(scores.pit(network(x), y), output_names=NAMES, ax=axes[1, 0])
+    plots.plot_calibration(network(x), y, output_names=NAMES, ax=axes[1, 1])
     figure.suptitle("Old Faithful: the next eruption, and 60 that were held out")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def main():
@@ -66,7 +66,7 @@ def main():
     full = runs["full"][0][0]
     draw(full, x[1], y[1], args.out / "geyser.png")
     full.save(args.out / "geyser.safetensors")
-    report = to_inference_data(full, y[1], x[1], output_names=["waiting", "duration"], seed=0)
+    report = to_inference_data(full, y[1], x[1], output_names=NAMES, seed=0)
     report.to_netcdf(str(args.out / "geyser.nc"))
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     print(f"{'marginal Gaussian':<22}{marginal_nll(y[0], y[1]):8.2f}")

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from pyro_mdn import MixtureDensityNetwork, fit
+from pyro_mdn import MixtureDensityNetwork, fit, plots
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -36,15 +36,15 @@ def exact_nll(x, y, points=4001):
 
 
 def draw(network, observed, path):
-    """Scatter the observed pairs beside as many sampled ones."""
-    x, y = observed
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
-    for axis, targets, title in [(axes[0], y, "observed"), (axes[1], network.sample(x), "sampled")]:
-        axis.scatter(x, targets, s=6, alpha=0.6, color="tab:blue")
-        axis.set(title=title, xlabel="x")
-    axes[0].set_ylabel("y")
+    """Observed pairs beside as many sampled ones, the density that they come from, and its regions."""
+    x, y = (values.float() for values in observed)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 8), sharex=True, sharey=True, layout="constrained")
+    plots.plot_observed_vs_sampled(x, y, network.sample(x), ax=axes[0])
+    grid = torch.linspace(-8, 8, 300).unsqueeze(-1)
+    plots.plot_conditional_density(network(grid), grid, ax=axes[1, 0])
+    plots.plot_predictive_intervals(network(grid), grid, kind="highest density", ax=axes[1, 1])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def main():

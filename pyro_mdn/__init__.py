@@ -1,7 +1,7 @@
 """Mixture density networks for Pyro: conditional densities that are Pyro distributions."""
 
 from pyro_mdn import scores, uncertainty
-from pyro_mdn.bayesian import bayesianize, posterior_predictive, starting_weights
+from pyro_mdn.bayesian import posterior_predictive
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
@@ -9,6 +9,7 @@ from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.laplace import laplace
+from pyro_mdn.latent import bayesianize, starting_weights
 from pyro_mdn.loop import FitResult
 from pyro_mdn.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
 from pyro_mdn.mixture import GaussianMixture

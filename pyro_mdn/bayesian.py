@@ -1,123 +1,32 @@
-r"""Latent weights: priors on them, and predictive mixtures given draws from a posterior."""
+r"""Predictive mixtures given draws of the weights from a posterior of any kind."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroModule, PyroSample
-from pyro.nn.module import to_pyro_module_
-from torch import Tensor, nn
+from pyro.nn import PyroModule
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_mdn.checks import require_counts, require_numbers
+from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
-from pyro_mdn.head import starting_value
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.vectorized import OwnParameters, isolated, over_draws
 
-__all__ = ["bayesianize", "draw_weights", "fan_in_normal", "posterior_predictive", "starting_weights"]
-
-Prior = Callable[[str, Tensor], Any]
+__all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]
 
 _ELEMENTS = 2**22  # of intermediate results in one vectorised pass: beyond a cache it gets slower
-
-
-def bayesianize(
-    network: MixtureDensityNetwork,
-    prior_scale: float = 1.0,
-    *,
-    layers: str | Sequence[str] = "all",
-    prior: dist.Distribution | Prior | None = None,
-) -> MixtureDensityNetwork:
-    r"""Make parameters of a network latent: ``PyroSample`` sites of ``network.model``, in place.
-
-    .. math:: W_{ij} \sim \mathcal{N}(0, s^2 / n_\text{in}), \quad b_i \sim \mathcal{N}(0, s^2)
-
-    so that the prior over functions has a limit as layers get wider (Neal, 1996). The values that the parameters
-    had stay as buffers ``weight_start`` and so on: inference starts from them.
-
-    Args:
-        network: The network. Train it first, and inference starts from there.
-        prior_scale: Prior scale s.
-        layers: ``"all"``, ``"head"``, or names of parameters or of modules, as ``network.named_parameters()`` has
-            them.
-        prior: In place of the normal: a distribution for each entry, or a function from a parameter's name and
-            value to a distribution with its shape as event shape.
-
-    Returns:
-        The network.
-
-    Raises:
-        ValueError: If the scale is not positive, a name matches no parameter, or the prior has another shape.
-
-    References:
-        Neal (1996), Bayesian learning for neural networks.
-
-    >>> network = bayesianize(MixtureDensityNetwork(1, 1), layers="head")
-    >>> sorted(starting_weights(network))
-    ['head.linear.bias', 'head.linear.weight']
-    """
-    require_numbers(prior_scale=prior_scale)
-    names = _matching(network, [layers] if isinstance(layers, str) else list(layers))
-    make = _prior(prior, float(prior_scale))
-    with torch.random.fork_rng():
-        for name, value in names.items():
-            distribution = _of_pyro(make(name, value.detach()))
-            shape, dtype = distribution.event_shape, distribution.sample().dtype
-            if (shape, dtype) != (value.shape, value.dtype) or distribution.batch_shape:
-                expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
-                got = f"{tuple(shape)} and {dtype}, and batch shape {tuple(distribution.batch_shape)}"
-                raise ValueError(f"prior: expected {expected}, got {got}")
-    for part in sorted({name.split(".")[0] for name in names if "." in name}):
-        # As a whole: parts that are put in again one by one change their order in nn.Sequential.
-        to_pyro_module_(child := network.get_submodule(part))
-        setattr(network, part, child)
-    for name in names:
-        _make_latent(network, name, make)
-    return network
-
-
-@dataclass(frozen=True)
-class fan_in_normal:
-    """Normal prior whose scale falls with the number of inputs; see :func:`bayesianize`.
-
-    >>> fan_in_normal(2.0)("weight", torch.zeros(3, 16)).base_dist.stddev.unique()
-    tensor([0.5000])
-    """
-
-    scale: float
-
-    def __call__(self, name: str, value: Tensor) -> dist.TorchDistribution:
-        """Prior of a parameter, given its name and value."""
-        fan_in = value[0].numel() if value.ndim > 1 else 1
-        return dist.Normal(torch.zeros_like(value), self.scale / math.sqrt(fan_in)).to_event(value.ndim)
-
-
-def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
-    """Values that the latent parameters had before they became so, by the name of their site.
-
-    ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides.
-    """
-    values = {}
-    for path, part in network.named_modules():
-        for leaf in getattr(part, "_pyro_samples", ()):  # a backbone may have buffers of such names of its own
-            if (value := part._buffers.get(f"{leaf}_start")) is not None:
-                values[f"{path}.{leaf}".removeprefix(".")] = value
-    return values
 
 
 def posterior_predictive(
@@ -180,11 +89,17 @@ def posterior_predictive(
             return posterior.members(x, _spread(posterior.size, num_samples))
     with evaluating(network):
         draws = draw_weights(network, posterior, x, num_samples)
-        if linearize is None and isinstance(posterior, LaplaceGuide) and not all(n.startswith("head.") for n in draws):
-            message = "Laplace's approximation of hidden layers predicts badly unless linearize=True"
-            warnings.warn(f"posterior_predictive: {message}; linearize=False to go on", stacklevel=2)
+        if linearize is None:
+            warn_if_nonlinear(posterior, draws)
         center = _median(posterior, draws) if linearize else None
         return _mixtures(network, draws, x, chunk_size, center)
+
+
+def warn_if_nonlinear(posterior: Any, draws: Iterable[str]) -> None:
+    """Warn if sites are of hidden layers, and the posterior takes outputs to be linear in their weights."""
+    if isinstance(posterior, LaplaceGuide) and not all(name.startswith("head.") for name in draws):
+        message = "Laplace's approximation of hidden layers predicts badly unless linearize=True"
+        warnings.warn(f"posterior_predictive: {message}; linearize=False to go on", stacklevel=3)
 
 
 @torch.no_grad()
@@ -320,69 +235,3 @@ def _require_samples(num_samples: int | None, available: int) -> None:
 def _spread(size: int, num_samples: int | None) -> Tensor:
     """Positions of so many draws, spread evenly."""
     return torch.linspace(0, size - 1, num_samples or size).round().long()
-
-
-# Priors
-
-
-@dataclass(frozen=True)
-class _OfModule:
-    """Prior of one parameter, given the module that it belongs to, on whose device it is made."""
-
-    make: Prior
-    name: str
-
-    def __call__(self, module: nn.Module) -> Any:
-        return self.make(self.name, starting_value(module, self.name.rpartition(".")[2]))
-
-
-@dataclass(frozen=True)
-class _OfEachEntry:
-    """The same distribution for all entries of a parameter."""
-
-    distribution: Any
-
-    def __call__(self, name: str, value: Tensor) -> Any:
-        return self.distribution.expand(value.shape).to_event(value.ndim)
-
-
-def _prior(prior: Any, scale: float) -> Prior:
-    if prior is None:
-        return fan_in_normal(scale)
-    if isinstance(prior, torch.distributions.Distribution):
-        if _of_pyro(prior).event_shape or prior.batch_shape:
-            shapes = tuple(prior.batch_shape), tuple(prior.event_shape)
-            raise ValueError(f"prior: expected the distribution of one number, got batch and event shape {shapes}")
-        return _OfEachEntry(prior)
-    if not callable(prior):
-        raise ValueError(f"prior: expected a distribution or a function that makes one, got {type(prior).__name__}")
-    return prior
-
-
-def _of_pyro(prior: Any) -> TorchDistributionMixin:
-    if not isinstance(prior, TorchDistributionMixin):
-        kind = type(prior)
-        raise ValueError(f"prior: expected one of pyro.distributions, got {kind.__module__}.{kind.__qualname__}")
-    return prior
-
-
-def _matching(network: MixtureDensityNetwork, layers: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Parameters of the layers with these names."""
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    if len({id(p) for p in parameters.values()}) != len(parameters):
-        raise ValueError("network: expected parameters of their own in each layer, got some that layers share")
-    chosen = {}
-    for layer in layers:
-        found = {n: p for n, p in parameters.items() if layer == "all" or n == layer or n.startswith(f"{layer}.")}
-        if not found:
-            raise ValueError(f"layers: expected 'all', 'head' or names among {sorted(parameters)}, got {layer!r}")
-        chosen |= found
-    return {name: p for name, p in parameters.items() if name in chosen}
-
-
-def _make_latent(network: nn.Module, name: str, make: Prior) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = network.get_submodule(path)
-    value = getattr(module, leaf).detach().clone()
-    setattr(module, leaf, PyroSample(_OfModule(make, name)))
-    module.register_buffer(f"{leaf}_start", value)

@@ -80,7 +80,7 @@ def to_inference_data(
             alone, if ``predictive`` is a network or an ensemble.
         num_samples: Draws of the weights from a guide, or of y from a point estimate or an ensemble; by default 1000.
         quantities: Some of ``"mean"``, ``"stddev"``, ``"weights"``, ``"locs"``, ``"scales"`` and ``"entropy_bounds"``.
-        sites: Whether to have the weights in ``posterior``; of a guide they are not kept.
+        sites: Whether to have the draws of the weights in ``posterior``.
         output_names: Names of the D outputs; by default columns of y, ``"y"``, or ``"y0"``, ``"y1"``, ....
         coords: Labels along ``"obs_id"``, ``"input"``, or ``"component"``.
         method: Name of the inference; by default what can be told from ``predictive`` and ``posterior``. Mixtures of
@@ -122,7 +122,7 @@ def to_inference_data(
         if x is not None:
             groups["constant_data"] = labels.inputs(as_array(x, "x"), len(targets))
         if predictions is not None:
-            groups |= _predictions(predictions, source, posterior, num_samples, labels)
+            groups |= _predictions(predictions, source, num_samples, labels)
     return _assemble(groups, {"inference_method": source.method, **_versions(), **source.scaling})
 
 
@@ -261,15 +261,13 @@ def _prior_draws(prior: Any, shape: tuple[int, ...]) -> Array:
     return drawn[None]
 
 
-def _predictions(
-    predictions: Any, source: Source, posterior: Any, num_samples: int | None, labels: Labels
-) -> dict[str, Dataset]:
+def _predictions(predictions: Any, source: Source, num_samples: int | None, labels: Labels) -> dict[str, Dataset]:
     new, inputs = predictions if isinstance(predictions, tuple) else (predictions, None)
     if not isinstance(new, GaussianMixture):
         if source.network is None:
             expected = "a GaussianMixture, as predictive is one"
             raise ValueError(f"predictions: expected {expected}, got {type(new).__name__}")
-        new, inputs = predict(source.network, new, posterior, num_samples), new
+        new, inputs = predict(source.network, new, source.posterior), new
     if new.dim != len(labels.names) or len(new.batch_shape) not in (1, 2):
         expected = f"mixtures (N',) or (S, N') over {len(labels.names)} outputs"
         raise ValueError(f"predictions: expected {expected}, got {tuple(new.batch_shape)} over {new.dim}")

@@ -13,8 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.data import Rows, as_rows
+from pyro_mdn.latent import starting_weights
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.vectorized import OwnParameters, isolated
 

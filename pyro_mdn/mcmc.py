@@ -19,7 +19,6 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from torch.distributions import Distribution, biject_to
 
-from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.checks import require_counts
 from pyro_mdn.data import Rows
 from pyro_mdn.joint import (
@@ -33,6 +32,7 @@ from pyro_mdn.joint import (
     undisturbed,
 )
 from pyro_mdn.laplace import mode_and_scale
+from pyro_mdn.latent import starting_weights
 from pyro_mdn.network import MixtureDensityNetwork
 
 __all__ = ["ConvergenceWarning", "PosteriorSamples", "fit_mcmc"]

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
 
-from pyro_mdn.bayesian import posterior_predictive
+from pyro_mdn.bayesian import draw_weights, posterior_predictive, warn_if_nonlinear
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide
 from pyro_mdn.labels import Array, as_array, to_numpy
@@ -34,13 +35,15 @@ class Source(NamedTuple):
     stats: Mapping[str, Array]
     scaling: Mapping[str, Any]
     network: Any
+    posterior: Any
 
     @classmethod
     def of(cls, predictive: Any, x: Any, posterior: Any, num_samples: int | None, method: str | None) -> Source:
         """From the arguments of :func:`pyro_mdn.to_inference_data`."""
         network = None if isinstance(predictive, GaussianMixture) else predictive
-        sites, stats = _posterior_sites(posterior)
-        mixture = predictive if network is None else predict(network, x, posterior, num_samples)
+        used = posterior if network is None else _drawn(network, x, posterior, num_samples)
+        sites, stats = _posterior_sites(used)
+        mixture = predictive if network is None else predict(network, x, used)
         given = _method(network, mixture, posterior) if method is None else str(method)
         if len(mixture.batch_shape) not in (1, 2):
             shape = tuple(mixture.batch_shape)
@@ -50,7 +53,7 @@ class Source(NamedTuple):
         if len(counts) > 1 or math.prod(shape := next(iter(counts))) != mixture.batch_shape[0]:
             raise ValueError(f"posterior: expected {mixture.batch_shape[0]} draws, as many as mixtures, got {counts}")
         scaling = _scaling(network.stacked if isinstance(network, DeepEnsemble) else network)
-        return cls(mixture, shape[0], given, sites, stats, scaling, network)
+        return cls(mixture, shape[0], given, sites, stats, scaling, network, used)
 
     @property
     def is_posterior(self) -> bool:
@@ -58,24 +61,37 @@ class Source(NamedTuple):
         return self.method not in (POINT, ENSEMBLE) and self.mixture.batch_shape[0] > 1
 
 
-def predict(network: Any, x: Any, posterior: Any, num_samples: int | None) -> GaussianMixture:
+def predict(network: Any, x: Any, posterior: Any) -> GaussianMixture:
     """Mixtures ``(N,)``, or ``(S, N)`` by draws of the weights or by members, at inputs of any kind."""
+    inputs = _inputs(network, x)
+    with torch.no_grad(), evaluating(network):
+        if isinstance(network, DeepEnsemble):
+            return network.members(inputs)
+        if posterior is not None:
+            return posterior_predictive(network, posterior, inputs)
+        if network.latent:
+            raise ValueError("posterior: expected one for a network with latent weights, got none")
+        return network(inputs)
+
+
+def _inputs(network: Any, x: Any) -> Tensor:
     if not isinstance(network, MixtureDensityNetwork | DeepEnsemble):
         expected = "a GaussianMixture, a network or an ensemble"
         raise ValueError(f"predictive: expected {expected}, got {type(network).__name__}")
     if x is None:
         raise ValueError("x: expected the inputs that the network predicts from, got none")
-    inputs = torch.tensor(as_array(x, "x")).to(next(network.buffers()))
-    with torch.no_grad():
-        if isinstance(network, DeepEnsemble):
-            return network.members(inputs)
-        if posterior is not None:
-            is_guide = callable(posterior) and not isinstance(posterior, MCMC)
-            return posterior_predictive(network, posterior, inputs, (num_samples or 1000) if is_guide else None)
-        if network.latent:
-            raise ValueError("posterior: expected one for a network with latent weights, got none")
-        with evaluating(network):
-            return network(inputs)
+    return torch.tensor(as_array(x, "x")).to(next(network.buffers()))
+
+
+def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any:
+    """Draws from a guide, so that the same weights predict everywhere; any other posterior as it is."""
+    if posterior is None or isinstance(posterior, MCMC) or not callable(posterior):
+        return posterior
+    inputs = _inputs(network, x)
+    with evaluating(network):
+        draws = draw_weights(network, posterior, inputs, num_samples or 1000)
+    warn_if_nonlinear(posterior, draws)
+    return draws
 
 
 def _method(network: Any, mixture: GaussianMixture, posterior: Any) -> str:

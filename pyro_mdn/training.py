@@ -18,11 +18,11 @@ from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.latent import starting_weights
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.objectives import NegativeElbo

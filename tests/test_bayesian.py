@@ -39,7 +39,8 @@ from pyro_mdn import (
     posterior_predictive,
     starting_weights,
 )
-from pyro_mdn.bayesian import draw_weights, fan_in_normal
+from pyro_mdn.bayesian import draw_weights
+from pyro_mdn.latent import fan_in_normal
 from pyro_mdn.vectorized import over_draws
 
 GUIDES = [

@@ -106,6 +106,8 @@ def test_draws_of_the_weights_stay_draws():
     made = to_inference_data(network, y, x, posterior=posterior, num_samples=60)
     assert made.attrs["inference_method"] == "SVI with AutoNormal"
     assert made["log_likelihood"].sizes["draw"] == 60
+    again = {name: values(made, "posterior", name)[0] for name in ("head.linear.weight", "head.linear.bias")}
+    assert_close(values(made, "log_likelihood", "y")[0], posterior_predictive(network, again, x).log_prob(y))
 
 
 def test_chains_stay_chains():

@@ -15,9 +15,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, Full, LowRank, MixtureDensityNetwork, bayesianize, laplace, posterior_predictive
-from pyro_mdn.bayesian import draw_weights, starting_weights
+from pyro_mdn.bayesian import draw_weights
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
 from pyro_mdn.laplace import _site_precision, mode_and_scale
+from pyro_mdn.latent import starting_weights
 
 
 class Recurrent(nn.Module):

@@ -29,6 +29,7 @@ ORDER = [
     "dense",
     "guides",
     "ensemble",
+    "latent",
     "bayesian",
     "objectives",
     "optimization",

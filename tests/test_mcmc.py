@@ -19,8 +19,8 @@ from pyro_mdn import (
     fit_mcmc,
     posterior_predictive,
 )
-from pyro_mdn.bayesian import starting_weights
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
+from pyro_mdn.latent import starting_weights
 from pyro_mdn.mcmc import _Joint, _Model, _target, _warn
 
 QUICK = {"num_samples": 6, "warmup_steps": 6, "num_chains": 2, "max_tree_depth": 3, "seed": 0, "progress": False}
