@@ -102,6 +102,8 @@ def to_inference_data(
     require_counts(num_samples=num_samples)
     targets = as_array(y, "y")
     targets = targets[:, None] if targets.ndim == 1 else targets
+    if not targets.size or np.isinf(targets).any():
+        raise ValueError(f"y: expected finite numbers, or NaN, in one row at least, got shape {targets.shape}")
     source = Source.of(predictive, x, posterior, num_samples, method)
     mixture = source.mixture
     if mixture.batch_shape[1:] != targets.shape[:1] or mixture.dim != targets.shape[-1] or targets.ndim != 2:

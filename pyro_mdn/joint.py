@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, constraints
+from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.data import Rows, as_rows
 from pyro_mdn.latent import starting_weights
@@ -26,6 +26,7 @@ __all__ = [
     "log_joint_of_model",
     "reciprocal_variance",
     "rows_of",
+    "supported_start",
     "undisturbed",
 ]
 
@@ -157,6 +158,13 @@ def log_joint_of_model(network: MixtureDensityNetwork, rows: Rows, values: Weigh
 def latent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Distribution]:
     """Prior of each latent site given the starting weights, in the order of the model."""
     return {name: site["fn"] for name, site in _latent_sites(network, rows, starting_weights(network)).items()}
+
+
+def supported_start(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Tensor]:
+    """Starting weights by site, but for those outside the support of their prior."""
+    priors = latent_priors(network, rows)
+    inside = {name: biject_to(priors[name].support).inv for name in priors}
+    return {name: v for name, v in starting_weights(network).items() if bool(inside[name](v).isfinite().all())}
 
 
 def is_real(prior: Distribution) -> bool:

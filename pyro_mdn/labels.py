@@ -3,6 +3,7 @@ r"""Labels: arrays of predictions as ``xarray`` data sets, with names of rows, i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -94,6 +95,9 @@ class Labels(NamedTuple):
 def as_array(values: Any, name: str) -> Array:
     """Numbers with a row for each observation, of any kind, as an array."""
     array = to_numpy(values)
+    if array.dtype == object and hasattr(values, "to_numpy"):  # of pandas, with entries that are missing
+        with suppress(TypeError, ValueError):
+            array = values.to_numpy(dtype=float, na_value=np.nan)
     if array.ndim == 0 or array.dtype.kind not in "fiub":
         raise ValueError(f"{name}: expected numbers, a row for each observation, got {array.dtype} {array.shape}")
     return array

@@ -17,7 +17,7 @@ from pyro.infer.autoguide import init_to_median, init_to_value
 from pyro.infer.mcmc.util import select_samples
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution
 
 from pyro_mdn.checks import require_counts
 from pyro_mdn.data import Rows
@@ -29,10 +29,10 @@ from pyro_mdn.joint import (
     log_joint_of_model,
     reciprocal_variance,
     rows_of,
+    supported_start,
     undisturbed,
 )
 from pyro_mdn.laplace import mode_and_scale
-from pyro_mdn.latent import starting_weights
 from pyro_mdn.network import MixtureDensityNetwork
 
 __all__ = ["ConvergenceWarning", "PosteriorSamples", "fit_mcmc"]
@@ -250,7 +250,7 @@ class _Model:
         self.network, self.rows = network, rows
 
     def kernel(self, **settings: Any) -> tuple[NUTS, dict[str, Tensor] | None]:
-        values = _jittered(starting_weights(self.network), latent_priors(self.network, self.rows))
+        values = _jittered(supported_start(self.network, self.rows), latent_priors(self.network, self.rows))
         strategy = init_to_value(values=values, fallback=init_to_median)
         return NUTS(self.network.model, init_strategy=strategy, **settings), None
 
@@ -269,11 +269,9 @@ def _target(network: MixtureDensityNetwork, rows: Rows) -> _Joint | _Model:
 
 
 def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -> dict[str, Tensor]:
-    """Weights a little apart from the starting ones, where any real number will do; none outside the support."""
+    """Weights a little apart from the starting ones, where any real number will do."""
     values = {}
     for name, value in start.items():
-        if not bool(biject_to(priors[name].support).inv(value).isfinite().all()):
-            continue
         scale = reciprocal_variance(priors[name], value).rsqrt().clamp(max=1.0).to(value)
         values[name] = value + _JITTER * scale * is_real(priors[name]) * torch.randn_like(value)
     return values

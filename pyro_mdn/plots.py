@@ -264,8 +264,8 @@ def plot_pit(
 
     rows = to_numpy(pit)
     rows = rows[:, None] if rows.ndim == 1 else rows
-    observed = [column[~np.isnan(column)] for column in rows.T]
-    if not observed or not all(len(u) and ((u >= 0) & (u <= 1)).all() for u in observed):
+    observed = [column[~np.isnan(column)] for column in rows.T] if rows.ndim == 2 else []
+    if rows.ndim != 2 or not all(len(u) and ((u >= 0) & (u <= 1)).all() for u in observed):
         raise ValueError(f"pit: expected numbers in [0, 1], (N,) or (N, D), got shape {np.shape(pit)}")
     ax = _axes(ax)
     points = np.linspace(0, 1, 101)[1:-1]
@@ -312,7 +312,7 @@ def plot_calibration(
     from pyro_mdn.calibration import coverage_table
 
     mixture = pooled(mixture)
-    targets = torch.as_tensor(np.array(to_numpy(y))).to(mixture.locs)
+    targets = torch.tensor(targets_of(y, math.prod(mixture.batch_shape))).to(mixture.locs)
     nominal = np.linspace(0.05, 0.95, 19) if masses is None else np.asarray(masses, dtype=float)
     table = coverage_table(mixture, targets, nominal.tolist())
     ax = _axes(ax)

@@ -22,7 +22,7 @@ from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing
 from pyro_mdn.ensemble import DeepEnsemble
-from pyro_mdn.latent import starting_weights
+from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.objectives import NegativeElbo
@@ -216,7 +216,7 @@ def _started(guide: type, network: MixtureDensityNetwork, rows: Rows, *, initial
         raise ValueError(f"guide: expected a guide, or a class of AutoGuides, got {guide.__name__}")
     if initialize:
         network.initialize_(rows.x, rows.y)
-    settings: dict[str, Any] = {"init_loc_fn": init_to_value(values=starting_weights(network))}
+    settings: dict[str, Any] = {"init_loc_fn": init_to_value(values=supported_start(network, rows))}
     if "init_scale" in inspect.signature(guide).parameters:
         settings["init_scale"] = 0.01  # what was learned would drown in Pyro's 0.1
     return guide(network.model, **settings)

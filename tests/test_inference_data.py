@@ -198,6 +198,8 @@ def test_names_come_from_pandas():
     assert (data["observed_data"].coords["obs_id"].values == index.values).all()
     assert (data["predictions"].coords["obs_id"].values == index.values[:2]).all()
     assert data["posterior"].coords["output"].values.tolist() == ["left", "right"]
+    missing = pd.DataFrame({"a": pd.array([1.5] * (ROWS - 1) + [None], dtype="Float64"), "b": 1.0})
+    assert to_inference_data(network, missing, x)["observed_data"]["a"].shape == (ROWS - 1,)
     one, x1, y1 = make(1)
     series = pd.Series(y1.flatten(), name="height")
     assert list(to_inference_data(one, series, x1)["observed_data"].data_vars) == ["height"]
@@ -409,6 +411,8 @@ def test_bad_input():
         ((mixture, y), {"predictions": x}, "predictions: expected a GaussianMixture"),
         ((mixture, y), {"predictions": mixture.marginal(0)}, "predictions: expected mixtures"),
         ((mixture, [["a", "b"]] * ROWS), {}, "y: expected numbers"),
+        ((mixture, y / 0), {}, "y: expected finite numbers"),
+        ((network, y[:0], x[:0]), {}, "y: expected finite numbers, or NaN, in one row at least"),
     ]:
         with pytest.raises(ValueError, match=message):
             to_inference_data(*arguments, **settings)

@@ -252,6 +252,7 @@ def test_kinds_of_inputs():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("age", "height")
     assert plots.plot_predictive_intervals(tracked, x.unsqueeze(1).numpy(), y.flatten()).get_ylabel() == "y"
     assert plots.plot_components(tracked, x.tolist()).has_data()
+    assert plots.plot_calibration(tracked, y.flatten()).has_data()
     assert plots.plot_pit(scores.pit(tracked, y).requires_grad_()).has_data()
 
 
@@ -279,7 +280,9 @@ def test_bad_input():
         (lambda: plots.plot_pit([0.5, 1.5]), "pit: expected numbers in"),
         (lambda: plots.plot_pit([]), "pit: expected numbers in"),
         (lambda: plots.plot_pit([0.5], output_names=["a", "b"]), "output_names: expected 1"),
-        (lambda: plots.plot_calibration(mixture, y[:5]), "mixture, y: expected"),
+        (lambda: plots.plot_pit(torch.rand(2, 3, 4)), "pit: expected numbers in"),
+        (lambda: plots.plot_calibration(mixture, y[:5]), "y: expected shape"),
+        (lambda: plots.plot_calibration(mixture, y[:, :1]), "mixture, y: expected"),
         (lambda: plots.plot_uncertainty_split(mixture, x), "mixture: expected batch shape"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import (
@@ -160,3 +161,13 @@ def test_fits_in_one_process_never_see_each_other():
     assert [a] == digests("A")
     assert [b] == digests("B")
     assert a != b
+
+
+def test_guide_starts_within_the_support_of_a_prior():
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 1, 2, hidden_dim=4)
+    x = torch.randn(50, 1)
+    network.initialize_(x, x)
+    bayesianize(network, layers="head.linear.bias", prior=dist.HalfNormal(1.0))  # some starting values are negative
+    result = fit(network, x, x, guide=AutoNormal, max_epochs=2, seed=0, progress=False)
+    assert all(math.isfinite(row["loss"]) for row in result.history)
