@@ -147,6 +147,10 @@ def loo(data: Any, *, pointwise: bool = True) -> Any:
     References:
         Vehtari, Gelman & Gabry (2017), Practical Bayesian model evaluation using leave-one-out cross-validation and
         WAIC.
+
+    >>> mixture = MixtureDensityNetwork(1, 1)(torch.randn(5, 1)).affine(0.01 * torch.randn(500, 1, 1))  # 500 draws
+    >>> int(loo(to_inference_data(mixture, torch.randn(5, 1))).n_data_points)
+    5
     """
     az = _arviz()
     name, likelihood = _joint_log_likelihood(data)
@@ -169,6 +173,11 @@ def compare(models: Mapping[str, Any], **settings: Any) -> Any:
 
     References:
         Yao, Vehtari, Simpson & Gelman (2018), Using stacking to average Bayesian predictive distributions.
+
+    >>> y, mixture = torch.randn(5, 1), MixtureDensityNetwork(1, 1)(torch.randn(5, 1))
+    >>> draws = {"a": mixture.affine(0.01 * torch.randn(500, 1, 1)), "b": mixture.affine(0.01 * torch.randn(500, 1, 1))}
+    >>> sorted(compare({name: to_inference_data(draws[name], y) for name in draws}).index)
+    ['a', 'b']
     """
     if len(models) < 2:
         raise ValueError(f"models: expected two at least, got {len(models)}")
@@ -203,6 +212,10 @@ def loo_pit(mixture: GaussianMixture, y: Tensor, *, reff: float = 1.0) -> LooPit
         sampling-based methods.
         Vehtari, Gelman & Gabry (2017), Practical Bayesian model evaluation using leave-one-out cross-validation and
         WAIC.
+
+    >>> mixture = MixtureDensityNetwork(1, 1)(torch.randn(5, 1)).affine(0.01 * torch.randn(500, 1, 1))  # 500 draws
+    >>> loo_pit(mixture, torch.randn(5, 1)).pit.shape
+    torch.Size([5, 1])
     """
     if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
         expected = "mixtures (S, N) and y of shape (N, D)"

@@ -63,6 +63,11 @@ def plot_conditional_density(
     Raises:
         ValueError: If shapes do not agree, or there is no such output.
         ImportError: If matplotlib is not installed.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    >>> plot_conditional_density(MixtureDensityNetwork(1, 1)(x), x).get_ylabel()
+    'y'
     """
     if x is None:
         return _plot_joint_density(mixture, y, output or (0, 1), masses, ax)
@@ -123,6 +128,11 @@ def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Ax
         ValueError: If shapes do not agree, if mixtures are by several draws of the weights, whose components do not
             correspond, or there is no such output.
         ImportError: If matplotlib is not installed.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    >>> plot_components(MixtureDensityNetwork(1, 1)(x), x).get_xlabel()
+    'x'
     """
     if len(mixture.batch_shape) != 1:
         raise ValueError(f"mixture: expected batch shape (N,), got {tuple(mixture.batch_shape)}")
@@ -173,6 +183,11 @@ def plot_predictive_intervals(
     Raises:
         ValueError: If shapes do not agree, or there is no such output or kind.
         ImportError: If matplotlib is not installed.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    >>> plot_predictive_intervals(MixtureDensityNetwork(1, 1)(x), x, kind="shortest").get_xlabel()
+    'x'
     """
     if kind not in ("central", "shortest", "highest density"):
         raise ValueError(f"kind: expected 'central', 'shortest' or 'highest density', got {kind!r}")
@@ -213,6 +228,12 @@ def plot_observed_vs_sampled(
     Raises:
         ValueError: If shapes do not agree, or there are not two axes.
         ImportError: If matplotlib is not installed.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    >>> axes = plot_observed_vs_sampled(x, x**2, MixtureDensityNetwork(1, 1).sample(x))
+    >>> [ax.get_title() for ax in axes]
+    ['observed', 'sampled']
     """
     values, label = one_input(x)
     rows = [targets_of(part, len(values)) for part in (y, sampled)]
@@ -259,6 +280,9 @@ def plot_pit(
     References:
         Säilynoja, Bürkner & Vehtari (2022), Graphical test for discrete uniformity and its applications in
         goodness-of-fit evaluation and multiple sample comparison.
+
+    >>> plot_pit(torch.rand(100)).get_xlabel()
+    'probability integral transform u'
     """
     from pyro_mdn.calibration import ecdf_band
 
@@ -306,6 +330,11 @@ def plot_calibration(
     Raises:
         ValueError: If shapes do not agree.
         ImportError: If matplotlib is not installed.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    >>> plot_calibration(MixtureDensityNetwork(1, 1)(x), x**2).get_xlabel()
+    'probability of the interval'
     """
     from scipy.stats import binom
 
@@ -340,15 +369,22 @@ def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0,
     Raises:
         ValueError: If shapes do not agree, or there is no such output.
         ImportError: If matplotlib is not installed.
+
+    >>> from pyro_mdn import DeepEnsemble, MixtureDensityNetwork
+    >>> x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    >>> ensemble = DeepEnsemble(MixtureDensityNetwork(1, 1), size=3)
+    >>> plot_uncertainty_split(ensemble.members(x), x).get_ylabel()
+    'standard deviation of y'
     """
     if len(mixture.batch_shape) != 2:
         raise ValueError(f"mixture: expected batch shape (S, N), got {tuple(mixture.batch_shape)}")
     values, label, _, order = along(mixture, x, output)
     ax = _axes(ax)
-    noise, open_ = uncertainty.aleatoric_variance(mixture), uncertainty.epistemic_variance(mixture)
-    parts = {"total": noise + open_, "aleatoric: noise": noise, "epistemic: open": open_}
-    for i, (name, variance) in enumerate(parts.items()):
-        ax.plot(values, to_numpy(variance.sqrt()[:, output])[order], color=_COLORS[i], linestyle=_STYLES[i], label=name)
+    noise, doubt = uncertainty.aleatoric_variance(mixture), uncertainty.epistemic_variance(mixture)
+    looks = [{"color": "0.75", "linewidth": 4}, {"color": _COLORS[0]}, {"color": _COLORS[1], "linestyle": "--"}]
+    parts = {"total": noise + doubt, "aleatoric: noise": noise, "epistemic: open": doubt}
+    for (name, variance), look in zip(parts.items(), looks, strict=True):
+        ax.plot(values, to_numpy(variance.sqrt()[:, output])[order], label=name, **look)
     ax.set(xlabel=label, ylabel=f"standard deviation of {_name(output)}")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
