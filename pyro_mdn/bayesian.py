@@ -76,6 +76,7 @@ def posterior_predictive(
         Immer, Korzepa & Bauer (2021), Improving predictions of Bayesian neural nets via local linearization.
 
     >>> from pyro.infer.autoguide import AutoNormal
+    >>> from pyro_mdn import bayesianize
     >>> network = bayesianize(MixtureDensityNetwork(1, 1, n_components=3))
     >>> posterior_predictive(network, AutoNormal(network.model), torch.randn(5, 1), num_samples=10).pool(0)
     GaussianMixture(batch_shape=(5,), n_components=30, dim=1, covariance=DiagonalCovariance)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import subprocess
+import sys
 
 import torch
 from torch import nn
@@ -67,3 +69,17 @@ def linear_regression(dim_out=1, rows=40, prior_scale=1.5):
     order = [4 * row for row in range(1 + dim_out)]
     order += [4 * row + column for row in range(1 + dim_out) for column in (1, 2, 3)]
     return network, x, y, means.flatten()[order], blocks[order][:, order]
+
+
+def peak_memory(code):
+    """GiB that code takes at most in a process of its own, beyond what this package takes once it is imported."""
+    shown = f"""
+import torch, pyro_mdn
+def taken(kind):
+    line = next(line for line in open("/proc/self/status") if line.startswith(kind))
+    return int(line.split()[1]) / 1024**2
+before = taken("VmRSS")
+{code}
+print(taken("VmHWM") - before)
+"""
+    return float(subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout)
