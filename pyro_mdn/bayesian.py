@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_mdn.checks import require_counts
@@ -109,7 +109,7 @@ def draw_weights(
 ) -> dict[str, Tensor]:
     """Draws of the latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
     network.check_inputs(x)
-    store = pyro.get_param_store().get_state()
+    learned = _learned_elsewhere(posterior)
     with isolated():
         if not network.latent:
             raise ValueError("network: expected latent weights, got none: see bayesianize")
@@ -120,8 +120,7 @@ def draw_weights(
         if callable(posterior) and not isinstance(posterior, MCMC):
             if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
                 posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
-            # What is no PyroModule has its parameters in the store, where SVI put them.
-            with pyro.get_param_store().scope(None if isinstance(posterior, PyroModule) else store):
+            with pyro.get_param_store().scope(learned):
                 draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
             _require_alike("guide", expected, draws)
             return draws
@@ -130,6 +129,18 @@ def draw_weights(
         kinds = "a guide, samples by site, MCMC or a DeepEnsemble"
         raise ValueError(f"posterior: expected {kinds}, got {type(posterior).__name__}")
     return _from_samples(samples, expected, num_samples)
+
+
+def _learned_elsewhere(guide: Any) -> Any:
+    """State of Pyro's parameter store, where SVI puts what ``pyro.param`` made, but for a module's own parameters.
+
+    Another module may have left values of the same names.
+    """
+    parts = [part for part in guide.modules() if isinstance(part, PyroModule)] if isinstance(guide, nn.Module) else []
+    leaves = [(part, leaf.removesuffix("_unconstrained")) for part in parts for leaf in part._parameters]
+    own = {part._pyro_get_fullname(leaf) for part, leaf in leaves}
+    state: dict[str, Any] = dict(pyro.get_param_store().get_state())
+    return {kind: {name: value for name, value in held.items() if name not in own} for kind, held in state.items()}
 
 
 def _from_samples(

@@ -186,11 +186,11 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         loss = self._train(epoch)
         monitored = self._evaluate()
-        if self.held_out is not None and not bool(monitored.isfinite().all()):
+        if self.held_out is not None and not self._sound(monitored):
             raise FloatingPointError(f"fit: validation loss is {self._shown(monitored)} after epoch {epoch}")
         lr = self.settings.lr * warmup_cosine(self.step - 1, self.steps)
         self._judge(epoch, loss, monitored, lr)
-        losses = {"loss": loss.mean().item(), "validation_loss": monitored.mean().item()}
+        losses = {"loss": loss.nanmean().item(), "validation_loss": monitored.nanmean().item()}
         self.result.history.append({"epoch": epoch, **losses, "lr": lr})
 
     def _judge(self, epoch: int, loss: Tensor, monitored: Tensor, lr: float) -> None:
@@ -234,11 +234,11 @@ class Loop:
         y = blur(batch.y, torch.maximum(fade * self.noise[1], self.least_noise))
         self.optimizer.zero_grad()
         loss = self._mean(batch.weigh(self._losses(x, y)))
-        if not bool(loss.isfinite().all()):
+        if not self._sound(loss):
             raise FloatingPointError(f"loss is {self._shown(loss)}")
         loss.sum().backward()
         norm = self._clip()
-        if not bool(norm.isfinite().all()):
+        if not self._sound(norm):
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * warmup_cosine(step, self.steps)
@@ -253,6 +253,10 @@ class Loop:
     def _clip(self) -> Tensor:
         """Scale gradients down to the largest norm that is allowed; return the norm before."""
         return nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+
+    def _sound(self, value: Tensor) -> bool:
+        """Whether a loss or a norm is finite."""
+        return bool(value.isfinite().all())
 
     def _shown(self, value: Tensor) -> str:
         return str(value.item())

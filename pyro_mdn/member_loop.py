@@ -31,8 +31,16 @@ class MemberLoop(Loop):
             g.mul_(factor.reshape(-1, *(1,) * (g.ndim - 1)))
         return norms
 
+    def _sound(self, value: Tensor) -> bool:
+        return not bool(self._broken(value).any())
+
+    def _broken(self, value: Tensor) -> Tensor:
+        """Which members have a value that is not finite; what becomes of those that have stopped is of no concern."""
+        stopped = [member.stopped_early for member in self.result.members] or [False] * len(value)
+        return ~value.isfinite() & ~torch.tensor(stopped, device=value.device)
+
     def _shown(self, value: Tensor) -> str:
-        which = int((~value.isfinite()).nonzero()[0])
+        which = int(self._broken(value).nonzero()[0])
         return f"{value[which].item()} in member {which} of {len(value)}"
 
     def _judge(self, epoch: int, loss: Tensor, monitored: Tensor, lr: float) -> None:

@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     init_to_value,
 )
+from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
 from torch.testing import assert_close
@@ -399,17 +400,32 @@ def test_guides_of_ones_own():
     assert draws.std(1).max() < 0.05
 
 
-def test_guides_with_parameters_in_the_store():
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_guides_with_parameters_in_the_store(kind):
     network, (x, y) = bayesianize(make(), layers="head.linear.bias"), data()
 
-    def guide(x, y=None):
+    def function(x, y=None):
         loc = pyro.param("loc", torch.zeros(9, dtype=torch.float64))
         pyro.sample("head.linear.bias", dist.Normal(loc, 1e-6).to_event(1))
 
+    class Module(PyroModule):
+        def __init__(self):
+            super().__init__("guide")
+            self.shift = PyroParam(torch.zeros(9, dtype=torch.float64))
+
+        def forward(self, x, y=None):
+            loc = pyro.param("loc", torch.zeros(9, dtype=torch.float64))
+            pyro.sample("head.linear.bias", dist.Normal(loc + self.shift, 1e-6).to_event(1))
+
+    pyro.clear_param_store()
+    guide = function if kind == "function" else Module()
     svi = SVI(network.model, guide, Adam({"lr": 0.1}), Trace_ELBO())
     for _ in range(5):
         svi.step(x, y)
     learned = pyro.param("loc").detach().clone()
+    if kind == "module":
+        learned += guide.shift.detach()
+        pyro.get_param_store()["guide.shift"] = torch.full((9,), 50.0).double()  # left by another of the same name
     assert learned.abs().max() > 0.1
     before = list(pyro.get_param_store())
     draws = draw_weights(network, guide, x, 3)["head.linear.bias"]

@@ -458,3 +458,28 @@ def test_refused_fits_leave_the_ensemble_as_it_was():
     with pytest.raises(ValueError, match="finite"):
         fit(ensemble, x, y * math.inf, progress=False)
     assert_close(ensemble.state_dict(), before)
+
+
+def test_members_that_have_stopped_may_diverge():
+    torch.manual_seed(0)
+    x = torch.randn(60, 1)
+    y = x + torch.randn(60, 1)
+    settings = {"max_epochs": 40, "patience": 3, "validation": 0.3, "seed": 0, "progress": False}
+    start = DeepEnsemble(MixtureDensityNetwork(1, 1, 2, hidden_dim=8), size=4)
+    alone, together, poisoned = copy.deepcopy(start), copy.deepcopy(start), []
+
+    def poison(result):
+        stopped = [i for i, member in enumerate(result.members) if member.stopped_early]
+        if stopped and not poisoned:
+            poisoned.extend(stopped)
+            with torch.no_grad():
+                for parameter in together.stacked.parameters():
+                    parameter[stopped] = torch.nan
+
+    expected = fit(alone, x, y, **settings)
+    result = fit(together, x, y, callbacks=[poison], **settings)
+    assert 0 < len(poisoned) < 4
+    assert [r.best_epoch for r in result.members] == [r.best_epoch for r in expected.members]
+    assert len(result.history) == len(expected.history)
+    for one, other in zip(alone.parameters(), together.parameters(), strict=True):
+        assert_close(one, other)
