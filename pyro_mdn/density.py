@@ -117,7 +117,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         self._check_value(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_log_prob)[0]
-        residual = value.unsqueeze(-2) - self.locs
+        residual = self.locs - value.unsqueeze(-2)  # this way round it has the memory layout of the locations
         return kernels.normal_log_density(self.covariance.whiten(residual), self.covariance.half_log_det())
 
     def responsibilities(self, value: Tensor) -> Tensor:
