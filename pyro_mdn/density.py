@@ -36,8 +36,8 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     def _set(self, logits: Tensor, locs: Tensor, covariance: Covariance, validate_args: bool | None) -> None:
         batch_shape = _broadcast(logits.shape[:-1], locs.shape[:-2], covariance.batch_shape[:-1])
-        self.logits = logits.expand(*batch_shape, -1)
-        self.locs = locs.expand(*batch_shape, -1, -1)
+        self.logits = logits if logits.shape[:-1] == batch_shape else logits.expand(*batch_shape, -1)
+        self.locs = locs if locs.shape[:-2] == batch_shape else locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
         torch.distributions.Distribution.__init__(self, batch_shape, locs.shape[-1:], validate_args)
 
@@ -257,6 +257,8 @@ def _check_shapes(logits: Tensor, locs: Tensor, covariance: Covariance) -> Covar
 
 
 def _broadcast(*shapes: torch.Size) -> torch.Size:
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]  # torch takes longer over this than over a density of small size
     try:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError as error:

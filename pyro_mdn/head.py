@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn import kernels
+from pyro_mdn.density import has_missing
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
 
@@ -99,8 +100,9 @@ class MixtureHead(nn.Module):
         """Log-density of y ``(*batch, D)`` under :meth:`mixture` of the same arguments, without building that."""
         mixture = self._standardized(raw, scale, validate_args=False)
         standardized = ((y - shift) / scale).to(mixture.locs.dtype)
-        # A missing entry has no density, and so no unit.
-        log_units = scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
+        log_units = scale.log().expand(*scale.shape[:-1], self.dim_out)
+        if has_missing(y):  # an entry without a density has no unit
+            log_units = log_units.expand(y.shape).masked_fill(y.isnan(), 0.0)
         return mixture.log_prob(standardized) - log_units.sum(-1)
 
     def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:
