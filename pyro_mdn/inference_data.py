@@ -104,14 +104,14 @@ def to_inference_data(
     targets = targets[:, None] if targets.ndim == 1 else targets
     if not targets.size or np.isinf(targets).any():
         raise ValueError(f"y: expected finite numbers, or NaN, in one row at least, got shape {targets.shape}")
-    source = Source.of(predictive, x, posterior, num_samples, method)
-    mixture = source.mixture
-    if mixture.batch_shape[1:] != targets.shape[:1] or mixture.dim != targets.shape[-1] or targets.ndim != 2:
-        expected = f"shape {(*mixture.batch_shape[1:], mixture.dim)}, as the predictions have it"
-        raise ValueError(f"y: expected {expected}, got {targets.shape}")
-    labels = Labels.of(x, y, len(targets), mixture.dim, output_names, coords)
-    groups: dict[str, Dataset] = {}
     with torch.no_grad(), _seeded(seed):
+        source = Source.of(predictive, x, posterior, num_samples, method)
+        mixture = source.mixture
+        if mixture.batch_shape[1:] != targets.shape[:1] or mixture.dim != targets.shape[-1] or targets.ndim != 2:
+            expected = f"shape {(*mixture.batch_shape[1:], mixture.dim)}, as the predictions have it"
+            raise ValueError(f"y: expected {expected}, got {targets.shape}")
+        labels = Labels.of(x, y, len(targets), mixture.dim, output_names, coords)
+        groups: dict[str, Dataset] = {}
         of_rows = _quantities(mixture, quantities, source.chains)
         groups["posterior"] = labels.dataset({**of_rows, **(_unnamed(source.sites) if sites else {})})
         groups["posterior_predictive"] = labels.of_outputs(_draws(source, mixture, num_samples), targets)

@@ -440,6 +440,13 @@ def test_nothing_global_changes():
     assert network.training == mode
     second = to_inference_data(network, y, x, num_samples=5, seed=1)
     assert np.array_equal(first["posterior_predictive"]["y0"], second["posterior_predictive"]["y0"])
+    latent = make(latent=True)[0]
+    guide = AutoNormal(latent.model)
+    guide(x, y)
+    state = torch.get_rng_state()
+    one, other = (to_inference_data(latent, y, x, posterior=guide, num_samples=5, seed=1) for _ in range(2))
+    assert (torch.get_rng_state() == state).all()
+    assert np.array_equal(one["posterior"]["head.linear.bias"], other["posterior"]["head.linear.bias"])
 
 
 if __name__ == "__main__":
