@@ -35,7 +35,7 @@ __all__ = [
 
 # Okabe & Ito (2008): distinguishable for all, in the order of their lightness as far as it goes.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_STYLES = ["-", "--", "-.", ":"]
+_STYLES = ["-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2))]
 
 
 # Densities
@@ -156,8 +156,11 @@ def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Ax
     for k, (weight, mean, scale) in enumerate(zip(weights.T, means.T, scales.T, strict=True)):
         color, shown = _COLORS[k % 7], np.where(weight < 0.01, np.nan, mean)
         legend = f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}"
-        ax.plot(x, shown, color=color, linestyle=_STYLES[k % 4], label=legend)
+        ax.plot(x, shown, color=color, linestyle=_STYLES[k % 5], label=legend)
         _shade(ax, x, shown - scale, shown + scale, weight, color)
+        heaviest = weight.argmax()
+        if weight[heaviest] >= 0.01:
+            ax.annotate(str(k + 1), (x[heaviest], mean[heaviest]), ha="center", va="center", weight="bold")
     ax.set(xlabel=label, ylabel=f"{names[output]}: mean ± std of components")
     ax.legend(fontsize="small", title="component")
     return ax
@@ -329,7 +332,7 @@ def plot_pit(
     ax.axhline(0.0, color="0.5", linewidth=0.8)
     for i, (u, name) in enumerate(zip(observed, names, strict=True)):
         ecdf = (u[:, None] <= ends).mean(0)
-        ax.plot(ends, ecdf - ends, color=_COLORS[i % 7], linestyle=_STYLES[i % 4], label=name)
+        ax.plot(ends, ecdf - ends, color=_COLORS[i % 7], linestyle=_STYLES[i % 5], label=name)
     ax.set(xlabel="probability integral transform u", ylabel="share below u, minus u", xlim=(0, 1))
     ax.set_ylim(top=1.4 * ax.get_ylim()[1])  # room for the legend
     ax.legend(frameon=False, loc="upper right", ncols=2)
@@ -382,7 +385,7 @@ def plot_calibration(
     ax.fill_between(nominal, *band, color="0.85", linewidth=0, label=f"{100 * level:g} % band")
     ax.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
     for i, name in enumerate(names):
-        ax.plot(nominal, to_numpy(table.coverage[:, i]), color=_COLORS[i % 7], linestyle=_STYLES[i % 4], label=name)
+        ax.plot(nominal, to_numpy(table.coverage[:, i]), color=_COLORS[i % 7], linestyle=_STYLES[i % 5], label=name)
     ax.set(xlabel="probability of the interval", ylabel="share of targets inside", xlim=(0, 1), ylim=(0, 1))
     ax.legend(frameon=False, loc="upper left")
     return ax

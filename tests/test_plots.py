@@ -104,10 +104,20 @@ def test_components():
         corners = np.array([path.vertices[:4] for path in band.get_paths()])
         assert np.allclose(corners[:, 0, 1], means[:-1] - 0.2)
         assert np.allclose(corners[:, 3, 1], means[:-1] + 0.2)
+    assert [text.get_text() for text in ax.texts] == ["1", "2"]
     light, dark = (band.get_facecolor()[:, 3] for band in ax.collections)
     assert (light < dark - 0.1).all()
     low, high = ax.get_ylim()
     assert low < mixture.locs[..., 1].min() - 0.2 < mixture.locs[..., 1].max() + 0.2 < high
+
+
+def test_each_component_looks_different():
+    torch.manual_seed(0)
+    x, logits, locs = torch.arange(4.0), torch.zeros(4, 20), torch.randn(4, 20, 1)
+    ax = plots.plot_components(GaussianMixture(logits, locs, DiagonalCovariance(torch.ones(4, 20, 1))), x)
+    looks = [(line.get_color(), line._dash_pattern) for line in ax.lines]
+    assert len({str(style) for _, style in looks[:5]}) == 5
+    assert len(set(map(str, looks))) == 20
 
 
 def test_components_without_weight_are_not_drawn():
