@@ -2,7 +2,8 @@ r"""Grids: mixtures along one input and densities over one output, as arrays tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,22 @@ from torch.special import ndtri
 from pyro_mdn.labels import Array, as_array, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 
-__all__ = ["along", "cell_density", "grid_of", "in_parts", "log_thresholds", "one_input", "pooled", "targets_of"]
+__all__ = [
+    "along",
+    "cell_density",
+    "grid_of",
+    "in_parts",
+    "log_thresholds",
+    "one_input",
+    "pooled",
+    "regions",
+    "targets_of",
+]
 
 _FEWEST, _MOST = 300, 1000
 """Points of a grid: the most are more than a figure has pixels."""
 
-_QUANTILES = 2000
+_QUANTILES = 1000
 
 _ELEMENTS = 2**24
 """Numbers in the largest tensor at once, where one point of a grid does not need more."""
@@ -73,17 +84,17 @@ def grid_of(mixture: GaussianMixture, output: int = 0, margin: float = 0.05) -> 
     """Points over all but a thousandth of each distribution of one output, two for each standard deviation."""
     single = mixture.marginal(output)
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
-    count = min(max(_FEWEST, round(2 * (high - low) / _finest(mixture))), _MOST)
+    count = min(max(_FEWEST, round(2 * (high - low) / float(_finest(mixture).min()))), _MOST)
     margin = margin * (high - low)
     return torch.linspace(low - margin, high + margin, count).to(mixture.locs)
 
 
-def _finest(mixture: GaussianMixture) -> float:
-    """Smallest standard deviation of one output, given the other if there are two, of components that matter."""
+def _finest(mixture: GaussianMixture) -> Tensor:
+    """Smallest standard deviation of an output, given the other if there are two, of components that matter."""
     variance, log_det = mixture.covariance.variance(), 2 * mixture.covariance.half_log_det()
     conditional = (log_det - variance.log().sum(-1)).exp() * variance.min(-1).values
     matter = mixture.logits.exp() > 0.05 / mixture.n_components
-    return float(conditional.expand(mixture.logits.shape)[matter].min().sqrt())
+    return conditional.expand(mixture.logits.shape).masked_fill(~matter, math.inf).min(-1).values.sqrt()
 
 
 def cell_density(mixture: GaussianMixture, grid: Tensor) -> Tensor:
@@ -91,6 +102,22 @@ def cell_density(mixture: GaussianMixture, grid: Tensor) -> Tensor:
     step = grid[1] - grid[0]
     ends = torch.cat([grid - step / 2, grid[-1:] + step / 2])
     return in_parts(mixture.cdf, ends[:, None, None], mixture).diff(dim=0).squeeze(-1) / step
+
+
+def regions(mixture: GaussianMixture, grid: Tensor, masses: list[float]) -> Iterator[Tensor]:
+    """For each probability, ``(points, N)`` that are positive within the regions of highest density.
+
+    Where a mode is narrower than a step of the grid, regions are of whole cells, so that they do not fall between them.
+    """
+    density, step = cell_density(mixture, grid), grid[1] - grid[0]
+    coarse, narrow = density.clamp(min=torch.finfo(density.dtype).tiny).log(), _finest(mixture) < step
+    shown = torch.where(narrow, coarse, in_parts(mixture.log_prob, grid[:, None, None], mixture))
+    falling = coarse.sort(0, descending=True).values
+    inside = falling.exp().cumsum(0) * step
+    for mass, threshold in zip(masses, log_thresholds(mixture, masses), strict=True):
+        last = (inside < mass).sum(0, keepdim=True).clamp(max=len(grid) - 1)
+        of_cells = falling.gather(0, last).squeeze(0) - math.log(2)  # below the last one, which would be a point
+        yield shown - torch.where(narrow, torch.minimum(threshold, of_cells), threshold)
 
 
 def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from pyro_mdn import uncertainty
 from pyro_mdn.density import check_dims
-from pyro_mdn.grids import along, cell_density, grid_of, in_parts, log_thresholds, one_input, pooled, targets_of
+from pyro_mdn.grids import along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
 from pyro_mdn.labels import Array, as_array, names_of, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 
@@ -234,11 +234,8 @@ def plot_predictive_intervals(
 
 def _fill_regions(ax: Axes, x: Array, mixture: GaussianMixture, masses: list[float]) -> None:
     grid = grid_of(mixture)
-    log_density = in_parts(mixture.log_prob, grid[:, None, None], mixture)
-    thresholds = log_thresholds(mixture, masses)
-    for mass, threshold, color in zip(masses, thresholds, _shades(len(masses)), strict=True):
-        above = to_numpy(log_density - threshold)
-        ax.contourf(x, to_numpy(grid), above, levels=[0.0, math.inf], colors=[color])
+    for mass, above, color in zip(masses, regions(mixture, grid, masses), _shades(len(masses)), strict=True):
+        ax.contourf(x, to_numpy(grid), to_numpy(above), levels=[0.0, math.inf], colors=[color])
         ax.fill_between([], [], [], color=color, label=_percent(mass))
 
 

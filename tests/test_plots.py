@@ -173,6 +173,17 @@ def test_regions_of_highest_density_of_narrow_modes():
     assert np.mean(inside) == pytest.approx(0.5, abs=0.05)
 
 
+def test_regions_of_modes_narrower_than_a_pixel():
+    x, mixture, _ = along(scale=1e-4)
+    ax = plots.plot_predictive_intervals(mixture, x, masses=[0.5, 0.8], kind="highest density")
+    both, main = (c.get_paths()[0].to_polygons() for c in ax.collections if type(c).__name__ == "QuadContourSet")
+    assert {bool(p[:, 1].mean() > 0) for p in both} == {True, False}
+    assert {bool(p[:, 1].mean() > 0) for p in main} == {False}  # the mode of weight 0.7
+    for polygons in (both, main):
+        shown = np.concatenate([p[:, 0] for p in polygons if p[:, 1].mean() < 0])
+        assert (shown.min(), shown.max()) == pytest.approx((float(x.min()), float(x.max())))
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-5])
 def test_thresholds_of_highest_density(scale):
     torch.manual_seed(0)
