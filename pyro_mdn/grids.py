@@ -15,6 +15,7 @@ from pyro_mdn.labels import Array, as_array, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 
 __all__ = [
+    "PIXELS",
     "along",
     "cell_density",
     "grid_of",
@@ -26,8 +27,8 @@ __all__ = [
     "targets_of",
 ]
 
-_FEWEST, _MOST = 300, 1000
-"""Points of a grid: the most are more than a figure has pixels."""
+PIXELS, _MOST = 300, 1000
+"""Points of a grid: about as many as a figure has pixels, where each is a colour; at most, where there are contours."""
 
 _QUANTILES = 1000
 
@@ -80,12 +81,12 @@ def pooled(mixture: GaussianMixture) -> GaussianMixture:
     return mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
 
 
-def grid_of(mixture: GaussianMixture, output: int = 0, margin: float = 0.05) -> Tensor:
-    """Points over all but a thousandth of each distribution of one output, two for each standard deviation."""
+def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> Tensor:
+    """Points over all but 0.1 % of each distribution of one output, two for each standard deviation up to ``most``."""
     single = mixture.marginal(output)
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
-    count = min(max(_FEWEST, round(2 * (high - low) / float(_finest(mixture).min()))), _MOST)
-    margin = margin * (high - low)
+    count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
+    margin = 0.05 * (high - low)
     return torch.linspace(low - margin, high + margin, count).to(mixture.locs)
 
 

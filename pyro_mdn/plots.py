@@ -15,7 +15,7 @@ import torch
 
 from pyro_mdn import uncertainty
 from pyro_mdn.density import check_dims
-from pyro_mdn.grids import along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
+from pyro_mdn.grids import PIXELS, along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
 from pyro_mdn.labels import Array, as_array, names_of, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 
@@ -81,7 +81,7 @@ def plot_conditional_density(
     names = names_of(y, output_names, mixture.dim)
     observed = None if y is None else targets_of(y, len(x), mixture.dim)
     ax = _axes(ax)
-    grid = grid_of(single)
+    grid = grid_of(single, most=PIXELS)  # with more rows than pixels, narrow modes could be left out
     density = to_numpy(cell_density(single, grid))
     shown = ax.pcolormesh(x, to_numpy(grid), density, cmap="Blues", vmin=0, shading="gouraud", rasterized=True)
     ax.figure.colorbar(shown, ax=ax, label="density")
