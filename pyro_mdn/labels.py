@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from xarray import Dataset
 
-__all__ = ["JOINT", "Array", "Labels", "as_array", "by_chain", "to_numpy"]
+__all__ = ["JOINT", "Array", "Labels", "as_array", "by_chain", "names_of", "to_numpy"]
 
 Array = NDArray[Any]
 
@@ -35,7 +35,7 @@ class Labels(NamedTuple):
         known = {"obs_id", "input", "component"}
         if unknown := set(coords or {}) - known:
             raise ValueError(f"coords: expected labels of some of {sorted(known)}, got {sorted(map(str, unknown))}")
-        names = _output_names(y, names, dim)
+        names = names_of(y, names, dim)
         index = _index(y, x)
         found = {"obs_id": np.arange(size) if index is None else index, "output": np.array(names)}
         found["bound"] = np.array(["lower", "upper"])
@@ -116,7 +116,8 @@ def by_chain(values: Array, chains: int) -> Array:
 # Names
 
 
-def _output_names(y: Any, given: Sequence[str] | None, dim: int) -> list[str]:
+def names_of(y: Any, given: Sequence[str] | None, dim: int) -> list[str]:
+    """Names of outputs: those given, or of pandas objects, or y, or y0, y1, ..."""
     if given is None:
         columns = getattr(y, "columns", [getattr(y, "name", None)])
         named = [str(column) for column in columns if column is not None]

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from pyro_mdn import uncertainty
-from pyro_mdn.grids import above_threshold, along, grid_of, one_input, pooled, targets_of
-from pyro_mdn.labels import to_numpy
+from pyro_mdn.density import check_dims
+from pyro_mdn.grids import PIXELS, along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
+from pyro_mdn.labels import Array, as_array, names_of, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ __all__ = [
 
 # Okabe & Ito (2008): distinguishable for all, in the order of their lightness as far as it goes.
 _COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_STYLES = ["-", "--", "-.", ":"]
+_STYLES = ["-", "--", "-.", ":", (0, (8, 2, 1, 2, 1, 2))]
 
 
 # Densities
@@ -48,6 +49,7 @@ def plot_conditional_density(
     *,
     output: int | tuple[int, int] | None = None,
     masses: Sequence[float] = (0.5, 0.8, 0.95),
+    output_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the density of one output along x, or the joint density of two at one x, with what was observed.
@@ -58,6 +60,7 @@ def plot_conditional_density(
         y: Observed targets ``(N', D)`` to draw over it: at x, where there is one, and N' is N.
         output: Which output, or which two; by default the first ones.
         masses: Probabilities of the regions of highest density that the contours enclose.
+        output_names: Names of all outputs; by default those of y.
         ax: Axes to draw on; by default new ones.
 
     Raises:
@@ -70,44 +73,52 @@ def plot_conditional_density(
     'y'
     """
     if x is None:
-        return _plot_joint_density(mixture, y, output or (0, 1), masses, ax)
+        return _plot_joint_density(mixture, y, (0, 1) if output is None else output, masses, output_names, ax)
+    output = 0 if output is None else output
     if isinstance(output, tuple):
         raise ValueError(f"output: expected one output along x, got {output}")
-    x, label, mixture, order = along(mixture, x, output or 0)
+    x, label, single, order = along(mixture, x, output)
+    names = names_of(y, output_names, mixture.dim)
+    observed = None if y is None else targets_of(y, len(x), mixture.dim)
     ax = _axes(ax)
-    grid = grid_of(mixture)
-    density = mixture.log_prob(grid[:, None, None]).exp()
-    shown = ax.pcolormesh(x, to_numpy(grid), to_numpy(density), cmap="Blues", shading="gouraud", rasterized=True)
+    grid = grid_of(single, most=PIXELS)  # with more rows than pixels, narrow modes could be left out
+    density = to_numpy(cell_density(single, grid))
+    shown = ax.pcolormesh(x, to_numpy(grid), density, cmap="Blues", vmin=0, shading="gouraud", rasterized=True)
     ax.figure.colorbar(shown, ax=ax, label="density")
-    if y is not None:
-        _scatter(ax, x, targets_of(y, len(x))[order, output or 0])
-    ax.set(xlabel=label, ylabel=_name(output or 0, y))
+    if observed is not None:
+        _scatter(ax, x, observed[order, output])
+    ax.set(xlabel=label, ylabel=names[output])
     return ax
 
 
 def _plot_joint_density(
-    mixture: GaussianMixture, y: Any, output: Any, masses: Sequence[float], ax: Axes | None
+    mixture: GaussianMixture,
+    y: Any,
+    output: int | tuple[int, int],
+    masses: Sequence[float],
+    names: Sequence[str] | None,
+    ax: Axes | None,
 ) -> Axes:
-    pair = (output, output) if isinstance(output, int) else tuple(output)
-    if mixture.batch_shape or len(set(pair)) != 2:
+    if mixture.batch_shape or isinstance(output, int) or len(output) != 2:
         expected = "one mixture, of batch shape (), and two outputs; or x"
         raise ValueError(f"mixture, output: expected {expected}, got {tuple(mixture.batch_shape)} and {output}")
+    pair, masses = check_dims(output, mixture.dim), _decreasing(masses)
+    observed = None if y is None else targets_of(y, dim=mixture.dim)
+    names = names_of(y, names, mixture.dim)
     mixture = mixture.marginal(pair)
     ax = _axes(ax)
-    first, second = (grid_of(mixture.marginal(i)) for i in range(2))
+    first, second = grid_of(mixture, 0), grid_of(mixture, 1)
     points = torch.stack(torch.meshgrid(first, second, indexing="xy"), -1)
-    log_density = to_numpy(mixture.log_prob(points))
-    with torch.random.fork_rng():
+    log_density = to_numpy(in_parts(mixture.log_prob, points, mixture))
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)  # the thresholds are by Monte Carlo: a figure should stay the same
-        levels = {float(mixture.highest_density_threshold(mass)): f"{100 * mass:g} %" for mass in masses}
-    order = sorted(levels)
-    for level, color in zip(order, _shades(len(order)), strict=True):
+        levels = [float(mixture.highest_density_threshold(mass)) for mass in masses]
+    for level, mass, color in zip(levels, masses, _shades(len(masses)), strict=True):
         ax.contourf(to_numpy(first), to_numpy(second), log_density, levels=[level, math.inf], colors=[color])
-        ax.fill_between([], [], [], color=color, label=levels[level])
-    if y is not None:
-        observed = to_numpy(y)
+        ax.fill_between([], [], [], color=color, label=_percent(mass))
+    if observed is not None:
         _scatter(ax, observed[:, pair[0]], observed[:, pair[1]])
-    ax.set(xlabel=_name(pair[0], y, mixture.dim), ylabel=_name(pair[1], y, mixture.dim))
+    ax.set(xlabel=names[pair[0]], ylabel=names[pair[1]])
     ax.legend(title="highest density")
     return ax
 
@@ -116,7 +127,8 @@ def _plot_joint_density(
 def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Axes | None = None) -> Axes:
     """Draw mean, standard deviation and weight of each component of one output along x.
 
-    Bands are means ± one standard deviation, the more opaque the larger the weight; so are the lines.
+    Bands are means ± one standard deviation, the more opaque the larger the weight. Where that is below a hundredth
+    nothing is drawn.
 
     Args:
         mixture: Predictive distributions ``(N,)`` at x.
@@ -136,25 +148,36 @@ def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Ax
     """
     if len(mixture.batch_shape) != 1:
         raise ValueError(f"mixture: expected batch shape (N,), got {tuple(mixture.batch_shape)}")
+    names = names_of(None, None, mixture.dim)
     x, label, mixture, _ = along(mixture, x, output)
     ax = _axes(ax)
-    means, weights = to_numpy(mixture.locs[..., 0]), to_numpy(mixture.logits.exp())
+    weights, means = to_numpy(mixture.logits.exp()), to_numpy(mixture.locs[..., 0])
     scales = to_numpy(mixture.covariance.variance().sqrt().expand(mixture.locs.shape)[..., 0])
-    for k in range(mixture.n_components):
-        color, weight = _COLORS[k % len(_COLORS)], weights[:, k]
-        lower, upper = means[:, k] - scales[:, k], means[:, k] + scales[:, k]
-        for start in range(len(x) - 1):
-            piece, opacity = slice(start, start + 2), float(weight[start : start + 2].mean())
-            ax.fill_between(
-                x[piece], lower[piece], upper[piece], color=color, alpha=0.5 * opacity, linewidth=0, rasterized=True
-            )
-            ax.plot(x[piece], means[piece, k], color=color, alpha=max(0.1, opacity), linewidth=1.5)
-        ax.plot([], [], color=color, linewidth=1.5, label=f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}")
-        heaviest = int(weight.argmax())
-        ax.annotate(str(k + 1), (x[heaviest], means[heaviest, k]), ha="center", va="center", weight="bold")
-    ax.set(xlabel=label, ylabel=f"{_name(output)}: mean ± std of components")
+    for k, (weight, mean, scale) in enumerate(zip(weights.T, means.T, scales.T, strict=True)):
+        color, shown = _COLORS[k % 7], np.where(weight < 0.01, np.nan, mean)
+        legend = f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}"
+        ax.plot(x, shown, color=color, linestyle=_STYLES[k % 5], label=legend)
+        _shade(ax, x, shown - scale, shown + scale, weight, color)
+        heaviest = weight.argmax()
+        if weight[heaviest] >= 0.01:
+            ax.annotate(str(k + 1), (x[heaviest], mean[heaviest]), ha="center", va="center", weight="bold")
+    ax.set(xlabel=label, ylabel=f"{names[output]}: mean ± std of components")
     ax.legend(fontsize="small", title="component")
     return ax
+
+
+def _shade(ax: Axes, x: Array, lower: Array, upper: Array, weight: Array, color: str) -> None:
+    """Fill between two lines, the more opaque the larger the weight."""
+    from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
+
+    corners = np.stack([np.stack([ax.convert_xunits(x), ends], -1) for ends in (lower, upper)])
+    pieces = np.stack([corners[0, :-1], corners[0, 1:], corners[1, 1:], corners[1, :-1]], 1)
+    opacity = 0.7 * np.sqrt((weight[:-1] + weight[1:]) / 2)
+    drawn = np.isfinite(pieces).all((1, 2))
+    colors = [to_rgba(color, float(alpha)) for alpha in opacity[drawn]]
+    ax.add_collection(PolyCollection(list(pieces[drawn]), facecolors=colors, linewidth=0, rasterized=True))
+    ax.autoscale_view()
 
 
 @torch.no_grad()
@@ -191,26 +214,29 @@ def plot_predictive_intervals(
     """
     if kind not in ("central", "shortest", "highest density"):
         raise ValueError(f"kind: expected 'central', 'shortest' or 'highest density', got {kind!r}")
-    x, label, mixture, order = along(mixture, x, output)
+    x, label, single, order = along(mixture, x, output)
+    names, masses = names_of(y, None, mixture.dim), _decreasing(masses)
+    observed = None if y is None else targets_of(y, len(x), mixture.dim)
     ax = _axes(ax)
-    masses = sorted(masses, reverse=True)
-    grid = grid_of(mixture)
-    for mass, color in zip(masses, _shades(len(masses)), strict=True):
-        name = f"{100 * mass:g} %"
-        if kind == "highest density":
-            inside = above_threshold(mixture, grid, mass)
-            ax.contourf(x, to_numpy(grid), to_numpy(inside), levels=[0.0, math.inf], colors=[color])
-            ax.fill_between([], [], [], color=color, label=name)
-        else:
-            lower, upper = (to_numpy(end[:, 0]) for end in mixture.interval(mass, kind=kind))
-            ax.fill_between(x, lower, upper, color=color, linewidth=0, label=name)
-    if kind != "highest density":
-        ax.plot(x, to_numpy(mixture.icdf(0.5)[:, 0]), color="black", linewidth=1, label="median")
-    if y is not None:
-        _scatter(ax, x, targets_of(y, len(x))[order, output])
-    ax.set(xlabel=label, ylabel=_name(output, y))
+    if kind == "highest density":
+        _fill_regions(ax, x, single, masses)
+    else:
+        for mass, color in zip(masses, _shades(len(masses)), strict=True):
+            lower, upper = (to_numpy(end[:, 0]) for end in single.interval(mass, kind=kind))
+            ax.fill_between(x, lower, upper, color=color, linewidth=0, label=_percent(mass))
+        ax.plot(x, to_numpy(single.icdf(0.5)[:, 0]), color="black", linewidth=1, label="median")
+    if observed is not None:
+        _scatter(ax, x, observed[order, output])
+    ax.set(xlabel=label, ylabel=names[output])
     ax.legend(title=kind)
     return ax
+
+
+def _fill_regions(ax: Axes, x: Array, mixture: GaussianMixture, masses: list[float]) -> None:
+    grid = grid_of(mixture)
+    for mass, above, color in zip(masses, regions(mixture, grid, masses), _shades(len(masses)), strict=True):
+        ax.contourf(x, to_numpy(grid), to_numpy(above), levels=[0.0, math.inf], colors=[color])
+        ax.fill_between([], [], [], color=color, label=_percent(mass))
 
 
 def plot_observed_vs_sampled(
@@ -237,20 +263,22 @@ def plot_observed_vs_sampled(
     """
     values, label = one_input(x)
     rows = [targets_of(part, len(values)) for part in (y, sampled)]
-    if rows[0].shape != rows[1].shape or not 0 <= output < rows[0].shape[1]:
+    if not len(values) or rows[0].shape != rows[1].shape or not 0 <= output < rows[0].shape[1]:
         shapes = f"{rows[0].shape} and {rows[1].shape}"
-        raise ValueError(f"y, sampled: expected one shape, with an output {output}, got {shapes}")
+        raise ValueError(f"y, sampled: expected one shape, not empty, with an output {output}, got {shapes}")
     if ax is None:
         ax = _pyplot().subplots(1, 2, sharex=True, sharey=True)[1]
     axes = list(np.ravel(np.asarray(ax)))
     if len(axes) != 2:
         raise ValueError(f"ax: expected two axes, got {len(axes)}")
-    shown = np.concatenate(rows)[:, output]
-    margin = 0.05 * (np.nanmax(shown) - np.nanmin(shown))
     for axis, part, title in zip(axes, rows, ["observed", "sampled"], strict=True):
         axis.scatter(values, part[:, output], s=8, color=_COLORS[0], alpha=0.6, linewidth=0)
-        axis.set(title=title, xlabel=label, ylim=(np.nanmin(shown) - margin, np.nanmax(shown) + margin))
-    axes[0].set_ylabel(_name(output, y))
+        axis.set(title=title, xlabel=label)
+    for limits in ("xlim", "ylim"):
+        ends = [getattr(axis, f"get_{limits}")() for axis in axes]
+        for axis in axes:
+            axis.set(**{limits: (min(low for low, _ in ends), max(high for _, high in ends))})
+    axes[0].set_ylabel(names_of(y, None, rows[0].shape[1])[output])
     return axes
 
 
@@ -264,8 +292,8 @@ def plot_pit(
 
     .. math:: \hat F(u) - u
 
-    A line inside the band everywhere is what independent uniform numbers show with probability ``level``. Below a
-    hump on the left, above on the right: too narrow predictions have the shape of an S.
+    A line inside the band everywhere is what independent uniform numbers show with probability ``level``. Too narrow
+    predictions lie above it on the left and below it on the right; too wide ones the other way round.
 
     Args:
         pit: Transforms ``(N,)`` or ``(N, D)``, as by :func:`pyro_mdn.scores.pit`; NaN are left out.
@@ -286,11 +314,12 @@ def plot_pit(
     """
     from pyro_mdn.calibration import ecdf_band
 
-    rows = to_numpy(pit)
+    rows = as_array(pit, "pit")
     rows = rows[:, None] if rows.ndim == 1 else rows
     observed = [column[~np.isnan(column)] for column in rows.T] if rows.ndim == 2 else []
     if rows.ndim != 2 or not all(len(u) and ((u >= 0) & (u <= 1)).all() for u in observed):
         raise ValueError(f"pit: expected numbers in [0, 1], (N,) or (N, D), got shape {np.shape(pit)}")
+    names = names_of(pit, output_names, len(observed))
     ax = _axes(ax)
     points = np.linspace(0, 1, 101)[1:-1]
     lower, upper = ecdf_band(min(map(len, observed)), points, level)
@@ -298,9 +327,9 @@ def plot_pit(
     band = (np.pad(lower - points, 1), np.pad(upper - points, 1))
     ax.fill_between(ends, *band, color="0.85", linewidth=0, label=f"{100 * level:g} % band")
     ax.axhline(0.0, color="0.5", linewidth=0.8)
-    for i, (u, name) in enumerate(zip(observed, _names(output_names, len(observed)), strict=True)):
+    for i, (u, name) in enumerate(zip(observed, names, strict=True)):
         ecdf = (u[:, None] <= ends).mean(0)
-        ax.plot(ends, ecdf - ends, color=_COLORS[i % 7], linestyle=_STYLES[i % 4], label=name)
+        ax.plot(ends, ecdf - ends, color=_COLORS[i % 7], linestyle=_STYLES[i % 5], label=name)
     ax.set(xlabel="probability integral transform u", ylabel="share below u, minus u", xlim=(0, 1))
     ax.set_ylim(top=1.4 * ax.get_ylim()[1])  # room for the legend
     ax.legend(frameon=False, loc="upper right", ncols=2)
@@ -341,16 +370,19 @@ def plot_calibration(
     from pyro_mdn.calibration import coverage_table
 
     mixture = pooled(mixture)
-    targets = torch.tensor(targets_of(y, math.prod(mixture.batch_shape))).to(mixture.locs)
-    nominal = np.linspace(0.05, 0.95, 19) if masses is None else np.asarray(masses, dtype=float)
+    targets = torch.tensor(targets_of(y, mixture.batch_shape.numel(), mixture.dim)).to(mixture.locs)
+    nominal = np.linspace(0.05, 0.95, 19) if masses is None else np.sort(np.asarray(masses, dtype=float))
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a probability in (0, 1), got {level!r}")
+    names = names_of(y, output_names, mixture.dim)
     table = coverage_table(mixture, targets, nominal.tolist())
     ax = _axes(ax)
     count = int((~targets.isnan()).sum(0).min())
     band = [end / count for end in binom.interval(level, count, nominal)]
     ax.fill_between(nominal, *band, color="0.85", linewidth=0, label=f"{100 * level:g} % band")
     ax.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
-    for i, name in enumerate(_names(output_names or _columns(y), mixture.dim)):
-        ax.plot(nominal, to_numpy(table.coverage[:, i]), color=_COLORS[i % 7], linestyle=_STYLES[i % 4], label=name)
+    for i, name in enumerate(names):
+        ax.plot(nominal, to_numpy(table.coverage[:, i]), color=_COLORS[i % 7], linestyle=_STYLES[i % 5], label=name)
     ax.set(xlabel="probability of the interval", ylabel="share of targets inside", xlim=(0, 1), ylim=(0, 1))
     ax.legend(frameon=False, loc="upper left")
     return ax
@@ -378,6 +410,7 @@ def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0,
     """
     if len(mixture.batch_shape) != 2:
         raise ValueError(f"mixture: expected batch shape (S, N), got {tuple(mixture.batch_shape)}")
+    names = names_of(None, None, mixture.dim)
     values, label, _, order = along(mixture, x, output)
     ax = _axes(ax)
     noise, doubt = uncertainty.aleatoric_variance(mixture), uncertainty.epistemic_variance(mixture)
@@ -385,7 +418,7 @@ def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0,
     parts = {"total": noise + doubt, "aleatoric: noise": noise, "epistemic: open": doubt}
     for (name, variance), look in zip(parts.items(), looks, strict=True):
         ax.plot(values, to_numpy(variance.sqrt()[:, output])[order], label=name, **look)
-    ax.set(xlabel=label, ylabel=f"standard deviation of {_name(output)}")
+    ax.set(xlabel=label, ylabel=f"standard deviation of {names[output]}")
     ax.set_ylim(bottom=0)
     ax.legend(frameon=False)
     return ax
@@ -419,27 +452,17 @@ def plot_training(result: Any, *, ax: Axes | None = None) -> Axes:
     return ax
 
 
-# Axes and names
+# Axes and colours
 
 
-def _columns(y: Any) -> list[str] | None:
-    columns = getattr(y, "columns", None)
-    return None if columns is None else [str(column) for column in columns]
+def _decreasing(masses: Sequence[float]) -> list[float]:
+    if not len(masses) or not all(0 < mass < 1 for mass in masses):
+        raise ValueError(f"masses: expected probabilities in (0, 1), one at least, got {masses}")
+    return sorted(masses, reverse=True)
 
 
-def _name(output: int, y: Any = None, dim: int = 1) -> str:
-    columns = _columns(y)
-    if columns is not None:
-        return columns[output]
-    shape = () if y is None else np.shape(to_numpy(y))
-    return f"y{output}" if output or dim > 1 or (len(shape) == 2 and shape[1] > 1) else "y"
-
-
-def _names(given: Sequence[str] | None, dim: int) -> list[str]:
-    names = list(given or (["y"] if dim == 1 else [f"y{i}" for i in range(dim)]))
-    if len(names) != dim:
-        raise ValueError(f"output_names: expected {dim}, got {names}")
-    return names
+def _percent(mass: float) -> str:
+    return f"{100 * mass:g} %"
 
 
 def _shades(count: int) -> list[tuple[float, float, float]]:

@@ -1,6 +1,7 @@
 """Figures hold what they promise: their artists and data against the mixtures, not pixels."""
 
 import builtins
+import math
 
 import matplotlib as mpl
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from cases import make_mixture
 from scipy import integrate
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, plots, scores, uncertainty
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, grids, plots, scores, uncertainty
 from pyro_mdn.calibration import ecdf_band
 
 mpl.use("Agg")
@@ -27,13 +28,13 @@ def closed():
     plt.close("all")
 
 
-def along(dim=1, seed=0):
+def along(dim=1, seed=0, scale=0.2):
     """Two modes that move apart along x, in random order of x, and targets from them."""
     generator = torch.Generator().manual_seed(seed)
     x = 2 * torch.rand(ROWS, generator=generator, dtype=torch.float64) - 1
     locs = torch.stack([2 + x, -2 - x], 1).unsqueeze(-1).expand(ROWS, 2, dim) + torch.arange(dim)
     logits = torch.tensor([0.3, 0.7]).double().log().expand(ROWS, 2)
-    mixture = GaussianMixture(logits, locs, DiagonalCovariance(torch.full((1, 1, 1), 0.2).double().expand(1, 1, dim)))
+    mixture = GaussianMixture(logits, locs, DiagonalCovariance(torch.full((1, 1, 1), scale).double().expand(1, 1, dim)))
     torch.manual_seed(seed)
     return x, mixture, mixture.sample()
 
@@ -55,12 +56,24 @@ def test_heat_map_is_the_density():
     assert np.allclose(across[0], x[order])
     expected = mixture.marginal(1).log_prob(torch.as_tensor(up[:, :1])[:, None]).exp()[:, order]
     shown = np.asarray(mesh.get_array()).reshape(up.shape)
-    assert np.allclose(shown, expected)
-    assert np.allclose(integrate.trapezoid(shown, up[:, 0], axis=0), 1, atol=0.01)
+    assert np.allclose(shown, expected, atol=0.002 * expected.max())
+    assert np.allclose(integrate.trapezoid(shown, up[:, 0], axis=0), 1, atol=0.002)
     (points,) = [c for c in ax.collections if type(c).__name__ == "PathCollection"]
     assert np.allclose(np.asarray(points.get_offsets()), torch.stack([x, y[:, 1]], 1)[order])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y1")
     assert ax.figure.axes[1].get_ylabel() == "density"
+
+
+@pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-4])
+def test_narrow_modes_are_shown(scale):
+    x, mixture, _ = along(scale=scale)
+    ax = plots.plot_conditional_density(mixture, x)
+    (mesh,) = [c for c in ax.collections if type(c).__name__ == "QuadMesh"]
+    up = mesh.get_coordinates()[:, 0, 1]
+    shown = np.asarray(mesh.get_array()).reshape(len(up), ROWS)
+    assert np.allclose(integrate.trapezoid(shown, up, axis=0), 1, atol=0.002)
+    share = integrate.trapezoid(shown * (up > 0)[:, None], up, axis=0)
+    assert np.allclose(share, 0.3, atol=0.002)
 
 
 def test_contours_enclose_their_probability():
@@ -84,15 +97,39 @@ def test_components():
     ax = plots.plot_components(mixture, x, output=1)
     assert legend(ax) == ["1: weight 0.30 to 0.30", "2: weight 0.70 to 0.70"]
     order = x.argsort()
-    pieces = [line for line in ax.lines if len(line.get_xdata()) == 2]
-    assert len(pieces) == 2 * (ROWS - 1)
-    for k, weight in enumerate([0.3, 0.7]):
-        own = pieces[k * (ROWS - 1) : (k + 1) * (ROWS - 1)]
-        assert np.allclose([line.get_ydata()[0] for line in own], mixture.locs[order][:-1, k, 1])
-        assert {round(line.get_alpha(), 6) for line in own} == {weight}
-    bands = [c.get_paths()[0].get_extents() for c in ax.collections]
-    assert bands[0].y0 == pytest.approx(float(mixture.locs[order][:2, 0, 1].min()) - 0.2)
-    assert {text.get_text() for text in ax.texts} == {"1", "2"}
+    assert len({line.get_linestyle() for line in ax.lines}) == 2  # told apart without colours
+    for k, (line, band) in enumerate(zip(ax.lines, ax.collections, strict=True)):
+        means = mixture.locs[order, k, 1].numpy()
+        assert np.allclose(line.get_ydata(), means)
+        corners = np.array([path.vertices[:4] for path in band.get_paths()])
+        assert np.allclose(corners[:, 0, 1], means[:-1] - 0.2)
+        assert np.allclose(corners[:, 3, 1], means[:-1] + 0.2)
+    assert [text.get_text() for text in ax.texts] == ["1", "2"]
+    light, dark = (band.get_facecolor()[:, 3] for band in ax.collections)
+    assert (light < dark - 0.1).all()
+    low, high = ax.get_ylim()
+    assert low < mixture.locs[..., 1].min() - 0.2 < mixture.locs[..., 1].max() + 0.2 < high
+
+
+def test_each_component_looks_different():
+    torch.manual_seed(0)
+    x, logits, locs = torch.arange(4.0), torch.zeros(4, 20), torch.randn(4, 20, 1)
+    ax = plots.plot_components(GaussianMixture(logits, locs, DiagonalCovariance(torch.ones(4, 20, 1))), x)
+    looks = [(line.get_color(), line._dash_pattern) for line in ax.lines]
+    assert len({str(style) for _, style in looks[:5]}) == 5
+    assert len(set(map(str, looks))) == 20
+
+
+def test_components_without_weight_are_not_drawn():
+    x, mixture, _ = along()
+    far = torch.where(torch.tensor([True, False])[:, None], 1e6, mixture.locs)
+    logits = torch.where(x[:, None] > 0, mixture.logits, torch.tensor([-math.inf, 0.0]).double())
+    near = torch.where(x[:, None, None] > 0, mixture.locs, far)
+    ax = plots.plot_components(GaussianMixture(logits, near, mixture.covariance), x)
+    assert np.isnan(ax.lines[0].get_ydata()).sum() == (x <= 0).sum()
+    assert len(ax.collections[0].get_paths()) == (x > 0).sum() - 1
+    assert legend(ax)[0] == "1: weight 0.00 to 0.30"
+    assert ax.get_ylim()[1] < 10
 
 
 @pytest.mark.parametrize("kind", ["central", "shortest"])
@@ -125,6 +162,38 @@ def test_regions_of_highest_density_may_have_parts():
     assert np.mean(inside) == pytest.approx(0.8, abs=0.04)
 
 
+def test_regions_of_highest_density_of_narrow_modes():
+    x, mixture, _ = along(scale=0.01)
+    ax = plots.plot_predictive_intervals(mixture, x, masses=[0.5], kind="highest density")
+    (region,) = [c for c in ax.collections if type(c).__name__ == "QuadContourSet"]
+    polygons = [mpl.path.Path(p) for p in region.get_paths()[0].to_polygons()]
+    n = int((x - 0.5).abs().argmin())
+    drawn = mixture.sample((2000,))[:, n, 0]
+    inside = [any(p.contains_point((float(x[n]), float(v))) for p in polygons) for v in drawn]
+    assert np.mean(inside) == pytest.approx(0.5, abs=0.05)
+
+
+def test_regions_of_modes_narrower_than_a_pixel():
+    x, mixture, _ = along(scale=1e-4)
+    ax = plots.plot_predictive_intervals(mixture, x, masses=[0.5, 0.8], kind="highest density")
+    both, main = (c.get_paths()[0].to_polygons() for c in ax.collections if type(c).__name__ == "QuadContourSet")
+    assert {bool(p[:, 1].mean() > 0) for p in both} == {True, False}
+    assert {bool(p[:, 1].mean() > 0) for p in main} == {False}  # the mode of weight 0.7
+    for polygons in (both, main):
+        shown = np.concatenate([p[:, 0] for p in polygons if p[:, 1].mean() < 0])
+        assert (shown.min(), shown.max()) == pytest.approx((float(x.min()), float(x.max())))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-5])
+def test_thresholds_of_highest_density(scale):
+    torch.manual_seed(0)
+    locs, logits = 3 * torch.randn(6, 50, 1), torch.randn(6, 50).masked_fill(torch.rand(6, 50) < 0.2, -math.inf)
+    mixture = GaussianMixture(logits, locs, DiagonalCovariance(scale * (0.5 + torch.rand(6, 50, 1))))
+    log_density = mixture.log_prob(mixture.sample((20_000,)))
+    for mass, threshold in zip([0.9, 0.5], grids.log_thresholds(mixture, [0.9, 0.5]), strict=True):
+        assert torch.allclose((log_density >= threshold).float().mean(0), torch.tensor(mass), atol=0.02)
+
+
 def test_draws_of_the_weights_are_averaged():
     x, mixture, _ = along()
     pair = mixture.expand((2, ROWS))
@@ -142,6 +211,14 @@ def test_observed_vs_sampled():
         assert ax.get_title() == title
     assert axes[0].get_ylim() == axes[1].get_ylim()
     assert axes[0].get_ylim()[1] > max(y[:, 1].max(), sampled[:, 1].max())
+
+
+def test_observed_vs_sampled_of_constants_and_of_nothing():
+    x, _, y = along()
+    for part in (torch.zeros_like(y), torch.full_like(y, math.nan)):
+        axes = plots.plot_observed_vs_sampled(x, part, part)
+        assert axes[0].get_ylim() == axes[1].get_ylim()
+        assert axes[0].get_xlim() == axes[1].get_xlim()
 
 
 # Calibration
@@ -251,9 +328,33 @@ def test_kinds_of_inputs():
     ax = plots.plot_conditional_density(tracked, series, pd.DataFrame(y, columns=["height"]))
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("age", "height")
     assert plots.plot_predictive_intervals(tracked, x.unsqueeze(1).numpy(), y.flatten()).get_ylabel() == "y"
+    assert plots.plot_predictive_intervals(tracked, x, pd.Series(y[:, 0], name="height")).get_ylabel() == "height"
+    dates = pd.Series(pd.date_range("2020", periods=ROWS), name="day")
+    assert plots.plot_components(tracked, dates).get_xlabel() == "day"
     assert plots.plot_components(tracked, x.tolist()).has_data()
     assert plots.plot_calibration(tracked, y.flatten()).has_data()
     assert plots.plot_pit(scores.pit(tracked, y).requires_grad_()).has_data()
+
+
+def test_names_of_outputs():
+    x, mixture, y = along(2)
+    draws = mixture.expand((3, ROWS))
+    assert plots.plot_conditional_density(mixture, x).get_ylabel() == "y0"
+    assert plots.plot_conditional_density(mixture, x, output=1, output_names=["a", "b"]).get_ylabel() == "b"
+    assert plots.plot_predictive_intervals(mixture, x).get_ylabel() == "y0"
+    assert plots.plot_components(mixture, x).get_ylabel() == "y0: mean ± std of components"
+    assert plots.plot_uncertainty_split(draws, x).get_ylabel() == "standard deviation of y0"
+    single = make_mixture(Diagonal(), (), dim=2)
+    ax = plots.plot_conditional_density(single, output=(0, -1), output_names=["a", "b"])
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "b")
+    assert legend(plots.plot_pit(pd.DataFrame(scores.pit(mixture, y), columns=["a", "b"])))[1:] == ["a", "b"]
+
+
+def test_large_posteriors_go_in_parts(monkeypatch):
+    x, mixture, _ = along()
+    whole = plots.plot_conditional_density(mixture, x).collections[0].get_array()
+    monkeypatch.setattr(grids, "_ELEMENTS", 10 * ROWS * 2)
+    assert np.allclose(plots.plot_conditional_density(mixture, x).collections[0].get_array(), whole)
 
 
 def test_bad_input():
@@ -274,7 +375,20 @@ def test_bad_input():
             "mixture: expected batch shape",
         ),
         (lambda: plots.plot_predictive_intervals(mixture, x, kind="widest"), "kind: expected"),
-        (lambda: plots.plot_predictive_intervals(mixture, x, masses=[1.2]), "mass"),
+        (lambda: plots.plot_predictive_intervals(mixture, x, masses=[1.2]), "masses: expected"),
+        (lambda: plots.plot_predictive_intervals(mixture, x, masses=[1.2], kind="highest density"), "masses: expected"),
+        (lambda: plots.plot_predictive_intervals(mixture, x, masses=[]), "masses: expected"),
+        (lambda: plots.plot_predictive_intervals(mixture, x, y[:, :1], output=1), r"y: expected shape \(40, 2\)"),
+        (lambda: plots.plot_predictive_intervals(mixture, torch.zeros(ROWS)), "x: expected two different values"),
+        (lambda: plots.plot_predictive_intervals(mixture, x / 0), "x: expected finite"),
+        (lambda: plots.plot_conditional_density(mixture, ["a"] * ROWS), "x: expected numbers"),
+        (lambda: plots.plot_conditional_density(single, y=y[:, :1], output=(1, 2)), r"y: expected shape \(N, 4\)"),
+        (lambda: plots.plot_conditional_density(single, output=0), "mixture, output: expected one mixture"),
+        (lambda: plots.plot_conditional_density(single, masses=[]), "masses: expected"),
+        (lambda: plots.plot_conditional_density(single, x), "mixture: expected batch shape"),
+        (lambda: plots.plot_observed_vs_sampled([], y[:0], y[:0]), "y, sampled: expected one shape, not empty"),
+        (lambda: plots.plot_pit([None, 0.5]), "pit: expected numbers"),
+        (lambda: plots.plot_calibration(mixture, y, level=2), "level: expected"),
         (lambda: plots.plot_observed_vs_sampled(x, y, y[:, :1]), "y, sampled: expected one shape"),
         (lambda: plots.plot_observed_vs_sampled(x, y, y, ax=[plt.gca()]), "ax: expected two axes"),
         (lambda: plots.plot_pit([0.5, 1.5]), "pit: expected numbers in"),
@@ -282,7 +396,7 @@ def test_bad_input():
         (lambda: plots.plot_pit([0.5], output_names=["a", "b"]), "output_names: expected 1"),
         (lambda: plots.plot_pit(torch.rand(2, 3, 4)), "pit: expected numbers in"),
         (lambda: plots.plot_calibration(mixture, y[:5]), "y: expected shape"),
-        (lambda: plots.plot_calibration(mixture, y[:, :1]), "mixture, y: expected"),
+        (lambda: plots.plot_calibration(mixture, y[:, :1]), r"y: expected shape \(40, 2\)"),
         (lambda: plots.plot_uncertainty_split(mixture, x), "mixture: expected batch shape"),
     ]:
         with pytest.raises(ValueError, match=message):
