@@ -107,7 +107,7 @@ class MixtureAlgebra(MixtureDensity):
         matrix = matrix.to(self.locs).unsqueeze(-3)
         shift = self._as_vector(shift, "shift", matrix.shape[-2]).unsqueeze(-2)
         covariance = FullCovariance.from_root(matrix @ self.covariance.root())
-        if self._validate_args and not bool(covariance.packed.isfinite().all()):
+        if self._validate_args and not bool(covariance.diagonal.isfinite().all()):
             raise ValueError("matrix: expected finite numbers and full rank")
         return self._with(shift + (matrix @ self.locs.unsqueeze(-1)).squeeze(-1), covariance)
 

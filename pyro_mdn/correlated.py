@@ -2,7 +2,6 @@ r"""Covariance operators with correlated outputs: full, and low rank plus diagon
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -27,19 +26,23 @@ class FullCovariance(Covariance):
     of output d given the outputs before it.
 
     Args:
-        packed: W with a positive diagonal, shape ``(*batch, K, D(D+1)/2)``: the diagonal first, then the
-            strictly lower triangle row by row.
+        diagonal: Diagonal of W, positive, shape ``(*batch, K, D)``.
+        lower: What is below it, row by row, shape ``(*batch, K, D(D-1)/2)``.
 
-    >>> FullCovariance.from_matrix(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]])).packed
-    tensor([[ 0.5000,  0.5000, -0.2500]])
+    >>> FullCovariance.from_matrix(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]]))
+    FullCovariance(diagonal=tensor([[0.5000, 0.5000]]), lower=tensor([[-0.2500]]))
     """
 
-    packed: Tensor = stored(1)
+    diagonal: Tensor = stored(1)
+    lower: Tensor = stored(1)
     is_diagonal: ClassVar[bool] = False
+    whitening: ClassVar[kernels.Whitening | None] = kernels.FULL
 
     def __post_init__(self) -> None:
-        if self.packed.ndim < 1 or self.packed.shape[-1] != self.dim * (self.dim + 1) // 2 or self.dim == 0:
-            raise ValueError(f"packed: expected shape (*batch, K, D(D+1)/2), got {tuple(self.packed.shape)}")
+        shape = self.diagonal.shape
+        if not shape or self.lower.shape != (*shape[:-1], shape[-1] * (shape[-1] - 1) // 2):
+            expected = "expected shapes (*batch, K, D) and (*batch, K, D(D-1)/2)"
+            raise ValueError(f"diagonal, lower: {expected}, got {tuple(shape)} and {tuple(self.lower.shape)}")
 
     @classmethod
     def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
@@ -47,8 +50,7 @@ class FullCovariance(Covariance):
         _require_square(precision_tril, "precision_tril")
         dim = precision_tril.shape[-1]
         rows, columns = torch.tril_indices(dim, dim, -1, device=precision_tril.device)
-        diagonal = precision_tril.diagonal(dim1=-2, dim2=-1)
-        return cls(torch.cat([diagonal, precision_tril[..., rows, columns]], -1))
+        return cls(precision_tril.diagonal(dim1=-2, dim2=-1), precision_tril[..., rows, columns])
 
     @classmethod
     def from_scale_tril(cls, scale_tril: Tensor) -> FullCovariance:
@@ -81,24 +83,24 @@ class FullCovariance(Covariance):
 
     @property
     def dim(self) -> int:
-        return (math.isqrt(8 * self.packed.shape[-1] + 1) - 1) // 2
+        return self.diagonal.shape[-1]
 
     def precision_tril(self) -> Tensor:
         """Dense W, shape ``(*batch, K, D, D)``."""
-        return kernels.unpack_tril(self.packed, self.dim)
+        return kernels.unpack_tril(self.diagonal, self.lower)
 
     def scale_tril(self) -> Tensor:
         """Dense Cholesky factor L, shape ``(*batch, K, D, D)``."""
         return _tril_inverse(self.precision_tril())
 
     def whiten(self, residual: Tensor) -> Tensor:
-        return kernels.tril_matvec(self.packed, residual)
+        return kernels.tril_matvec(self.diagonal, self.lower, residual)
 
     def colorize(self, noise: Tensor) -> Tensor:
-        return kernels.tril_solve(self.packed, noise)
+        return kernels.tril_solve(self.diagonal, self.lower, noise)
 
     def half_log_det(self) -> Tensor:
-        return -kernels.sum_outputs(self.packed[..., : self.dim].log())
+        return -kernels.sum_outputs(self.diagonal.log())
 
     def variance(self) -> Tensor:
         return self.scale_tril().square().sum(-1)
@@ -115,13 +117,13 @@ class FullCovariance(Covariance):
 
     def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         i = len(residuals)
-        scale = self.packed[..., i].reciprocal()
-        row = self.packed[..., self.dim + i * (i - 1) // 2 :].unbind(-1)
+        scale = self.diagonal[..., i].reciprocal()
+        row = self.lower[..., i * (i - 1) // 2 :].unbind(-1)
         pull = sum((w * r for w, r in zip(row, residuals, strict=False)), torch.zeros_like(scale))
         return -scale * pull, scale
 
     def conditional_scale(self) -> Tensor:
-        return self.packed[..., : self.dim].reciprocal()
+        return self.diagonal.reciprocal()
 
     def marginal(self, dims: Sequence[int]) -> FullCovariance:
         return self.from_precision_tril(self._reordered(dims))
@@ -136,16 +138,14 @@ class FullCovariance(Covariance):
 
     def affine(self, scale: Tensor) -> FullCovariance:
         scale = scale.expand(*scale.shape[:-1], self.dim)
-        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.packed.device)
-        sign = scale.sign()
-        diagonal = self.packed[..., : self.dim] / scale.abs()
-        lower = self.packed[..., self.dim :] * sign[..., rows] / scale[..., columns]
-        return FullCovariance(kernels.cat_channels(diagonal, lower))
+        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
+        lower = self.lower * scale.sign()[..., rows] / scale[..., columns]
+        return FullCovariance(self.diagonal / scale.abs(), lower)
 
     def validate(self) -> None:
-        require_positive(self.packed[..., : self.dim], "FullCovariance: diagonal of the factor")
-        if not all_finite(self.packed):
-            raise ValueError("FullCovariance: expected a finite factor, got NaN or Inf")
+        require_positive(self.diagonal, "FullCovariance.diagonal")
+        if not all_finite(self.lower):
+            raise ValueError("FullCovariance.lower: expected finite numbers, got NaN or Inf")
 
     def _reordered(self, dims: Sequence[int]) -> Tensor:
         """Dense W of the marginal of some outputs, in that order.

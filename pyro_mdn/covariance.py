@@ -33,9 +33,14 @@ class Covariance(ABC):
 
     .. math:: r^\top \Sigma^{-1} r = \lVert \mathrm{whiten}(r) \rVert^2, \qquad
               \mathrm{half\_log\_det} = \tfrac12 \log\det\Sigma.
+
+    Attributes:
+        is_diagonal: Whether outputs are uncorrelated.
+        whitening: The same on raw tensors, with derivatives by hand; ``None`` leaves them to autograd.
     """
 
     is_diagonal: ClassVar[bool] = True
+    whitening: ClassVar[kernels.Whitening | None] = None
 
     @property
     @abstractmethod
@@ -128,6 +133,10 @@ class Covariance(ABC):
         """Return the stored tensors."""
         return [getattr(self, f.name) for f in fields(self) if "event_dim" in f.metadata]
 
+    def factors(self) -> list[Tensor]:
+        """Return the tensors that :attr:`whitening` takes, ``(*batch, K, C)`` each."""
+        return self.tensors()
+
     def expand(self, batch_shape: Sequence[int]) -> Self:
         """Expand the batch, component axis included; a view."""
         return self.map(lambda t, n: t.expand(*batch_shape, *t.shape[t.ndim - n :]))
@@ -168,12 +177,16 @@ class IsotropicCovariance(Covariance):
 
     scale: Tensor = stored(0)
     outputs: int | None = None
+    whitening: ClassVar[kernels.Whitening | None] = kernels.DIAGONAL
 
     @property
     def dim(self) -> int:
         if self.outputs is None:
             raise ValueError("IsotropicCovariance: expected outputs=D, got a scale alone")
         return self.outputs
+
+    def factors(self) -> list[Tensor]:
+        return [self.scale.unsqueeze(-1)]
 
     def of_dim(self, dim: int) -> Covariance:
         return IsotropicCovariance(self.scale, dim) if self.outputs is None else super().of_dim(dim)
@@ -229,6 +242,7 @@ class DiagonalCovariance(Covariance):
     """
 
     scale: Tensor = stored(1)
+    whitening: ClassVar[kernels.Whitening | None] = kernels.DIAGONAL
 
     @property
     def dim(self) -> int:

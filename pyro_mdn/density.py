@@ -2,6 +2,7 @@ r"""Mixture of Gaussians over vectors: parameters, density, draws and moments.""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import singledispatch
 from operator import index
@@ -17,7 +18,7 @@ from pyro_mdn.checks import all_finite, bounds
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 
-__all__ = ["MixtureDensity", "check_dims", "has_missing"]
+__all__ = ["MixtureDensity", "check_dims", "has_missing", "log_density"]
 
 
 class MixtureDensity(dist.MixtureSameFamily):
@@ -110,15 +111,17 @@ class MixtureDensity(dist.MixtureSameFamily):
         Raises:
             ValueError: If the shape does not fit.
         """
-        return self._joint_log_prob(value).logsumexp(-1)
+        self._check_value(value)
+        if has_missing(value):
+            return self._by_pattern(value, type(self)._observed_log_prob)[0]
+        return log_density(self.logits, self.locs, self.covariance, value, normalize=False)
 
     def component_log_prob(self, value: Tensor) -> Tensor:
         r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
         self._check_value(value)
         if has_missing(value):
-            return self._by_pattern(value, type(self)._observed_log_prob)[0]
-        residual = self.locs - value.unsqueeze(-2)  # this way round it has the memory layout of the locations
-        return kernels.normal_log_density(self.covariance.whiten(residual), self.covariance.half_log_det())
+            return self._by_pattern(value, type(self)._observed_component_log_prob)[0]
+        return _component_log_density(self.locs, self.covariance, value)
 
     def responsibilities(self, value: Tensor) -> Tensor:
         r"""Posterior probability of each component given ``value``, ``(*sample, *batch, K)``.
@@ -139,6 +142,11 @@ class MixtureDensity(dist.MixtureSameFamily):
     # Missing entries
 
     def _observed_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:
+        if not observed:
+            return (torch.zeros_like(self.logits[..., 0]),)
+        return (self.marginal(observed).log_prob(value),)
+
+    def _observed_component_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:
         if not observed:
             return (torch.zeros_like(self.logits),)
         return (self.marginal(observed).component_log_prob(value),)
@@ -162,7 +170,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         ]
         order = torch.cat(members).argsort()
         results = (torch.cat(parts)[order] for parts in zip(*pieces, strict=True))
-        return [result.reshape(*batch, *result.shape[1:]) for result in results]
+        return [result.reshape((*batch, *result.shape[1:])) for result in results]
 
     def _flat(self, batch: torch.Size) -> Self:
         """Expand to ``batch``, and flatten that to one dimension."""
@@ -234,6 +242,30 @@ class MixtureDensity(dist.MixtureSameFamily):
         """
         dims = check_dims(dims, self.dim)
         return self._with(self.locs[..., dims], self.covariance.marginal(dims))
+
+
+def log_density(
+    logits: Tensor, locs: Tensor, covariance: Covariance, value: Tensor, *, normalize: bool = True
+) -> Tensor:
+    """Log-density of complete values under the mixture of these parameters, ``(*sample, *batch)``.
+
+    Args:
+        logits: Log-weights up to a constant.
+        locs: Component means.
+        covariance: Component covariances.
+        value: Points y, shape ``(*sample, *batch, D)``.
+        normalize: Whether to normalise the weights; if not, they are taken as they are.
+    """
+    if covariance.whitening is not None:
+        factors = covariance.factors()
+        return kernels.mixture_log_density(covariance.whitening, logits, locs, value, *factors, normalize=normalize)
+    log_weights = kernels.normalize_logits(logits) if normalize else logits
+    return (log_weights + _component_log_density(locs, covariance, value)).logsumexp(-1)
+
+
+def _component_log_density(locs: Tensor, covariance: Covariance, value: Tensor) -> Tensor:
+    residual = locs - value.unsqueeze(-2)  # this way round it has the memory layout of the locations
+    return kernels.normal_log_density(covariance.whiten(residual), covariance.half_log_det())
 
 
 def _check_shapes(logits: Tensor, locs: Tensor, covariance: Covariance) -> Covariance:
@@ -312,4 +344,6 @@ def _(covariance: LowRankCovariance, locs: Tensor) -> dist.Distribution:
 
 def has_missing(value: Tensor) -> bool:
     """Whether an entry is NaN; taken as no under compilation, where control flow must not depend on data."""
-    return not torch.compiler.is_compiling() and bool(value.isnan().any())
+    if torch.compiler.is_compiling() or not math.isnan(value.sum().item()):  # the sum is quicker, and NaN if any is
+        return False
+    return bool(value.isnan().any())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn import kernels
-from pyro_mdn.density import has_missing
+from pyro_mdn.density import has_missing, log_density
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
 
@@ -98,12 +98,13 @@ class MixtureHead(nn.Module):
 
     def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Log-density of y ``(*batch, D)`` under :meth:`mixture` of the same arguments, without building that."""
-        mixture = self._standardized(raw, scale, validate_args=False)
-        standardized = ((y - shift) / scale).to(mixture.locs.dtype)
-        log_units = scale.log().expand(*scale.shape[:-1], self.dim_out)
+        logits, locs, noise = raw
+        standardized = ((y - shift) / scale).to(locs.dtype)
         if has_missing(y):  # an entry without a density has no unit
-            log_units = log_units.expand(y.shape).masked_fill(y.isnan(), 0.0)
-        return mixture.log_prob(standardized) - log_units.sum(-1)
+            log_units = scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
+            return self._standardized(raw, scale, validate_args=False).log_prob(standardized) - log_units.sum(-1)
+        log_units = scale.log().sum(-1) * (self.dim_out // scale.shape[-1])
+        return log_density(logits, locs, self.noise.build(noise, self.dim_out, scale), standardized) - log_units
 
     def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:
         """Mixture in the units of y that :meth:`raw` describes, of any batch shape.

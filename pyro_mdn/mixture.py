@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_mdn import kernels, reduction
+from pyro_mdn import kernels, reduction, univariate
 from pyro_mdn.algebra import MixtureAlgebra
 from pyro_mdn.correlated import FullCovariance
 
@@ -54,7 +54,7 @@ class GaussianMixture(MixtureAlgebra):
         .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
         """
         self._check_value(value)
-        return kernels.mixture_cdf(value, *self._univariate())
+        return univariate.mixture_cdf(value, *self._univariate())
 
     def icdf(self, value: Tensor | float) -> Tensor:
         """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
@@ -71,7 +71,7 @@ class GaussianMixture(MixtureAlgebra):
         if not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         q = q.expand(torch.broadcast_shapes(q.shape, (*self.batch_shape, self.dim)))
-        return kernels.mixture_quantile(q, *self._univariate())
+        return univariate.mixture_quantile(q, *self._univariate())
 
     def _univariate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Parameters of the marginals: logits ``(*batch, 1, K)``, locations and scales ``(*batch, D, K)``."""
@@ -94,13 +94,13 @@ class GaussianMixture(MixtureAlgebra):
         outside = 1 - mass
         left = torch.full((*self.batch_shape, self.dim), outside / 2).to(self.locs)
         if kind == "shortest":
-            left = kernels.minimize_bracketed(lambda p: self._upper(outside - p) - self.icdf(p), left, outside)
+            left = univariate.minimize_bracketed(lambda p: self._upper(outside - p) - self.icdf(p), left, outside)
         return self.icdf(left), self._upper(outside - left)
 
     def _upper(self, tail: Tensor) -> Tensor:
         """Point with probability ``tail`` above it, for each output."""
         logits, locs, scale = self._univariate()
-        return -kernels.mixture_quantile(tail, logits, -locs, scale)
+        return -univariate.mixture_quantile(tail, logits, -locs, scale)
 
     # Regions of highest density
 
@@ -137,7 +137,7 @@ class GaussianMixture(MixtureAlgebra):
         self._check_value(value)
 
         def walk(d: int, *univariate: Tensor) -> Tensor:
-            levels.append(kernels.mixture_cdf(value[..., d], *univariate))
+            levels.append(univariate.mixture_cdf(value[..., d], *univariate))
             return value[..., d]
 
         levels: list[Tensor] = []
@@ -150,7 +150,7 @@ class GaussianMixture(MixtureAlgebra):
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         value = value.expand(torch.broadcast_shapes(value.shape, (*self.batch_shape, self.dim)))
-        return self._walk(lambda d, *univariate: kernels.mixture_quantile(value[..., d], *univariate))
+        return self._walk(lambda d, *univariate: univariate.mixture_quantile(value[..., d], *univariate))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws with pathwise gradients to locations, covariances and logits, ``(*sample_shape, *batch, D)``.
@@ -167,13 +167,13 @@ class GaussianMixture(MixtureAlgebra):
 
         def follow(d: int, *univariate: Tensor) -> Tensor:
             logits, locs, scale = univariate
-            level = kernels.mixture_cdf(draws[..., d], logits, locs, scale).detach()
+            level = univariate.mixture_cdf(draws[..., d], logits, locs, scale).detach()
 
             def equation(point: Tensor) -> tuple[Tensor, Tensor]:
-                slope = kernels.mixture_log_density(point, logits, locs, scale).exp()
-                return kernels.mixture_cdf(point, logits, locs, scale) - level, slope
+                slope = univariate.mixture_log_density(point, logits, locs, scale).exp()
+                return univariate.mixture_cdf(point, logits, locs, scale) - level, slope
 
-            return kernels.follow_root(draws[..., d], equation)
+            return univariate.follow_root(draws[..., d], equation)
 
         tracked = (self.logits, self.locs, *self.covariance.tensors())
         if torch.is_grad_enabled() and any(t.requires_grad for t in tracked):

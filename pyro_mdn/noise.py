@@ -131,8 +131,8 @@ class Full(_Learned):
         return dim_out * (dim_out + 1) // 2
 
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
-        diagonal = self._positive(raw[..., :dim_out]).reciprocal()
-        return FullCovariance(kernels.cat_channels(diagonal, raw[..., dim_out:]))
+        diagonal, lower = kernels.split_channels(raw, [dim_out, raw.shape[-1] - dim_out])
+        return FullCovariance(self._positive(diagonal).reciprocal(), lower)
 
     def start(self, scale: Tensor) -> Tensor:
         dim_out = scale.shape[-1]
@@ -164,8 +164,8 @@ class LowRank(_Learned):
         return dim_out * (self.rank + 1)
 
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
-        factor = raw[..., dim_out:].unflatten(-1, (dim_out, self.rank))
-        return LowRankCovariance(factor, self._positive(raw[..., :dim_out]))
+        diagonal, factor = kernels.split_channels(raw, [dim_out, dim_out * self.rank])
+        return LowRankCovariance(factor.unflatten(-1, (dim_out, self.rank)), self._positive(diagonal))
 
     def start(self, scale: Tensor) -> Tensor:
         # A factor of zero would be a saddle point: its gradient vanishes there.

@@ -137,10 +137,10 @@ def test_tensors_of_a_factor_must_agree(factor, scale):
         LowRankCovariance(torch.ones(factor), torch.ones(scale))
 
 
-@pytest.mark.parametrize("count", [0, 2, 5])
-def test_packed_triangles_must_be_complete(count):
-    with pytest.raises(ValueError, match="packed: expected shape"):
-        FullCovariance(torch.ones(1, count))
+@pytest.mark.parametrize(("diagonal", "lower"), [((), ()), ((1, 3), (1, 2)), ((1, 2), (2, 1)), ((1, 2), (1,))])
+def test_packed_triangles_must_be_complete(diagonal, lower):
+    with pytest.raises(ValueError, match="diagonal, lower: expected shapes"):
+        FullCovariance(torch.ones(diagonal), torch.ones(lower))
 
 
 def test_pyro_distribution_of_an_ill_conditioned_factor():

@@ -99,7 +99,7 @@ def test_memory_is_channel_first():
     logits, locs, raw = head.raw(torch.randn(100, 6, dtype=torch.float64))
     assert logits.untyped_storage().data_ptr() == locs.untyped_storage().data_ptr() == raw.untyped_storage().data_ptr()
     mixture = head(torch.randn(100, 6, dtype=torch.float64))
-    tensors = [mixture.logits, mixture.locs, mixture.covariance.packed]
+    tensors = [mixture.logits, mixture.locs, *mixture.covariance.tensors()]
     assert all(t.stride(0) == 1 and min(t.stride()[1:]) >= 100 for t in tensors)
     log_prob = mixture.component_log_prob(torch.randn(100, 3, dtype=torch.float64))
     assert log_prob.stride() == (1, 100)

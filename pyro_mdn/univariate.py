@@ -1,0 +1,111 @@
+r"""Univariate mixtures on raw tensors: parameters ``(*batch, K)``, values ``(*batch)``."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.special import erfc, log_ndtr, ndtri
+
+__all__ = [
+    "follow_root",
+    "minimize_bracketed",
+    "mixture_cdf",
+    "mixture_log_density",
+    "mixture_quantile",
+    "normal_cdf",
+]
+
+
+def normal_cdf(value: Tensor) -> Tensor:
+    """Standard normal cdf, accurate in the lower tail, where ``torch.special.ndtr`` rounds to multiples of eps."""
+    return 0.5 * erfc(-math.sqrt(0.5) * value)
+
+
+def mixture_log_density(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
+    """Log-density of a univariate mixture."""
+    standardized = (value.unsqueeze(-1) - locs) / scale
+    constant = 0.5 * math.log(2 * math.pi)
+    return (logits - 0.5 * standardized.square() - scale.log() - constant).logsumexp(-1)
+
+
+def mixture_cdf(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
+    """Cumulative distribution of a univariate mixture; relative accuracy in the lower tail."""
+    return (logits.exp() * normal_cdf((value.unsqueeze(-1) - locs) / scale)).sum(-1).clamp(max=1)
+
+
+def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
+    """Quantile of a univariate mixture, with gradients by the implicit function theorem.
+
+    Quantiles above a half are those of the mirrored mixture at 1 - q, so that both tails are lower tails.
+    """
+    sign = torch.where(q > 0.5, -1.0, 1.0).to(q)
+    tail = torch.where(q > 0.5, 1 - q, q)
+    mirrored = sign.unsqueeze(-1) * locs
+    with torch.no_grad():
+        root = _solve_lower_tail(tail, logits, mirrored, scale)
+
+    def equation(point: Tensor) -> tuple[Tensor, Tensor]:
+        slope = mixture_log_density(point, logits, mirrored, scale).exp()
+        return mixture_cdf(point, logits, mirrored, scale) - tail, slope
+
+    # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
+    finite = torch.where(tail > 0, root, mirrored[..., 0].detach())
+    return sign * torch.where(tail > 0, follow_root(finite, equation), root)
+
+
+def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Give a known root the derivatives of the implicit function, up to the second.
+
+    ``equation(point)`` returns residual and slope. Two Newton steps from the root move it by nothing, and their
+    derivatives are the root's.
+    """
+    point = root
+    for _ in range(2):
+        residual, slope = equation(point)
+        step = (residual - residual.detach()) / slope.clamp(min=torch.finfo(slope.dtype).tiny)
+        point = point - step
+    return point
+
+
+def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor, max_steps: int = 200) -> Tensor:
+    """Solve cdf(point) = tail, for tails up to a half: Newton on the logarithm, bisection where that does not help.
+
+    The root lies between the smallest and the largest quantile of the components, and every step keeps it bracketed.
+    """
+    eps = torch.finfo(locs.dtype).eps
+    ends = locs + scale * ndtri(tail).unsqueeze(-1)
+    absent = logits == -math.inf
+    low = ends.masked_fill(absent, math.inf).amin(-1)
+    high = ends.masked_fill(absent, -math.inf).amax(-1)
+    point, last = low + (high - low) / 2, high - low
+    log_tail = tail.log()
+    for _ in range(max_steps):
+        log_cdf = (logits + log_ndtr((point.unsqueeze(-1) - locs) / scale)).logsumexp(-1)
+        excess = log_cdf - log_tail
+        low, high = torch.where(excess < 0, point, low), torch.where(excess >= 0, point, high)
+        found = (excess.abs() <= 2 * eps) | ~(high - low > eps * torch.maximum(low.abs(), high.abs()))
+        if not torch.compiler.is_compiling() and bool(found.all()):
+            break
+        newton = point - excess * (log_cdf - mixture_log_density(point, logits, locs, scale)).exp()
+        helps = (newton > low) & (newton < high) & ((newton - point).abs() < last / 2)
+        proposal = torch.where(found, point, torch.where(helps, newton, low + (high - low) / 2))
+        point, last = proposal, (proposal - point).abs()
+    return torch.where(tail > 0, point, -math.inf)
+
+
+def minimize_bracketed(
+    function: Callable[[Tensor], Tensor], like: Tensor, end: float, grid: int = 64, steps: int = 40
+) -> Tensor:
+    """Minimise elementwise over (0, end): the best of a grid, then golden sections around it (Kiefer, 1953)."""
+    with torch.no_grad():
+        points = [torch.full_like(like, end * (i + 0.5) / grid) for i in range(grid)]
+        values = torch.stack([function(p) for p in points])
+        best = torch.stack(points).take_along_dim(values.argmin(0, keepdim=True), 0).squeeze(0)
+        low, high = (best - end / grid).clamp(min=0), (best + end / grid).clamp(max=end)
+        ratio = (math.sqrt(5) - 1) / 2
+        for _ in range(steps):
+            inner, outer = high - ratio * (high - low), low + ratio * (high - low)
+            closer = function(inner) < function(outer)
+            low, high = torch.where(closer, low, inner), torch.where(closer, outer, high)
+        return (low + high) / 2
