@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_mdn import kernels
 from pyro_mdn.checks import all_finite
 from pyro_mdn.covariance import Covariance, require_positive, stored
+from pyro_mdn.whitening import FullWhitening
 
 __all__ = ["FullCovariance", "LowRankCovariance"]
 
@@ -36,7 +37,7 @@ class FullCovariance(Covariance):
     diagonal: Tensor = stored(1)
     lower: Tensor = stored(1)
     is_diagonal: ClassVar[bool] = False
-    whitening: ClassVar[kernels.Whitening | None] = kernels.FULL
+    whitening: ClassVar[kernels.Whitening | None] = FullWhitening()
 
     def __post_init__(self) -> None:
         shape = self.diagonal.shape
@@ -94,10 +95,10 @@ class FullCovariance(Covariance):
         return _tril_inverse(self.precision_tril())
 
     def whiten(self, residual: Tensor) -> Tensor:
-        return kernels.tril_matvec(self.diagonal, self.lower, residual)
+        return kernels.with_channels(kernels.tril_matvec, self.diagonal, self.lower, residual)
 
     def colorize(self, noise: Tensor) -> Tensor:
-        return kernels.tril_solve(self.diagonal, self.lower, noise)
+        return kernels.with_channels(kernels.tril_solve, self.diagonal, self.lower, noise)
 
     def half_log_det(self) -> Tensor:
         return -kernels.sum_outputs(self.diagonal.log())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pyro_mdn import kernels
 from pyro_mdn.checks import bounds
+from pyro_mdn.whitening import DiagonalWhitening
 
 __all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored"]
 
@@ -177,7 +178,7 @@ class IsotropicCovariance(Covariance):
 
     scale: Tensor = stored(0)
     outputs: int | None = None
-    whitening: ClassVar[kernels.Whitening | None] = kernels.DIAGONAL
+    whitening: ClassVar[kernels.Whitening | None] = DiagonalWhitening()
 
     @property
     def dim(self) -> int:
@@ -242,7 +243,7 @@ class DiagonalCovariance(Covariance):
     """
 
     scale: Tensor = stored(1)
-    whitening: ClassVar[kernels.Whitening | None] = kernels.DIAGONAL
+    whitening: ClassVar[kernels.Whitening | None] = DiagonalWhitening()
 
     @property
     def dim(self) -> int:

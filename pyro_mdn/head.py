@@ -104,6 +104,8 @@ class MixtureHead(nn.Module):
             log_units = scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
             return self._standardized(raw, scale, validate_args=False).log_prob(standardized) - log_units.sum(-1)
         log_units = scale.log().sum(-1) * (self.dim_out // scale.shape[-1])
+        if (whitening := self.noise.whitening) is not None:
+            return kernels.mixture_log_density(whitening, logits, locs, standardized, noise) - log_units
         return log_density(logits, locs, self.noise.build(noise, self.dim_out, scale), standardized) - log_units
 
     def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:

@@ -9,15 +9,14 @@ log-sum-exp, and a :class:`Whitening` pulls them back to the factors of the cova
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "DIAGONAL",
-    "FULL",
     "Whitening",
     "cat_channels",
     "channels_first",
@@ -31,22 +30,28 @@ __all__ = [
     "split_channels",
     "sum_outputs",
     "tril_matvec",
+    "tril_rows",
     "tril_solve",
     "unpack_tril",
+    "with_channels",
 ]
-
-_BITS = 1 / math.log(2)  # of a nat; powers of two take a quarter of the time of exponentials
 
 
 def channels_first(tensor: Tensor, event_dim: int) -> Tensor:
     """View ``(*batch, A, B)`` as ``(B, A, *batch)``, for ``event_dim`` trailing dimensions."""
     batch = tensor.ndim - event_dim
-    return tensor.permute(*range(tensor.ndim - 1, batch - 1, -1), *range(batch))
+    return tensor.permute((*range(tensor.ndim - 1, batch - 1, -1), *range(batch)))
 
 
 def channels_last(tensor: Tensor, event_dim: int) -> Tensor:
     """View ``(B, A, *batch)`` as ``(*batch, A, B)``: the inverse of :func:`channels_first`."""
-    return tensor.permute(*range(event_dim, tensor.ndim), *range(event_dim - 1, -1, -1))
+    return tensor.permute((*range(event_dim, tensor.ndim), *range(event_dim - 1, -1, -1)))
+
+
+def with_channels(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply a function of channel-first tensors to batch-first ones, ``(*batch, K, C)``; they broadcast."""
+    ndim = max(t.ndim for t in tensors)
+    return channels_last(function(*(channels_first(t[(None,) * (ndim - t.ndim)], 2) for t in tensors)), 2)
 
 
 def cat_channels(*tensors: Tensor) -> Tensor:
@@ -91,19 +96,25 @@ def normal_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
 # Log-densities of mixtures
 
 
-class Whitening(NamedTuple):
-    r"""How covariances of one structure whiten residuals.
+class Whitening(ABC):
+    """How covariances of one structure whiten residuals, and what that makes of gradients; on channel-first tensors."""
 
-    Attributes:
-        whiten: ``(residual, *factors)`` to the whitened residual z, ``(*batch, K, D)``, and
-            :math:`\tfrac12 \log\det\Sigma`, ``(*batch, K)``; differentiable.
-        pull_back: ``(weight, whitened, locs, value, *factors)`` to the gradients of
-            :math:`\sum_k a_k \log\mathcal{N}(y \mid \mu_k, \Sigma_k)` with respect to the locations and each factor,
-            for weights :math:`a_k`, ``(*batch, K)``. What was broadcast is not summed yet.
-    """
+    @abstractmethod
+    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        r"""Whiten residuals r ``(D, K, *batch)`` by the factors of the covariances, ``(C, K, *batch)`` each.
 
-    whiten: Callable[..., tuple[Tensor, Tensor]]
-    pull_back: Callable[..., Sequence[Tensor]]
+        Returns:
+            The whitened residual ``(D, K, *batch)``; :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and what
+            :meth:`pull_back` takes. All of it is differentiable.
+        """
+
+    @abstractmethod
+    def pull_back(self, weight: Tensor, whitened: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        r"""Gradients of :math:`\sum_k a_k \log\mathcal{N}(r_k \mid 0, \Sigma_k)`, the :math:`a_k` being ``weight``.
+
+        Returns:
+            Those with respect to the residual and each factor; what was broadcast is not summed yet.
+        """
 
 
 def mixture_log_density(
@@ -121,7 +132,7 @@ def mixture_log_density(
         logits: Log-weights :math:`l_k` up to a constant, ``(*batch, K)``.
         locs: Means, ``(*batch, K, D)``.
         value: Points y, ``(*batch, D)``.
-        factors: What the whitening takes; all of these broadcast.
+        factors: What the whitening takes, each ``(*batch, K, C)``; all of these broadcast.
         normalize: Whether to normalise the weights; if not, :math:`w_k = e^{l_k}`.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -129,120 +140,97 @@ def mixture_log_density(
     return _MixtureLogDensity.apply(whitening, normalize, logits, locs, value, *factors)
 
 
-def _by_autograd(
-    whitening: Whitening, normalize: bool, logits: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
-) -> Tensor:
-    log_weights = normalize_logits(logits) if normalize else logits
-    return (log_weights + normal_log_density(*whitening.whiten(locs - value.unsqueeze(-2), *factors))).logsumexp(-1)
+def _by_autograd(whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
+    log_weights, locs, value, *factors = _channels(normalize, *arguments)
+    whitened, half_log_det, _ = whitening.whiten(locs - value, *factors)
+    joint = log_weights - 0.5 * whitened.square().sum(0) - half_log_det
+    return joint.logsumexp(0) - 0.5 * math.log(2 * math.pi) * len(whitened)
+
+
+_EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
 
 
 class _MixtureLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
-        logits, locs, value, *factors = arguments
-        whitened, half_log_det = whitening.whiten(locs - value.unsqueeze(-2), *factors)
-        log_weights = (normalize_logits(logits) if normalize else logits) * _BITS
-        joint, outputs = torch.sub(log_weights, half_log_det, alpha=_BITS), whitened.unbind(-1)
-        joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5 * _BITS)
+        log_weights, locs, value, *factors = _channels(normalize, *arguments)
+        whitened, half_log_det, kept = whitening.whiten(locs - value, *factors)
+        joint, outputs = log_weights - half_log_det, whitened.unbind()
+        joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
         for output in outputs[1:]:
-            joint.addcmul_(output, output, value=-0.5 * _BITS)
-        top = joint.amax(-1, keepdim=True).clamp_(min=torch.finfo(joint.dtype).min)
-        share = joint.sub_(top).exp2_()
-        total = share.sum(-1)
-        ctx.save_for_backward(*arguments, whitened, log_weights, share, total)
-        ctx.whitening, ctx.normalize = whitening, normalize
-        constant = 0.5 * math.log(2 * math.pi) * len(outputs)
-        return total.log().add_(top.squeeze(-1), alpha=1 / _BITS).sub_(constant)
+            joint.addcmul_(output, output, value=-0.5)
+        top = joint.amax(0).clamp_(min=torch.finfo(joint.dtype).min)
+        share = joint.sub_(top).exp_()
+        total = share.sum(0)
+        ctx.save_for_backward(whitened, log_weights, share, total, *arguments, *kept)
+        ctx.whitening, ctx.normalize, ctx.count = whitening, normalize, len(arguments)
+        return total.log().add_(top).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *arguments, whitened, log_weights, share, total = ctx.saved_tensors
+        whitened, log_weights, share, total, *rest = ctx.saved_tensors
+        arguments, kept = rest[: ctx.count], rest[ctx.count :]
         if torch.is_grad_enabled():  # somebody wants derivatives of these
             return None, None, *_differentiable_gradients(ctx, arguments, grad)
-        _, locs, value, *factors = arguments
-        weight = share * (grad / total).unsqueeze(-1)
-        grad_locs, *grads = ctx.whitening.pull_back(weight, whitened, locs, value, *factors)
-        grad_value = -grad_locs.sum(-2) if ctx.needs_input_grad[4] else None
+        weight = share * (grad / total)
+        grad_locs, *grads = ctx.whitening.pull_back(weight, whitened, *kept)
+        grad_value = -grad_locs.sum(1) if ctx.needs_input_grad[4] else None
         if ctx.normalize:
-            weight = torch.addcmul(weight, log_weights.exp2(), grad.unsqueeze(-1), value=-1)
-        gradients = zip([weight, grad_locs, grad_value, *grads], arguments, strict=True)
-        return None, None, *(g if g is None or g.shape == a.shape else g.sum_to_size(a.shape) for g, a in gradients)
+            weight = torch.addcmul(weight, log_weights.exp(), grad, value=-1)
+        gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS, strict=False)
+        return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
 
 def _differentiable_gradients(ctx: Any, arguments: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     aliases = [a.view_as(a) for a in arguments]  # the same tensor may have been given twice
     wanted = [a for a, needed in zip(aliases, ctx.needs_input_grad[2:], strict=True) if needed]
     log_density = _by_autograd(ctx.whitening, ctx.normalize, *aliases)
-    gradients = iter(torch.autograd.grad(log_density, wanted, grad, create_graph=True))
+    gradients = iter(torch.autograd.grad(log_density, wanted, grad, create_graph=True, materialize_grads=True))
     return [next(gradients) if needed else None for needed in ctx.needs_input_grad[2:]]
 
 
-def _whiten_diagonal(residual: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    half_log_det = sum_outputs(scale.log())
-    shared_by = residual.shape[-1] // scale.shape[-1]  # one scale may stand for all outputs
-    return residual / scale, half_log_det if shared_by == 1 else shared_by * half_log_det
+def _channels(normalize: bool, *arguments: Tensor) -> list[Tensor]:
+    """Channel-first log-weights, locations, values and factors, with equally many batch dimensions."""
+    batch = max([t.ndim - n for t, n in zip(arguments, _EVENT_DIMS, strict=False)])
+    orders = (), (batch, *range(batch)), (batch + 1, batch, *range(batch))
+    logits, locs, value, *factors = [
+        (t if t.ndim == batch + n else t[(None,) * (batch + n - t.ndim)]).permute(orders[n])
+        for t, n in zip(arguments, _EVENT_DIMS, strict=False)
+    ]
+    return [logits.log_softmax(0) if normalize else logits, locs, value.unsqueeze(1), *factors]
 
 
-def _pull_back_diagonal(weight: Tensor, whitened: Tensor, locs: Tensor, value: Tensor, scale: Tensor) -> list[Tensor]:
-    slope = (weight.unsqueeze(-1) / scale).neg_()
-    grad_locs = slope * whitened
-    return [grad_locs, torch.addcmul(slope, grad_locs, whitened, value=-1)]
+def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
+    """Channel-first gradient in the shape of the argument that it belongs to."""
+    gradient = channels_last(gradient, event_dim)
+    return gradient if gradient.shape == argument.shape else gradient.sum_to_size(argument.shape)
 
 
-def _whiten_full(residual: Tensor, diagonal: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
-    return tril_matvec(diagonal, lower, residual), -sum_outputs(diagonal.log())
-
-
-def _pull_back_full(
-    weight: Tensor, whitened: Tensor, locs: Tensor, value: Tensor, diagonal: Tensor, lower: Tensor
-) -> list[Tensor]:
-    weight = weight.unsqueeze(-1)
-    residual, slope = locs - value.unsqueeze(-2), whitened * -weight
-    grad_diagonal = torch.addcdiv(slope * residual, weight, diagonal)
-    grad_locs = slope * diagonal
-    slopes, residuals, grads = channels_first(slope, 2), channels_first(residual, 2), channels_first(grad_locs, 2)
-    grad_lower = slope.new_empty(lower.shape[-1], *slopes.shape[1:])
-    rows = zip(_tril_rows(lower, slope), grad_lower.split([*range(len(slopes))]), strict=True)
-    for i, (row, grad_row) in enumerate(rows):
-        if i:
-            grads[:i].addcmul_(row, slopes[i])
-            torch.mul(slopes[i], residuals[:i], out=grad_row)
-    return [grad_locs, grad_diagonal, channels_last(grad_lower, 2)]
-
-
-DIAGONAL = Whitening(_whiten_diagonal, _pull_back_diagonal)
-FULL = Whitening(_whiten_full, _pull_back_full)
-
-
-# Triangles, packed: the diagonal (*batch, K, D), and what is below it row by row (*batch, K, D(D-1)/2)
+# Triangles, packed: the diagonal, and what is below it row by row; channel-first
 
 
 def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
-    """Product of a triangle and a vector ``(*batch, K, D)``."""
-    channels = channels_first(vector, 2)
-    below = [(row * channels[:i]).sum(0) for i, row in enumerate(_tril_rows(lower, vector))]
-    return torch.addcmul(channels_last(torch.stack(below), 2), diagonal, vector)
+    """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``."""
+    pivots, (_, *rows) = diagonal.unbind(), tril_rows(lower, len(vector))
+    products = [pivots[0] * vector[0]]
+    for i, row in enumerate(rows, start=1):
+        products.append(torch.addcmul((row * vector[:i]).sum(0), pivots[i], vector[i]))
+    return torch.stack(products)
 
 
 def tril_solve(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Solve a triangle for a vector by forward substitution: the inverse of :func:`tril_matvec`."""
     solution: list[Tensor] = []
-    rows = zip(_tril_rows(lower, vector), _aligned(diagonal, vector), channels_first(vector, 2), strict=True)
-    for row, pivot, rest in rows:
+    for row, pivot, rest in zip(tril_rows(lower, len(vector)), diagonal, vector, strict=True):
         for coefficient, known in zip(row, solution, strict=True):
             rest = rest - coefficient * known
         solution.append(rest / pivot)
-    return channels_last(torch.stack(solution), 2)
+    return torch.stack(solution)
 
 
-def _tril_rows(lower: Tensor, vector: Tensor) -> Sequence[Tensor]:
-    """Rows of what is below the diagonal, ``(i, K, *batch)``, aligned with the channels of a vector."""
-    return _aligned(lower, vector).split([*range(vector.shape[-1])])
-
-
-def _aligned(tensor: Tensor, vector: Tensor) -> Tensor:
-    """View ``(C, K, *batch)`` of ``(*batch, K, C)`` with as many dimensions as a vector has."""
-    return channels_first(tensor[(None,) * (vector.ndim - tensor.ndim)], 2)
+def tril_rows(lower: Tensor, dim: int) -> Sequence[Tensor]:
+    """Views ``(i, ...)`` of the rows of what is below a diagonal."""
+    return lower.split_with_sizes([*range(dim)])
 
 
 def unpack_tril(diagonal: Tensor, lower: Tensor) -> Tensor:

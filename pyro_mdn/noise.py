@@ -12,11 +12,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from pyro_mdn import kernels
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
+from pyro_mdn.whitening import RawDiagonalWhitening, RawFullWhitening, positive
 
 __all__ = ["Diagonal", "Fixed", "Full", "Isotropic", "LowRank", "NoiseModel"]
 
@@ -46,6 +46,11 @@ class NoiseModel(ABC):
         ``unit`` is the size of one standardised unit in the units of y, shape ``(D,)`` or ``(1,)``.
         """
 
+    @property
+    def whitening(self) -> kernels.Whitening | None:
+        """What :meth:`build` and the whitening of its covariance come to, from raw channels; ``None`` if not known."""
+        return None
+
     @abstractmethod
     def start(self, scale: Tensor) -> Tensor:
         """Raw channels ``(K, num_params)`` that give standard deviations ``(K, D)`` (at least ``min_scale``)."""
@@ -61,7 +66,7 @@ class _Learned(NoiseModel):
         _require_positive(self.min_scale, "min_scale")
 
     def _positive(self, raw: Tensor) -> Tensor:
-        return softplus(raw).add_(self.min_scale)
+        return positive(raw, self.min_scale)
 
     def _unconstrained(self, scale: Tensor) -> Tensor:
         excess = (scale - self.min_scale).clamp(min=0.1 * self.min_scale)
@@ -87,6 +92,10 @@ class Diagonal(_Learned):
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
         return DiagonalCovariance(self._positive(raw))
 
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawDiagonalWhitening(self.min_scale)
+
     def start(self, scale: Tensor) -> Tensor:
         return self._unconstrained(scale)
 
@@ -108,6 +117,10 @@ class Isotropic(_Learned):
 
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
         return IsotropicCovariance(self._positive(raw).squeeze(-1), dim_out)
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawDiagonalWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
         return self._unconstrained(scale.square().mean(-1, keepdim=True).sqrt())
@@ -133,6 +146,10 @@ class Full(_Learned):
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
         diagonal, lower = kernels.split_channels(raw, [dim_out, raw.shape[-1] - dim_out])
         return FullCovariance(self._positive(diagonal).reciprocal(), lower)
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawFullWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
         dim_out = scale.shape[-1]

@@ -12,6 +12,7 @@ ORDER = [
     "checks",
     "kernels",
     "univariate",
+    "whitening",
     "covariance",
     "correlated",
     "noise",
