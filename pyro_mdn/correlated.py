@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn import kernels
 from pyro_mdn.checks import all_finite
 from pyro_mdn.covariance import Covariance, require_positive, stored
-from pyro_mdn.whitening import FullWhitening
+from pyro_mdn.whitening import FullWhitening, LowRankWhitening
 
 __all__ = ["FullCovariance", "LowRankCovariance"]
 
@@ -159,6 +159,9 @@ class FullCovariance(Covariance):
         return self.from_precision_root(permuted).precision_tril()[..., :n, :n]
 
 
+_WHITENING = LowRankWhitening()
+
+
 def _positive_diagonal(triangle: Tensor) -> Tensor:
     """Flip the signs of rows so that the diagonal is positive."""
     return triangle * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)
@@ -207,6 +210,7 @@ class LowRankCovariance(Covariance):
     factor: Tensor = stored(2)
     scale: Tensor = stored(1)
     is_diagonal: ClassVar[bool] = False
+    whitening: ClassVar[kernels.Whitening | None] = _WHITENING
 
     def __post_init__(self) -> None:
         if self.factor.shape[:-1] != self.scale.shape:
@@ -217,12 +221,11 @@ class LowRankCovariance(Covariance):
     def dim(self) -> int:
         return self.scale.shape[-1]
 
+    def factors(self) -> list[Tensor]:
+        return [self.scale, self.factor.flatten(-2)]
+
     def whiten(self, residual: Tensor) -> Tensor:
-        standardized, capacitance = residual / self.scale, self._capacitance()
-        projection = kernels.low_rank_project(self._ratio(), standardized)
-        weights = _solve(capacitance, projection)
-        weights = _solve(_plus_identity(capacitance).mT, weights, upper=True)
-        return standardized - self._combine(weights)
+        return kernels.with_channels(lambda *tensors: _WHITENING.whiten(*tensors)[0], residual, *self.factors())
 
     def colorize(self, noise: Tensor) -> Tensor:
         projection = kernels.low_rank_project(self._ratio(), noise)

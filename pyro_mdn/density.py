@@ -176,7 +176,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         """Expand to ``batch``, and flatten that to one dimension."""
         expanded = self.expand(batch)
         covariance = self.covariance.expand((*batch, self.covariance.batch_shape[-1]))
-        flat = covariance.map(lambda t, n: t.reshape(-1, *t.shape[len(batch) :]))
+        flat = covariance.map(lambda t, n: t.reshape(batch.numel(), *t.shape[len(batch) :]))
         return self._new(
             expanded.logits.reshape(-1, self.n_components), expanded.locs.reshape(-1, *self.locs.shape[-2:]), flat
         )

@@ -94,7 +94,13 @@ class MixtureHead(nn.Module):
         if not y.is_floating_point() or y.shape != (*features.shape[:-1], self.dim_out):
             expected = f"floating point of shape {(*features.shape[:-1], self.dim_out)}"
             raise ValueError(f"y: expected {expected}, got {y.dtype} of shape {tuple(y.shape)}")
-        return self.log_density(self.raw(features), y, self.shift, self.scale)
+        shift, scale, whitening = self.shift, self.scale, self.noise.whitening
+        if whitening is None or self.raw_noise is not None or has_missing(y):
+            return self.log_density(self.raw(features), y, shift, scale)
+        channels = self.channels(features)
+        width, value = self.noise.num_params(self.dim_out), ((y - shift) / scale).to(channels.dtype)
+        density = kernels.channel_log_density(whitening, self.n_components, width, channels, value)
+        return density - self._log_unit(scale)
 
     def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Log-density of y ``(*batch, D)`` under :meth:`mixture` of the same arguments, without building that."""
@@ -103,10 +109,16 @@ class MixtureHead(nn.Module):
         if has_missing(y):  # an entry without a density has no unit
             log_units = scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
             return self._standardized(raw, scale, validate_args=False).log_prob(standardized) - log_units.sum(-1)
-        log_units = scale.log().sum(-1) * (self.dim_out // scale.shape[-1])
         if (whitening := self.noise.whitening) is not None:
-            return kernels.mixture_log_density(whitening, logits, locs, standardized, noise) - log_units
-        return log_density(logits, locs, self.noise.build(noise, self.dim_out, scale), standardized) - log_units
+            density = kernels.mixture_log_density(whitening, logits, locs, standardized, noise)
+        else:
+            density = log_density(logits, locs, self.noise.build(noise, self.dim_out, scale), standardized)
+        return density - self._log_unit(scale)
+
+    def _log_unit(self, scale: Tensor) -> Tensor:
+        """Logarithm of the volume of a standardised unit."""
+        logs = scale.log().sum(-1)
+        return self.dim_out * logs if self.noise.common_unit else logs
 
     def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:
         """Mixture in the units of y that :meth:`raw` describes, of any batch shape.
@@ -132,10 +144,16 @@ class MixtureHead(nn.Module):
         """
         if features.ndim < 1 or features.shape[-1] != self.in_features:
             raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
-        flat = features.reshape(-1, self.in_features)
-        channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
         raw_noise = None if self.raw_noise is None else self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
-        return self.split(channels.reshape(channels.shape[0], *features.shape[:-1]), raw_noise)
+        return self.split(self.channels(features), raw_noise)
+
+    def channels(self, features: Tensor) -> Tensor:
+        """What the linear layer gives, channel-first, ``(C, *batch)``, in float32 at least."""
+        flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
+        channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
+        if features.ndim != 2:
+            channels = channels.reshape(channels.shape[0], *features.shape[:-1])
+        return _accumulated(channels)
 
     def split(self, channels: Tensor, raw_noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits, locations and noise as :meth:`raw` gives them, from channels ``(C, *batch)`` of the linear layer.
@@ -144,8 +162,7 @@ class MixtureHead(nn.Module):
             channels: What the layer gives.
             raw_noise: Channels ``(C', *batch)`` (broadcast) of noise that does not depend on the features, if any.
         """
-        channels = channels.to(torch.promote_types(channels.dtype, torch.float32))
-        logits, locs, noise = channels.split(self.sizes)
+        logits, locs, noise = _accumulated(channels).split(self.sizes)
         return (
             kernels.channels_last(logits, 1),
             self._grouped(locs, self.dim_out),
@@ -190,6 +207,11 @@ class MixtureHead(nn.Module):
             starting_value(self, "raw_noise").copy_(raw)
             raw = raw[:0]
         bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+
+
+def _accumulated(channels: Tensor) -> Tensor:
+    """Single precision at least, whatever autocast made of the layer."""
+    return channels.to(torch.promote_types(channels.dtype, torch.float32))
 
 
 def starting_value(module: nn.Module, name: str) -> Tensor:

@@ -19,8 +19,10 @@ from torch import Tensor
 __all__ = [
     "Whitening",
     "cat_channels",
+    "channel_log_density",
     "channels_first",
     "channels_last",
+    "gram_schmidt",
     "location_and_scale",
     "low_rank_capacitance",
     "low_rank_project",
@@ -109,8 +111,16 @@ class Whitening(ABC):
         """
 
     @abstractmethod
-    def pull_back(self, weight: Tensor, whitened: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+    def pull_back(
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         r"""Gradients of :math:`\sum_k a_k \log\mathcal{N}(r_k \mid 0, \Sigma_k)`, the :math:`a_k` being ``weight``.
+
+        Args:
+            weight: The :math:`a_k`, ``(K, *batch)``.
+            whitened: What :meth:`whiten` gave.
+            kept: What else it gave.
+            out: Where to put the gradient with respect to the one factor, if it has that shape.
 
         Returns:
             Those with respect to the residual and each factor; what was broadcast is not summed yet.
@@ -153,40 +163,133 @@ _EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
 class _MixtureLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
-        log_weights, locs, value, *factors = _channels(normalize, *arguments)
-        whitened, half_log_det, kept = whitening.whiten(locs - value, *factors)
-        joint, outputs = log_weights - half_log_det, whitened.unbind()
-        joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
-        for output in outputs[1:]:
-            joint.addcmul_(output, output, value=-0.5)
-        top = joint.amax(0).clamp_(min=torch.finfo(joint.dtype).min)
-        share = joint.sub_(top).exp_()
-        total = share.sum(0)
-        ctx.save_for_backward(whitened, log_weights, share, total, *arguments, *kept)
+        log_density, sums, kept = _forward(whitening, *_channels(normalize, *arguments))
+        ctx.save_for_backward(*arguments, *sums, *kept)
         ctx.whitening, ctx.normalize, ctx.count = whitening, normalize, len(arguments)
-        return total.log().add_(top).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
+        return log_density
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        whitened, log_weights, share, total, *rest = ctx.saved_tensors
-        arguments, kept = rest[: ctx.count], rest[ctx.count :]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        arguments, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # somebody wants derivatives of these
-            return None, None, *_differentiable_gradients(ctx, arguments, grad)
-        weight = share * (grad / total)
-        grad_locs, *grads = ctx.whitening.pull_back(weight, whitened, *kept)
-        grad_value = -grad_locs.sum(1) if ctx.needs_input_grad[4] else None
+            again = _by_autograd, (ctx.whitening, ctx.normalize), arguments
+            return None, None, *_differentiable_gradients(*again, needed, grad)
+        weight, log_weights, grad_locs, *grads = _backward(ctx.whitening, grad, *saved)
+        grad_value = -grad_locs.sum(1) if needed[2] else None
         if ctx.normalize:
             weight = torch.addcmul(weight, log_weights.exp(), grad, value=-1)
         gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS, strict=False)
         return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
 
-def _differentiable_gradients(ctx: Any, arguments: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+def channel_log_density(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
+    """Log-density of a Gaussian mixture from the channels of a layer: :func:`mixture_log_density` of their parts.
+
+    Args:
+        whitening: Structure of the covariances, of one factor.
+        n_components: Number of components K.
+        width: Channels of the factor of one component.
+        channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
+        value: Points y, ``(*batch, D)``.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return _channels_by_autograd(whitening, n_components, width, channels, value)
+    return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
+
+
+def _parts(n_components: int, width: int, dim: int, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, n = channels.shape[1:], n_components * dim
+    logits, locs, factor = channels.split_with_sizes([n_components, n, channels.shape[0] - n_components - n])
+    return logits, locs.view(dim, n_components, *batch), factor.view(width, factor.shape[0] // width, *batch)
+
+
+def _channels_by_autograd(
+    whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
+) -> Tensor:
+    logits, locs, factor = _parts(n_components, width, value.shape[-1], channels)
+    arguments = channels_last(logits, 1), channels_last(locs, 2), value, channels_last(factor, 2)
+    return _by_autograd(whitening, True, *arguments)
+
+
+class _ChannelLogDensity(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.settings = whitening, n_components, width
+        logits, locs, factor = _parts(n_components, width, value.shape[-1], channels)
+        points = channels_first(value, 1).unsqueeze(1)
+        log_density, sums, kept = _forward(whitening, logits.log_softmax(0), locs, points, factor)
+        ctx.save_for_backward(channels, value, *sums, *kept)
+        return log_density
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        channels, value, *saved = ctx.saved_tensors
+        whitening, n_components, width = ctx.settings
+        if torch.is_grad_enabled():
+            again = _channels_by_autograd, ctx.settings, (channels, value)
+            return None, None, None, *_differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
+        gradient = torch.empty_like(channels)
+        for_logits, for_locs, for_factor = _parts(n_components, width, value.shape[-1], gradient)
+        weight, log_weights, grad_locs, grad_factor = _backward(whitening, grad, *saved, out=for_factor)
+        torch.addcmul(weight, log_weights.exp(), grad, value=-1, out=for_logits)
+        for_locs.copy_(grad_locs)
+        if grad_factor is not for_factor:
+            for_factor.copy_(grad_factor.sum_to_size(for_factor.shape))
+        grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
+        return None, None, None, gradient, grad_value
+
+
+# Both on channel-first tensors
+
+
+def _forward(
+    whitening: Whitening, log_weights: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
+) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """Log-density, and what :func:`_backward` takes."""
+    whitened, half_log_det, kept = whitening.whiten(locs - value, *factors)
+    joint, outputs = log_weights - half_log_det, whitened.unbind()
+    joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
+    for output in outputs[1:]:
+        joint.addcmul_(output, output, value=-0.5)
+    top = joint.amax(0).clamp_(min=torch.finfo(joint.dtype).min)
+    share = joint.sub_(top).exp_()
+    total = share.sum(0)
+    log_density = total.log().add_(top).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
+    return log_density, (log_weights, share, total, whitened), kept
+
+
+def _backward(
+    whitening: Whitening,
+    grad: Tensor,
+    log_weights: Tensor,
+    share: Tensor,
+    total: Tensor,
+    whitened: Tensor,
+    *kept: Tensor,
+    out: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Weight of each component in the gradient, log-weights, gradients with respect to locations and factors."""
+    weight = share * (grad / total)
+    return weight, log_weights, *whitening.pull_back(weight, whitened, *kept, out=out)
+
+
+def _differentiable_gradients(
+    function: Callable[..., Tensor],
+    settings: Sequence[Any],
+    arguments: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
     aliases = [a.view_as(a) for a in arguments]  # the same tensor may have been given twice
-    wanted = [a for a, needed in zip(aliases, ctx.needs_input_grad[2:], strict=True) if needed]
-    log_density = _by_autograd(ctx.whitening, ctx.normalize, *aliases)
+    wanted = [a for a, needs in zip(aliases, needed, strict=True) if needs]
+    log_density = function(*settings, *aliases)
     gradients = iter(torch.autograd.grad(log_density, wanted, grad, create_graph=True, materialize_grads=True))
-    return [next(gradients) if needed else None for needed in ctx.needs_input_grad[2:]]
+    return [next(gradients) if needs else None for needs in needed]
 
 
 def _channels(normalize: bool, *arguments: Tensor) -> list[Tensor]:
@@ -247,26 +350,33 @@ def unpack_tril(diagonal: Tensor, lower: Tensor) -> Tensor:
 # Low rank
 
 
-def low_rank_capacitance(factor: Tensor) -> Tensor:
-    """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``.
+def gram_schmidt(columns: Tensor) -> list[list[Tensor]]:
+    """Rows of the Cholesky factor of ``I + BᵀB``, entries ``(...)``, for the columns ``(R, D, ...)`` of B.
 
     By modified Gram-Schmidt on the columns of B stacked on I, which never forms the squares: row i of I stands in
     column i alone, so that the diagonal is at least 1 in floating point too, however dependent the columns.
     """
-    rank = factor.shape[-1]
-    identity = torch.eye(rank, dtype=factor.dtype, device=factor.device)
-    stacked = torch.cat([factor, identity.expand(*factor.shape[:-2], rank, rank)], -2)
+    rank = len(columns)
+    identity = torch.eye(rank, dtype=columns.dtype, device=columns.device)
+    identity = identity.reshape(rank, rank, *(1,) * (columns.ndim - 2)).expand(-1, -1, *columns.shape[2:])
     directions: list[Tensor] = []
-    rows: list[Tensor] = []
-    for i, column in enumerate(stacked.unbind(-1)):
+    rows: list[list[Tensor]] = []
+    for column in torch.cat([columns, identity], 1):
         row = []
         for direction in directions:
-            row.append((direction * column).sum(-1))
-            column = column - row[-1].unsqueeze(-1) * direction
-        row.append(column.norm(dim=-1))
-        directions.append(column / row[-1].unsqueeze(-1))
-        rows.append(torch.nn.functional.pad(torch.stack(row, -1), (0, rank - 1 - i)))
-    return torch.stack(rows, -2)
+            row.append((direction * column).sum(0))
+            column = torch.addcmul(column, direction, row[-1], value=-1)
+        row.append(column.square().sum(0).sqrt())
+        directions.append(column / row[-1])
+        rows.append(row)
+    return rows
+
+
+def low_rank_capacitance(factor: Tensor) -> Tensor:
+    """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``."""
+    rows = gram_schmidt(factor.movedim((-1, -2), (0, 1)))
+    zero = torch.zeros_like(rows[0][0])
+    return torch.stack([torch.stack([*row, *[zero] * (len(rows) - len(row))], -1) for row in rows], -2)
 
 
 def low_rank_project(factor: Tensor, vector: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ class LightningObjective(LightningModule):
         """Mean loss of a batch with noise on it, so scaled that the mean over processes is that over all rows."""
         rows = _as_rows(batch)
         fade = fading(self.trainer.global_step, self.steps, self.final_noise)
-        x, y = (blur(v, fade * scale, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
+        x, y = (blur(v, scale, fade, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
         loss = rows.weigh(self(x, y)).mean()
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(rows))
         count = torch.tensor(float(len(rows)), device=loss.device)

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_mdn.data import Batches, Rows, Streamed
-from pyro_mdn.optimization import AveragedWeights, adamw, blur, fading, warmup_cosine
+from pyro_mdn.optimization import AveragedWeights, FusedAdamW, blur, clip_, fading, warmup_cosine
+from pyro_mdn.vectorized import unvalidated
 
 __all__ = ["FitResult", "Loop", "Settings", "copied"]
 
@@ -111,8 +113,8 @@ class Loop:
 
     Attributes:
         matrix_dim: Dimensions of a weight matrix, which is decayed.
-        least_noise: Standard deviation, in the units of y, that the noise on y does not fade below; held-out targets
-            have as much. 0 at first.
+        least_noise: Standard deviation, in the units of y, that the noise on y does not fade below, if there is one;
+            held-out targets have as much.
     """
 
     matrix_dim = 2
@@ -130,9 +132,9 @@ class Loop:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
         self.losses = torch.compile(objective, dynamic=True) if compiled else objective
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
-        self.least_noise = torch.zeros_like(units[1])
-        self.optimizer = adamw(objective, settings.lr, settings.weight_decay, self.matrix_dim, fused=True)
+        self.least_noise: Tensor | None = None
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
         self.average = AveragedWeights(self.parameters)
         self.best = copied(objective.state_dict())
         self.step, self.steps = 0, settings.max_epochs * len(batches)
@@ -209,11 +211,15 @@ class Loop:
     def _train(self, epoch: int) -> Tensor:
         """Mean loss over one pass."""
         self.objective.train()
+        with unvalidated():  # what is wrong with the data shows in the losses
+            return self._pass(epoch)
+
+    def _pass(self, epoch: int) -> Tensor:
         total, rows = torch.zeros(()), 0
         for number, batch in enumerate(self.batches, start=1):
             buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
             try:
-                total = total + self._step(batch) * len(batch)
+                total = torch.add(total, self._step(batch), alpha=len(batch))
                 rows += len(batch)
             except FloatingPointError as error:
                 where = f"{error} in epoch {epoch}, batch {number} of {len(self.batches)}"
@@ -230,21 +236,25 @@ class Loop:
     def _step(self, batch: Rows) -> Tensor:
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
-        x = blur(batch.x, fade * self.noise[0])
-        y = blur(batch.y, torch.maximum(fade * self.noise[1], self.least_noise))
+        x = blur(batch.x, self.noise[0], fade)
+        y = blur(batch.y, *self._target_noise(fade))
         self.optimizer.zero_grad()
         loss = self._mean(batch.weigh(self._losses(x, y)))
         if not self._sound(loss):
             raise FloatingPointError(f"loss is {self._shown(loss)}")
-        loss.sum().backward()
+        (loss if loss.ndim == 0 else loss.sum()).backward()
         norm = self._clip()
         if not self._sound(norm):
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * warmup_cosine(step, self.steps)
-        self.optimizer.step()
+        self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
         self.average.update(step)
         return loss.detach().to("cpu", torch.float64)
+
+    def _target_noise(self, fade: float) -> tuple[Tensor, float]:
+        """Standard deviation of the noise on targets, and a factor on it."""
+        if self.least_noise is None:
+            return self.noise[1], fade
+        return torch.maximum(fade * self.noise[1], self.least_noise), 1.0
 
     def _mean(self, losses: Tensor) -> Tensor:
         """Mean over rows: one number, or one for each of what is trained side by side."""
@@ -252,18 +262,18 @@ class Loop:
 
     def _clip(self) -> Tensor:
         """Scale gradients down to the largest norm that is allowed; return the norm before."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        return clip_(self.parameters, self.settings.max_grad_norm)
 
     def _sound(self, value: Tensor) -> bool:
         """Whether a loss or a norm is finite."""
-        return bool(value.isfinite().all())
+        return math.isfinite(value.item())
 
     def _shown(self, value: Tensor) -> str:
         return str(value.item())
 
     def _losses(self, x: Tensor, y: Tensor) -> Tensor:
         dtype = self.settings.autocast
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
+        with nullcontext() if dtype is None else torch.autocast(x.device.type, dtype=dtype):
             return self.losses(x, y)
 
     # Judging epochs
@@ -275,7 +285,7 @@ class Loop:
             return torch.tensor(math.nan)
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
-        with self.average.swapped_in():
+        with self.average.swapped_in(), unvalidated():
             total = count = torch.zeros((), dtype=torch.float64)
             for batch in batches:
                 losses = self.objective(*self._off_grid(batch))
@@ -285,10 +295,10 @@ class Loop:
 
     def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
         """Rows with the least noise on their targets, if there is any, and the same each time."""
-        if not bool(self.least_noise.any()):
+        if self.least_noise is None:
             return batch.x, batch.y
         generator = torch.Generator(batch.y.device).manual_seed(len(batch))
-        return batch.x, blur(batch.y, self.least_noise, generator)
+        return batch.x, blur(batch.y, self.least_noise, generator=generator)
 
     # State
 
@@ -297,8 +307,7 @@ class Loop:
         tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average.averages)}
-        for i, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors["generator"] = torch.get_rng_state()
         for i, generator in enumerate(self.batches.generators()):
             tensors[f"generator.loader.{i}"] = generator.get_state()
@@ -316,16 +325,14 @@ class Loop:
         _require_alike(self.objective.state_dict(), groups["objective"])
         _require_alike(self.best, groups["best"])
         _require_alike({str(i): t for i, t in enumerate(self.average.averages)}, groups["average"])
+        _require_alike(self.optimizer.state(), groups["optimizer"])
         self.objective.load_state_dict(groups["objective"])
         for name, tensor in groups["best"].items():
             self.best[name].copy_(tensor)
         for i, average in enumerate(self.average.averages):
             average.copy_(groups["average"][str(i)])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in groups["optimizer"].items():
-            i, _, key = name.partition(".")
-            moments.setdefault(int(i), {})[key] = tensor
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for name, tensor in self.optimizer.state().items():
+            tensor.copy_(groups["optimizer"][name])
         device = self.noise[0].device
         self.step, self.result = config["step"], FitResult(**config["result"])
         self.result.members = [FitResult(**member) for member in config["result"]["members"]]

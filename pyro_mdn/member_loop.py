@@ -26,7 +26,7 @@ class MemberLoop(Loop):
     def _clip(self) -> Tensor:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        factor = (self.settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        factor = (self.settings.max_grad_norm / norms).clamp(max=1.0)
         for g in gradients:
             g.mul_(factor.reshape(-1, *(1,) * (g.ndim - 1)))
         return norms

@@ -136,8 +136,8 @@ class GaussianMixture(MixtureAlgebra):
         """
         self._check_value(value)
 
-        def walk(d: int, *univariate: Tensor) -> Tensor:
-            levels.append(univariate.mixture_cdf(value[..., d], *univariate))
+        def walk(d: int, *conditional: Tensor) -> Tensor:
+            levels.append(univariate.mixture_cdf(value[..., d], *conditional))
             return value[..., d]
 
         levels: list[Tensor] = []
@@ -150,7 +150,7 @@ class GaussianMixture(MixtureAlgebra):
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         value = value.expand(torch.broadcast_shapes(value.shape, (*self.batch_shape, self.dim)))
-        return self._walk(lambda d, *univariate: univariate.mixture_quantile(value[..., d], *univariate))
+        return self._walk(lambda d, *conditional: univariate.mixture_quantile(value[..., d], *conditional))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws with pathwise gradients to locations, covariances and logits, ``(*sample_shape, *batch, D)``.
@@ -165,8 +165,8 @@ class GaussianMixture(MixtureAlgebra):
         """
         draws = self.sample(sample_shape)
 
-        def follow(d: int, *univariate: Tensor) -> Tensor:
-            logits, locs, scale = univariate
+        def follow(d: int, *conditional: Tensor) -> Tensor:
+            logits, locs, scale = conditional
             level = univariate.mixture_cdf(draws[..., d], logits, locs, scale).detach()
 
             def equation(point: Tensor) -> tuple[Tensor, Tensor]:

@@ -117,7 +117,7 @@ class MixtureDensityNetwork(PyroModule):
     @property
     def latent(self) -> bool:
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
-        return any(getattr(part, "_pyro_samples", None) for part in self.modules())
+        return _is_latent(self)
 
     def forward(self, x: Tensor) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
@@ -229,7 +229,8 @@ class MixtureDensityNetwork(PyroModule):
     def features(self, x: Tensor) -> Tensor:
         """What the backbone makes of inputs x, ``(*batch, hidden_dim)``."""
         batch_shape = self.check_inputs(x)
-        features = self.backbone(((x - self.x_shift) / self.x_scale).to(self.x_shift.dtype))
+        shift = self.x_shift
+        features = self.backbone(((x - shift) / self.x_scale).to(shift.dtype))
         n = features.ndim - 1 if isinstance(features, Tensor) else -1
         if n < min(1, len(batch_shape)) or features.shape != (*batch_shape[:n], self.hidden_dim[-1]):
             expected = f"features (*batch, {self.hidden_dim[-1]}) for x of shape {tuple(x.shape)}"
@@ -335,6 +336,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _is_latent(module: nn.Module | None) -> bool:
+    """Whether a module or a part of it has latent weights; asked at every call, so that it has to be quick."""
+    return module is not None and (
+        bool(module.__dict__.get("_pyro_samples")) or any(map(_is_latent, module._modules.values()))
+    )
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_mdn import kernels
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
-from pyro_mdn.whitening import RawDiagonalWhitening, RawFullWhitening, positive
+from pyro_mdn.whitening import RawDiagonalWhitening, RawFullWhitening, RawLowRankWhitening, positive
 
 __all__ = ["Diagonal", "Fixed", "Full", "Isotropic", "LowRank", "NoiseModel"]
 
@@ -183,6 +183,10 @@ class LowRank(_Learned):
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
         diagonal, factor = kernels.split_channels(raw, [dim_out, dim_out * self.rank])
         return LowRankCovariance(factor.unflatten(-1, (dim_out, self.rank)), self._positive(diagonal))
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawLowRankWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
         # A factor of zero would be a saddle point: its gradient vanishes there.

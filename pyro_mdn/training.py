@@ -275,7 +275,7 @@ class _Plan:
             self.objective.num_data = batches.num_rows
         units = trainee.units(rows)
         loop = trainee.loop(self.objective, batches, held_out, units, self.settings, compiled=self.compiled)
-        loop.least_noise = least
+        loop.least_noise = least if bool(least.any()) else None
         return loop
 
 
