@@ -151,9 +151,9 @@ class LowRankWhitening(Whitening):
         posterior = _solve_transposed(capacitance, _solve(capacitance, list(columns)))  # of B (I + BᵀB)⁻¹, by column
         slope = weight / scale
         leverage = torch.stack([c * p for c, p in zip(columns, posterior, strict=True)]).sum(0)
-        grad_scale = (pulled.square() - 1).add_(leverage).mul_(slope)
+        grad_scale = slope * (pulled.square() - 1).add_(leverage)
         loadings = [(column * pulled).sum(0) for column in columns]
-        grads = [torch.addcmul(-p, pulled, n).mul_(slope) for p, n in zip(posterior, loadings, strict=True)]
+        grads = [slope * torch.addcmul(-p, pulled, n) for p, n in zip(posterior, loadings, strict=True)]
         return -pulled * slope, grad_scale, torch.stack(grads, 1).flatten(0, 1)
 
 

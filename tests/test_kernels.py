@@ -1,10 +1,25 @@
-"""Kernels compile as one graph, and give there what they give eagerly."""
+"""Kernels compile as one graph, and give there what they give eagerly; gradients by hand are those of autograd."""
+
+import itertools
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pyro_mdn import kernels
+from pyro_mdn import kernels, univariate
+from pyro_mdn.whitening import (
+    DiagonalWhitening,
+    FullWhitening,
+    LowRankWhitening,
+    RawDiagonalWhitening,
+    RawFullWhitening,
+    RawLowRankWhitening,
+)
+
+K, D, R = 3, 4, 2
 
 
 def draw(*shape):
@@ -12,33 +27,79 @@ def draw(*shape):
 
 
 CALLS = {
-    "cat_channels": lambda: (draw(5, 3, 2), draw(5, 3, 4)),
-    "location_and_scale": lambda: (draw(5, 3),),
-    "low_rank_capacitance": lambda: (draw(5, 3, 4, 2),),
-    "low_rank_project": lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
-    "mixture_cdf": lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
-    "mixture_log_density": lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
-    "mixture_quantile": lambda: (draw(5) / 2, kernels.normalize_logits(draw(5, 3)), draw(5, 3), draw(5, 3)),
-    "normal_cdf": lambda: (draw(5),),
-    "normal_log_density": lambda: (draw(5, 3, 4), draw(5, 3)),
-    "normalize_logits": lambda: (draw(5, 3),),
-    "sum_outputs": lambda: (draw(5, 3, 4),),
-    "tril_matvec": lambda: (draw(5, 3, 10), draw(5, 3, 4)),
-    "tril_solve": lambda: (draw(5, 3, 10), draw(5, 3, 4)),
+    kernels.cat_channels: lambda: (draw(5, 3, 2), draw(5, 3, 4)),
+    kernels.gram_schmidt: lambda: (draw(2, 4, 3, 5),),
+    kernels.location_and_scale: lambda: (draw(5, 3),),
+    kernels.low_rank_capacitance: lambda: (draw(5, 3, 4, 2),),
+    kernels.low_rank_project: lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
+    kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
+    kernels.normalize_logits: lambda: (draw(5, 3),),
+    kernels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
+    kernels.sum_outputs: lambda: (draw(5, 3, 4),),
+    kernels.tril_matvec: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
+    kernels.tril_rows: lambda: (draw(6, 3, 5), 4),
+    kernels.tril_solve: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
+    kernels.unpack_tril: lambda: (draw(5, 3, 4), draw(5, 3, 6)),
+    univariate.mixture_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
+    univariate.mixture_log_density: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
+    univariate.mixture_quantile: lambda: (draw(5) / 2, kernels.normalize_logits(draw(5, 3)), draw(5, 3), draw(5, 3)),
+    univariate.normal_cdf: lambda: (draw(5),),
 }
-NOT_ALONE = {"channels_first", "channels_last", "follow_root", "minimize_bracketed", "unpack_tril"}
+ELSEWHERE = {"Whitening", "channel_log_density", "channels_first", "channels_last", "mixture_log_density"}
+ELSEWHERE |= {"with_channels", "follow_root", "minimize_bracketed"}
+
+# Each with the channels of its factors, for D outputs.
+WHITENINGS = {
+    "diagonal": (DiagonalWhitening(), [D]),
+    "isotropic": (DiagonalWhitening(), [1]),
+    "full": (FullWhitening(), [D, D * (D - 1) // 2]),
+    "low rank": (LowRankWhitening(), [D, D * R]),
+    "raw diagonal": (RawDiagonalWhitening(1e-2), [D]),
+    "raw isotropic": (RawDiagonalWhitening(1e-2), [1]),
+    "raw full": (RawFullWhitening(1e-2), [D * (D + 1) // 2]),
+    "raw low rank": (RawLowRankWhitening(1e-2), [D * (R + 1)]),
+}
+# Batch shapes of logits, locations, values and factors, and components of the factors.
+SHAPES = {
+    "alike": ((5,), (5,), (5,), (5,), K),
+    "unbatched": ((), (), (), (), K),
+    "tied": ((5,), (5,), (5,), (5,), 1),
+    "homoscedastic": ((5,), (5,), (5,), (), K),
+    "tied and homoscedastic": ((2, 3), (2, 3), (2, 3), (), 1),
+    "many values": ((5,), (5,), (4, 5), (5,), K),
+    "one mixture": ((), (), (4,), (), K),
+    "locations alone": ((), (2, 3), (3,), (1, 1), K),
+    "value alone": ((5,), (), (), (), K),
+}
+every_whitening = pytest.mark.parametrize("name", WHITENINGS)
+
+
+def arguments(name, shapes="alike", dtype=torch.float64):
+    torch.manual_seed(0)
+    logits, locs, value, factors, groups = SHAPES[shapes]
+    tensors = [torch.randn(*logits, K), torch.randn(*locs, K, D), torch.randn(*value, D)]
+    tensors += [torch.rand(*factors, groups, width) + 0.3 for width in WHITENINGS[name][1]]
+    return [t.to(dtype).requires_grad_() for t in tensors]
+
+
+def by_hand(name, *tensors, normalize=True):
+    return kernels.mixture_log_density(WHITENINGS[name][0], *tensors, normalize=normalize)
+
+
+def by_autograd(name, *tensors, normalize=True):
+    return kernels._by_autograd(WHITENINGS[name][0], normalize, *tensors)
 
 
 def test_every_kernel_is_covered():
-    assert set(CALLS) | NOT_ALONE == set(kernels.__all__)
+    assert {f.__name__ for f in CALLS} | ELSEWHERE == set(kernels.__all__) | set(univariate.__all__)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_compiles_as_one_graph(name):
-    kernel, arguments = getattr(kernels, name), CALLS[name]()
+@pytest.mark.parametrize("kernel", CALLS, ids=lambda kernel: kernel.__name__)
+def test_compiles_as_one_graph(kernel):
     torch.compiler.reset()
     compiled = torch.compile(kernel, backend="eager", fullgraph=True)
-    assert_close(compiled(*arguments), kernel(*arguments))
+    drawn = CALLS[kernel]()
+    assert_close(compiled(*drawn), kernel(*drawn))
 
 
 def test_channels_first_and_last_are_views_and_inverses():
@@ -50,9 +111,196 @@ def test_channels_first_and_last_are_views_and_inverses():
 
 
 def test_minimum_of_a_function_with_two_valleys():
-    found = kernels.minimize_bracketed(
+    found = univariate.minimize_bracketed(
         lambda p: (p - 0.2) ** 2 * (p - 0.7) ** 2 - 0.01 * p, torch.zeros(3).double(), 1.0
     )
     grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     best = grid[((grid - 0.2) ** 2 * (grid - 0.7) ** 2 - 0.01 * grid).argmin()]
     assert_close(found, best.expand(3), rtol=0, atol=2e-5)
+
+
+# Gradients by hand
+
+
+@every_whitening
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_by_hand_are_those_of_autograd(name, shapes, normalize):
+    tensors = arguments(name, shapes)
+    results = []
+    for function in (by_hand, by_autograd):
+        density = function(name, *tensors, normalize=normalize)
+        cotangent = torch.linspace(-1, 2, density.numel(), dtype=torch.float64).reshape(density.shape)
+        results.append([density, *torch.autograd.grad(density, tensors, cotangent)])
+    assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@every_whitening
+@pytest.mark.parametrize("shapes", ["alike", "tied", "many values"])
+def test_second_derivatives(name, shapes):
+    tensors = arguments(name, shapes)
+    assert torch.autograd.gradcheck(lambda *t: by_hand(name, *t), tensors)
+    assert torch.autograd.gradgradcheck(lambda *t: by_hand(name, *t), tensors)
+
+
+@pytest.mark.parametrize("name", [name for name in WHITENINGS if name.startswith("raw")])
+@pytest.mark.parametrize("batch", [(5,), (2, 3), ()])
+@pytest.mark.parametrize("groups", [K, 1])
+def test_channels_of_a_layer(name, batch, groups):
+    whitening, (width,) = WHITENINGS[name]
+    torch.manual_seed(0)
+    channels = torch.randn(K + K * D + width * groups, *batch, dtype=torch.float64, requires_grad=True)
+    value = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
+
+    def together(channels, value):
+        return kernels.channel_log_density(whitening, K, width, channels, value)
+
+    def apart(channels, value):
+        logits, locs, raw = channels.split([K, K * D, width * groups])
+        logits, locs = kernels.channels_last(logits, 1), kernels.channels_last(locs.reshape(D, K, *batch), 2)
+        factor = kernels.channels_last(raw.reshape(width, groups, *batch), 2)
+        return kernels.mixture_log_density(whitening, logits, locs, value, factor)
+
+    results = [
+        [density := f(channels, value), *torch.autograd.grad(density.square().sum(), (channels, value))]
+        for f in (together, apart)
+    ]
+    assert_close(*results, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(together, (channels, value))
+    assert torch.autograd.gradgradcheck(together, (channels, value))
+
+
+@every_whitening
+def test_transforms_of_torch_func(name):
+    tensors = [t.detach() for t in arguments(name)]
+
+    def total(*tensors):
+        return by_hand(name, *tensors).sum()
+
+    every = tuple(range(len(tensors)))
+    expected = torch.autograd.functional.hessian(total, tuple(tensors))
+    assert_close(torch.func.hessian(total, every)(*tensors), expected)
+    assert_close(torch.func.jacrev(torch.func.jacrev(total, every), every)(*tensors), expected)
+    assert_close(torch.vmap(lambda *t: by_hand(name, *t))(*tensors), by_hand(name, *tensors))
+    for i in every:  # batched in one argument alone
+        in_dims = tuple(0 if j == i else None for j in every)
+        given = [t if j == i else t[0] for j, t in enumerate(tensors)]
+        mapped = torch.vmap(lambda *t: by_hand(name, *t), in_dims)(*given)
+        assert_close(
+            mapped,
+            torch.stack([by_hand(name, *(t[n] if j == i else t[0] for j, t in enumerate(tensors))) for n in range(5)]),
+        )
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    gradients = torch.func.grad(total, every)(*tensors)
+    along = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
+    assert_close(torch.func.jvp(total, tuple(tensors), tangents)[1], along)
+
+
+@every_whitening
+def test_gradients_compile_as_one_graph(name):
+    tensors = arguments(name)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *t: by_hand(name, *t), backend="aot_eager", fullgraph=True)
+    results = [
+        [density := f(*tensors), *torch.autograd.grad(density.sum(), tensors)]
+        for f in (compiled, lambda *t: by_hand(name, *t))
+    ]
+    assert_close(*results)
+
+
+@every_whitening
+def test_strides_do_not_matter(name):
+    tensors = arguments(name)
+    strided = [
+        kernels.channels_last(kernels.channels_first(t, n).contiguous(), n)
+        for t, n in zip(tensors, (1, 2, 1, 2, 2), strict=False)
+    ]
+    strided = [t.detach().requires_grad_() for t in strided]
+    expanded = [t.detach()[:1].expand(5, *t.shape[1:]).requires_grad_() for t in tensors]
+    assert_close(gradients(name, strided), gradients(name, tensors))
+    assert_close(
+        gradients(name, expanded), gradients(name, [t.detach().contiguous().requires_grad_() for t in expanded])
+    )
+
+
+def gradients(name, tensors):
+    density = by_hand(name, *tensors)
+    return [density, *torch.autograd.grad(density.sum(), tensors)]
+
+
+@every_whitening
+def test_nothing_that_is_given_or_kept_changes(name):
+    tensors = arguments(name)
+    before = [t.detach().clone() for t in tensors]
+    density = by_hand(name, *tensors)
+    first, second = (torch.autograd.grad(density.sum(), tensors, retain_graph=True) for _ in range(2))
+    assert_close(first, second, rtol=0, atol=0)
+    assert_close([t.detach() for t in tensors], before, rtol=0, atol=0)
+
+
+def test_one_tensor_in_two_places():
+    both = draw(5, K, D).requires_grad_()
+    logits, value = draw(5, K), draw(5, D)
+
+    def density(both):
+        return kernels.mixture_log_density(DiagonalWhitening(), logits, both, value, both)
+
+    assert torch.autograd.gradcheck(density, both)
+    assert torch.autograd.gradgradcheck(density, both)
+
+
+def test_only_some_gradients_are_wanted():
+    tensors = arguments("full")
+    expected = torch.autograd.grad(by_hand("full", *tensors).sum(), tensors)
+    for wanted in itertools.product([True, False], repeat=len(tensors)):
+        if any(wanted):
+            some = [t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+            by_hand("full", *some).sum().backward()
+            assert_close(
+                [t.grad for t in some if t.requires_grad], [e for e, w in zip(expected, wanted, strict=True) if w]
+            )
+
+
+@every_whitening
+def test_single_precision(name):
+    double, single = arguments(name), arguments(name, dtype=torch.float32)
+    assert_close(gradients(name, single), [t.float() for t in gradients(name, double)], rtol=2e-4, atol=2e-5)
+
+
+@given(exponent=st.floats(-6, 6), ratio=st.floats(0, 6))
+def test_low_rank_gradients_do_not_cancel(exponent, ratio):
+    """However large the factor is against the diagonal: against dense matrices in float64."""
+    torch.manual_seed(0)
+    scale, factor = 10.0**exponent * draw(1, D), 10.0 ** (exponent + ratio) * torch.randn(1, D, R).double()
+    residual = (factor @ torch.randn(R).double()) + scale * torch.randn(D).double()
+    given = [torch.zeros(1).double(), residual, torch.zeros(D).double(), scale, factor.flatten(-2)]
+    tensors = [t.requires_grad_() for t in given]
+    density = by_hand("low rank", *tensors)
+    _, grad_locs, _, grad_scale, _ = torch.autograd.grad(density, tensors)
+    reference = [t.detach().requires_grad_() for t in (scale, factor, residual)]
+    with torch.enable_grad():
+        dense = torch.distributions.LowRankMultivariateNormal(
+            torch.zeros(D).double(), reference[1], reference[0].square()
+        )
+        expected = dense.log_prob(reference[2]).squeeze()
+    expected_scale, _, expected_residual = torch.autograd.grad(expected.sum(), reference)
+    tolerance = 1e-12 * 10.0 ** (2 * ratio)  # of Woodbury's identity
+    unit = 10.0**-exponent
+    assert_close(density, expected, rtol=1e-9, atol=100 * tolerance)
+    assert_close(-grad_locs, -expected_residual, rtol=1e-9, atol=100 * tolerance * unit)
+    assert_close(grad_scale, expected_scale, rtol=1e-9, atol=100 * tolerance * unit)
+
+
+def test_a_density_that_underflows_everywhere_is_minus_infinity():
+    tensors = [torch.zeros(2), torch.zeros(2, 1), torch.full((1,), 1e25), torch.ones(2, 1)]
+    assert kernels.mixture_log_density(DiagonalWhitening(), *tensors).item() == -math.inf
+
+
+def test_gradients_of_one_component_in_closed_form():
+    """Against the score of a Gaussian: Σ⁻¹ (y − μ) with respect to μ."""
+    _, locs, value, diagonal, lower = arguments("full")
+    one = [torch.zeros(5, 1).double(), locs[:, :1], value, diagonal[:, :1], lower[:, :1]]
+    (grad,) = torch.autograd.grad(by_hand("full", *one).sum(), locs)
+    factor = kernels.unpack_tril(diagonal, lower)[:, 0]
+    residual = (value - locs[:, 0]).unsqueeze(-1)
+    assert_close(grad[:, 0], (factor.mT @ factor @ residual).squeeze(-1))
