@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format quality speed figures install
+.PHONY: demo test test-slow lint format quality speed bench bench-figures figures install
 
 demo: install
 	$(BIN)/python examples/geyser.py
@@ -20,6 +20,17 @@ quality: install
 
 speed: install
 	$(BIN)/python benchmarks/posterior.py
+
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/log_prob.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/time_to_quality.py
+	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/scaling.py
+
+bench-figures: install
+	$(BIN)/python benchmarks/scaling.py --figure docs/scaling.png
 
 figures: install
 	$(BIN)/python examples/geyser.py
@@ -43,4 +54,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,bench]"
 	touch $@

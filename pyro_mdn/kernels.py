@@ -102,8 +102,15 @@ class Whitening(ABC):
     """How covariances of one structure whiten residuals, and what that makes of gradients; on channel-first tensors."""
 
     @abstractmethod
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-        r"""Whiten residuals r ``(D, K, *batch)`` by the factors of the covariances, ``(C, K, *batch)`` each.
+    def whiten(
+        self, residual: Tensor, *factors: Tensor, scratch: bool = False
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        r"""Whiten residuals.
+
+        Args:
+            residual: Residuals r, ``(D, K, *batch)``.
+            factors: Factors of the covariances, ``(C, K, *batch)`` each.
+            scratch: Whether the residual may be overwritten: memory that is touched anew costs more than arithmetic.
 
         Returns:
             The whitened residual ``(D, K, *batch)``; :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and what
@@ -112,7 +119,7 @@ class Whitening(ABC):
 
     @abstractmethod
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         r"""Gradients of :math:`\sum_k a_k \log\mathcal{N}(r_k \mid 0, \Sigma_k)`, the :math:`a_k` being ``weight``.
 
@@ -120,7 +127,7 @@ class Whitening(ABC):
             weight: The :math:`a_k`, ``(K, *batch)``.
             whitened: What :meth:`whiten` gave.
             kept: What else it gave.
-            out: Where to put the gradient with respect to the one factor, if it has that shape.
+            out: Where to put the gradients, if there is one factor and nothing was broadcast.
 
         Returns:
             Those with respect to the residual and each factor; what was broadcast is not summed yet.
@@ -235,9 +242,11 @@ class _ChannelLogDensity(torch.autograd.Function):
             return None, None, None, *_differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
         gradient = torch.empty_like(channels)
         for_logits, for_locs, for_factor = _parts(n_components, width, value.shape[-1], gradient)
-        weight, log_weights, grad_locs, grad_factor = _backward(whitening, grad, *saved, out=for_factor)
+        out = (for_locs, for_factor) if for_factor.shape[1] == n_components else None
+        weight, log_weights, grad_locs, grad_factor = _backward(whitening, grad, *saved, out=out)
         torch.addcmul(weight, log_weights.exp(), grad, value=-1, out=for_logits)
-        for_locs.copy_(grad_locs)
+        if grad_locs is not for_locs:
+            for_locs.copy_(grad_locs)
         if grad_factor is not for_factor:
             for_factor.copy_(grad_factor.sum_to_size(for_factor.shape))
         grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
@@ -251,7 +260,7 @@ def _forward(
     whitening: Whitening, log_weights: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Log-density, and what :func:`_backward` takes."""
-    whitened, half_log_det, kept = whitening.whiten(locs - value, *factors)
+    whitened, half_log_det, kept = whitening.whiten(locs - value, *factors, scratch=True)
     joint, outputs = log_weights - half_log_det, whitened.unbind()
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
     for output in outputs[1:]:
@@ -271,7 +280,7 @@ def _backward(
     total: Tensor,
     whitened: Tensor,
     *kept: Tensor,
-    out: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Weight of each component in the gradient, log-weights, gradients with respect to locations and factors."""
     weight = share * (grad / total)

@@ -33,18 +33,24 @@ def positive(raw: Tensor, least: float) -> Tensor:
 class DiagonalWhitening(Whitening):
     r""":math:`z = r / \sigma`. Factor: σ, ``(D, K, *batch)``, or ``(1, K, *batch)`` for all outputs alike."""
 
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (scale,) = factors
         half_log_det, outputs_each = scale.log().sum(0), residual.shape[0] // scale.shape[0]
-        return residual / scale, half_log_det if outputs_each == 1 else outputs_each * half_log_det, [scale]
+        whitened = torch.div(
+            residual, scale, out=residual if scratch and scale.shape[1:] == residual.shape[1:] else None
+        )
+        return whitened, half_log_det if outputs_each == 1 else outputs_each * half_log_det, [scale]
 
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         (scale,) = kept
-        slope = (weight / scale).neg_()
-        grad_residual = slope * whitened
-        return grad_residual, torch.addcmul(slope, grad_residual, whitened, value=-1)
+        for_residual, for_scale = out or (None, None)
+        slope = torch.div(weight, scale, out=for_scale).neg_()
+        grad_residual = torch.mul(slope, whitened, out=for_residual)
+        if slope.shape != grad_residual.shape:
+            return grad_residual, torch.addcmul(slope, grad_residual, whitened, value=-1)
+        return grad_residual, slope.addcmul_(grad_residual, whitened, value=-1)
 
 
 @dataclass(frozen=True)
@@ -53,44 +59,43 @@ class RawDiagonalWhitening(Whitening):
 
     min_scale: float
 
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
-        whitened, half_log_det, kept = _DIAGONAL.whiten(residual, positive(raw, self.min_scale))
+        whitened, half_log_det, kept = _DIAGONAL.whiten(residual, positive(raw, self.min_scale), scratch=scratch)
         return whitened, half_log_det, [*kept, raw]
 
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         scale, raw = kept
-        grad_residual, grad_scale = _DIAGONAL.pull_back(weight, whitened, scale)
-        chain = raw.sigmoid()
-        fits = out is not None and out.shape == grad_scale.shape
-        return grad_residual, torch.mul(grad_scale, chain, out=out) if fits else grad_scale.mul_(chain)
+        grad_residual, grad_scale = _DIAGONAL.pull_back(weight, whitened, scale, out=out)
+        return grad_residual, grad_scale.mul_(raw.sigmoid())
 
 
 class FullWhitening(Whitening):
     """:math:`z = W r`. Factors: diagonal of W, ``(D, K, *batch)``, and what is below it, ``(D(D-1)/2, K, *batch)``."""
 
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         diagonal, lower = factors
         return tril_matvec(diagonal, lower, residual), -diagonal.log().sum(0), [residual, diagonal, lower]
 
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         _, diagonal, lower = kept
         grad_residual, packed = self.packed_pull_back(weight, whitened, *kept)
         return grad_residual, *packed.split_with_sizes([len(diagonal), len(lower)])
 
     def packed_pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Have the gradients of diagonal and what is below it in one tensor."""
         residual, diagonal, lower = kept
+        for_residual, packed = out or (None, None)
         dim, slope = len(residual), whitened * -weight
-        grad_residual = slope * diagonal
-        shape = (len(diagonal) + len(lower), *slope.shape[1:])
-        packed = out if out is not None and out.shape == shape else slope.new_empty(shape)
+        grad_residual = torch.mul(slope, diagonal, out=for_residual)
+        if packed is None:
+            packed = slope.new_empty(len(diagonal) + len(lower), *slope.shape[1:])
         grad_diagonal, _, *grad_rows = packed.split_with_sizes([dim, *range(dim)])
         torch.mul(slope, residual, out=grad_diagonal).addcdiv_(weight, diagonal)
         for i, (row, grad_row) in enumerate(zip(tril_rows(lower, dim)[1:], grad_rows, strict=True), start=1):
@@ -105,7 +110,7 @@ class RawFullWhitening(Whitening):
 
     min_scale: float
 
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
         raw_diagonal, lower = raw.split_with_sizes([len(residual), len(raw) - len(residual)])
         diagonal = positive(raw_diagonal, self.min_scale).reciprocal_()
@@ -113,7 +118,7 @@ class RawFullWhitening(Whitening):
         return whitened, half_log_det, [*kept, raw_diagonal]
 
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         residual, diagonal, lower, raw_diagonal = kept
         grad_residual, packed = _FULL.packed_pull_back(weight, whitened, residual, diagonal, lower, out=out)
@@ -130,7 +135,7 @@ class LowRankWhitening(Whitening):
         Andrews (1968), A square root formulation of the Kalman covariance equations, *AIAA Journal* 6.
     """
 
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         scale, factor = factors
         columns = (factor.unflatten(0, (len(scale), -1)) / scale.unsqueeze(1)).transpose(0, 1)
         capacitance = gram_schmidt(columns)
@@ -142,7 +147,7 @@ class LowRankWhitening(Whitening):
         return standardized - _combined(columns, weights), half_log_det, kept
 
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         scale, columns, *entries = kept
         capacitance = [entries[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(len(columns))]
@@ -163,18 +168,19 @@ class RawLowRankWhitening(Whitening):
 
     min_scale: float
 
-    def whiten(self, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
         raw_scale, factor = raw.split_with_sizes([len(residual), len(raw) - len(residual)])
         whitened, half_log_det, kept = _LOW_RANK.whiten(residual, positive(raw_scale, self.min_scale), factor)
         return whitened, half_log_det, [raw_scale, *kept]
 
     def pull_back(
-        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: Tensor | None = None
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         raw_scale, *rest = kept
         grad_residual, grad_scale, grad_factor = _LOW_RANK.pull_back(weight, whitened, *rest)
-        return grad_residual, torch.cat([grad_scale.mul_(raw_scale.sigmoid()), grad_factor])
+        for_raw = None if out is None else out[1]
+        return grad_residual, torch.cat([grad_scale.mul_(raw_scale.sigmoid()), grad_factor], out=for_raw)
 
 
 def _solve(triangle: Sequence[Sequence[Tensor]], vector: Sequence[Tensor], shift: float = 0.0) -> list[Tensor]:

@@ -1,0 +1,131 @@
+"""How much memory do a log-density with its gradients and a training step take at most? Each in a process of its own.
+
+On a CPU it is what the process held at most beyond what it held with all inputs in place; on a GPU, what torch had
+allocated at most.
+
+    python benchmarks/memory.py
+"""
+
+import argparse
+import multiprocessing
+from pathlib import Path
+
+import log_prob
+import torch
+from timing import machine, write
+from torch import nn
+
+from pyro_mdn import Full, MixtureDensityNetwork
+
+CASES = [("full", 2048, 10, 8), ("full", 1024, 10, 16), ("diagonal", 65536, 5, 1), ("low rank", 1024, 5, 32)]
+STEP = (2048, 10, 8)
+WIDTH = 64
+
+
+def density(who, case):
+    return {"ours": log_prob.kernel, "GaussianMixture": log_prob.ours, "torch": log_prob.in_torch}[who](*case)
+
+
+def step(who, case):
+    """A training step of a network with full covariances."""
+    n, k, d = case
+    x, y = torch.randn(n, 4), torch.randn(n, d)
+    if who == "torch":
+        body = nn.Sequential(nn.Linear(4, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU())
+        layer = nn.Linear(WIDTH, k * (1 + d + d * (d + 1) // 2))
+        parameters = [*body.parameters(), *layer.parameters()]
+
+        def loss():
+            logits, locs, factor = layer(body(x)).split([k, k * d, k * d * (d + 1) // 2], -1)
+            locs = locs.unflatten(-1, (k, d))
+            components = log_prob.components("full", torch.distributions, locs, factor.unflatten(-1, (k, -1)))
+            weights = torch.distributions.Categorical(logits=logits, validate_args=False)
+            mixture = torch.distributions.MixtureSameFamily(weights, components, validate_args=False)
+            return -mixture.log_prob(y).mean()
+    else:
+        network = MixtureDensityNetwork(4, d, k, WIDTH, noise=Full())
+        parameters = list(network.parameters())
+
+        def loss():
+            return network.loss(x, y).mean()
+
+    optimizer = torch.optim.Adam(parameters, fused=True)
+
+    def run():
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return run
+
+
+def peak(pipe, build, who, small, case):
+    """MiB beyond what is there before; a small case first, so that libraries are loaded."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        function = build(who, case)
+        before = torch.cuda.memory_allocated()
+        function()
+        pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
+    build(who, small)()
+    function = build(who, case)
+    before = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    function()
+    pipe.send(held("VmHWM") - before)
+
+
+def held(kind):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) / 1024
+
+
+def measured(build, who, small, case, tries):
+    context, peaks = multiprocessing.get_context("spawn"), []
+    for _ in range(tries):
+        near, far = context.Pipe()
+        process = context.Process(target=peak, args=(far, build, who, small, case))
+        process.start()
+        peaks.append(near.recv())
+        process.join()
+    return sorted(peaks)[len(peaks) // 2]
+
+
+def measure(*, smoke):
+    tries, rows = (1 if smoke else 5), []
+    for case in CASES[:1] if smoke else CASES:
+        small = (case[0], 4, 2, case[3])
+        mib = {
+            who: measured(density, who, small, small if smoke else case, tries)
+            for who in ("ours", "GaussianMixture", "torch")
+        }
+        rows.append({"what": f"log-density, {case[0]} {case[1:]}", "MiB": mib})
+    small = (4, 2, 8)
+    mib = {who: measured(step, who, small, small if smoke else STEP, tries) for who in ("ours", "torch")}
+    return [*rows, {"what": f"training step, full {STEP}", "MiB": mib}]
+
+
+def table(rows):
+    """Markdown: MiB at most, and ours over torch's."""
+    lines = ["| | raw channels, MiB | GaussianMixture | MixtureSameFamily | ours over it |", "|---|---|---|---|---|"]
+    for row in rows:
+        mib = row["MiB"]
+        own = f"{mib['GaussianMixture']:.1f}" if "GaussianMixture" in mib else ""
+        share = f"{mib['ours'] / mib['torch']:.2f}" if mib["torch"] else ""
+        lines.append(f"| {row['what']} | {mib['ours']:.1f} | {own} | {mib['torch']:.1f} | {share} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="memory", help="name of the results, or a path")
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
+    args = parser.parse_args()
+    rows = measure(smoke=args.smoke)
+    write(args.out, {"machine": machine(), "rows": rows})
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

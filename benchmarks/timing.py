@@ -1,0 +1,148 @@
+"""Times of rivals that take turns, each in a process of its own, so that none changes memory or settings of another."""
+
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "pyro-ppl", "numpy", "zuko", "sbi")
+
+
+class Rival:
+    """A process that builds functions and times them when it is told to.
+
+    Args:
+        build: ``build(*case)`` gives a function without arguments; importable.
+        threads: Threads of torch.
+    """
+
+    def __init__(self, build, threads=1):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, far = context.Pipe()
+        self.process = context.Process(target=_serve, args=(far, build, threads), daemon=True)
+        self.process.start()
+
+    def prepare(self, case, block):
+        """Have the function built and called for a while; None, or why it cannot be."""
+        self.pipe.send((case, block))
+        return self.pipe.recv()
+
+    def time(self):
+        """Seconds per call, over one block of calls."""
+        self.pipe.send(None)
+        return self.pipe.recv()
+
+    def stop(self):
+        """End the process."""
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe, build, threads):
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    timer = number = None
+    while True:
+        job = pipe.recv()
+        if job is None:
+            pipe.send(_seconds(timer, number))
+            continue
+        case, block = job
+        try:
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            function = build(*case)
+            timer = Timer("function()", globals={"function": function}, num_threads=threads)
+            timer.timeit(3)  # warms up, and compiles what is to be compiled
+            number = max(1, round(block / timer.timeit(2).mean)) if block else 1
+            pipe.send(None)
+        except Exception:
+            pipe.send(traceback.format_exc())
+
+
+def _seconds(timer, number):
+    if not torch.cuda.is_available():
+        return timer.timeit(number).mean
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    timer.timeit(number)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / number
+
+
+def race(builders, cases, threads=1, rounds=15, block=0.03):
+    """Seconds per call, one number a round, of each builder in each case: ``{case: {name: [seconds]}}``.
+
+    Builders that a case is not for raise, and are left out of it.
+    """
+    rivals = {name: Rival(build, threads) for name, build in builders.items()}
+    results = {}
+    try:
+        for case in cases:
+            failures = {name: rival.prepare(case, block) for name, rival in rivals.items()}
+            fit = {name: rival for name, rival in rivals.items() if failures[name] is None}
+            for name, failure in failures.items():
+                if failure and "NotImplementedError" not in failure.splitlines()[-1]:
+                    print(f"{name} {case}: {failure.splitlines()[-1]}", file=sys.stderr)
+            times = {name: [] for name in fit}
+            for _ in range(rounds):
+                for name, rival in fit.items():
+                    times[name].append(rival.time())
+            results[case] = times
+    finally:
+        for rival in rivals.values():
+            rival.stop()
+    return results
+
+
+def ratio(times, slow, fast):
+    """Median and quartiles over the rounds of one time over another."""
+    ratios = [a / b for a, b in zip(times[slow], times[fast], strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"median": median, "quartiles": [low, high]}
+
+
+def shown(summary):
+    return f"{summary['median']:.2f} ({summary['quartiles'][0]:.2f}-{summary['quartiles'][1]:.2f})"
+
+
+def machine():
+    """What the numbers were taken on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor()
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": processor,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def write(out, results):
+    """Results to a file, or by name among the others."""
+    path = Path(out) if "/" in str(out) else RESULTS / f"{out}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
