@@ -130,7 +130,8 @@ class Loop:
         compiled: bool = False,
     ) -> None:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
-        self.losses = torch.compile(objective, dynamic=True) if compiled else objective
+        with unvalidated():  # torch.compile switches the validation of distributions off, for good
+            self.losses = torch.compile(objective, dynamic=True) if compiled else objective
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
         self.least_noise: Tensor | None = None
         self.parameters = [p for p in objective.parameters() if p.requires_grad]

@@ -14,7 +14,8 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _clean_start():
-    """Each test starts from one seed and an empty parameter store."""
+    """Each test starts from one seed, an empty parameter store, and with validation, which torch.compile ends."""
+    torch.distributions.Distribution.set_default_validate_args(True)
     pyro.clear_param_store()
     torch.manual_seed(0)
     yield

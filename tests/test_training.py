@@ -1,6 +1,8 @@
 import copy
 import logging
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -469,6 +471,22 @@ def test_compiled_training_gives_the_same_network():
     fit(plain, x, y, **QUICK)
     fit(compiled, x, y, compile=True, **QUICK)
     assert_close(compiled.loss(x, y), plain.loss(x, y), rtol=1e-3, atol=1e-3)
+
+
+def test_compilation_leaves_validation_as_it_was():
+    """In a process of its own, since torch.compile switches it off only once."""
+    code = """
+import torch
+from pyro_mdn import MixtureDensityNetwork, NegativeLogLikelihood
+from pyro_mdn.data import InMemory, Rows
+from pyro_mdn.loop import Loop, Settings
+network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
+settings = Settings(1, 1, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0)
+units = network.x_scale, network.head.scale
+Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings, compiled=True)
+print(torch.distributions.Distribution._validate_args)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
 
 
 def test_missing_targets_are_not_compiled():
