@@ -33,8 +33,8 @@ def cases(kind, axis, *, smoke):
 def measure(*, smoke):
     curves = []
     settings = {"rounds": 2, "block": 0} if smoke else {"rounds": 9, "block": 0.05}
-    for kind in ("diagonal", "full"):
-        for axis in SIZES:
+    for kind in ("full",) if smoke else ("diagonal", "full"):
+        for axis in "N" if smoke else SIZES:
             races = race({"kernel": log_prob.kernel}, cases(kind, axis, smoke=smoke), **settings)
             seconds = [statistics.median(times["kernel"]) for times in races.values()]
             curve = {"kind": kind, "axis": axis, "sizes": SIZES[axis][: len(seconds)], "seconds": seconds}

@@ -13,9 +13,16 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["uci", "ablation", "missing", "posterior"])
+THREADS = ["--threads", "1"]
+COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "posterior")}
+COMMANDS |= {"log_prob": THREADS, "train_step": THREADS, "sampling": THREADS, "memory": [], "scaling": []}
+COMMANDS |= {"time_to_quality": []}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark_runs(name, tmp_path):
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", "--jobs", "1", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", *COMMANDS[name]]
+    command += ["--out", str(tmp_path / "out")]
     shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith("| ")
@@ -30,6 +37,11 @@ def test_benchmark_runs(name, tmp_path):
         ("ablation", "nll", "docs/training.md"),
         ("missing", None, "docs/training.md"),
         ("posterior", "ratios", "docs/uncertainty.md"),
+        *[
+            (name, "rows", "docs/performance.md")
+            for name in COMMANDS
+            if name not in {"uci", "ablation", "missing", "posterior"}
+        ],
     ],
 )
 def test_pages_show_the_results(name, part, page, monkeypatch):
