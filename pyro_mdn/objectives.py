@@ -151,6 +151,8 @@ class NegativeElbo(nn.Module):
             log_prior = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in draw))
             return -likelihood["fn"].log_prob(likelihood["value"]), log_prior
 
+        if not draws and not self.network.latent and type(self.network).model is MixtureDensityNetwork.model:
+            return self.network.loss(x, y).unsqueeze(0), y.new_zeros(1)  # nothing is latent: no need to trace the model
         if self.num_particles == 1 or not draws:
             losses, log_prior = score({name: value[0] for name, value in draws.items()})
             return losses.unsqueeze(0), log_prior.unsqueeze(0)
