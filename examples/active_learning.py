@@ -1,7 +1,9 @@
-"""Active learning (BALD): what to label next is where an ensemble's members disagree, not where the noise is large.
+"""Active learning
+===============
 
-A machine mostly idles, its signal jumping between two levels. Under load, one row in ten, it follows the speed closely.
-A label is dear, and all speeds matter. Where is a prediction's variance large, and where can labels reduce it?
+What to label next is where an ensemble's members disagree (BALD), not where the noise is large. A machine mostly idles,
+its signal jumping between two levels. Under load, one row in ten, it follows the speed closely. A label is dear, and
+all speeds matter. Where is a prediction's variance large, and where can labels reduce it?
 """
 
 import argparse
@@ -58,7 +60,7 @@ def draw(labels, curves, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     args = parser.parse_args()

@@ -1,6 +1,8 @@
-"""A Bayesian workflow on Old Faithful: prior and posterior predictive, calibration, leave-one-out comparison, decision.
+"""A Bayesian workflow
+===================
 
-Each model is a network with latent weights in its head, and Laplace's approximation of their posterior.
+Old Faithful: prior and posterior predictive, calibration, leave-one-out comparison, decision. Each model is a network
+with latent weights in its head, and Laplace's approximation of their posterior.
 """
 
 import argparse
@@ -51,7 +53,7 @@ def draw(mixture, y, transforms, data, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     args = parser.parse_args()

@@ -1,7 +1,9 @@
-"""What posteriors of the weights say where there are no data: there, they should not be sure.
+"""A gap in the data
+=================
 
-Readings of a sensor, one in five a glitch, none for |x| < 1.5. An ensemble, Laplace (its outputs linear in the weights:
-Immer et al., 2021) and NUTS leave the gap open. SVI with independent normals (Foong et al., 2020) may not.
+What posteriors of the weights say where there are no data: there, they should not be sure. Readings of a sensor, one in
+five a glitch, none between -1.5 and 1.5. An ensemble, Laplace (its outputs linear in the weights: Immer et al., 2021)
+and NUTS leave the gap open. SVI with independent normals (Foong et al., 2020) may not.
 """
 
 import argparse
@@ -44,7 +46,7 @@ def infer(name, network, x, y, smoke, **settings):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")

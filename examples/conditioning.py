@@ -1,4 +1,8 @@
-"""Old Faithful: the joint density of the next waiting and duration, then the duration once the waiting is over."""
+"""Conditioning
+============
+
+The joint density of the next waiting and duration of Old Faithful, then the duration once the waiting is over.
+"""
 
 import argparse
 from pathlib import Path
@@ -28,7 +32,7 @@ def report(name, mixture, duration):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     settings = {"max_epochs": 3} if parser.parse_args().smoke else {}
     x, y = load_pairs()

@@ -1,4 +1,8 @@
-"""Two processes train one network by Lightning: their gradients, and so their result, are those of one process."""
+"""Two processes
+=============
+
+Two processes train one network by Lightning: their gradients, and so their result, are those of one process.
+"""
 
 import argparse
 import logging
@@ -54,7 +58,7 @@ def train(x, y, processes, epochs):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     args = parser.parse_args()

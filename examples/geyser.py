@@ -1,4 +1,8 @@
-"""The next eruption of Old Faithful given the last: two correlated outputs, several modes, noise models, a pool."""
+"""Old Faithful
+============
+
+The next eruption given the last: two correlated outputs, several modes, noise models, a pool.
+"""
 
 import argparse
 from pathlib import Path
@@ -54,7 +58,7 @@ def draw(network, x, y, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     args = parser.parse_args()

@@ -1,4 +1,8 @@
-"""The classic inverse problem x = 7 sin(5y) + y/2 + ε: one x, up to four y. Observed and sampled side by side."""
+"""An inverse problem
+==================
+
+The classic x = 7 sin(5y) + y/2 + ε: one x, up to four y. Observed and sampled side by side.
+"""
 
 import argparse
 import math
@@ -48,7 +52,7 @@ def draw(network, observed, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")

@@ -1,4 +1,8 @@
-"""A network as the likelihood inside a larger Pyro model: one latent offset for each of several sensors."""
+"""A network inside a larger model
+===============================
+
+The network is the likelihood of a Pyro model with latent variables of its own: one offset for each of several sensors.
+"""
 
 import argparse
 
@@ -40,7 +44,7 @@ def simulate(n, offset):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     steps = 20 if parser.parse_args().smoke else 2000
     pyro.set_rng_seed(0)

@@ -1,4 +1,8 @@
-"""A Gaussian mixture as a guide: SVI with pathwise gradients recovers a posterior with two modes."""
+"""A mixture as a guide
+====================
+
+SVI with pathwise gradients recovers a posterior with two modes.
+"""
 
 import argparse
 
@@ -41,7 +45,7 @@ def exact_log_posterior(z):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     steps = 20 if parser.parse_args().smoke else 2000
     pyro.set_rng_seed(0)

@@ -1,4 +1,8 @@
-"""A plain Pyro training script: SVI with minibatches, then posterior predictive draws."""
+"""A plain Pyro script
+===================
+
+SVI with minibatches, then posterior predictive draws.
+"""
 
 import argparse
 import math
@@ -19,7 +23,7 @@ def simulate(n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     epochs = 2 if parser.parse_args().smoke else 60
     pyro.set_rng_seed(0)

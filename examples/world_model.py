@@ -1,4 +1,8 @@
-"""A world model (Ha & Schmidhuber, 2018): an LSTM and a mixture watch a game of chance, then dream it on their own."""
+"""A world model
+=============
+
+An LSTM and a mixture watch a game of chance, then dream it on their own (Ha & Schmidhuber, 2018).
+"""
 
 import argparse
 from pathlib import Path
@@ -38,7 +42,7 @@ class Memory(torch.nn.LSTM):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     args = parser.parse_args()

@@ -1,0 +1,63 @@
+"""How the site is built: ``make docs``."""
+
+import sys
+from pathlib import Path
+
+import pyro_mdn
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the extension below
+import pictures
+
+project, author, release = "pyro_mdn", "the authors of pyro_mdn", pyro_mdn.__version__
+project_copyright = "the authors of pyro_mdn, MIT license"
+exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5", "gallery/*.zip", "gallery/*.json"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # from the site itself, not from the network
+    "sphinx_gallery.gen_gallery",
+    "pictures",
+]
+
+myst_enable_extensions = ["attrs_block", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+maximum_signature_line_length = 80
+napoleon_use_rtype = False
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
+
+# References to the package have to lead somewhere; those to others would need their inventories from the network.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|nn|dist|pyro|numpy|np|pandas|matplotlib|lightning|xarray|arviz|os|collections)\..*"),
+    (r"py:.*", r"(Tensor|Axes|Any|Self|Callable|Sequence|Mapping|Iterator|Iterable|Literal|ArrayLike|PathLike)"),
+    (r"py:.*", r"(typing|builtins|abc)\..*"),
+]
+
+html_theme = "furo"
+html_title = "pyro_mdn"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_copy_source = False
+
+sphinx_gallery_conf = {
+    "examples_dirs": "../examples",
+    "gallery_dirs": "gallery",
+    "within_subsection_order": "pictures.difficulty",
+    "filename_pattern": pictures.EXECUTED,
+    "reset_argv": "pictures.arguments",
+    "image_scrapers": ("pictures.written",),
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "write_computation_times": False,
+    "show_signature": False,
+    "min_reported_time": 1,
+}

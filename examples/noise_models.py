@@ -1,0 +1,65 @@
+"""Noise models
+============
+
+What the covariance of a component may be: its structure, whether all components share it, and whether it depends on x.
+The same data for all: two correlated outputs around two centres, wider around the left one, and four times as wide at
+x = 1 as at x = -1.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch.distributions import MultivariateNormal
+
+from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureDensityNetwork, fit, plots
+
+MODELS = {
+    "Full()": Full(),
+    "Diagonal()": Diagonal(),
+    "Isotropic()": Isotropic(),
+    "Full(tied=True)": Full(tied=True),
+    "Diagonal(tied=True)": Diagonal(tied=True),
+    "Isotropic(tied=True)": Isotropic(tied=True),
+    "Full(homoscedastic=True)": Full(homoscedastic=True),
+    "LowRank(1)": LowRank(1),
+    "Fixed(0.3)": Fixed(0.3),
+}
+
+
+def simulate(n):
+    """Pairs of outputs around (-2, 0) and (2, 0), where they vary half as much; the first varies twice the second."""
+    x, side = 2 * torch.rand(n, 1) - 1, torch.where(torch.rand(n, 1) < 0.5, -1.0, 1.0)
+    covariance = torch.tensor([[1.0, 0.45], [0.45, 0.25]])
+    noise = MultivariateNormal(torch.zeros(2), covariance).sample((n,))
+    return x, (0.5 + 0.3 * x) * (1.5 - 0.5 * side) * noise + side * torch.tensor([2.0, 0.0])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    (x, y), held_out = simulate(1000), simulate(5000)
+    figure = Figure(figsize=(9, 9.5), layout="constrained")
+    panels = figure.subfigures(3, 3)
+    print(f"{'noise model':<28}{'numbers per component':>22}{'held-out NLL (nats)':>22}")
+    for (name, noise), panel in zip(MODELS.items(), panels.flat, strict=True):
+        network = MixtureDensityNetwork(dim_in=1, dim_out=2, n_components=2, noise=noise)
+        fit(network, x, y, seed=0, progress=False, max_epochs=2 if args.smoke else 60)
+        nll = network.loss(*held_out).mean().item()
+        print(f"{name:<28}{noise.num_params(2):22d}{nll:22.2f}")
+        panel.suptitle(f"{name}   NLL {nll:.2f}", fontsize="medium", family="monospace")
+        for axis, at in zip(panel.subplots(2, 1, sharex=True), (-1.0, 1.0), strict=True):
+            near = (x[:, 0] - at).abs() < 0.15
+            plots.plot_conditional_density(network(torch.tensor([at])), y=y[near], ax=axis)
+            axis.get_legend().remove()
+            axis.set(xlim=(-6.4, 6.4), ylim=(-2.8, 2.8), xlabel="", ylabel=f"x = {at:.0f}", aspect="equal")
+    figure.savefig(args.out / "noise_models.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()
