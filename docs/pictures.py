@@ -1,7 +1,7 @@
 """A Sphinx extension: every picture on the site is drawn by the code that is shown.
 
-The build runs the examples and takes the figures that they write. Of those that take too long for that, pages show what a
-full run wrote (``make figures``).
+The build runs the examples and takes the figures that they write. Of those that take too long, it shows what a full run
+wrote (``make figures``).
 """
 
 import shutil
