@@ -17,11 +17,11 @@ EXAMPLES = {
     "conditioning": [],
     "bayesian_weights": None,
     "active_learning": None,
-    "arviz_workflow": [],
+    "arviz_workflow": None,
     "svi_script": [],
     "likelihood_component": [],
     "mixture_guide": [],
-    "world_model": None,
+    "world_model": [],
     "distributed": None,
 }
 EXECUTED = rf"/({'|'.join(name for name, settings in EXAMPLES.items() if settings is not None)})\.py$"
