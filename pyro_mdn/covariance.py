@@ -88,8 +88,8 @@ class Covariance(ABC):
         """Covariance of the outputs ``dims``, in that order."""
 
     @abstractmethod
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        """Shift of the mean and covariance of the outputs ``free``, the residuals at ``given`` being known."""
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        """Shift of the mean and covariance of the last outputs, given the residuals ``(*batch, K, n)`` of the first."""
 
     @abstractmethod
     def affine(self, scale: Tensor) -> Covariance:
@@ -219,8 +219,8 @@ class IsotropicCovariance(Covariance):
     def marginal(self, dims: Sequence[int]) -> IsotropicCovariance:
         return IsotropicCovariance(self.scale, len(dims))
 
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        return torch.zeros_like(residual[..., :1]), self.marginal(free)
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        return torch.zeros_like(residual[..., :1]), self.marginal(range(residual.shape[-1], self.dim))
 
     def affine(self, scale: Tensor) -> Covariance:
         if scale.shape[-1] == 1:
@@ -277,8 +277,8 @@ class DiagonalCovariance(Covariance):
     def marginal(self, dims: Sequence[int]) -> DiagonalCovariance:
         return DiagonalCovariance(self.scale[..., list(dims)])
 
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        return torch.zeros_like(residual[..., :1]), self.marginal(free)
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        return torch.zeros_like(residual[..., :1]), self.marginal(range(residual.shape[-1], self.dim))
 
     def affine(self, scale: Tensor) -> DiagonalCovariance:
         return DiagonalCovariance(self.scale * scale.abs())

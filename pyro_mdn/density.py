@@ -189,10 +189,18 @@ class MixtureDensity(dist.MixtureSameFamily):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample_shape, *batch, D)``: a component each, then a point of it."""
         with torch.no_grad():
-            component = self.mixture_distribution.sample(torch.Size(sample_shape))
+            component = self._draw_components(torch.Size(sample_shape))
             locs = _take(self.locs, component)
             noise = torch.randn_like(locs)
             return (locs + self.covariance.select(component).colorize(noise)).squeeze(-2)
+
+    def _draw_components(self, sample_shape: torch.Size) -> Tensor:
+        """Indices of components, ``(*sample, *batch)``, by their cumulative weights: quicker than a ``Categorical``."""
+        levels = self.logits.exp().cumsum(-1)
+        # Below the last level also after rounding, so that no component of weight zero is found.
+        u = torch.rand((*self.batch_shape, sample_shape.numel()), dtype=levels.dtype, device=levels.device)
+        found = torch.searchsorted(levels.contiguous(), u * levels[..., -1:], right=True)
+        return found.movedim(-1, 0).reshape(sample_shape + self.batch_shape)
 
     # Moments
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.special import erfc, log_ndtr, ndtri
+from torch.special import erfc, ndtri
 
 __all__ = [
     "follow_root",
@@ -44,6 +44,8 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     mirrored = sign.unsqueeze(-1) * locs
     with torch.no_grad():
         root = _solve_lower_tail(tail, logits, mirrored, scale)
+    if not _differentiated(q, logits, locs, scale):
+        return sign * root
 
     def equation(point: Tensor) -> tuple[Tensor, Tensor]:
         slope = mixture_log_density(point, logits, mirrored, scale).exp()
@@ -52,6 +54,12 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
     finite = torch.where(tail > 0, root, mirrored[..., 0].detach())
     return sign * torch.where(tail > 0, follow_root(finite, equation), root)
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether somebody may want derivatives with respect to these, in whichever mode."""
+    forward = torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
@@ -79,15 +87,17 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
     low = ends.masked_fill(absent, math.inf).amin(-1)
     high = ends.masked_fill(absent, -math.inf).amax(-1)
     point, last = low + (high - low) / 2, high - low
-    log_tail = tail.log()
+    precision, half_weight = math.sqrt(0.5) / scale, 0.5 * logits.exp()
+    height = 2 / math.sqrt(math.pi) * precision * half_weight
     for _ in range(max_steps):
-        log_cdf = (logits + log_ndtr((point.unsqueeze(-1) - locs) / scale)).logsumexp(-1)
-        excess = log_cdf - log_tail
+        standardized = (point.unsqueeze(-1) - locs) * precision
+        cdf, density = (half_weight * erfc(-standardized)).sum(-1), (height * (-standardized.square()).exp()).sum(-1)
+        excess = (cdf / tail).log()  # a cdf that underflows makes the Newton step a NaN, which does not help
         low, high = torch.where(excess < 0, point, low), torch.where(excess >= 0, point, high)
         found = (excess.abs() <= 2 * eps) | ~(high - low > eps * torch.maximum(low.abs(), high.abs()))
         if not torch.compiler.is_compiling() and bool(found.all()):
             break
-        newton = point - excess * (log_cdf - mixture_log_density(point, logits, locs, scale)).exp()
+        newton = point - excess * cdf / density
         helps = (newton > low) & (newton < high) & ((newton - point).abs() < last / 2)
         proposal = torch.where(found, point, torch.where(helps, newton, low + (high - low) / 2))
         point, last = proposal, (proposal - point).abs()
