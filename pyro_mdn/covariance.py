@@ -18,7 +18,7 @@ from pyro_mdn import kernels
 from pyro_mdn.checks import bounds
 from pyro_mdn.whitening import DiagonalWhitening
 
-__all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored"]
+__all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored", "take_component"]
 
 
 def stored(event_dim: int) -> Tensor:
@@ -146,14 +146,15 @@ class Covariance(ABC):
         """Pick one matrix per entry of ``component`` (``(*sample, *batch)``); the component axis becomes 1."""
         if self.batch_shape[-1] == 1:
             return self
-        return self.map(lambda t, n: _take_component(t, component, n))
+        return self.map(lambda t, n: take_component(t, component, n))
 
 
-def _take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
+def take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
     """Gather ``(*batch, K, *event)`` at ``(*sample, *batch)`` into ``(*sample, *batch, 1, *event)``."""
-    index = component.reshape(*component.shape, *(1,) * (event_dim + 1))
+    event = tensor.shape[tensor.ndim - event_dim :]
+    index = component.reshape(*component.shape, *(1,) * (event_dim + 1)).expand(*component.shape, 1, *event)
     tensor = tensor.expand(*component.shape, *tensor.shape[tensor.ndim - event_dim - 1 :])
-    return tensor.take_along_dim(index, dim=tensor.ndim - event_dim - 1)
+    return tensor.gather(component.ndim, index)
 
 
 def require_positive(scale: Tensor, name: str) -> None:

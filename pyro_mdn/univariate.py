@@ -89,17 +89,20 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
     point, last = low + (high - low) / 2, high - low
     precision, half_weight = math.sqrt(0.5) / scale, 0.5 * logits.exp()
     height = 2 / math.sqrt(math.pi) * precision * half_weight
+    tolerance = eps * (4 - 2 * tail.log())  # what rounding leaves of a cdf that low
     for _ in range(max_steps):
         standardized = (point.unsqueeze(-1) - locs) * precision
         cdf, density = (half_weight * erfc(-standardized)).sum(-1), (height * (-standardized.square()).exp()).sum(-1)
-        excess = (cdf / tail).log()  # a cdf that underflows makes the Newton step a NaN, which does not help
-        low, high = torch.where(excess < 0, point, low), torch.where(excess >= 0, point, high)
-        found = (excess.abs() <= 2 * eps) | ~(high - low > eps * torch.maximum(low.abs(), high.abs()))
+        excess = (cdf / tail).log()
+        too_high = excess >= 0
+        low, high = torch.where(too_high, low, point), torch.where(too_high, point, high)
+        width, newton = high - low, point - excess * cdf / density  # NaN, which does not help, where a cdf underflows
+        found = (excess.abs() <= tolerance) | ~(width > eps * torch.maximum(low.abs(), high.abs()))
+        helps = (newton > low) & (newton < high) & (found | ((newton - point).abs() < last / 2))
+        proposal = torch.where(helps, newton, torch.where(found, point, low + width / 2))
         if not torch.compiler.is_compiling() and bool(found.all()):
+            point = proposal
             break
-        newton = point - excess * cdf / density
-        helps = (newton > low) & (newton < high) & ((newton - point).abs() < last / 2)
-        proposal = torch.where(found, point, torch.where(helps, newton, low + (high - low) / 2))
         point, last = proposal, (proposal - point).abs()
     return torch.where(tail > 0, point, -math.inf)
 
