@@ -117,8 +117,6 @@ def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tenso
         ValueError: If they are not numbers, infinite, or of another shape than ``(size, dim)``.
     """
     array = check_array(y, input_name="y", **TARGETS)
-    if array.ndim not in (1, 2):
-        raise ValueError(f"y: expected shape (N,) or (N, D), got {array.shape}")
     columns = torch.tensor(array).reshape(len(array), -1)
     if size is not None and columns.shape != (size, dim):
         raise ValueError(f"y: expected shape {(size, dim)} as the prediction has it, got {array.shape}")
