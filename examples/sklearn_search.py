@@ -15,7 +15,8 @@ from pyro_mdn import CollapseWarning, Full
 from pyro_mdn.sklearn import MDNRegressor, neg_crps, neg_interval_score, neg_log_score
 
 DATA = Path(__file__).parent / "data" / "geyser.csv"
-GRID = {"mdnregressor__n_components": [1, 3, 5], "mdnregressor__noise": ["diagonal", "full", Full(tied=True)]}
+NOISE = {"diagonal": "diagonal", "full": "full", "full, tied": Full(tied=True)}
+GRID = {"mdnregressor__n_components": [1, 3, 5], "mdnregressor__noise": list(NOISE.values())}
 SCORES = {"log-likelihood": neg_log_score, "CRPS": neg_crps, "90 %": partial(neg_interval_score, mass=0.9)}
 
 
@@ -39,8 +40,8 @@ def show(results):
     columns = {f"param_{name}": name.removeprefix("mdnregressor__") for name in GRID}
     columns |= {f"mean_test_{name}": name for name in SCORES}
     table = pd.DataFrame(results)[list(columns)].rename(columns=columns)
-    table = table.astype({"noise": str}).sort_values("log-likelihood", ascending=False)
-    table["noise"] = table["noise"].str.replace("homoscedastic=False, min_scale=0.001", "…")
+    table["noise"] = table["noise"].map({model: name for name, model in NOISE.items()})
+    table = table.sort_values("log-likelihood", ascending=False)
     print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
