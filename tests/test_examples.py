@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = {
     "arviz_workflow": ["arviz_workflow.png", "arviz_workflow.nc"],
+    "sklearn_search": [],
     "geyser": ["geyser.png", "geyser.safetensors", "geyser.nc"],
     "inverse_sine": ["inverse_sine.png"],
     "svi_script": [],
