@@ -22,6 +22,7 @@ speed: install
 	$(BIN)/python benchmarks/posterior.py
 
 bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/diabetes.py
 	$(BIN)/python benchmarks/log_prob.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/time_to_quality.py

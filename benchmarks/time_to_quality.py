@@ -225,8 +225,8 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--limit", type=float, default=60.0, help="seconds of training at most")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds of training at most")
     parser.add_argument("--out", default="time_to_quality", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
     args = parser.parse_args()

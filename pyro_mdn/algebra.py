@@ -54,13 +54,14 @@ class MixtureAlgebra(MixtureDensity):
         free = [d for d in range(self.dim) if d not in dims]
         if not free:
             raise ValueError(f"dims: expected at least one of {self.dim} outputs to stay free, got all of them")
-        known = self.marginal(dims)
+        ordered, n = self.marginal([*dims, *free]), len(dims)
+        known = ordered.marginal(range(n))
         known._check_value(values)
         if has_missing(values):
             return self._condition_on_observed(values, dims, free)
         logits = known._joint_log_prob(values)
-        shift, covariance = self.covariance.condition(values.unsqueeze(-2) - known.locs, dims, free)
-        return self._new(logits, self.locs[..., free] + shift, covariance)
+        shift, covariance = ordered.covariance.condition(values.unsqueeze(-2) - known.locs)
+        return self._new(logits, ordered.locs[..., n:] + shift, covariance)
 
     def _condition_on_observed(self, values: Tensor, dims: list[int], free: list[int]) -> Self:
         form: Covariance = self.marginal(free).covariance

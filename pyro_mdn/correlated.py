@@ -127,15 +127,16 @@ class FullCovariance(Covariance):
         return self.diagonal.reciprocal()
 
     def marginal(self, dims: Sequence[int]) -> FullCovariance:
-        return self.from_precision_tril(self._reordered(dims))
+        # The leading block of W whitens the leading outputs; the rows below whiten the others given them.
+        ordered, n = self._reordered(dims), len(dims)
+        return FullCovariance(ordered.diagonal[..., :n], ordered.lower[..., : n * (n - 1) // 2])
 
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        n = len(given)
-        rows = self._reordered([*given, *free])[..., n:, :]
-        known, precision_tril = rows[..., :n], rows[..., n:]
-        pull = -(known @ residual.unsqueeze(-1))
-        shift = torch.linalg.solve_triangular(precision_tril, pull, upper=False).squeeze(-1)
-        return shift, self.from_precision_tril(precision_tril)
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        n = residual.shape[-1]
+        rows = self.lower.split([*range(self.dim)], -1)[n:]
+        pull = torch.stack([(row[..., :n] * residual).sum(-1) for row in rows], -1)
+        rest = FullCovariance(self.diagonal[..., n:], torch.cat([row[..., n:] for row in rows], -1))
+        return rest.colorize(-pull), rest
 
     def affine(self, scale: Tensor) -> FullCovariance:
         scale = scale.expand(*scale.shape[:-1], self.dim)
@@ -148,15 +149,12 @@ class FullCovariance(Covariance):
         if not all_finite(self.lower):
             raise ValueError("FullCovariance.lower: expected finite numbers, got NaN or Inf")
 
-    def _reordered(self, dims: Sequence[int]) -> Tensor:
-        """Dense W of the marginal of some outputs, in that order.
-
-        Its leading block whitens the leading outputs; the rows below whiten the others given them.
-        """
-        rest = [d for d in range(self.dim) if d not in dims]
-        n = len(dims)
-        permuted = self.precision_tril()[..., [*dims, *rest]]
-        return self.from_precision_root(permuted).precision_tril()[..., :n, :n]
+    def _reordered(self, first: Sequence[int]) -> FullCovariance:
+        """Covariance of the outputs ``first`` and then the others."""
+        order = [*first, *(d for d in range(self.dim) if d not in first)]
+        if order == [*range(self.dim)]:
+            return self
+        return self.from_precision_root(self.precision_tril()[..., order])
 
 
 _WHITENING = LowRankWhitening()
@@ -260,8 +258,9 @@ class LowRankCovariance(Covariance):
     def marginal(self, dims: Sequence[int]) -> LowRankCovariance:
         return LowRankCovariance(self.factor[..., list(dims), :], self.scale[..., list(dims)])
 
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        known, rest = self.marginal(given), self.marginal(free)
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        n = residual.shape[-1]
+        known, rest = self.marginal(range(n)), self.marginal(range(n, self.dim))
         capacitance = known._capacitance()
         pull = _solve(capacitance, kernels.low_rank_project(known._ratio(), residual / known.scale))
         factor = torch.linalg.solve_triangular(capacitance, rest.factor.mT, upper=False).mT

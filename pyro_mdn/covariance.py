@@ -18,7 +18,7 @@ from pyro_mdn import kernels
 from pyro_mdn.checks import bounds
 from pyro_mdn.whitening import DiagonalWhitening
 
-__all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored"]
+__all__ = ["Covariance", "DiagonalCovariance", "IsotropicCovariance", "require_positive", "stored", "take_component"]
 
 
 def stored(event_dim: int) -> Tensor:
@@ -88,8 +88,8 @@ class Covariance(ABC):
         """Covariance of the outputs ``dims``, in that order."""
 
     @abstractmethod
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        """Shift of the mean and covariance of the outputs ``free``, the residuals at ``given`` being known."""
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        """Shift of the mean and covariance of the last outputs, given the residuals ``(*batch, K, n)`` of the first."""
 
     @abstractmethod
     def affine(self, scale: Tensor) -> Covariance:
@@ -146,14 +146,15 @@ class Covariance(ABC):
         """Pick one matrix per entry of ``component`` (``(*sample, *batch)``); the component axis becomes 1."""
         if self.batch_shape[-1] == 1:
             return self
-        return self.map(lambda t, n: _take_component(t, component, n))
+        return self.map(lambda t, n: take_component(t, component, n))
 
 
-def _take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
+def take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
     """Gather ``(*batch, K, *event)`` at ``(*sample, *batch)`` into ``(*sample, *batch, 1, *event)``."""
-    index = component.reshape(*component.shape, *(1,) * (event_dim + 1))
+    event = tensor.shape[tensor.ndim - event_dim :]
+    index = component.reshape(*component.shape, *(1,) * (event_dim + 1)).expand(*component.shape, 1, *event)
     tensor = tensor.expand(*component.shape, *tensor.shape[tensor.ndim - event_dim - 1 :])
-    return tensor.take_along_dim(index, dim=tensor.ndim - event_dim - 1)
+    return tensor.gather(component.ndim, index)
 
 
 def require_positive(scale: Tensor, name: str) -> None:
@@ -219,8 +220,8 @@ class IsotropicCovariance(Covariance):
     def marginal(self, dims: Sequence[int]) -> IsotropicCovariance:
         return IsotropicCovariance(self.scale, len(dims))
 
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        return torch.zeros_like(residual[..., :1]), self.marginal(free)
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        return torch.zeros_like(residual[..., :1]), self.marginal(range(residual.shape[-1], self.dim))
 
     def affine(self, scale: Tensor) -> Covariance:
         if scale.shape[-1] == 1:
@@ -277,8 +278,8 @@ class DiagonalCovariance(Covariance):
     def marginal(self, dims: Sequence[int]) -> DiagonalCovariance:
         return DiagonalCovariance(self.scale[..., list(dims)])
 
-    def condition(self, residual: Tensor, given: Sequence[int], free: Sequence[int]) -> tuple[Tensor, Covariance]:
-        return torch.zeros_like(residual[..., :1]), self.marginal(free)
+    def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
+        return torch.zeros_like(residual[..., :1]), self.marginal(range(residual.shape[-1], self.dim))
 
     def affine(self, scale: Tensor) -> DiagonalCovariance:
         return DiagonalCovariance(self.scale * scale.abs())

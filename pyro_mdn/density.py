@@ -16,9 +16,11 @@ from torch.distributions import constraints
 from pyro_mdn import kernels
 from pyro_mdn.checks import all_finite, bounds
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
-from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
+from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance, take_component
 
 __all__ = ["MixtureDensity", "check_dims", "has_missing", "log_density"]
+
+_FEW = 16  # so many comparisons are quicker than a search
 
 
 class MixtureDensity(dist.MixtureSameFamily):
@@ -189,10 +191,22 @@ class MixtureDensity(dist.MixtureSameFamily):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample_shape, *batch, D)``: a component each, then a point of it."""
         with torch.no_grad():
-            component = self.mixture_distribution.sample(torch.Size(sample_shape))
-            locs = _take(self.locs, component)
+            component = self._draw_components(torch.Size(sample_shape))
+            locs = take_component(self.locs, component, 1)
             noise = torch.randn_like(locs)
             return (locs + self.covariance.select(component).colorize(noise)).squeeze(-2)
+
+    def _draw_components(self, sample_shape: torch.Size) -> Tensor:
+        """Indices of components, ``(*sample, *batch)``, by their cumulative weights: quicker than a ``Categorical``."""
+        levels = self.logits.exp().cumsum(-1)
+        # Below the last level also after rounding, so that no component of weight zero is found.
+        u = torch.rand(sample_shape + self.batch_shape, dtype=levels.dtype, device=levels.device) * levels[..., -1]
+        if self.n_components <= _FEW:
+            passed = kernels.channels_first(levels, 1)[:-1].unflatten(0, (-1, *(1,) * len(sample_shape)))
+            return (u >= passed).sum(0)
+        together = u.reshape(sample_shape.numel(), *self.batch_shape).movedim(0, -1)
+        found = torch.searchsorted(levels.contiguous(), together.contiguous(), right=True)
+        return found.movedim(-1, 0).reshape(u.shape)
 
     # Moments
 
@@ -308,11 +322,6 @@ def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
     if not wrapped or len(set(wrapped)) != len(wrapped) or not all(0 <= d < dim for d in wrapped):
         raise ValueError(f"dims: expected distinct indices of {dim} outputs, one at least, got {listed}")
     return wrapped
-
-
-def _take(locs: Tensor, component: Tensor) -> Tensor:
-    index = component[..., None, None]
-    return locs.expand(*component.shape, *locs.shape[-2:]).take_along_dim(index, dim=-2)
 
 
 @singledispatch

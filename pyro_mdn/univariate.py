@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.special import erfc, log_ndtr, ndtri
+from torch.special import erfc, ndtri
 
 __all__ = [
     "follow_root",
@@ -44,6 +44,8 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     mirrored = sign.unsqueeze(-1) * locs
     with torch.no_grad():
         root = _solve_lower_tail(tail, logits, mirrored, scale)
+    if not _differentiated(q, logits, locs, scale):
+        return sign * root
 
     def equation(point: Tensor) -> tuple[Tensor, Tensor]:
         slope = mixture_log_density(point, logits, mirrored, scale).exp()
@@ -52,6 +54,12 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
     finite = torch.where(tail > 0, root, mirrored[..., 0].detach())
     return sign * torch.where(tail > 0, follow_root(finite, equation), root)
+
+
+def _differentiated(*tensors: Tensor) -> bool:
+    """Whether somebody may want derivatives with respect to these, in whichever mode."""
+    forward = torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
@@ -79,17 +87,22 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
     low = ends.masked_fill(absent, math.inf).amin(-1)
     high = ends.masked_fill(absent, -math.inf).amax(-1)
     point, last = low + (high - low) / 2, high - low
-    log_tail = tail.log()
+    precision, half_weight = math.sqrt(0.5) / scale, 0.5 * logits.exp()
+    height = 2 / math.sqrt(math.pi) * precision * half_weight
+    tolerance = eps * (4 - 2 * tail.log())  # what rounding leaves of a cdf that low
     for _ in range(max_steps):
-        log_cdf = (logits + log_ndtr((point.unsqueeze(-1) - locs) / scale)).logsumexp(-1)
-        excess = log_cdf - log_tail
-        low, high = torch.where(excess < 0, point, low), torch.where(excess >= 0, point, high)
-        found = (excess.abs() <= 2 * eps) | ~(high - low > eps * torch.maximum(low.abs(), high.abs()))
+        standardized = (point.unsqueeze(-1) - locs) * precision
+        cdf, density = (half_weight * erfc(-standardized)).sum(-1), (height * (-standardized.square()).exp()).sum(-1)
+        excess = (cdf / tail).log()
+        too_high = excess >= 0
+        low, high = torch.where(too_high, low, point), torch.where(too_high, point, high)
+        width, newton = high - low, point - excess * cdf / density  # NaN, which does not help, where a cdf underflows
+        found = (excess.abs() <= tolerance) | ~(width > eps * torch.maximum(low.abs(), high.abs()))
+        helps = (newton > low) & (newton < high) & (found | ((newton - point).abs() < last / 2))
+        proposal = torch.where(helps, newton, torch.where(found, point, low + width / 2))
         if not torch.compiler.is_compiling() and bool(found.all()):
+            point = proposal
             break
-        newton = point - excess * (log_cdf - mixture_log_density(point, logits, locs, scale)).exp()
-        helps = (newton > low) & (newton < high) & ((newton - point).abs() < last / 2)
-        proposal = torch.where(found, point, torch.where(helps, newton, low + (high - low) / 2))
         point, last = proposal, (proposal - point).abs()
     return torch.where(tail > 0, point, -math.inf)
 

@@ -14,7 +14,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 THREADS = ["--threads", "1"]
-COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "posterior")}
+COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "posterior", "diabetes")}
 COMMANDS |= {"log_prob": THREADS, "train_step": THREADS, "sampling": THREADS, "memory": [], "scaling": []}
 COMMANDS |= {"time_to_quality": []}
 
@@ -37,10 +37,11 @@ def test_benchmark_runs(name, tmp_path):
         ("ablation", "nll", "docs/training.md"),
         ("missing", None, "docs/training.md"),
         ("posterior", "ratios", "docs/uncertainty.md"),
+        ("diabetes", "summary", "docs/sklearn.md"),
         *[
             (name, "rows", "docs/performance.md")
             for name in COMMANDS
-            if name not in {"uci", "ablation", "missing", "posterior"}
+            if name not in {"uci", "ablation", "missing", "posterior", "diabetes"}
         ],
     ],
 )

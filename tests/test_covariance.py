@@ -69,7 +69,7 @@ def test_condition_is_the_schur_complement(covariance, given, free):
     matrix, r = covariance.matrix(), residual()[..., given]
     cross = matrix[..., free, :][..., given]
     gain = torch.linalg.solve(matrix[..., given, :][..., given], cross.mT).mT
-    shift, conditional = covariance.condition(r, given, free)
+    shift, conditional = covariance.marginal([*given, *free]).condition(r)
     expected = (gain @ r.unsqueeze(-1)).squeeze(-1)
     assert_close(shift.expand_as(expected), expected)
     assert_close(conditional.matrix(), matrix[..., free, :][..., free] - gain @ cross.mT)
@@ -161,7 +161,7 @@ def test_triangular_form(covariance_and_name):
     assert_close(covariance.root() @ covariance.root().mT, covariance.matrix())
     for d in range(1, DIM):
         shift, scale = triangular.next_output([r[..., j] for j in range(d)])
-        expected_shift, expected = covariance.condition(r[..., :d], range(d), [d])
+        expected_shift, expected = covariance.marginal(range(d + 1)).condition(r[..., :d])
         assert_close(scale.expand(5, 3), expected.variance().sqrt().squeeze(-1).expand(5, 3))
         assert_close(triangular.conditional_scale()[..., d], scale)
         assert_close(shift.expand(7, 5, 3), expected_shift.squeeze(-1).expand(7, 5, 3))

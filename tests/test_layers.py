@@ -51,6 +51,8 @@ ORDER = [
     "trainee",
     "training",
     "lightning",
+    "scorers",
+    "sklearn",
     "__init__",
 ]
 

@@ -17,7 +17,7 @@ def closed():
     plt.close("all")
 
 
-PAGES = {"README.md": 4, "docs/training.md": 1, "docs/uncertainty.md": 6, "docs/arviz.md": 5}
+PAGES = {"README.md": 4, "docs/training.md": 1, "docs/uncertainty.md": 6, "docs/arviz.md": 5, "docs/sklearn.md": 4}
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto")

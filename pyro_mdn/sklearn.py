@@ -1,0 +1,336 @@
+r"""The front door of scikit-learn: an estimator whose predictions are distributions, and scorers for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Integral, Real
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_mdn.checks import require_counts
+from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
+from pyro_mdn.optimization import LEARNING_RATE
+from pyro_mdn.scorers import (
+    TARGETS,
+    as_targets,
+    as_weight,
+    neg_crps,
+    neg_interval_score,
+    neg_log_score,
+    predictive_distribution,
+)
+from pyro_mdn.training import fit
+
+try:
+    from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+    from sklearn.metrics import r2_score
+    from sklearn.utils import check_consistent_length, check_random_state
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError("pyro_mdn.sklearn needs scikit-learn 1.6: pip install 'pyro-mdn[sklearn]'") from error
+
+__all__ = ["MDNRegressor", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
+
+_NOISE = {"diagonal": Diagonal, "fixed": Fixed, "full": Full, "isotropic": Isotropic, "low_rank": LowRank}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
+    r"""Mixture density network as a scikit-learn regressor: it predicts distributions, not only means.
+
+    .. math:: p(y \mid x) = \sum_{k=1}^K w_k(x) \, \mathcal{N}(y \mid \mu_k(x), \Sigma_k(x))
+
+    X and y need no scaling: the network standardises both, and everything it predicts is in the units of y. Where y
+    was one-dimensional in :meth:`fit`, predictions lack the last axis D.
+
+    Training is in ``dtype``, on data that were centred in float64. Predictions are computed in float64 from X as it
+    is, on the CPU, and come as NumPy arrays of float64 (:meth:`predict_distribution`: as a torch distribution).
+
+    Args:
+        n_components: Number of mixture components K.
+        hidden_dim: Width of two hidden layers, or a sequence of widths.
+        noise: ``"diagonal"``, ``"full"``, ``"isotropic"``, ``"low_rank"`` or ``"fixed"``; or a :class:`NoiseModel`
+            such as ``Full(tied=True)``, for all that these can be.
+        rank: Rank of ``noise="low_rank"``, which alone reads it; by default 2, but 1 for a single output.
+        noise_scale: Standard deviation, in the units of y, of ``noise="fixed"``, which alone reads it and needs it.
+        ensemble_size: Number of networks; from 2 on a :class:`DeepEnsemble`, whose average density is the prediction.
+        max_epochs: Passes over the training rows at most; for this and what follows see :func:`pyro_mdn.fit`.
+        batch_size: Rows per step at most.
+        lr: Largest learning rate.
+        weight_decay: Decoupled decay of the weight matrices.
+        input_noise: Standard deviation of the noise on X at the start, in standardised units.
+        target_noise: The same for y.
+        validation: Fraction of the rows that is held out for early stopping; 0 for none.
+        patience: Epochs without improvement before training stops.
+        device: Where to train, such as ``"cuda"``.
+        dtype: ``"float32"`` or ``"float64"``, for training.
+        verbose: Show a progress bar.
+        random_state: Seed of everything random in :meth:`fit`: an integer gives the same bits on the same machine.
+            ``None`` and a ``RandomState`` draw a seed for each call, ``None`` from NumPy's global generator as in all
+            of scikit-learn. No generator of torch is touched.
+
+    Attributes:
+        network_: The trained :class:`MixtureDensityNetwork` or :class:`DeepEnsemble`, in float64, on the CPU.
+        result_: The :class:`FitResult`: history, best epoch, what each component explains.
+        n_outputs_: Number of outputs D.
+        n_features_in_: Number of columns of X.
+        feature_names_in_: Their names, if X was a data frame whose column names are all strings.
+
+    References:
+        Bishop (1994), Mixture Density Networks.
+
+    >>> X = np.linspace(-1, 1, 100)[:, None]
+    >>> model = MDNRegressor(n_components=2, max_epochs=2, random_state=0).fit(X, X[:, 0] ** 2)
+    >>> model.predict(X).shape, model.predict_quantiles(X, [0.05, 0.5, 0.95]).shape
+    ((100,), (100, 3))
+    """
+
+    def __init__(
+        self,
+        n_components: int = 5,
+        hidden_dim: int | Sequence[int] = 64,
+        *,
+        noise: str | NoiseModel = "diagonal",
+        rank: int | None = None,
+        noise_scale: float | None = None,
+        ensemble_size: int = 1,
+        max_epochs: int | None = None,
+        batch_size: int | None = None,
+        lr: float = LEARNING_RATE,
+        weight_decay: float | None = None,
+        input_noise: float | None = None,
+        target_noise: float | None = None,
+        validation: float = 0.1,
+        patience: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: Literal["float32", "float64"] = "float32",
+        verbose: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.hidden_dim = hidden_dim
+        self.noise = noise
+        self.rank = rank
+        self.noise_scale = noise_scale
+        self.ensemble_size = ensemble_size
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.input_noise = input_noise
+        self.target_noise = target_noise
+        self.validation = validation
+        self.patience = patience
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Train on rows (X, y); whatever was learned before is replaced.
+
+        Args:
+            X: Inputs ``(N, n_features)``: finite numbers, not sparse.
+            y: Targets ``(N,)`` or ``(N, D)``. An entry that is NaN was not observed: its row counts with the density
+                of its other entries.
+            sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. A row of weight 0 is left out.
+
+        Raises:
+            ValueError: If the data or a setting are not usable. (TypeError: X is sparse.)
+        """
+        checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
+        X, y = validate_data(self, X, y, **checks)
+        check_consistent_length(X, y)
+        rows, targets = torch.tensor(X), as_targets(y)
+        weight = None if sample_weight is None else as_weight(sample_weight, len(rows))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        with _seeded(seed):
+            network = self._build(rows.shape[1], targets.shape[1])
+        counted = ~targets.isnan().all(-1) if weight is None else ~targets.isnan().all(-1) & (weight > 0)
+        shifts = [_center(values[counted]) for values in (rows, targets)]
+        centered = [(v - s).to(_DTYPES[self.dtype]) for v, s in zip((rows, targets), shifts, strict=True)]
+        self.result_ = fit(
+            network,
+            *centered,
+            sample_weight=weight,
+            validation=self.validation,
+            max_epochs=self.max_epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            input_noise=self.input_noise,
+            target_noise=self.target_noise,
+            patience=self.patience,
+            device=self.device,
+            seed=seed,
+            progress=bool(self.verbose),
+        )
+        self.network_ = _uncentered(network, *shifts)
+        self.n_outputs_, self._vector = targets.shape[1], y.ndim == 1
+        return self
+
+    def predict_distribution(self, X: Any) -> GaussianMixture:
+        """Predictive distribution, ``batch_shape`` ``(N,)`` and ``event_shape`` ``(D,)``, in float64 and on the CPU.
+
+        Raises:
+            ValueError: If X is not usable. (NotFittedError, also a ValueError: if there was no ``fit``.)
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, dtype=np.float64)
+        with torch.no_grad():
+            return self.network_(torch.tensor(X))
+
+    def predict(self, X: Any, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Mean of each output, ``(N, D)``; with ``return_std`` also its standard deviation."""
+        mixture = self.predict_distribution(X)
+        mean = self._shaped(mixture.mean)
+        return (mean, self._shaped(mixture.stddev)) if return_std else mean
+
+    def predict_quantiles(self, X: Any, quantiles: Any = (0.05, 0.5, 0.95)) -> np.ndarray:
+        """Quantiles of each output, ``(N, Q, D)``; for a single number instead of a sequence ``(N, D)``.
+
+        Args:
+            X: Inputs ``(N, n_features)``.
+            quantiles: Probabilities in (0, 1): Q of them, or one.
+
+        Raises:
+            ValueError: If a probability is not in (0, 1).
+        """
+        levels = torch.as_tensor(np.asarray(quantiles, dtype=np.float64))
+        if levels.ndim > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
+            raise ValueError(f"quantiles: expected probabilities in (0, 1), one or a sequence, got {quantiles!r}")
+        points = self.predict_distribution(X).icdf(levels.reshape(-1, 1, 1)).movedim(0, 1)
+        return self._shaped(points if levels.ndim else points.squeeze(1))
+
+    def predict_interval(
+        self, X: Any, mass: float = 0.9, *, kind: Literal["central", "shortest"] = "central"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends, ``(N, D)`` each, of an interval with probability ``mass`` for each output.
+
+        Args:
+            X: Inputs ``(N, n_features)``.
+            mass: Probability inside, in (0, 1).
+            kind: ``"central"`` leaves equal tails, ``"shortest"`` is the shortest single interval.
+
+        Raises:
+            ValueError: If the mass is not in (0, 1) or the kind is unknown.
+        """
+        lower, upper = self.predict_distribution(X).interval(mass, kind=kind)
+        return self._shaped(lower), self._shaped(upper)
+
+    def sample(self, X: Any, n: int = 1, *, random_state: Any = None) -> np.ndarray:
+        """Draws of y given each row of X, ``(n, N, D)``.
+
+        Args:
+            X: Inputs ``(N, n_features)``.
+            n: Number of draws for each row.
+            random_state: As scikit-learn has it; ``None`` draws a seed from NumPy's global generator.
+        """
+        require_counts(n=n)
+        mixture = self.predict_distribution(X)
+        with _seeded(check_random_state(random_state).randint(2**31 - 1)):
+            return self._shaped(mixture.sample((int(n),)))
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        r"""Mean log-likelihood :math:`\log p(y \mid x)` in nats and the units of y: higher is better.
+
+        What other regressors call their score is :meth:`r2_score` here: it judges the mean alone. A change of the unit
+        of y by a factor c changes the log-likelihood by :math:`-D \log c`.
+
+        Args:
+            X: Inputs ``(N, n_features)``.
+            y: Targets ``(N,)`` or ``(N, D)``; an entry that is NaN was not observed, and is left out.
+            sample_weight: Weights of the rows, ``(N,)``.
+        """
+        return neg_log_score(self, X, y, sample_weight)
+
+    def log_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Mean negative log-likelihood in nats: :meth:`score` as a loss, as :mod:`pyro_mdn.scores` has it."""
+        return -self.score(X, y, sample_weight)
+
+    def r2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Coefficient of determination R² of the predicted means, over the observed rows; the mean over outputs."""
+        mean = self.predict_distribution(X).mean
+        target = as_targets(y, *mean.shape)
+        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        values = []
+        for column, predicted in zip(target.T, mean.T, strict=True):
+            seen = ~column.isnan().numpy()
+            given = None if weight is None else weight[seen]
+            values.append(r2_score(column.numpy()[seen], predicted.numpy()[seen], sample_weight=given))
+        return float(np.mean(values))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        # scikit-learn's check of it wants R² of 0.5 from ``score``, which is a log-likelihood.
+        tags.regressor_tags.poor_score = True
+        return tags
+
+    def _build(self, dim_in: int, dim_out: int) -> MixtureDensityNetwork | DeepEnsemble:
+        """Network or ensemble that these settings describe; a ``ValueError`` if they do not."""
+        require_counts(ensemble_size=self.ensemble_size, n_components=self.n_components)
+        if not isinstance(self.validation, Real):
+            raise ValueError(f"validation: expected a fraction in [0, 1), got {self.validation!r}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {self.dtype!r}")
+        noise, widths = self._noise(dim_out), _plain(self.hidden_dim)
+        network = MixtureDensityNetwork(dim_in, dim_out, int(self.n_components), widths, noise=noise)
+        network = network.to(_DTYPES[self.dtype])
+        return network if self.ensemble_size == 1 else DeepEnsemble(network, int(self.ensemble_size))
+
+    def _noise(self, dim_out: int) -> NoiseModel:
+        if isinstance(self.noise, NoiseModel):
+            return self.noise
+        if not isinstance(self.noise, str) or self.noise not in _NOISE:
+            raise ValueError(f"noise: expected a NoiseModel or one of {sorted(_NOISE)}, got {self.noise!r}")
+        if self.noise == "fixed":
+            if not isinstance(self.noise_scale, Real):
+                raise ValueError(f"noise_scale: expected a number for noise='fixed', got {self.noise_scale!r}")
+            return Fixed(float(self.noise_scale))
+        if self.noise == "low_rank":
+            return LowRank(rank=min(2, dim_out) if self.rank is None else int(self.rank))
+        return _NOISE[self.noise]()
+
+    def _shaped(self, values: Tensor) -> np.ndarray:
+        """Array of values ``(..., D)``, without the last axis if y had none."""
+        return (values.squeeze(-1) if self._vector else values).numpy()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Have torch's generators start from a seed, and afterwards be as they were."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+def _plain(widths: Any) -> Any:
+    """Python's integers in place of NumPy's, which grids of parameters often have."""
+    if isinstance(widths, Integral):
+        return int(widths)
+    if isinstance(widths, Sequence | np.ndarray) and not isinstance(widths, str):
+        return [_plain(width) for width in widths]
+    raise ValueError(f"hidden_dim: expected a positive integer or a sequence of them, got {widths!r}")
+
+
+def _center(values: Tensor) -> Tensor:
+    """Means of the columns, 0 where there is none."""
+    return values.nanmean(0).nan_to_num()
+
+
+def _uncentered(
+    network: MixtureDensityNetwork | DeepEnsemble, x_shift: Tensor, y_shift: Tensor
+) -> MixtureDensityNetwork | DeepEnsemble:
+    """Network for data that are not centred, in float64: float32 could not hold the shifts."""
+    network = network.cpu().double()
+    part = network.stacked if isinstance(network, DeepEnsemble) else network
+    part.x_shift += x_shift
+    part.head.shift += y_shift
+    return network.eval()
