@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow lint format quality speed bench bench-figures figures install
+.PHONY: demo test test-slow wheel docs docs-browser lint format quality speed bench bench-figures figures install
 
 demo: install
 	$(BIN)/python examples/geyser.py
@@ -12,6 +12,15 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+wheel: install
+	$(BIN)/python tests/wheel.py
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -b html -W --keep-going docs docs/_build/html
+
+docs-browser: docs
+	$(BIN)/pytest -m browser tests/browser
 
 quality: install
 	$(BIN)/python benchmarks/uci.py

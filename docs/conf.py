@@ -29,6 +29,7 @@ autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 80
+napoleon_use_ivar = True
 napoleon_use_rtype = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
@@ -36,10 +37,11 @@ toc_object_entries_show_parents = "hide"
 # References to the package have to lead somewhere; those to others would need their inventories from the network.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|dist|pyro|numpy|np|pandas|matplotlib|lightning|xarray|arviz|os|collections)\..*"),
-    (r"py:.*", r"(Tensor|Axes|Any|Self|Callable|Sequence|Mapping|Iterator|Iterable|Literal|ArrayLike|PathLike)"),
-    (r"py:.*", r"(typing|builtins|abc)\..*"),
+    (r"py:.*", r"(torch|nn|dist|pyro|np|numpy|pandas|matplotlib|lightning|sklearn|xarray|os|collections|typing)\..*"),
+    (r"py:class", r"(Tensor|Size|Module|Axes|PathLike|ArrayLike|DataLoader|Distribution|Any|Self|Callable|Sequence)"),
 ]
+NOT_PUBLIC = ["pyro_mdn.kernels.Whitening", "pyro_mdn.guides.LaplaceGuide", "MixtureDensity"]
+nitpick_ignore = [("py:class", name) for name in NOT_PUBLIC]
 
 html_theme = "furo"
 html_title = "pyro_mdn"

@@ -1,4 +1,8 @@
-"""Old Faithful by scikit-learn: how many components and which noise, by GridSearchCV; then what the best one says."""
+"""A search by scikit-learn
+========================
+
+Old Faithful: how many components and which noise, by GridSearchCV; then what the best one says.
+"""
 
 import argparse
 import warnings
@@ -46,7 +50,7 @@ def show(results):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     smoke = parser.parse_args().smoke
     warnings.simplefilter("ignore", CollapseWarning)  # five components may be more than there is to explain

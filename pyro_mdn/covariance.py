@@ -135,7 +135,7 @@ class Covariance(ABC):
         return [getattr(self, f.name) for f in fields(self) if "event_dim" in f.metadata]
 
     def factors(self) -> list[Tensor]:
-        """Return the tensors that :attr:`whitening` takes, ``(*batch, K, C)`` each."""
+        """Return the tensors that ``whitening`` takes, ``(*batch, K, C)`` each."""
         return self.tensors()
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
