@@ -8,14 +8,13 @@ import pyro_mdn
 sys.path.insert(0, str(Path(__file__).parent))  # for the extension below
 import pictures
 
-project, author, release = "pyro_mdn", "the authors of pyro_mdn", pyro_mdn.__version__
-project_copyright = "the authors of pyro_mdn, MIT license"
+project, author, release = "pyro_mdn", "The pyro_mdn developers", pyro_mdn.__version__
+project_copyright = f"2026 {author}"
 exclude_patterns = ["_build", "gallery/*.ipynb", "gallery/*.py", "gallery/*.md5", "gallery/*.zip", "gallery/*.json"]
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.viewcode",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # from the site itself, not from the network
     "sphinx_gallery.gen_gallery",
@@ -45,6 +44,7 @@ nitpick_ignore = [("py:class", name) for name in NOT_PUBLIC]
 
 html_theme = "furo"
 html_title = "pyro_mdn"
+html_favicon = "_static/icon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False

@@ -21,7 +21,7 @@ EXAMPLES = {
     "geyser": [],
     "noise_models": [],
     "conditioning": [],
-    "sklearn_search": ["--smoke"],
+    "sklearn_search": [],
     "bayesian_weights": None,
     "active_learning": None,
     "arviz_workflow": None,
