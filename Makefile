@@ -17,6 +17,7 @@ wheel: install
 	$(BIN)/python tests/wheel.py
 
 docs: $(VENV)/.docs
+	rm -rf docs/_build
 	$(BIN)/sphinx-build -b html -W --keep-going docs docs/_build/html
 
 docs-browser: docs

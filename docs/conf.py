@@ -24,8 +24,7 @@ extensions = [
 myst_enable_extensions = ["attrs_block", "dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_default_options = {"members": True, "member-order": "bysource"}
-autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "member-order": "bysource", "exclude-members": "extra_repr"}
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 80
 napoleon_use_ivar = True
@@ -57,6 +56,7 @@ sphinx_gallery_conf = {
     "filename_pattern": pictures.EXECUTED,
     "reset_argv": "pictures.arguments",
     "image_scrapers": ("pictures.written",),
+    "default_thumb_file": str(Path(__file__).parent / "_static" / "no_figure.png"),
     "abort_on_example_error": True,
     "download_all_examples": False,
     "write_computation_times": False,

@@ -12,7 +12,6 @@ from pathlib import Path
 from snippets import run
 
 DOCS = Path(__file__).parent
-OUT = DOCS / "_build" / "examples"
 GALLERY = DOCS / "gallery"
 DRAWING = ["start"]  # pages whose code draws
 # In order of difficulty, with the arguments of their runs; None: too long for a build.
@@ -40,24 +39,28 @@ def difficulty(filename):
 
 
 def arguments(gallery_conf, script_vars):
-    """Command line of an example: figures go to a folder of its own."""
+    """Command line of an example, which runs in its own folder."""
     path = Path(script_vars["src_file"])
-    place = OUT / path.stem
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    figure_of(path).unlink(missing_ok=True)
     builtins.__file__ = str(path)  # sphinx-gallery leaves it undefined, and the data lie beside the script
-    return [*EXAMPLES[path.stem], *(["--out", str(place)] if '"--out"' in path.read_text() else [])]
+    return EXAMPLES[path.stem]
+
+
+def figure_of(script):
+    """Where an example writes its figure."""
+    return Path(script).parent / "out" / f"{Path(script).stem}.png"
 
 
 def written(block, block_vars, gallery_conf):
-    """Markup of the figures that an example wrote."""
+    """Markup of the figure that an example wrote, if it did."""
     from sphinx_gallery.scrapers import figure_rst
 
-    shown = []
-    for path in sorted((OUT / Path(block_vars["src_file"]).stem).glob("*.png")):
-        shown.append(next(block_vars["image_path_iterator"]))
-        shutil.move(path, shown[-1])
-    return figure_rst(shown, gallery_conf["src_dir"])
+    figure = figure_of(block_vars["src_file"])
+    if not figure.exists():
+        return ""
+    shown = next(block_vars["image_path_iterator"])
+    shutil.move(figure, shown)
+    return figure_rst([shown], gallery_conf["src_dir"])
 
 
 def show_full_runs(app):
