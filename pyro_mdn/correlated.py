@@ -133,10 +133,10 @@ class FullCovariance(Covariance):
 
     def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
         n = residual.shape[-1]
-        rows = self.lower.split([*range(self.dim)], -1)[n:]
-        pull = torch.stack([(row[..., :n] * residual).sum(-1) for row in rows], -1)
-        rest = FullCovariance(self.diagonal[..., n:], torch.cat([row[..., n:] for row in rows], -1))
-        return rest.colorize(-pull), rest
+        rows = kernels.split_channels(self.lower, [*range(self.dim)])[n:]
+        pull = [kernels.sum_outputs(row[..., :n] * residual).unsqueeze(-1) for row in rows]
+        rest = FullCovariance(self.diagonal[..., n:], kernels.cat_channels(*(row[..., n:] for row in rows)))
+        return -rest.colorize(kernels.cat_channels(*pull)), rest
 
     def affine(self, scale: Tensor) -> FullCovariance:
         scale = scale.expand(*scale.shape[:-1], self.dim)

@@ -198,7 +198,8 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     def _draw_components(self, sample_shape: torch.Size) -> Tensor:
         """Indices of components, ``(*sample, *batch)``, by their cumulative weights: quicker than a ``Categorical``."""
-        levels = self.logits.exp().cumsum(-1)
+        # In bfloat16 there would be 256 levels.
+        levels = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).exp().cumsum(-1)
         # Below the last level also after rounding, so that no component of weight zero is found.
         u = torch.rand(sample_shape + self.batch_shape, dtype=levels.dtype, device=levels.device) * levels[..., -1]
         if self.n_components <= _FEW:

@@ -163,7 +163,7 @@ class GaussianMixture(MixtureAlgebra):
             Figurnov, Mohamed & Mnih (2018), Implicit reparameterization gradients.
             Graves (2016), Stochastic backpropagation through mixture density distributions.
         """
-        draws = self.sample(sample_shape)
+        draws = self.sample(sample_shape).detach()  # in forward mode they have derivatives: those of the components
 
         def follow(d: int, *conditional: Tensor) -> Tensor:
             logits, locs, scale = conditional
@@ -175,8 +175,7 @@ class GaussianMixture(MixtureAlgebra):
 
             return univariate.follow_root(draws[..., d], equation)
 
-        tracked = (self.logits, self.locs, *self.covariance.tensors())
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tracked):
+        if univariate.is_differentiated(self.logits, self.locs, *self.covariance.tensors()):
             return self._walk(follow)
         return draws
 

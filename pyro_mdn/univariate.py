@@ -5,10 +5,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.special import erfc, ndtri
 
 __all__ = [
     "follow_root",
+    "is_differentiated",
     "minimize_bracketed",
     "mixture_cdf",
     "mixture_log_density",
@@ -43,8 +45,8 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     tail = torch.where(q > 0.5, 1 - q, q)
     mirrored = sign.unsqueeze(-1) * locs
     with torch.no_grad():
-        root = _solve_lower_tail(tail, logits, mirrored, scale)
-    if not _differentiated(q, logits, locs, scale):
+        root = _solve_lower_tail(tail, logits, mirrored, scale).detach()  # in forward mode that is not one thing
+    if not is_differentiated(q, logits, locs, scale):
         return sign * root
 
     def equation(point: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,10 +58,13 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     return sign * torch.where(tail > 0, follow_root(finite, equation), root)
 
 
-def _differentiated(*tensors: Tensor) -> bool:
-    """Whether somebody may want derivatives with respect to these, in whichever mode."""
-    forward = torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    return forward or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether somebody may want derivatives with respect to these: in backward or forward mode, or compiled."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:

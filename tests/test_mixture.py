@@ -167,6 +167,28 @@ def test_samples_follow_the_density(noise):
     assert ((weights.mean(0) - 1).abs() < 5 * standard_error).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n_components", [1, 4, 40])
+@pytest.mark.parametrize(("sample_shape", "batch_shape"), [((60_000,), ()), ((300, 200), (2,)), ((20_000,), (3, 1))])
+def test_components_are_drawn_by_their_weights(dtype, n_components, sample_shape, batch_shape):
+    """Each as often as its weight says, within 5 standard errors; never one of weight zero, wherever it stands."""
+    logits = torch.linspace(-7, 0, n_components).expand(*batch_shape, -1).clone()
+    if n_components > 1:
+        logits[..., [0, n_components // 2, -1]] = -math.inf
+        logits[..., 1] = -5.0
+    locs = torch.arange(float(n_components)).unsqueeze(-1)
+    mixture = GaussianMixture(
+        logits.to(dtype), locs.to(dtype), IsotropicCovariance(torch.full((1,), 1e-3, dtype=dtype))
+    )
+    y = mixture.sample(sample_shape)
+    assert y.shape == (*sample_shape, *batch_shape, 1)
+    chosen = y.float().round().reshape(-1, *batch_shape).long()
+    frequency = torch.nn.functional.one_hot(chosen, n_components).double().mean(0)
+    weights = mixture.logits.double().softmax(-1)
+    assert not frequency[weights == 0].any()
+    assert ((frequency - weights).abs() <= 5 * (weights * (1 - weights) / len(chosen)).sqrt() + 1e-12).all()
+
+
 def test_sampling_needs_no_gradient_and_no_component_of_weight_zero():
     logits = torch.tensor([0.0, -math.inf], requires_grad=True)
     mixture = GaussianMixture(logits, torch.tensor([[0.0], [100.0]]), IsotropicCovariance(torch.ones(1)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import DIM, NOISE, make_mixture
 from scipy import stats
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from pyro_mdn import (
@@ -190,3 +191,23 @@ def test_rosenblatt_gradients(noise):
         return GaussianMixture(logits, locs, mixture.covariance.map(lambda t, n: next(values))).rosenblatt(y)
 
     assert torch.autograd.gradcheck(rosenblatt, (y, *tensors))
+
+
+@every_noise
+def test_forward_mode_derivatives(noise):
+    """Those of draws and quantiles are those of backward mode, and of a shift of all locations exactly 1."""
+    mixture = make_mixture(noise, (2,))
+
+    def at(locs, function):
+        moved = GaussianMixture(mixture.logits, locs, mixture.covariance, validate_args=False)
+        torch.manual_seed(0)
+        return function(moved)
+
+    direction = torch.randn_like(mixture.locs)
+    for function in (GaussianMixture.rsample, lambda moved: moved.icdf(0.3)):
+        _, forward = torch.func.jvp(lambda locs, f=function: at(locs, f), (mixture.locs,), (direction,))
+        jacobian = torch.autograd.functional.jacobian(lambda locs, f=function: at(locs, f), mixture.locs)
+        assert_close(forward, (jacobian * direction).flatten(2).sum(-1))
+        with forward_ad.dual_level():
+            shifted = forward_ad.make_dual(mixture.locs, torch.ones_like(mixture.locs))
+            assert_close(forward_ad.unpack_dual(at(shifted, function)).tangent, torch.ones(2, DIM, dtype=torch.float64))
