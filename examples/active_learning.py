@@ -9,15 +9,12 @@ all speeds matter. Where is a prediction's variance large, and where can labels 
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from pyro_mdn import DeepEnsemble, MixtureDensityNetwork, fit
 from pyro_mdn.uncertainty import mutual_information
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 
 def simulate(n, idle, generator):
@@ -51,7 +48,7 @@ def learn(score, seed, rounds, n_rows=2000, step=20, **settings):
 
 
 def draw(labels, curves, path):
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
     for name, nll in curves.items():
         axis.errorbar(labels, nll.mean(0), nll.std(0, ddof=1) / len(nll) ** 0.5, capsize=2, marker=".", label=name)
     axis.set(xlabel="labels", ylabel="held-out NLL (nats)", title="Which rows to label next")

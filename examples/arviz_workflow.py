@@ -56,8 +56,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     settings, draws = ({"max_epochs": 2}, 60) if args.smoke else ({}, 1000)
     warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto")  # held-out rows are there to tell
     (x, x_new), (y, y_new) = load_pairs()

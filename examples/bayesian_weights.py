@@ -1,9 +1,8 @@
 """A gap in the data
 =================
 
-What posteriors of the weights say where there are no data: there, they should not be sure. Readings of a sensor, one in
-five a glitch, none between -1.5 and 1.5. An ensemble, Laplace (its outputs linear in the weights: Immer et al., 2021)
-and NUTS leave the gap open. SVI with independent normals (Foong et al., 2020) may not.
+What posteriors of the weights say where there are no data. Readings of a sensor, one in five a glitch, none from -1.5
+to 1.5: an ensemble, Laplace (linearised: Immer et al., 2021) and NUTS leave it open, SVI may not (Foong et al., 2020).
 """
 
 import argparse
@@ -54,8 +53,7 @@ def main():
     settings = {"seed": args.seed, "progress": False} | ({"max_epochs": 2} if args.smoke else {})
     (x, y), (x_new, y_new) = simulate(400, args.seed), simulate(2000, args.seed + 99)
     torch.manual_seed(args.seed)
-    network = MixtureDensityNetwork(dim_in=1, dim_out=1, n_components=2, hidden_dim=20)
-    fit(network, x, y, weight_decay=0.0, **settings)
+    fit(network := MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=20), x, y, weight_decay=0.0, **settings)
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.subplots(2, len(NAMES), sharex=True, sharey="row", height_ratios=(3, 1))
     print("epistemic             gap      data     ratio       NLL   seconds")

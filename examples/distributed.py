@@ -25,8 +25,7 @@ logging.disable(logging.WARNING)
 
 def simulate(n):
     """A fork: y is +x² or -x², with noise."""
-    x = 2 * torch.rand(n, 1) - 1
-    sign = torch.where(torch.rand(n, 1) < 0.5, -1.0, 1.0)
+    x, sign = 2 * torch.rand(n, 1) - 1, torch.where(torch.rand(n, 1) < 0.5, -1.0, 1.0)
     return x, sign * x**2 + 0.05 * torch.randn(n, 1)
 
 
@@ -42,16 +41,14 @@ class FirstGradients(Callback):
 def train(x, y, processes, epochs):
     """Train on so many processes, each with its share of every batch, and return network and first gradients."""
     torch.manual_seed(0)
-    network = MixtureDensityNetwork(dim_in=1, dim_out=1, n_components=3)
-    network.initialize_(x, y)
+    (network := MixtureDensityNetwork(dim_in=1, dim_out=1, n_components=3)).initialize_(x, y)
     # Each process has noise of its own, so without it a step is the same however many processes share the batch.
     module = LightningObjective(NegativeLogLikelihood(network), input_noise=0.0, target_noise=0.0)
     rows = TensorDataset(x, y)
     # For several processes Lightning puts such a sampler in place of the shuffling: the order of the rows is the same.
     order = DistributedSampler(rows, num_replicas=1, rank=0) if processes == 1 else None
     loader = DataLoader(rows, BATCH // processes, shuffle=order is None, sampler=order)
-    first = FirstGradients()
-    settings = {"max_epochs": epochs, "gradient_clip_val": 1.0, "callbacks": [first], **QUIET}
+    settings = {"max_epochs": epochs, "gradient_clip_val": 1.0, "callbacks": [first := FirstGradients()], **QUIET}
     strategy = "ddp" if processes > 1 else "auto"  # on CPUs the processes talk by gloo
     Trainer(accelerator="cpu", devices=processes, strategy=strategy, **settings).fit(module, loader)
     return network, first.gradients
@@ -61,7 +58,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
-    args = parser.parse_args()
+    (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     epochs = 2 if args.smoke else 40
     torch.manual_seed(1)
     (x, y), held_out = simulate(16 * BATCH), simulate(2000)
@@ -71,7 +68,6 @@ def main():
     if alone is None:
         return
     differences = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(alone[1], shared[1], strict=True)]
-    args.out.mkdir(parents=True, exist_ok=True)
     shared[0].save(args.out / "distributed.safetensors")
     nll = [network.loss(*held_out).mean().item() for network, _ in (alone, shared)]
     print(f"{'':<14}{'held-out NLL (nats)':>20}{'epochs':>9}{'rows of a step':>17}")

@@ -7,16 +7,13 @@ The next eruption given the last: two correlated outputs, several modes, noise m
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch.distributions import MultivariateNormal
 
 from pyro_mdn import DeepEnsemble, Diagonal, Full, Isotropic, LowRank, MixtureDensityNetwork, fit, plots, scores
 from pyro_mdn.inference_data import to_inference_data
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 DATA, NAMES = Path(__file__).parent / "data" / "geyser.csv", ["waiting", "duration"]
 NOISE = {"diagonal (default)": Diagonal(), "full": Full(), "full, tied": Full(tied=True)}
@@ -45,7 +42,8 @@ def train(noise, x, y, seed, members=1, **settings):
 
 def draw(network, x, y, path):
     """Density after a short and after a long eruption, with held-out ones that followed such; calibration of both."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     for axis, last, alike in zip(axes[0], [[85.0, 2.0], [75.0, 4.5]], [x[:, 1] < 3, x[:, 1] >= 3], strict=True):
         plots.plot_conditional_density(network(torch.tensor(last)), y=y[alike], ax=axis)
         axis.get_legend().set_loc("lower left")
@@ -61,8 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     settings, seeds = ({"max_epochs": 3}, [0]) if args.smoke else ({}, [0, 1, 2, 3, 4])
     x, y = load_pairs()
     runs = {name: [train(n, x, y, s, **settings) for s in seeds] for name, n in NOISE.items()}
@@ -70,8 +67,7 @@ def main():
     full = runs["full"][0][0]
     draw(full, x[1], y[1], args.out / "geyser.png")
     full.save(args.out / "geyser.safetensors")
-    report = to_inference_data(full, y[1], x[1], output_names=NAMES, seed=0)
-    report.to_netcdf(str(args.out / "geyser.nc"))
+    to_inference_data(full, y[1], x[1], output_names=NAMES, seed=0).to_netcdf(str(args.out / "geyser.nc"))
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     print(f"{'marginal Gaussian':<22}{marginal_nll(y[0], y[1]):8.2f}")
     for name, results in runs.items():

@@ -7,13 +7,10 @@ An LSTM and a mixture watch a game of chance, then dream it on their own (Ha & S
 import argparse
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 from pyro_mdn import Full, GaussianMixture, IsotropicCovariance, MixtureDensityNetwork, fit
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 SPEED, BLUR, SEEN, AHEAD = 0.1, 0.01, 6, 30  # box widths per step, box widths, steps, steps
 CHANCES = torch.tensor([0.9, 0.05, 0.05])  # straight on, kicked to the left, kicked to the right
@@ -45,8 +42,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     n, epochs = (100, 2) if args.smoke else (1000, 140)
     torch.manual_seed(0)
     (games, _), (test, exact) = (play(torch.rand(n, 2), torch.randn(n, 2), steps=50) for _ in range(2))
@@ -56,7 +52,6 @@ def main():
         network = MixtureDensityNetwork(2, 2, k, 66, noise=Full(), backbone=backbone)
         fit(network, games[:, :-1], games[:, 1:], max_epochs=epochs, seed=0, progress=False)
         print(f"{name:<24}{network.loss(test[:, :-1], test[:, 1:])[:, SEEN:].mean().item():7.2f}")
-
     last, direction = (torch.tensor([pair]).expand(n, 2) for pair in ([0.6, 0.45], [0.96, 0.28]))
     past = last[:, None] + SPEED * direction[:, None] * torch.arange(1 - SEEN, 1)[:, None] + BLUR * torch.randn(SEEN, 2)
     runs = {"simulator": torch.cat([past, play(last, direction, AHEAD + 1)[0][:, 1:]], 1)}
@@ -66,12 +61,13 @@ def main():
             paths = torch.cat([paths, network.sample(paths, temperature=temperature)[:, -1:]], 1)
         runs[f"dream, temperature {temperature}"] = paths
     print(f"\n{'':<24}{'spread after 10 steps':>24}{'turns in 10 steps':>20}{'% outside':>12}")
-    figure, axes = plt.subplots(1, len(runs), figsize=(13, 3.4), sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(13, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(runs), sharex=True, sharey=True)
     for axis, (name, paths) in zip(axes, runs.items(), strict=True):
         turns = 10 * (paths[:, SEEN - 1 :].diff(n=2, dim=1).norm(dim=-1) > SPEED).float().mean()
         outside = 100 * ((paths[:, SEEN:] - 0.5).abs() > 0.5 + 3 * BLUR).any(-1).float().mean()
         print(f"{name:<24}{paths[:, SEEN + 9].var(0).sum().sqrt():24.2f}{turns:20.2f}{outside:12.2f}")
-        axis.add_patch(plt.Rectangle((0, 0), 1, 1, fill=False))
+        axis.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color="black", linewidth=1)
         axis.scatter(*paths[:300, SEEN + 9].T, s=5, color="tab:blue", label="10 steps later, with eight of the paths")
         axis.plot(*paths[:8, SEEN - 1 : SEEN + 10].permute(2, 1, 0), color="tab:orange", linewidth=0.8)
         axis.plot(*paths[0, :SEEN].T, "o-", color="black", markersize=3, label="seen before")

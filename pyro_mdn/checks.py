@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "bounds", "require_counts", "require_numbers"]
+__all__ = ["all_finite", "bounds", "is_count", "require_counts", "require_numbers"]
+
+
+def is_count(value: Any) -> bool:
+    """Whether this is a positive integer, of Python or NumPy.
+
+    >>> is_count(3), is_count(3.0), is_count(True)
+    (True, False, False)
+    """
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def require_counts(**settings: Any) -> None:
@@ -20,7 +29,7 @@ def require_counts(**settings: Any) -> None:
     ValueError: size: expected a positive integer, got 0
     """
     for name, value in settings.items():
-        if value is not None and (not isinstance(value, Integral) or isinstance(value, bool) or value < 1):
+        if value is not None and not is_count(value):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn import kernels
+from pyro_mdn.checks import is_count
 from pyro_mdn.density import has_missing, log_density
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
@@ -46,13 +47,10 @@ class MixtureHead(nn.Module):
 
     def __init__(self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | None = None) -> None:
         super().__init__()
-        for name, value in [
-            ("in_features", in_features),
-            ("dim_out", dim_out),
-            ("n_components", n_components),
-        ]:
-            if not isinstance(value, int) or value < 1:
+        for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
+            if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
         self.noise = Diagonal() if noise is None else noise
         if not isinstance(self.noise, NoiseModel):
             raise ValueError(f"noise: expected a NoiseModel such as Diagonal(), got {noise!r}")

@@ -3,9 +3,10 @@ r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
+from numbers import Integral
 from typing import Any, Self
 
 import pyro
@@ -16,7 +17,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
-from pyro_mdn.checks import all_finite
+from pyro_mdn.checks import all_finite, is_count
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
@@ -70,7 +71,8 @@ class MixtureDensityNetwork(PyroModule):
     ) -> None:
         super().__init__()
         self.input_shape = _sizes(dim_in, "dim_in")
-        self.hidden_dim = _sizes([hidden_dim] * 2 if isinstance(hidden_dim, int) else hidden_dim, "hidden_dim")
+        widths = _sizes(hidden_dim, "hidden_dim")
+        self.hidden_dim = widths * 2 if isinstance(hidden_dim, Integral) else widths
         if backbone is None and len(self.input_shape) != 1:
             raise ValueError(f"dim_in: expected a width, or a backbone that takes shape {self.input_shape}")
         if not (backbone is None or isinstance(backbone, nn.Module)):
@@ -363,11 +365,11 @@ class _FirstLinear(nn.Linear):
             self.weight.mul_(3.0)
 
 
-def _sizes(value: int | Sequence[int], name: str) -> tuple[int, ...]:
-    sizes = (value,) if isinstance(value, int) else tuple(value)
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+def _sizes(value: Any, name: str) -> tuple[int, ...]:
+    sizes = [value] if isinstance(value, Integral) else value
+    if not isinstance(sizes, Iterable) or not (sizes := [*sizes]) or not all(map(is_count, sizes)):
         raise ValueError(f"{name}: expected a positive integer or a sequence of them, got {value!r}")
-    return sizes
+    return tuple(map(int, sizes))
 
 
 def _require_float(value: Tensor, name: str, device: torch.device) -> None:

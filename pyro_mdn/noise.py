@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import kernels
+from pyro_mdn.checks import is_count
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.whitening import RawDiagonalWhitening, RawFullWhitening, RawLowRankWhitening, positive
@@ -172,8 +173,9 @@ class LowRank(_Learned):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not is_count(self.rank):
             raise ValueError(f"rank: expected a positive integer, got {self.rank!r}")
+        object.__setattr__(self, "rank", int(self.rank))
 
     def num_params(self, dim_out: int) -> int:
         if self.rank > dim_out:

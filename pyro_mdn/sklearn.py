@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.checks import require_counts
+from pyro_mdn.checks import is_count, require_counts
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
@@ -275,15 +275,16 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def _build(self, dim_in: int, dim_out: int) -> MixtureDensityNetwork | DeepEnsemble:
         """Network or ensemble that these settings describe; a ``ValueError`` if they do not."""
-        require_counts(ensemble_size=self.ensemble_size, n_components=self.n_components)
+        if not is_count(self.ensemble_size):
+            raise ValueError(f"ensemble_size: expected a positive integer, got {self.ensemble_size!r}")
         if not isinstance(self.validation, Real):
             raise ValueError(f"validation: expected a fraction in [0, 1), got {self.validation!r}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {self.dtype!r}")
-        noise, widths = self._noise(dim_out), _plain(self.hidden_dim)
-        network = MixtureDensityNetwork(dim_in, dim_out, int(self.n_components), widths, noise=noise)
+        noise = self._noise(dim_out)
+        network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, noise=noise)
         network = network.to(_DTYPES[self.dtype])
-        return network if self.ensemble_size == 1 else DeepEnsemble(network, int(self.ensemble_size))
+        return network if self.ensemble_size == 1 else DeepEnsemble(network, self.ensemble_size)
 
     def _noise(self, dim_out: int) -> NoiseModel:
         if isinstance(self.noise, NoiseModel):
@@ -295,7 +296,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
                 raise ValueError(f"noise_scale: expected a number for noise='fixed', got {self.noise_scale!r}")
             return Fixed(float(self.noise_scale))
         if self.noise == "low_rank":
-            return LowRank(rank=min(2, dim_out) if self.rank is None else int(self.rank))
+            return LowRank(min(2, dim_out) if self.rank is None else self.rank)
         return _NOISE[self.noise]()
 
     def _shaped(self, values: Tensor) -> np.ndarray:
@@ -309,15 +310,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
-
-
-def _plain(widths: Any) -> Any:
-    """Python's integers in place of NumPy's, which grids of parameters often have."""
-    if isinstance(widths, Integral):
-        return int(widths)
-    if isinstance(widths, Sequence | np.ndarray) and not isinstance(widths, str):
-        return [_plain(width) for width in widths]
-    raise ValueError(f"hidden_dim: expected a positive integer or a sequence of them, got {widths!r}")
 
 
 def _center(values: Tensor) -> Tensor:

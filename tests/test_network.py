@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -224,6 +225,14 @@ def test_failed_save_leaves_the_old_file(saved, monkeypatch):
     assert list(saved.parent.iterdir()) == [saved]
 
 
+def test_sizes_may_be_integers_of_numpy(tmp_path):
+    sizes = {"dim_in": np.int64(2), "dim_out": np.int32(2), "n_components": np.int64(3), "hidden_dim": np.array([8, 4])}
+    network = MixtureDensityNetwork(**sizes, noise=LowRank(np.int64(1)))
+    network.save(tmp_path / "network.safetensors")
+    again = MixtureDensityNetwork.load(tmp_path / "network.safetensors")
+    assert repr(again) == repr(network) == repr(MixtureDensityNetwork(2, 2, 3, [8, 4], noise=LowRank(1)))
+
+
 def test_an_own_noise_model_cannot_be_saved_silently(tmp_path):
     class Own(Diagonal):
         pass
@@ -245,6 +254,9 @@ def test_an_own_noise_model_cannot_be_saved_silently(tmp_path):
         ({"n_components": 0}, "n_components: expected a positive integer, got 0"),
         ({"hidden_dim": -1}, "hidden_dim: expected a positive integer"),
         ({"hidden_dim": [8, 0]}, "hidden_dim: expected a positive integer"),
+        ({"hidden_dim": "64"}, "hidden_dim: expected a positive integer or a sequence of them, got '64'"),
+        ({"hidden_dim": None}, "hidden_dim: expected a positive integer or a sequence of them, got None"),
+        ({"n_components": True}, "n_components: expected a positive integer, got True"),
         ({"hidden_dim": []}, "hidden_dim: expected a positive integer"),
         ({"noise": "full"}, "noise: expected a NoiseModel"),
         ({"noise": LowRank(2)}, "rank: expected at most dim_out=1, got 2"),
