@@ -69,10 +69,8 @@ def show_full_runs(app):
 
     for name in (name for name, settings in EXAMPLES.items() if settings is None):
         page, figure = GALLERY / f"{name}.rst", DOCS / f"{name}.png"
-        text, note = (
-            page.read_text(),
-            "This one takes minutes, or several processes: the build of the site does not run it.",
-        )
+        text = page.read_text()
+        note = "This one takes minutes, or several processes: the build of the site does not run it."
         if figure.exists():
             note += f" The figure is of a full run, by ``make figures``.\n\n.. image:: /{name}.png"
             thumbnail = GALLERY / "images" / "thumb" / f"sphx_glr_{name}_thumb.png"
