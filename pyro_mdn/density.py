@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import singledispatch
 from operator import index
-from typing import Self, SupportsIndex
+from typing import Any, ClassVar, Self, SupportsIndex
 
 import pyro.distributions as dist
 import torch
@@ -15,8 +14,9 @@ from torch.distributions import constraints
 
 from pyro_mdn import kernels
 from pyro_mdn.checks import all_finite, bounds
-from pyro_mdn.correlated import FullCovariance, LowRankCovariance
-from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance, take_component
+from pyro_mdn.components import components
+from pyro_mdn.correlated import FullCovariance
+from pyro_mdn.covariance import Covariance, take_component
 
 __all__ = ["MixtureDensity", "check_dims", "has_missing", "log_density"]
 
@@ -26,8 +26,11 @@ _FEW = 16  # so many comparisons are quicker than a search
 class MixtureDensity(dist.MixtureSameFamily):
     """Parameters, density, draws and moments of a Gaussian mixture; see :class:`pyro_mdn.GaussianMixture`."""
 
-    arg_constraints = {}  # noqa: RUF012  (the parameters are checked together, by _validate)
-    support = constraints.real_vector
+    logits: Tensor
+    locs: Tensor
+    covariance: Covariance
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # the parameters are checked together, by _validate
+    support: ClassVar[constraints.Constraint] = constraints.real_vector
 
     def __init__(
         self, logits: Tensor, locs: Tensor, covariance: Covariance, *, validate_args: bool | None = None
@@ -80,7 +83,7 @@ class MixtureDensity(dist.MixtureSameFamily):
     def component_distribution(self) -> dist.Distribution:
         """Distribution of the components, with ``batch_shape`` ``(*batch, K)``."""
         shape = (*self.batch_shape, self.n_components)
-        return _gaussian(self.covariance.expand(shape), self.locs)
+        return components(self.covariance.expand(shape), self.locs)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Self:
         """Expand to ``batch_shape``; a view."""
@@ -323,33 +326,6 @@ def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
     if not wrapped or len(set(wrapped)) != len(wrapped) or not all(0 <= d < dim for d in wrapped):
         raise ValueError(f"dims: expected distinct indices of {dim} outputs, one at least, got {listed}")
     return wrapped
-
-
-@singledispatch
-def _gaussian(covariance: Covariance, locs: Tensor) -> dist.Distribution:
-    """Pyro distribution of the components."""
-    raise NotImplementedError(f"no Pyro distribution is known for {type(covariance).__name__}")
-
-
-@_gaussian.register
-def _(covariance: FullCovariance, locs: Tensor) -> dist.Distribution:
-    return dist.MultivariateNormal(locs, scale_tril=covariance.scale_tril(), validate_args=False)
-
-
-@_gaussian.register
-def _(covariance: DiagonalCovariance, locs: Tensor) -> dist.Distribution:
-    return dist.Normal(locs, covariance.scale, validate_args=False).to_event(1)
-
-
-@_gaussian.register
-def _(covariance: IsotropicCovariance, locs: Tensor) -> dist.Distribution:
-    return dist.Normal(locs, covariance.scale.unsqueeze(-1), validate_args=False).to_event(1)
-
-
-@_gaussian.register
-def _(covariance: LowRankCovariance, locs: Tensor) -> dist.Distribution:
-    variance = covariance.scale.square()
-    return dist.LowRankMultivariateNormal(locs, covariance.factor, variance, validate_args=False)
 
 
 def has_missing(value: Tensor) -> bool:

@@ -53,6 +53,10 @@ class DeepEnsemble(nn.Module):
     torch.Size([4, 5])
     """
 
+    stacked: MixtureDensityNetwork
+    size: int
+    bootstrap: bool
+
     def __init__(
         self,
         network: MixtureDensityNetwork | Sequence[MixtureDensityNetwork],

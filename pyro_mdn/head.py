@@ -42,6 +42,13 @@ class MixtureHead(nn.Module):
     GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
     """
 
+    noise: NoiseModel
+    in_features: int
+    dim_out: int
+    n_components: int
+    sizes: list[int]
+    linear: nn.Linear
+    raw_noise: nn.Parameter | None
     shift: Tensor
     scale: Tensor
 

@@ -56,6 +56,11 @@ class MixtureDensityNetwork(PyroModule):
     (torch.Size([5]), torch.Size([5, 1]))
     """
 
+    input_shape: tuple[int, ...]
+    hidden_dim: tuple[int, ...]
+    custom_backbone: bool
+    backbone: nn.Module
+    head: MixtureHead
     x_shift: Tensor
     x_scale: Tensor
 

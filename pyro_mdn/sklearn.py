@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_mdn.checks import is_count, require_counts
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.loop import FitResult
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
@@ -91,6 +92,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     >>> model.predict(X).shape, model.predict_quantiles(X, [0.05, 0.5, 0.95]).shape
     ((100,), (100, 3))
     """
+
+    network_: MixtureDensityNetwork | DeepEnsemble
+    result_: FitResult
+    n_outputs_: int
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ ORDER = [
     "correlated",
     "noise",
     "reduction",
+    "components",
     "density",
     "algebra",
     "mixture",
