@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["all_finite", "bounds", "is_count", "require_counts", "require_numbers"]
+__all__ = ["all_finite", "bounds", "is_count", "is_differentiated", "require_counts", "require_numbers"]
 
 
 def is_count(value: Any) -> bool:
@@ -62,3 +63,12 @@ def all_finite(tensor: Tensor) -> bool:
     """
     low, high = bounds(tensor)
     return bool(low.isfinite() & high.isfinite())
+
+
+def is_differentiated(*tensors: Tensor) -> bool:
+    """Whether somebody may want derivatives with respect to these: in backward or forward mode, or compiled."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

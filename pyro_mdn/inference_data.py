@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +18,7 @@ from pyro_mdn.labels import JOINT, Array, Labels, as_array, by_chain, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.source import ENSEMBLE, POINT, Source, predict
+from pyro_mdn.vectorized import seeded
 
 if TYPE_CHECKING:
     from xarray import Dataset
@@ -104,7 +105,7 @@ def to_inference_data(
     targets = targets[:, None] if targets.ndim == 1 else targets
     if not targets.size or np.isinf(targets).any():
         raise ValueError(f"y: expected finite numbers, or NaN, in one row at least, got shape {targets.shape}")
-    with torch.no_grad(), _seeded(seed):
+    with torch.no_grad(), seeded(seed):
         source = Source.of(predictive, x, posterior, num_samples, method)
         mixture = source.mixture
         if mixture.batch_shape[1:] != targets.shape[:1] or mixture.dim != targets.shape[-1] or targets.ndim != 2:
@@ -376,12 +377,4 @@ def _without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)
-        yield
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    with nullcontext() if seed is None else torch.random.fork_rng():
-        if seed is not None:
-            torch.manual_seed(seed)
         yield

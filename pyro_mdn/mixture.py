@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_mdn import kernels, reduction, univariate
 from pyro_mdn.algebra import MixtureAlgebra
+from pyro_mdn.checks import is_differentiated
 from pyro_mdn.correlated import FullCovariance
 
 __all__ = ["GaussianMixture"]
@@ -175,7 +176,7 @@ class GaussianMixture(MixtureAlgebra):
 
             return univariate.follow_root(draws[..., d], equation)
 
-        if univariate.is_differentiated(self.logits, self.locs, *self.covariance.tensors()):
+        if is_differentiated(self.logits, self.locs, *self.covariance.tensors()):
             return self._walk(follow)
         return draws
 

@@ -18,6 +18,7 @@ from pyro_mdn.density import check_dims
 from pyro_mdn.grids import PIXELS, along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
 from pyro_mdn.labels import Array, as_array, names_of, to_numpy
 from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.vectorized import seeded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,8 +111,7 @@ def _plot_joint_density(
     first, second = grid_of(mixture, 0), grid_of(mixture, 1)
     points = torch.stack(torch.meshgrid(first, second, indexing="xy"), -1)
     log_density = to_numpy(in_parts(mixture.log_prob, points, mixture))
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)  # the thresholds are by Monte Carlo: a figure should stay the same
+    with seeded(0):  # the thresholds are by Monte Carlo: a figure should stay the same
         levels = [float(mixture.highest_density_threshold(mass)) for mass in masses]
     for level, mass, color in zip(levels, masses, _shades(len(masses)), strict=True):
         ax.contourf(to_numpy(first), to_numpy(second), log_density, levels=[level, math.inf], colors=[color])

@@ -2,8 +2,7 @@ r"""The front door of scikit-learn: an estimator whose predictions are distribut
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, Literal, Self
 
@@ -28,6 +27,7 @@ from pyro_mdn.scorers import (
     predictive_distribution,
 )
 from pyro_mdn.training import fit
+from pyro_mdn.vectorized import seeded
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
@@ -156,7 +156,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         rows, targets = torch.tensor(X), as_targets(y)
         weight = None if sample_weight is None else as_weight(sample_weight, len(rows))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        with _seeded(seed):
+        with seeded(seed):
             network = self._build(rows.shape[1], targets.shape[1])
         counted = ~targets.isnan().all(-1) if weight is None else ~targets.isnan().all(-1) & (weight > 0)
         shifts = [_center(values[counted]) for values in (rows, targets)]
@@ -240,7 +240,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         require_counts(n=n)
         mixture = self.predict_distribution(X)
-        with _seeded(check_random_state(random_state).randint(2**31 - 1)):
+        with seeded(int(check_random_state(random_state).randint(2**31 - 1))):
             return self._shaped(mixture.sample((int(n),)))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -307,14 +307,6 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _shaped(self, values: Tensor) -> np.ndarray:
         """Array of values ``(..., D)``, without the last axis if y had none."""
         return (values.squeeze(-1) if self._vector else values).numpy()
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Have torch's generators start from a seed, and afterwards be as they were."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
 
 
 def _center(values: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from pyro_mdn.optimization import (
     default_weight_decay,
 )
 from pyro_mdn.trainee import CollapseWarning, EnsembleTrainee, NetworkTrainee, Trainee
-from pyro_mdn.vectorized import isolated
+from pyro_mdn.vectorized import isolated, seeded
 
 __all__ = ["CollapseWarning", "fit"]
 
@@ -340,10 +340,9 @@ def _isolated(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Keep Pyro's parameter store, what validates, the modes of modules and the generators as they were."""
     with ExitStack() as stack:
         stack.enter_context(isolated())
-        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        stack.enter_context(seeded(seed))
         for module in modules:
             stack.enter_context(evaluating(module))
-        torch.manual_seed(seed)
         yield
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.special import erfc, ndtri
+
+from pyro_mdn.checks import is_differentiated
 
 __all__ = [
     "follow_root",
-    "is_differentiated",
     "minimize_bracketed",
     "mixture_cdf",
     "mixture_log_density",
@@ -56,15 +56,6 @@ def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> 
     # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
     finite = torch.where(tail > 0, root, mirrored[..., 0].detach())
     return sign * torch.where(tail > 0, follow_root(finite, equation), root)
-
-
-def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether somebody may want derivatives with respect to these: in backward or forward mode, or compiled."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:

@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OwnParameters", "isolated", "over_draws", "unvalidated"]
+__all__ = ["OwnParameters", "isolated", "over_draws", "seeded", "unvalidated"]
 
 
 def over_draws(
@@ -58,6 +58,17 @@ def over_draws(
 def isolated() -> Iterator[None]:
     """Have Pyro's parameter store empty and nothing validated inside, and both as they were afterwards."""
     with pyro.get_param_store().scope(), unvalidated():
+        yield
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Have torch's generators start from a seed inside, and as they were afterwards; with ``None``, as they are."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
         yield
 
 
