@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self, SupportsIndex
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
@@ -329,7 +330,18 @@ def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
 
 
 def has_missing(value: Tensor) -> bool:
-    """Whether an entry is NaN; taken as no under compilation, where control flow must not depend on data."""
-    if torch.compiler.is_compiling() or not math.isnan(value.sum().item()):  # the sum is quicker, and NaN if any is
+    """Whether an entry is NaN; taken as no under compilation, where control flow must not depend on data.
+
+    Raises:
+        ValueError: If one is under ``torch.vmap``, for the same reason.
+    """
+    if torch.compiler.is_compiling():
         return False
-    return bool(value.isnan().any())
+    whole, mapped = value, False
+    while functorch.is_functorch_wrapped_tensor(whole):
+        mapped |= functorch.is_batchedtensor(whole)
+        whole = functorch.get_unwrapped(whole)
+    missing = math.isnan(whole.sum().item()) and bool(whole.isnan().any())  # the sum is quicker, and NaN if any is
+    if missing and mapped:
+        raise ValueError("value: expected complete points under torch.vmap, got NaN for missing ones")
+    return missing

@@ -95,12 +95,14 @@ class DeepEnsemble(nn.Module):
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return self.stacked.head.mixture(raw, shift, scale)
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.
 
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``.
+            replicated: Whether there may be several targets for each input, ``(*sample, M, *batch, D)``, and so losses
+                ``(*sample, M, *batch)``.
 
         Raises:
             ValueError: If the shapes do not agree.
@@ -109,7 +111,8 @@ class DeepEnsemble(nn.Module):
             raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
         raw = self._raw(x, tensors, shared=False)
-        if y.shape != (expected := (*raw[0].shape[:-1], self.stacked.dim_out)):
+        expected = (*raw[0].shape[:-1], self.stacked.dim_out)
+        if y.shape[-len(expected) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return -self.stacked.head.log_density(raw, y, shift, scale)

@@ -89,18 +89,18 @@ class MixtureHead(nn.Module):
         return self.mixture(self.raw(features), self.shift, self.scale)
 
     def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
-        """Log-density of y ``(*batch, D)`` given the features, in nats and the units of y.
+        """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
 
         That of ``forward(features).log_prob(y)``, without building that mixture.
 
         Raises:
             ValueError: If the shapes do not agree or y is not floating point.
         """
-        if not y.is_floating_point() or y.shape != (*features.shape[:-1], self.dim_out):
-            expected = f"floating point of shape {(*features.shape[:-1], self.dim_out)}"
-            raise ValueError(f"y: expected {expected}, got {y.dtype} of shape {tuple(y.shape)}")
+        expected = (*features.shape[:-1], self.dim_out)
+        if not y.is_floating_point() or y.shape[-len(expected) :] != expected:
+            raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
         shift, scale, whitening = self.shift, self.scale, self.noise.whitening
-        if whitening is None or self.raw_noise is not None or has_missing(y):
+        if whitening is None or self.raw_noise is not None or y.ndim > features.ndim or has_missing(y):
             return self.log_density(self.raw(features), y, shift, scale)
         channels = self.channels(features)
         width, value = self.noise.num_params(self.dim_out), ((y - shift) / scale).to(channels.dtype)
@@ -108,7 +108,7 @@ class MixtureHead(nn.Module):
         return density - self._log_unit(scale)
 
     def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """Log-density of y ``(*batch, D)`` under :meth:`mixture` of the same arguments, without building that."""
+        """Log-density of y ``(*sample, *batch, D)`` under :meth:`mixture` of the same arguments, without that."""
         logits, locs, noise = raw
         standardized = ((y - shift) / scale).to(locs.dtype)
         if has_missing(y):  # an entry without a density has no unit

@@ -134,13 +134,15 @@ class MixtureDensityNetwork(PyroModule):
         """
         return self.head(self.features(x))
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def loss(self, x: Tensor, y: Tensor, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
 
         Args:
             x: Inputs ``(*batch, dim_in)``.
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. An entry that is NaN was
                 not observed: the density is that of the others.
+            replicated: Whether there may be several targets for each input, ``(*sample, *batch, D)``, and so losses
+                ``(*sample, *batch)``.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is infinite or
@@ -148,7 +150,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         with self._context():
             features = self.features(x)
-            return -self.head.log_prob(features, self.targets(y, features.shape[:-1]))
+            return -self.head.log_prob(features, self.targets(y, features.shape[:-1], replicated=replicated))
 
     @torch.no_grad()
     def sample(self, x: Tensor, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
@@ -261,7 +263,7 @@ class MixtureDensityNetwork(PyroModule):
         return x.shape[: x.ndim - n]
 
     def targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
-        """Targets as vectors ``(*batch, D)``; if ``replicated``, with further dimensions to the left, for outer plates.
+        """Targets as vectors ``(*batch, D)``; if ``replicated``, perhaps with further dimensions to the left.
 
         Raises:
             ValueError: If shape, dtype or device does not fit or, when Pyro validates, if a value is infinite.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn import scores
-from pyro_mdn.checks import require_numbers
+from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, require_sites
 from pyro_mdn.network import MixtureDensityNetwork
@@ -21,7 +21,6 @@ from pyro_mdn.vectorized import OwnParameters, isolated, over_draws, unvalidated
 __all__ = [
     "ContinuousRankedProbability",
     "Memberwise",
-    "MemberwiseLogLikelihood",
     "NegativeElbo",
     "NegativeLogLikelihood",
     "WeightedSum",
@@ -29,22 +28,77 @@ __all__ = [
 
 
 class NegativeLogLikelihood(nn.Module):
-    r"""Objective :math:`-\log p(y \mid x)` in nats, one number per row.
+    r"""Objective :math:`-\log p(y \mid x)` in nats: one number per row, or per member and row of an ensemble.
 
-    A target that is NaN was not observed: the row's loss is that of its other targets.
+    A target that is NaN was not observed: the row's loss is that of its other targets. All that is known of a target
+    on a grid is the cell around it, where the density is taken as its mean
+
+    .. math:: \frac1S \sum_{s=1}^S p(y + u_s \odot c \mid x)
+
+    over a Latin hypercube :math:`u_s` of :math:`[-\tfrac12, \tfrac12]^D`, drawn anew by each call in training mode.
+    Otherwise the density could grow at the values of the targets without bound. On average this is no less than minus
+    the logarithm of the cell's probability over its volume (Burda, Grosse & Salakhutdinov, 2016).
+
+    Args:
+        network: Network, or an ensemble of them.
+        cell: Size c of the cells in the units of y, ``(D,)``; 0 for outputs that are on no grid.
+        num_points: Points S in each cell.
+
+    Raises:
+        ValueError: If the sizes of the cells are not D finite numbers, or if there are no points.
+
+    References:
+        McKay, Beckman & Conover (1979), A comparison of three methods for selecting values of input variables.
+        Theis, van den Oord & Bethge (2016), A note on the evaluation of generative models.
 
     >>> network = MixtureDensityNetwork(1, 1)
     >>> NegativeLogLikelihood(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
     torch.Size([8])
+    >>> counts = NegativeLogLikelihood(network, cell=torch.ones(1))
+    >>> counts(torch.randn(8, 1), torch.arange(8.0).unsqueeze(1)).shape
+    torch.Size([8])
+    >>> ensemble = DeepEnsemble(network, size=3)
+    >>> NegativeLogLikelihood(ensemble)(torch.randn(3, 8, 1), torch.randn(3, 8, 1)).shape
+    torch.Size([3, 8])
     """
 
-    def __init__(self, network: MixtureDensityNetwork) -> None:
+    cell: Tensor | None
+    num_points: int
+
+    def __init__(
+        self,
+        network: MixtureDensityNetwork | DeepEnsemble,
+        cell: Tensor | None = None,
+        num_points: int = 8,
+    ) -> None:
         super().__init__()
-        self.network = network
+        require_counts(num_points=num_points)
+        dim = (network.stacked if isinstance(network, DeepEnsemble) else network).dim_out
+        if cell is not None and not (cell.shape == (dim,) and bool((cell.isfinite() & (cell >= 0)).all())):
+            raise ValueError(f"cell: expected {dim} finite numbers, none negative, got {cell}")
+        self.network, self.num_points = network, int(num_points)
+        self.register_buffer("cell", cell, persistent=False)
+
+    def extra_repr(self) -> str:
+        """Describe the cells in a module's printout."""
+        return "" if self.cell is None else f"cell={self.cell.tolist()}, num_points={self.num_points}"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of each row, shape ``(N, ...)``."""
-        return self.network.loss(x, y)
+        """Loss of each row, shape ``(N, ...)``, or ``(M, N, ...)`` for an ensemble."""
+        if self.cell is None:
+            return self.network.loss(x, y)
+        losses = self.network.loss(x, self._in_cells(y, self.cell.to(y)), replicated=True)
+        return math.log(self.num_points) - losses.neg().logsumexp(0)
+
+    def _in_cells(self, y: Tensor, cell: Tensor) -> Tensor:
+        """Points ``(S, N, ..., D)`` around targets."""
+        if y.shape[-1:] != cell.shape:
+            raise ValueError(f"y: expected vectors of {len(cell)}, as the cells are, got shape {tuple(y.shape)}")
+        generator = None if self.training else torch.Generator(y.device).manual_seed(0)
+        draw = {"size": (self.num_points, *y.shape), "device": y.device, "generator": generator}
+        stratum = torch.rand(**draw).argsort(0)
+        within = torch.rand(**draw) if self.training else 0.5
+        return y + cell * ((stratum + within) / self.num_points - 0.5)
 
 
 class ContinuousRankedProbability(nn.Module):
@@ -161,23 +215,6 @@ class NegativeElbo(nn.Module):
         return losses, log_prior
 
 
-class MemberwiseLogLikelihood(nn.Module):
-    r"""Objective :math:`-\log p_m(y \mid x)` in nats for each member of an ensemble and each of its rows, ``(M, N)``.
-
-    >>> ensemble = DeepEnsemble(MixtureDensityNetwork(1, 1), size=3)
-    >>> MemberwiseLogLikelihood(ensemble)(torch.randn(3, 8, 1), torch.randn(3, 8, 1)).shape
-    torch.Size([3, 8])
-    """
-
-    def __init__(self, ensemble: DeepEnsemble) -> None:
-        super().__init__()
-        self.ensemble = ensemble
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of each member's rows, shape ``(M, N, ...)``."""
-        return self.ensemble.loss(x, y)
-
-
 class Memberwise(nn.Module):
     r"""Any objective over ``ensemble.stacked``, for each member of the ensemble and each of its rows, ``(M, N)``.
 
@@ -208,13 +245,20 @@ class Memberwise(nn.Module):
 
         def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
             rows = draw.pop("x"), draw.pop("y")
-            return (functional_call(self.objective, draw, rows),)
+            return (functional_call(self.objective, draw, rows, tie_weights=False),)
 
         with isolated():
             return over_draws(call, {**self._tensors(), "x": x, "y": y}, self.objective)[0]
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**dict(self.objective.named_parameters()), **dict(self.objective.named_buffers())}
+        """Tensors by name, each place once: ``functional_call`` would leave one that it put there twice."""
+        parts = [(name and f"{name}.", part) for name, part in self.objective.named_modules()]
+        return {
+            prefix + name: tensor
+            for prefix, part in parts
+            for named in (part.named_parameters, part.named_buffers)
+            for name, tensor in named(recurse=False)
+        }
 
 
 class WeightedSum(nn.Module):

@@ -15,7 +15,7 @@ from pyro_mdn.loop import FitResult, Loop
 from pyro_mdn.member_data import MemberBatches, MemberRows, SharedBatches, prepare_members
 from pyro_mdn.member_loop import MemberLoop
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.objectives import Memberwise, MemberwiseLogLikelihood, NegativeLogLikelihood
+from pyro_mdn.objectives import Memberwise, NegativeLogLikelihood
 
 __all__ = ["CollapseWarning", "EnsembleTrainee", "NetworkTrainee", "Trainee"]
 
@@ -46,8 +46,8 @@ class Trainee(ABC):
         """Batches to train on, and rows or batches held out."""
 
     @abstractmethod
-    def objective(self, given: nn.Module | None) -> nn.Module:
-        """Objective with a loss for each row, from one that was given or by default."""
+    def objective(self, given: nn.Module | None, cell: Tensor | None) -> nn.Module:
+        """Objective with a loss for each row: one that was given, or that for targets on a grid of these cells."""
 
     @abstractmethod
     def targets(self, rows: Rows) -> Tensor:
@@ -77,8 +77,8 @@ class NetworkTrainee(Trainee):
     def prepare(self, x: Any, y: Any, weight: Any, validation: Any, batch_size: int | None) -> tuple[Any, Any]:
         return prepare(self.network, x, y, weight, validation, batch_size)
 
-    def objective(self, given: nn.Module | None) -> nn.Module:
-        return NegativeLogLikelihood(self.network) if given is None else given
+    def objective(self, given: nn.Module | None, cell: Tensor | None) -> nn.Module:
+        return NegativeLogLikelihood(self.network, cell) if given is None else given
 
     def targets(self, rows: Rows) -> Tensor:
         return rows.y
@@ -109,8 +109,10 @@ class EnsembleTrainee(Trainee):
         member, bootstrap = self.ensemble.member(0), self.ensemble.bootstrap
         return prepare_members(member, self.ensemble.size, x, y, weight, validation, batch_size, bootstrap=bootstrap)
 
-    def objective(self, given: nn.Module | None) -> nn.Module:
-        return MemberwiseLogLikelihood(self.ensemble) if given is None else Memberwise(given, self.ensemble.size)
+    def objective(self, given: nn.Module | None, cell: Tensor | None) -> nn.Module:
+        if given is None:
+            return NegativeLogLikelihood(self.ensemble, cell)
+        return given if self.ensemble in given.modules() else Memberwise(given, self.ensemble.size)
 
     def targets(self, rows: Rows) -> Tensor:
         return rows.y[0]

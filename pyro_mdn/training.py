@@ -25,7 +25,7 @@ from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.objectives import NegativeElbo
+from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
 from pyro_mdn.optimization import (
     FINAL_NOISE,
     INPUT_NOISE,
@@ -95,7 +95,7 @@ def fit(
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             was not observed: its row counts with the density of its other entries.
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
-            by default :class:`NegativeLogLikelihood`.
+            by default :class:`NegativeLogLikelihood`, over cells where targets are on a grid.
         guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. An AutoGuide, or a module
             that owns its parameters; or a class of AutoGuides, such as ``AutoNormal``, of which one is made that
             starts from the weights that the network had. It comes back in the result. By default there is no
@@ -115,9 +115,9 @@ def fit(
             number of training rows (0.5 at most; all steps of a sequence count), since a prior on the weights
             matters less the more data there are.
         input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.1.
-        target_noise: The same for y; by default 0.1. Unless it is 0, the noise does not fade below a sixth of the
-            spacing of targets on a grid (values of five rows or more each), and held-out targets have that much
-            too: a density could grow there without bound.
+        target_noise: The same for y; by default 0.1. Unless it is 0, targets on a grid (values of five rows or more
+            each) stand for their cells, since a density could grow there without bound: by the default objective,
+            or by noise of a sixth of the spacing that stays, and that held-out targets have too.
         final_noise: Share of the noise that is left at the end of the schedule; by default 0.03.
         patience: Epochs without improvement of the validation loss before training stops; by default a quarter of
             ``max_epochs``.
@@ -181,7 +181,8 @@ def fit(
                     initialize = False
                 counts = {"num_particles": num_particles, "kl_warmup": math.ceil(kl_warmup * max_epochs * len(batches))}
                 objective = NegativeElbo(network, guide, batches.num_rows, **counts)
-            objective = trainee.objective(objective)
+            spacing = grid_spacing(trainee.targets(batches.head(_ROWS_TO_START))).to(trainee.network.head.scale)
+            objective = trainee.objective(objective, spacing if target_noise != 0 and bool(spacing.any()) else None)
             regularized = not any(isinstance(part, NegativeElbo) for part in objective.modules())
             settings = Settings(
                 max_epochs=max_epochs,
@@ -254,7 +255,7 @@ class _Plan:
         """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained."""
         rows = batches.head(_ROWS_TO_START)[:2]
         with torch.no_grad():
-            losses = self.objective(rows.x, rows.y)
+            losses = self.objective.eval()(rows.x, rows.y)
         if losses.shape[: rows.leading] != rows.x.shape[: rows.leading]:
             raise ValueError(f"objective: expected one loss for each of {len(rows)} rows, got {tuple(losses.shape)}")
         trained = {id(parameter) for parameter in self.objective.parameters()}
@@ -269,13 +270,14 @@ class _Plan:
         # 99.7 % of that noise stays within the cell of the grid.
         least = grid_spacing(trainee.targets(rows)) / 6 * (self.settings.target_noise > 0)
         least = least.to(trainee.network.head.scale)
+        over_cells = any(isinstance(o, NegativeLogLikelihood) and o.cell is not None for o in self.objective.modules())
         if self.initialize:
             trainee.initialize_(rows, blur(rows.y, least))
         if self.counts_rows and isinstance(self.objective, NegativeElbo):
             self.objective.num_data = batches.num_rows
         units = trainee.units(rows)
         loop = trainee.loop(self.objective, batches, held_out, units, self.settings, compiled=self.compiled)
-        loop.least_noise = least if bool(least.any()) else None
+        loop.least_noise = least if bool(least.any()) and not over_cells else None
         return loop
 
 

@@ -18,12 +18,15 @@ from pyro_mdn import (
     Isotropic,
     LowRank,
     MixtureDensityNetwork,
+    NegativeLogLikelihood,
+    WeightedSum,
     bayesianize,
     fit,
     scores,
 )
 from pyro_mdn.data import Rows
 from pyro_mdn.member_data import MemberBatches
+from pyro_mdn.objectives import Memberwise
 
 PLAIN = {"progress": False, "input_noise": 0.0, "target_noise": 0.0, "initialize": False}
 
@@ -316,15 +319,36 @@ def test_sample_weights_count():
         assert_close(dict(ensemble.member(i).state_dict()), dict(network.state_dict()), rtol=1e-6, atol=1e-6)
 
 
-def test_another_objective():
+OBJECTIVES = {
+    "crps": ContinuousRankedProbability,
+    "likelihood": NegativeLogLikelihood,
+    "sum": lambda n: WeightedSum([NegativeLogLikelihood(n), ContinuousRankedProbability(n)], [1.0, 0.5]),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_another_objective(name):
     x, y = (t.double() for t in data(60))
     members = [n.double() for n in networks(2)]
     ensemble = DeepEnsemble(members)
     settings = {**PLAIN, "validation": 0, "batch_size": 60, "max_epochs": 5}
-    fit(ensemble, x, y, objective=ContinuousRankedProbability(ensemble.stacked), **settings)
+    fit(ensemble, x, y, objective=OBJECTIVES[name](ensemble.stacked), **settings)
     for i, network in enumerate(members):
-        fit(network, x, y, objective=ContinuousRankedProbability(network), **settings)
+        fit(network, x, y, objective=OBJECTIVES[name](network), **settings)
         assert_close(dict(ensemble.member(i).state_dict()), dict(network.state_dict()), rtol=1e-6, atol=1e-6)
+
+
+def test_missing_targets_are_refused_where_members_are_mapped():
+    x, y = data()
+    ensemble = DeepEnsemble(networks(2))
+    y[3] = torch.nan
+    objective = Memberwise(NegativeLogLikelihood(ensemble.stacked), 2)
+    with pytest.raises(ValueError, match=r"value: expected complete points under torch\.vmap, got NaN"):
+        objective(torch.stack([x, x]), torch.stack([y, y]))
+    with pytest.raises(ValueError, match=r"value: expected complete points under torch\.vmap, got NaN"):
+        torch.vmap(ensemble.member(0)(x[0]).log_prob)(y)
+    assert objective.objective.network.head.linear.weight is ensemble.stacked.head.linear.weight
+    assert isinstance(ensemble.stacked.head.linear.weight, nn.Parameter)
 
 
 def test_dropout_differs_from_member_to_member():
