@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, SupportsIndex
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
