@@ -95,9 +95,15 @@ class NegativeLogLikelihood(nn.Module):
         if y.shape[-1:] != cell.shape:
             raise ValueError(f"y: expected vectors of {len(cell)}, as the cells are, got shape {tuple(y.shape)}")
         generator = None if self.training else torch.Generator(y.device).manual_seed(0)
-        draw = {"size": (self.num_points, *y.shape), "device": y.device, "generator": generator}
-        stratum = torch.rand(**draw).argsort(0)
-        within = torch.rand(**draw) if self.training else 0.5
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(self.num_points, *shape, device=y.device, generator=generator)
+
+        # Only how the strata of outputs are paired is random: those of the first one stay in order.
+        first = torch.arange(self.num_points, device=y.device).reshape(-1, *(1,) * y.ndim)
+        others = draw(*y.shape[:-1], y.shape[-1] - 1).argsort(0)
+        stratum = torch.cat([first.expand(-1, *y.shape[:-1], 1), others], -1)
+        within = draw(*y.shape) if self.training else 0.5
         return y + cell * ((stratum + within) / self.num_points - 0.5)
 
 
