@@ -71,7 +71,7 @@ def ours(kind, n, k, d):
 
 def kernel(kind, n, k, d):
     """What ``network.loss`` and ``fit`` go through."""
-    from pyro_mdn import kernels
+    from pyro_mdn import layer
 
     if kind.endswith("linear"):
         raise NotImplementedError
@@ -79,19 +79,19 @@ def kernel(kind, n, k, d):
     channels = 0.3 * torch.randn(k * (1 + d + width_of(kind, d)), n, device=DEVICE)
     y = torch.randn(n, d, device=DEVICE)
     channels.requires_grad_()
-    return gradient(lambda: kernels.channel_log_density(whitening, k, width_of(kind, d), channels, y), [channels])
+    return gradient(lambda: layer.channel_log_density(whitening, k, width_of(kind, d), channels, y), [channels])
 
 
 def compiled(kind, n, k, d):
     """The same, compiled."""
-    from pyro_mdn import kernels
+    from pyro_mdn import layer
 
     if kind.endswith("linear"):
         raise NotImplementedError
     whitening, width = noise_of(kind).whitening, width_of(kind, d)
     channels = (0.3 * torch.randn(k * (1 + d + width), n, device=DEVICE)).requires_grad_()
     y = torch.randn(n, d, device=DEVICE)
-    density = torch.compile(lambda c: kernels.channel_log_density(whitening, k, width, c, y), fullgraph=True)
+    density = torch.compile(lambda c: layer.channel_log_density(whitening, k, width, c, y), fullgraph=True)
     return gradient(lambda: density(channels), [channels])
 
 

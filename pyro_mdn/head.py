@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from pyro_mdn import kernels
 from pyro_mdn.checks import is_count
 from pyro_mdn.density import has_missing, log_density
+from pyro_mdn.layer import channel_log_density, layer_log_density
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
 
@@ -102,9 +103,17 @@ class MixtureHead(nn.Module):
         shift, scale, whitening = self.shift, self.scale, self.noise.whitening
         if whitening is None or self.raw_noise is not None or y.ndim > features.ndim or has_missing(y):
             return self.log_density(self.raw(features), y, shift, scale)
-        channels = self.channels(features)
-        width, value = self.noise.num_params(self.dim_out), ((y - shift) / scale).to(channels.dtype)
-        density = kernels.channel_log_density(whitening, self.n_components, width, channels, value)
+        settings = whitening, self.n_components, self.noise.num_params(self.dim_out)
+        weight, bias = self.linear.weight, self.linear.bias
+        value = (y - shift) / scale
+        # With few channels autograd is as quick; other precisions than these are accumulated in single.
+        plain = weight.dtype == features.dtype and weight.dtype.itemsize >= 4 and not _autocasts(features)
+        if plain and len(weight) > self.in_features:
+            flat = features.reshape(-1, self.in_features), value.reshape(-1, self.dim_out).to(weight.dtype)
+            density = layer_log_density(*settings, weight, bias, *flat).reshape(y.shape[:-1])
+        else:
+            channels = self.channels(features)
+            density = channel_log_density(*settings, channels, value.to(channels.dtype))
         return density - self._log_unit(scale)
 
     def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -212,6 +221,10 @@ class MixtureHead(nn.Module):
             starting_value(self, "raw_noise").copy_(raw)
             raw = raw[:0]
         bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled(tensor.device.type)
 
 
 def _accumulated(channels: Tensor) -> Tensor:

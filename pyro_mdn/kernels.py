@@ -19,9 +19,12 @@ from torch import Tensor
 __all__ = [
     "Whitening",
     "cat_channels",
-    "channel_log_density",
     "channels_first",
     "channels_last",
+    "density_backward",
+    "density_by_autograd",
+    "density_forward",
+    "differentiable_gradients",
     "gram_schmidt",
     "location_and_scale",
     "low_rank_capacitance",
@@ -153,11 +156,12 @@ def mixture_log_density(
         normalize: Whether to normalise the weights; if not, :math:`w_k = e^{l_k}`.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _by_autograd(whitening, normalize, logits, locs, value, *factors)
+        return density_by_autograd(whitening, normalize, logits, locs, value, *factors)
     return _MixtureLogDensity.apply(whitening, normalize, logits, locs, value, *factors)
 
 
-def _by_autograd(whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
+def density_by_autograd(whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
+    """:func:`mixture_log_density` of logits, locations, values and factors, in differentiable operations."""
     log_weights, locs, value, *factors = _channels(normalize, *arguments)
     whitened, half_log_det, _ = whitening.whiten(locs - value, *factors)
     joint = log_weights - 0.5 * whitened.square().sum(0) - half_log_det
@@ -170,7 +174,7 @@ _EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
 class _MixtureLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
-        log_density, sums, kept = _forward(whitening, *_channels(normalize, *arguments))
+        log_density, sums, kept = density_forward(whitening, *_channels(normalize, *arguments))
         ctx.save_for_backward(*arguments, *sums, *kept)
         ctx.whitening, ctx.normalize, ctx.count = whitening, normalize, len(arguments)
         return log_density
@@ -181,9 +185,9 @@ class _MixtureLogDensity(torch.autograd.Function):
         arguments, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # somebody wants derivatives of these
-            again = _by_autograd, (ctx.whitening, ctx.normalize), arguments
-            return None, None, *_differentiable_gradients(*again, needed, grad)
-        weight, log_weights, grad_locs, *grads = _backward(ctx.whitening, grad, *saved)
+            again = density_by_autograd, (ctx.whitening, ctx.normalize), arguments
+            return None, None, *differentiable_gradients(*again, needed, grad)
+        weight, log_weights, grad_locs, *grads = density_backward(ctx.whitening, grad, *saved)
         grad_value = -grad_locs.sum(1) if needed[2] else None
         if ctx.normalize:
             weight = torch.addcmul(weight, log_weights.exp(), grad, value=-1)
@@ -191,75 +195,13 @@ class _MixtureLogDensity(torch.autograd.Function):
         return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
 
-def channel_log_density(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
-    """Log-density of a Gaussian mixture from the channels of a layer: :func:`mixture_log_density` of their parts.
-
-    Args:
-        whitening: Structure of the covariances, of one factor.
-        n_components: Number of components K.
-        width: Channels of the factor of one component.
-        channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
-        value: Points y, ``(*batch, D)``.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return _channels_by_autograd(whitening, n_components, width, channels, value)
-    return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
-
-
-def _parts(n_components: int, width: int, dim: int, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch, n = channels.shape[1:], n_components * dim
-    logits, locs, factor = channels.split_with_sizes([n_components, n, channels.shape[0] - n_components - n])
-    return logits, locs.view(dim, n_components, *batch), factor.view(width, factor.shape[0] // width, *batch)
-
-
-def _channels_by_autograd(
-    whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
-) -> Tensor:
-    logits, locs, factor = _parts(n_components, width, value.shape[-1], channels)
-    arguments = channels_last(logits, 1), channels_last(locs, 2), value, channels_last(factor, 2)
-    return _by_autograd(whitening, True, *arguments)
-
-
-class _ChannelLogDensity(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
-    ) -> Tensor:
-        ctx.settings = whitening, n_components, width
-        logits, locs, factor = _parts(n_components, width, value.shape[-1], channels)
-        points = channels_first(value, 1).unsqueeze(1)
-        log_density, sums, kept = _forward(whitening, logits.log_softmax(0), locs, points, factor)
-        ctx.save_for_backward(channels, value, *sums, *kept)
-        return log_density
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
-        channels, value, *saved = ctx.saved_tensors
-        whitening, n_components, width = ctx.settings
-        if torch.is_grad_enabled():
-            again = _channels_by_autograd, ctx.settings, (channels, value)
-            return None, None, None, *_differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
-        gradient = torch.empty_like(channels)
-        for_logits, for_locs, for_factor = _parts(n_components, width, value.shape[-1], gradient)
-        out = (for_locs, for_factor) if for_factor.shape[1] == n_components else None
-        weight, log_weights, grad_locs, grad_factor = _backward(whitening, grad, *saved, out=out)
-        torch.addcmul(weight, log_weights.exp(), grad, value=-1, out=for_logits)
-        if grad_locs is not for_locs:
-            for_locs.copy_(grad_locs)
-        if grad_factor is not for_factor:
-            for_factor.copy_(grad_factor.sum_to_size(for_factor.shape))
-        grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
-        return None, None, None, gradient, grad_value
-
-
 # Both on channel-first tensors
 
 
-def _forward(
+def density_forward(
     whitening: Whitening, log_weights: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Log-density, and what :func:`_backward` takes."""
+    """Log-density, and what :func:`density_backward` takes."""
     whitened, half_log_det, kept = whitening.whiten(locs - value, *factors, scratch=True)
     joint, outputs = log_weights - half_log_det, whitened.unbind()
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
@@ -272,7 +214,7 @@ def _forward(
     return log_density, (log_weights, share, total, whitened), kept
 
 
-def _backward(
+def density_backward(
     whitening: Whitening,
     grad: Tensor,
     log_weights: Tensor,
@@ -287,13 +229,14 @@ def _backward(
     return weight, log_weights, *whitening.pull_back(weight, whitened, *kept, out=out)
 
 
-def _differentiable_gradients(
+def differentiable_gradients(
     function: Callable[..., Tensor],
     settings: Sequence[Any],
     arguments: Sequence[Tensor],
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
+    """Gradients with respect to the arguments that need one, with a graph of their own."""
     aliases = [a.view_as(a) for a in arguments]  # the same tensor may have been given twice
     wanted = [a for a, needs in zip(aliases, needed, strict=True) if needs]
     log_density = function(*settings, *aliases)

@@ -1,0 +1,175 @@
+r"""Log-densities of mixtures straight from a linear layer, or from its channels: what a training step goes through.
+
+As :func:`pyro_mdn.kernels.mixture_log_density`, with gradients that are written where they belong in one buffer, from
+which the layer has its own in the order that is quickest.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.kernels import (
+    Whitening,
+    channels_first,
+    channels_last,
+    density_backward,
+    density_by_autograd,
+    density_forward,
+    differentiable_gradients,
+)
+
+__all__ = ["channel_log_density", "layer_log_density"]
+
+
+def channel_log_density(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
+    """Log-density of a Gaussian mixture from the channels of a layer, shape ``(*batch,)``.
+
+    Args:
+        whitening: Structure of the covariances, of one factor.
+        n_components: Number of components K.
+        width: Channels of the factor of one component.
+        channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
+        value: Points y, ``(*batch, D)``.
+    """
+    if _is_traced():
+        return _channels_by_autograd(whitening, n_components, width, channels, value)
+    return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
+
+
+def layer_log_density(
+    whitening: Whitening, n_components: int, width: int, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
+) -> Tensor:
+    """Log-density of the Gaussian mixture whose channels a linear layer gives, shape ``(N,)``.
+
+    Args:
+        whitening: Structure of the covariances, of one factor.
+        n_components: Number of components K.
+        width: Channels of the factor of one component.
+        weight: Weight of the layer, ``(C, H)``.
+        bias: Its bias, ``(C,)``.
+        features: What it is given, ``(N, H)``, of the same dtype.
+        value: Points y, ``(N, D)``.
+    """
+    if _is_traced():
+        return _layer_by_autograd(whitening, n_components, width, weight, bias, features, value)
+    return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _channels_by_autograd(
+    whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
+) -> Tensor:
+    logits, locs, factor = _parts(n_components, width, value.shape[-1], channels)
+    arguments = channels_last(logits, 1), channels_last(locs, 2), value, channels_last(factor, 2)
+    return density_by_autograd(whitening, True, *arguments)
+
+
+def _layer_by_autograd(
+    whitening: Whitening, n_components: int, width: int, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
+) -> Tensor:
+    channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
+    return _channels_by_autograd(whitening, n_components, width, channels, value)
+
+
+class _ChannelLogDensity(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.settings = whitening, n_components, width
+        log_density, saved = _forward(ctx.settings, channels, _points(value))
+        ctx.save_for_backward(channels, value, *saved)
+        return log_density
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        channels, value, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody wants derivatives of these
+            again = _channels_by_autograd, ctx.settings, (channels, value)
+            return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
+        gradient = torch.empty_like(channels)
+        grad_locs = _backward(ctx.settings, grad, saved, gradient)
+        grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
+        return None, None, None, gradient, grad_value
+
+
+class _LayerLogDensity(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        whitening: Whitening,
+        n_components: int,
+        width: int,
+        weight: Tensor,
+        bias: Tensor,
+        features: Tensor,
+        value: Tensor,
+    ) -> Tensor:
+        ctx.settings = whitening, n_components, width
+        channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
+        log_density, saved = _forward(ctx.settings, channels, _points(value))
+        ctx.save_for_backward(weight, bias, features, value, *saved)
+        return log_density
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        weight, bias, features, value, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            again = _layer_by_autograd, ctx.settings, (weight, bias, features, value)
+            return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
+        for_weight, for_bias, for_features, for_value = ctx.needs_input_grad[3:]
+        gradient = features.new_empty(len(weight), len(features))
+        grad_locs = _backward(ctx.settings, grad, saved, gradient)
+        return (
+            None,
+            None,
+            None,
+            gradient @ features if for_weight else None,
+            gradient.sum(1) if for_bias else None,
+            (weight.T @ gradient).T if for_features else None,  # quicker than gradient.T @ weight
+            channels_last(-grad_locs.sum(1), 1) if for_value else None,
+        )
+
+
+_Settings = tuple[Whitening, int, int]
+
+
+def _parts(n_components: int, width: int, dim: int, channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and factors ``(width, K, *batch)``."""
+    batch, n = channels.shape[1:], n_components * dim
+    logits, locs, factor = channels.split_with_sizes([n_components, n, channels.shape[0] - n_components - n])
+    return logits, locs.view(dim, n_components, *batch), factor.view(width, factor.shape[0] // width, *batch)
+
+
+def _points(value: Tensor) -> Tensor:
+    return channels_first(value, 1).unsqueeze(1)
+
+
+def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Log-density, and what :func:`_backward` takes."""
+    whitening, n_components, width = settings
+    logits, locs, factor = _parts(n_components, width, len(points), channels)
+    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), locs, points, factor)
+    return log_density, [*sums, *kept]
+
+
+def _backward(settings: _Settings, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
+    """Write the gradient with respect to the channels; return that with respect to the locations."""
+    whitening, n_components, width = settings
+    dim = len(saved[3])  # of the whitened residual
+    for_logits, for_locs, for_factor = _parts(n_components, width, dim, gradient)
+    out = (for_locs, for_factor) if for_factor.shape[1] == n_components else None
+    weight, log_weights, grad_locs, grad_factor = density_backward(whitening, grad, *saved, out=out)
+    torch.addcmul(weight, log_weights.exp(), grad, value=-1, out=for_logits)
+    if grad_locs is not for_locs:
+        for_locs.copy_(grad_locs)
+    if grad_factor is not for_factor:
+        for_factor.copy_(grad_factor.sum_to_size(for_factor.shape))
+    return grad_locs

@@ -1,0 +1,94 @@
+"""Log-densities straight from a linear layer: those of its channels, with gradients by hand."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureHead, layer
+
+K, D, H, N = 3, 4, 5, 7
+NOISE = [Full(min_scale=1e-2), LowRank(2), Diagonal(), Isotropic()]
+NOISE += [Full(tied=True), LowRank(2, tied=True), Diagonal(tied=True), Isotropic(tied=True)]
+every_noise = pytest.mark.parametrize("noise", NOISE, ids=repr)
+
+
+def arguments(noise, n=N):
+    """Settings of the kernel; weight, bias, features and values."""
+    torch.manual_seed(0)
+    width = noise.num_params(D)
+    rows = K * (1 + D) + width * (1 if noise.tied else K)
+    tensors = [torch.randn(rows, H), torch.randn(rows), torch.randn(n, H), torch.randn(n, D)]
+    return (noise.whitening, K, width), [t.double().requires_grad_() for t in tensors]
+
+
+def by_channels(*arguments):
+    *settings, weight, bias, features, value = arguments
+    return layer.channel_log_density(*settings, weight @ features.T + bias.unsqueeze(-1), value)
+
+
+@every_noise
+def test_gradients_are_those_of_layer_and_density_apart(noise):
+    settings, tensors = arguments(noise)
+    results = []
+    for function in (layer.layer_log_density, by_channels):
+        density = function(*settings, *tensors)
+        results.append([density, *torch.autograd.grad(density.square().sum(), tensors)])
+    assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@every_noise
+def test_second_derivatives(noise):
+    settings, tensors = arguments(noise, n=4)
+
+    def density(*tensors):
+        return layer.layer_log_density(*settings, *tensors)
+
+    assert torch.autograd.gradcheck(density, tensors)
+    assert torch.autograd.gradgradcheck(density, tensors)
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=["weight", "bias", "features", "value"])
+def test_only_what_is_wanted_is_differentiated(wanted):
+    settings, tensors = arguments(Full())
+    (expected,) = torch.autograd.grad(layer.layer_log_density(*settings, *tensors).sum(), tensors[wanted])
+    alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+    layer.layer_log_density(*settings, *alone).sum().backward()
+    assert [t.grad is not None for t in alone] == [i == wanted for i in range(4)]
+    assert_close(alone[wanted].grad, expected)
+
+
+def test_transforms_and_compilation():
+    settings, tensors = arguments(Full())
+    tensors = [t.detach() for t in tensors]
+    expected = layer.layer_log_density(*settings, *tensors)
+    mapped = torch.vmap(lambda x, y: layer.layer_log_density(*settings, *tensors[:2], x.unsqueeze(0), y.unsqueeze(0)))
+    assert_close(mapped(*tensors[2:]).squeeze(-1), expected)
+    compiled = torch.compile(lambda *t: layer.layer_log_density(*settings, *t), backend="eager", fullgraph=True)
+    assert_close(compiled(*tensors), expected)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (0,)])
+def test_batches_of_any_shape(batch):
+    head = MixtureHead(H, D, K, noise=Full()).double()
+    features, y = torch.randn(*batch, H).double(), torch.randn(*batch, D).double()
+    assert_close(head.log_prob(features, y), head(features).log_prob(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_precision(dtype, autocast):
+    """Densities are accumulated in single precision at least; products alone are of the dtype of autocast."""
+    head = MixtureHead(H, D, K).to(dtype)
+    assert sum(head.sizes) > H  # many channels
+    features, y = torch.randn(6, H, dtype=dtype, requires_grad=True), torch.randn(6, D, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        log_prob = head.log_prob(features, y)
+    assert log_prob.dtype == torch.promote_types(torch.float32, dtype)
+    exact = copy.deepcopy(head).double()(features.double()).log_prob(y)
+    rounding = 0.3 if autocast or dtype == torch.bfloat16 else 1e-4
+    assert_close(log_prob.double(), exact, rtol=rounding, atol=rounding)
+    log_prob.sum().backward()
+    assert features.grad.dtype == dtype
+    assert features.grad.isfinite().all()
