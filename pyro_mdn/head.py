@@ -106,9 +106,8 @@ class MixtureHead(nn.Module):
         settings = whitening, self.n_components, self.noise.num_params(self.dim_out)
         weight, bias = self.linear.weight, self.linear.bias
         value = (y - shift) / scale
-        # With few channels autograd is as quick; other precisions than these are accumulated in single.
-        plain = weight.dtype == features.dtype and weight.dtype.itemsize >= 4 and not _autocasts(features)
-        if plain and len(weight) > self.in_features:
+        # With few channels autograd is as quick; what has another precision is accumulated in single.
+        if len(weight) > self.in_features and weight.dtype == features.dtype and _is_exact(features):
             flat = features.reshape(-1, self.in_features), value.reshape(-1, self.dim_out).to(weight.dtype)
             density = layer_log_density(*settings, weight, bias, *flat).reshape(y.shape[:-1])
         else:
@@ -223,8 +222,9 @@ class MixtureHead(nn.Module):
         bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
 
 
-def _autocasts(tensor: Tensor) -> bool:
-    return torch.is_autocast_enabled(tensor.device.type)
+def _is_exact(tensor: Tensor) -> bool:
+    """Whether products of this are of single precision at least."""
+    return tensor.dtype.itemsize >= 4 and not torch.is_autocast_enabled(tensor.device.type)
 
 
 def _accumulated(channels: Tensor) -> Tensor:

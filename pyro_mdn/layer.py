@@ -4,6 +4,7 @@ As :func:`pyro_mdn.kernels.mixture_log_density`, with gradients that are written
 which the layer has its own in the order that is quickest.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,10 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
         channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
         value: Points y, ``(*batch, D)``.
     """
-    if _is_traced():
+    if _is_transformed():
         return _channels_by_autograd(whitening, n_components, width, channels, value)
+    if torch.compiler.is_compiling():
+        return _compilable(whitening, n_components, width, channels, value)
     return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
 
 
@@ -52,13 +55,20 @@ def layer_log_density(
         features: What it is given, ``(N, H)``, of the same dtype.
         value: Points y, ``(N, D)``.
     """
-    if _is_traced():
-        return _layer_by_autograd(whitening, n_components, width, weight, bias, features, value)
+    if _is_transformed() or torch.compiler.is_compiling():
+        channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
+        return channel_log_density(whitening, n_components, width, channels, value)
     return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
 
 
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
+def _compilable(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
+    if width > value.shape[-1] or value.requires_grad:  # rows of a factor, of different lengths, do not fuse
+        return _channels_by_autograd(whitening, n_components, width, channels, value)
+    return _LogDensityWithGradient.apply(whitening, n_components, width, channels, value)
 
 
 def _channels_by_autograd(
@@ -97,6 +107,32 @@ class _ChannelLogDensity(torch.autograd.Function):
         grad_locs = _backward(ctx.settings, grad, saved, gradient)
         grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
         return None, None, None, gradient, grad_value
+
+
+class _LogDensityWithGradient(torch.autograd.Function):
+    """The gradient is made beside the density, in one pass: a compiler would compute each exponential anew for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor
+    ) -> Tensor:
+        logits, locs, factor = _parts(n_components, width, value.shape[-1], channels)
+        log_weights = logits.log_softmax(0)
+        whitened, half_log_det, kept = whitening.whiten(locs - _points(value), factor)
+        joint = log_weights - 0.5 * whitened.square().sum(0) - half_log_det
+        top = joint.amax(0).clamp(min=torch.finfo(joint.dtype).min)
+        share = (joint - top).exp()
+        total = share.sum(0)
+        weight = share / total
+        grad_locs, grad_factor = whitening.pull_back(weight, whitened, *kept)
+        for_factor = grad_factor.sum_to_size(factor.shape).flatten(0, 1)
+        ctx.save_for_backward(torch.cat([weight - log_weights.exp(), grad_locs.flatten(0, 1), for_factor]))
+        return total.log() + top - 0.5 * math.log(2 * math.pi) * len(whitened)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (gradient,) = grad_outputs, ctx.saved_tensors
+        return None, None, None, gradient * grad, None
 
 
 class _LayerLogDensity(torch.autograd.Function):

@@ -59,14 +59,48 @@ def test_only_what_is_wanted_is_differentiated(wanted):
     assert_close(alone[wanted].grad, expected)
 
 
-def test_transforms_and_compilation():
-    settings, tensors = arguments(Full())
-    tensors = [t.detach() for t in tensors]
-    expected = layer.layer_log_density(*settings, *tensors)
-    mapped = torch.vmap(lambda x, y: layer.layer_log_density(*settings, *tensors[:2], x.unsqueeze(0), y.unsqueeze(0)))
-    assert_close(mapped(*tensors[2:]).squeeze(-1), expected)
-    compiled = torch.compile(lambda *t: layer.layer_log_density(*settings, *t), backend="eager", fullgraph=True)
-    assert_close(compiled(*tensors), expected)
+@every_noise
+@pytest.mark.parametrize("of", ["channels", "layer"])
+def test_compiled_as_one_graph(noise, of):
+    settings, tensors = arguments(noise)
+    function = layer.layer_log_density
+    if of == "channels":
+        weight, bias, features, value = tensors
+        tensors = [(weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()]
+        function = layer.channel_log_density
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *t: function(*settings, *t), backend="aot_eager", fullgraph=True)
+    wanted, results = [t for t in tensors if t.requires_grad], []
+    for f in (compiled, lambda *t: function(*settings, *t)):
+        density = f(*tensors)
+        cotangent = torch.linspace(-1, 2, N, dtype=torch.float64)
+        results.append([density, *torch.autograd.grad(density, wanted, cotangent)])
+    assert_close(*results, rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=repr)
+def test_second_derivatives_of_compiled_densities_are_refused(noise):
+    settings, (weight, bias, features, value) = arguments(noise)
+    channels, value = (weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda c: layer.channel_log_density(*settings, c, value), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        torch.autograd.grad(compiled(channels).sum(), channels, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=repr)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms(noise, compiled):
+    settings, (weight, bias, *rows) = arguments(noise)
+    rows = [t.detach() for t in rows]
+
+    def density(x, y):
+        return layer.layer_log_density(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
+
+    mapped = torch.vmap(density)
+    torch.compiler.reset()
+    mapped = torch.compile(mapped, backend="aot_eager", fullgraph=True) if compiled else mapped
+    assert_close(mapped(*rows), layer.layer_log_density(*settings, weight, bias, *rows))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (0,)])
