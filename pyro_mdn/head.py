@@ -104,10 +104,10 @@ class MixtureHead(nn.Module):
         if whitening is None or self.raw_noise is not None or y.ndim > features.ndim or has_missing(y):
             return self.log_density(self.raw(features), y, shift, scale)
         settings = whitening, self.n_components, self.noise.num_params(self.dim_out)
-        weight, bias = self.linear.weight, self.linear.bias
         value = (y - shift) / scale
         # With few channels autograd is as quick; what has another precision is accumulated in single.
-        if len(weight) > self.in_features and weight.dtype == features.dtype and _is_exact(features):
+        if sum(self.sizes) > self.in_features and self.linear.weight.dtype == features.dtype and _is_exact(features):
+            weight, bias = self.linear.weight, self.linear.bias
             flat = features.reshape(-1, self.in_features), value.reshape(-1, self.dim_out).to(weight.dtype)
             density = layer_log_density(*settings, weight, bias, *flat).reshape(y.shape[:-1])
         else:
