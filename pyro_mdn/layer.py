@@ -34,7 +34,7 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
         channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
         value: Points y, ``(*batch, D)``.
     """
-    if _is_transformed():
+    if torch._C._are_functorch_transforms_active():
         return _channels_by_autograd(whitening, n_components, width, channels, value)
     if torch.compiler.is_compiling():
         return _compilable(whitening, n_components, width, channels, value)
@@ -55,14 +55,10 @@ def layer_log_density(
         features: What it is given, ``(N, H)``, of the same dtype.
         value: Points y, ``(N, D)``.
     """
-    if _is_transformed() or torch.compiler.is_compiling():
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
         return channel_log_density(whitening, n_components, width, channels, value)
     return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
-
-
-def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active()
 
 
 def _compilable(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:

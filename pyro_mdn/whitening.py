@@ -35,7 +35,8 @@ class DiagonalWhitening(Whitening):
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (scale,) = factors
-        half_log_det, outputs_each = scale.log().sum(0), residual.shape[0] // scale.shape[0]
+        logs, outputs_each = scale.log(), residual.shape[0] // scale.shape[0]
+        half_log_det = logs[0] if len(logs) == 1 else logs.sum(0)
         whitened = torch.div(
             residual, scale, out=residual if scratch and scale.shape[1:] == residual.shape[1:] else None
         )
