@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_mdn.data import Batches, Rows, prepare
+from pyro_mdn.data import Batches, Rows, grid_spacing, prepare
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.loop import FitResult, Loop
 from pyro_mdn.member_data import MemberBatches, MemberRows, SharedBatches, prepare_members
@@ -52,6 +52,10 @@ class Trainee(ABC):
     @abstractmethod
     def targets(self, rows: Rows) -> Tensor:
         """Targets that stand for all."""
+
+    def cell(self, rows: Rows) -> Tensor:
+        """Size of the cells of targets on a grid, ``(D,)``; 0 for outputs that are on none."""
+        return grid_spacing(self.targets(rows)).to(self.network.head.scale)
 
     @abstractmethod
     def initialize_(self, rows: Rows, y: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
-from pyro_mdn.data import Batches, InMemory, Rows, Streamed, grid_spacing
+from pyro_mdn.data import Batches, InMemory, Rows, Streamed
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
@@ -181,8 +181,8 @@ def fit(
                     initialize = False
                 counts = {"num_particles": num_particles, "kl_warmup": math.ceil(kl_warmup * max_epochs * len(batches))}
                 objective = NegativeElbo(network, guide, batches.num_rows, **counts)
-            spacing = grid_spacing(trainee.targets(batches.head(_ROWS_TO_START))).to(trainee.network.head.scale)
-            objective = trainee.objective(objective, spacing if target_noise != 0 and bool(spacing.any()) else None)
+            cell = trainee.cell(batches.head(_ROWS_TO_START)) * (target_noise != 0)
+            objective = trainee.objective(objective, cell if bool(cell.any()) else None)
             regularized = not any(isinstance(part, NegativeElbo) for part in objective.modules())
             settings = Settings(
                 max_epochs=max_epochs,
@@ -196,7 +196,7 @@ def fit(
                 skip_bad_batches=skip_bad_batches,
                 autocast=autocast,
             )
-            plan = _Plan(trainee, objective, settings, root, initialize, compile, counts_rows=guide is not None)
+            plan = _Plan(trainee, objective, settings, root, cell, initialize, compile, counts_rows=guide is not None)
             plan.set_up(batches)
             if checkpoint is not None:
                 saved.require(plan.describe(batches, held_out, refit=refit))
@@ -231,6 +231,7 @@ class _Plan:
     objective: nn.Module
     settings: Settings
     seed: int
+    cell: Tensor  # of targets on a grid, 0 for outputs that are on none
     initialize: bool
     compiled: bool
     counts_rows: bool  # whether the objective is an ELBO that has to know their number
@@ -267,9 +268,7 @@ class _Plan:
         """Loop at its start, scalers and components set from the data."""
         rows = batches.head(_ROWS_TO_START)
         trainee = self.trainee
-        # 99.7 % of that noise stays within the cell of the grid.
-        least = grid_spacing(trainee.targets(rows)) / 6 * (self.settings.target_noise > 0)
-        least = least.to(trainee.network.head.scale)
+        least = self.cell / 6 * (self.settings.target_noise > 0)  # 99.7 % of that noise stays within the cell
         over_cells = any(isinstance(o, NegativeLogLikelihood) and o.cell is not None for o in self.objective.modules())
         if self.initialize:
             trainee.initialize_(rows, blur(rows.y, least))

@@ -17,6 +17,7 @@ from pyro_mdn import (
     WeightedSum,
     fit,
 )
+from pyro_mdn.vectorized import unvalidated
 
 
 def rows(n=7, dim=2):
@@ -138,6 +139,18 @@ def test_without_target_noise_densities_are_of_points():
     x, y = counts()
     result = fit(MixtureDensityNetwork(1, 1, 3, 16), x, y, target_noise=0.0, seed=0, max_epochs=60, progress=False)
     assert result.best_loss < 0
+
+
+def test_compiled_likelihood_of_cells():
+    """Points are drawn inside the graph, anew in each step."""
+    torch.compiler.reset()
+    net, (x, y) = network(), rows()
+    objective = NegativeLogLikelihood(net, torch.ones(2), 5000)
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    with unvalidated():
+        first, second = compiled(x, y), compiled(x, y)
+    assert not torch.equal(first, second)
+    assert_close(first, objective.eval()(x, y), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("size", [None, 2])

@@ -121,7 +121,7 @@ def test_precision(dtype, autocast):
         log_prob = head.log_prob(features, y)
     assert log_prob.dtype == torch.promote_types(torch.float32, dtype)
     exact = copy.deepcopy(head).double()(features.double()).log_prob(y)
-    rounding = 0.3 if autocast or dtype == torch.bfloat16 else 1e-4
+    rounding = 0.05 if autocast or dtype == torch.bfloat16 else 1e-4
     assert_close(log_prob.double(), exact, rtol=rounding, atol=rounding)
     log_prob.sum().backward()
     assert features.grad.dtype == dtype
