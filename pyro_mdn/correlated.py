@@ -28,7 +28,7 @@ class FullCovariance(Covariance):
 
     Args:
         diagonal: Diagonal of W, positive, shape ``(*batch, K, D)``.
-        lower: What is below it, row by row, shape ``(*batch, K, D(D-1)/2)``.
+        lower: What is below it, band by band, each shorter by one, shape ``(*batch, K, D(D-1)/2)``.
 
     >>> FullCovariance.from_matrix(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]]))
     FullCovariance(diagonal=tensor([[0.5000, 0.5000]]), lower=tensor([[-0.2500]]))
@@ -49,8 +49,7 @@ class FullCovariance(Covariance):
     def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
         r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
         _require_square(precision_tril, "precision_tril")
-        dim = precision_tril.shape[-1]
-        rows, columns = torch.tril_indices(dim, dim, -1, device=precision_tril.device)
+        rows, columns = kernels.tril_positions(precision_tril.shape[-1], precision_tril.device)
         return cls(precision_tril.diagonal(dim1=-2, dim2=-1), precision_tril[..., rows, columns])
 
     @classmethod
@@ -119,8 +118,9 @@ class FullCovariance(Covariance):
     def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         i = len(residuals)
         scale = self.diagonal[..., i].reciprocal()
-        row = self.lower[..., i * (i - 1) // 2 :].unbind(-1)
-        pull = sum((w * r for w, r in zip(row, residuals, strict=False)), torch.zeros_like(scale))
+        bands = self._bands()
+        row = [bands[i - j - 1][..., j] for j in range(i)]
+        pull = sum((w * r for w, r in zip(row, residuals, strict=True)), torch.zeros_like(scale))
         return -scale * pull, scale
 
     def conditional_scale(self) -> Tensor:
@@ -128,19 +128,18 @@ class FullCovariance(Covariance):
 
     def marginal(self, dims: Sequence[int]) -> FullCovariance:
         # The leading block of W whitens the leading outputs; the rows below whiten the others given them.
-        ordered, n = self._reordered(dims), len(dims)
-        return FullCovariance(ordered.diagonal[..., :n], ordered.lower[..., : n * (n - 1) // 2])
+        return self._reordered(dims)._block(0, len(dims))
 
     def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
         n = residual.shape[-1]
-        rows = kernels.split_channels(self.lower, [*range(self.dim)])[n:]
-        pull = [kernels.sum_outputs(row[..., :n] * residual).unsqueeze(-1) for row in rows]
-        rest = FullCovariance(self.diagonal[..., n:], kernels.cat_channels(*(row[..., n:] for row in rows)))
-        return -rest.colorize(kernels.cat_channels(*pull)), rest
+        rest = self._block(n, self.dim)
+        unknown = residual.new_zeros(*residual.shape[:-1], self.dim - n)
+        pull = self.whiten(kernels.cat_channels(residual, unknown))[..., n:]
+        return -rest.colorize(pull), rest
 
     def affine(self, scale: Tensor) -> FullCovariance:
         scale = scale.expand(*scale.shape[:-1], self.dim)
-        rows, columns = torch.tril_indices(self.dim, self.dim, -1, device=self.lower.device)
+        rows, columns = kernels.tril_positions(self.dim, self.lower.device)
         lower = self.lower * scale.sign()[..., rows] / scale[..., columns]
         return FullCovariance(self.diagonal / scale.abs(), lower)
 
@@ -148,6 +147,14 @@ class FullCovariance(Covariance):
         require_positive(self.diagonal, "FullCovariance.diagonal")
         if not all_finite(self.lower):
             raise ValueError("FullCovariance.lower: expected finite numbers, got NaN or Inf")
+
+    def _bands(self) -> list[Tensor]:
+        return kernels.split_channels(self.lower, [*range(self.dim - 1, 0, -1)])
+
+    def _block(self, start: int, stop: int) -> FullCovariance:
+        """Rows and columns of W from ``start`` to ``stop``."""
+        bands = [self.lower[..., :0], *(band[..., start : stop - i] for i, band in enumerate(self._bands(), 1))]
+        return FullCovariance(self.diagonal[..., start:stop], kernels.cat_channels(*bands[: stop - start]))
 
     def _reordered(self, first: Sequence[int]) -> FullCovariance:
         """Covariance of the outputs ``first`` and then the others."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 __all__ = [
     "Whitening",
@@ -34,8 +35,9 @@ __all__ = [
     "normalize_logits",
     "split_channels",
     "sum_outputs",
+    "tril_bands",
     "tril_matvec",
-    "tril_rows",
+    "tril_positions",
     "tril_solve",
     "unpack_tril",
     "with_channels",
@@ -261,40 +263,52 @@ def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
     return gradient if gradient.shape == argument.shape else gradient.sum_to_size(argument.shape)
 
 
-# Triangles, packed: the diagonal, and what is below it row by row; channel-first
+# Triangles, packed: the diagonal, and the bands below it, each shorter by one; channel-first
 
 
-def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
-    """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``."""
-    pivots, (_, *rows) = diagonal.unbind(), tril_rows(lower, len(vector))
-    products = [pivots[0] * vector[0]]
-    for i, row in enumerate(rows, start=1):
-        products.append(torch.addcmul((row * vector[:i]).sum(0), pivots[i], vector[i]))
-    return torch.stack(products)
+def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor, *, scratch: bool = False) -> Tensor:
+    """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``.
+
+    With ``scratch`` it is summed in place, which is quickest, but not for transforms and compilers.
+    """
+    product = diagonal * vector
+    for i, band in enumerate(tril_bands(lower, len(vector)), start=1):
+        if scratch:
+            product[i:].addcmul_(band, vector[:-i])
+        else:
+            product = product + pad(band * vector[:-i], (0, 0) * (vector.ndim - 1) + (i, 0))
+    return product
 
 
 def tril_solve(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Solve a triangle for a vector by forward substitution: the inverse of :func:`tril_matvec`."""
+    bands = [band.unbind() for band in tril_bands(lower, len(vector))]
     solution: list[Tensor] = []
-    for row, pivot, rest in zip(tril_rows(lower, len(vector)), diagonal, vector, strict=True):
-        for coefficient, known in zip(row, solution, strict=True):
-            rest = rest - coefficient * known
+    for i, (pivot, rest) in enumerate(zip(diagonal, vector, strict=True)):
+        for j, known in enumerate(solution):
+            rest = rest - bands[i - j - 1][j] * known
         solution.append(rest / pivot)
     return torch.stack(solution)
 
 
-def tril_rows(lower: Tensor, dim: int) -> Sequence[Tensor]:
-    """Views ``(i, ...)`` of the rows of what is below a diagonal."""
-    return lower.split_with_sizes([*range(dim)])
+def tril_bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
+    """Views ``(D-1, ...)`` to ``(1, ...)`` of what is one to D-1 below a diagonal."""
+    return lower.split_with_sizes([*range(dim - 1, 0, -1)])
+
+
+def tril_positions(dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is packed below a diagonal."""
+    rows, columns = torch.tril_indices(dim, dim, -1, device=device)
+    order = (rows - columns).argsort(stable=True)
+    return rows[order], columns[order]
 
 
 def unpack_tril(diagonal: Tensor, lower: Tensor) -> Tensor:
     """Dense lower-triangular ``(*batch, K, D, D)``."""
     dim = diagonal.shape[-1]
     dense = diagonal.diag_embed()
-    rows, columns = torch.tril_indices(dim, dim, -1, device=diagonal.device)
     position = torch.full((dim, dim), lower.shape[-1], device=diagonal.device)
-    position[rows, columns] = torch.arange(lower.shape[-1], device=diagonal.device)
+    position[tril_positions(dim, diagonal.device)] = torch.arange(lower.shape[-1], device=diagonal.device)
     padded = torch.cat([lower, torch.zeros_like(diagonal[..., :1])], -1)
     return dense + padded[..., position.flatten()].unflatten(-1, (dim, dim))
 

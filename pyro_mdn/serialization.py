@@ -28,7 +28,7 @@ __all__ = [
     "write_tensors",
 ]
 
-_FORMAT = "pyro_mdn/1"
+_FORMAT = "pyro_mdn/2"
 
 
 def write_tensors(path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_mdn.kernels import Whitening, gram_schmidt, tril_matvec, tril_rows
+from pyro_mdn.kernels import Whitening, gram_schmidt, tril_bands, tril_matvec
 
 __all__ = [
     "DiagonalWhitening",
@@ -78,7 +78,8 @@ class FullWhitening(Whitening):
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         diagonal, lower = factors
-        return tril_matvec(diagonal, lower, residual), -diagonal.log().sum(0), [residual, diagonal, lower]
+        whitened = tril_matvec(diagonal, lower, residual, scratch=scratch)
+        return whitened, -diagonal.log().sum(0), [residual, diagonal, lower]
 
     def pull_back(
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
@@ -97,11 +98,11 @@ class FullWhitening(Whitening):
         grad_residual = torch.mul(slope, diagonal, out=for_residual)
         if packed is None:
             packed = slope.new_empty(len(diagonal) + len(lower), *slope.shape[1:])
-        grad_diagonal, _, *grad_rows = packed.split_with_sizes([dim, *range(dim)])
+        grad_diagonal, *grad_bands = packed.split_with_sizes([*range(dim, 0, -1)])
         torch.mul(slope, residual, out=grad_diagonal).addcdiv_(weight, diagonal)
-        for i, (row, grad_row) in enumerate(zip(tril_rows(lower, dim)[1:], grad_rows, strict=True), start=1):
-            grad_residual[:i].addcmul_(row, slope[i])
-            torch.mul(slope[i], residual[:i], out=grad_row)
+        for i, (band, grad_band) in enumerate(zip(tril_bands(lower, dim), grad_bands, strict=True), start=1):
+            grad_residual[:-i].addcmul_(band, slope[i:])
+            torch.mul(slope[i:], residual[:-i], out=grad_band)
         return grad_residual, packed
 
 
@@ -115,7 +116,7 @@ class RawFullWhitening(Whitening):
         (raw,) = factors
         raw_diagonal, lower = raw.split_with_sizes([len(residual), len(raw) - len(residual)])
         diagonal = positive(raw_diagonal, self.min_scale).reciprocal_()
-        whitened, half_log_det, kept = _FULL.whiten(residual, diagonal, lower)
+        whitened, half_log_det, kept = _FULL.whiten(residual, diagonal, lower, scratch=scratch)
         return whitened, half_log_det, [*kept, raw_diagonal]
 
     def pull_back(

@@ -193,7 +193,7 @@ def test_damaged_files_are_refused(saved, data):
 def test_foreign_files_are_refused(tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"expected a file of format 'pyro_mdn/1', got None"):
+    with pytest.raises(ValueError, match=r"expected a file of format 'pyro_mdn/2', got None"):
         MixtureDensityNetwork.load(path)
     torch.save(nn.Linear(1, 1).state_dict(), path)
     with pytest.raises(ValueError, match="expected a safetensors file"):
