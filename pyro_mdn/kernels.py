@@ -28,6 +28,7 @@ __all__ = [
     "differentiable_gradients",
     "gram_schmidt",
     "location_and_scale",
+    "logits_gradient",
     "low_rank_capacitance",
     "low_rank_project",
     "mixture_log_density",
@@ -192,7 +193,7 @@ class _MixtureLogDensity(torch.autograd.Function):
         weight, log_weights, grad_locs, *grads = density_backward(ctx.whitening, grad, *saved)
         grad_value = -grad_locs.sum(1) if needed[2] else None
         if ctx.normalize:
-            weight = torch.addcmul(weight, log_weights.exp(), grad, value=-1)
+            weight = logits_gradient(weight.sum_to_size(log_weights.shape), log_weights)
         gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS, strict=False)
         return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
@@ -209,11 +210,9 @@ def density_forward(
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
     for output in outputs[1:]:
         joint.addcmul_(output, output, value=-0.5)
-    top = joint.amax(0).clamp_(min=torch.finfo(joint.dtype).min)
-    share = joint.sub_(top).exp_()
-    total = share.sum(0)
-    log_density = total.log().add_(top).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
-    return log_density, (log_weights, share, total, whitened), kept
+    share, top = joint.softmax(0), joint.amax(0)  # the top one's share tells how much the others add
+    log_density = top.sub_(share.amax(0).log_().nan_to_num_()).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
+    return log_density, (log_weights, share, whitened), kept
 
 
 def density_backward(
@@ -221,14 +220,19 @@ def density_backward(
     grad: Tensor,
     log_weights: Tensor,
     share: Tensor,
-    total: Tensor,
     whitened: Tensor,
     *kept: Tensor,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """Weight of each component in the gradient, log-weights, gradients with respect to locations and factors."""
-    weight = share * (grad / total)
+    weight = share * grad
     return weight, log_weights, *whitening.pull_back(weight, whitened, *kept, out=out)
+
+
+def logits_gradient(weight: Tensor, log_weights: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient with respect to logits ``(K, ...)`` from that with respect to their ``log_softmax``."""
+    backward = torch._log_softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
+    return backward(weight, log_weights, 0, weight.dtype, out=out)
 
 
 def differentiable_gradients(

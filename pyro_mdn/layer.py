@@ -19,6 +19,7 @@ from pyro_mdn.kernels import (
     density_by_autograd,
     density_forward,
     differentiable_gradients,
+    logits_gradient,
 )
 
 __all__ = ["channel_log_density", "layer_log_density"]
@@ -195,11 +196,11 @@ def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Ten
 def _backward(settings: _Settings, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
     """Write the gradient with respect to the channels; return that with respect to the locations."""
     whitening, n_components, width = settings
-    dim = len(saved[3])  # of the whitened residual
+    dim = len(saved[2])  # of the whitened residual
     for_logits, for_locs, for_factor = _parts(n_components, width, dim, gradient)
     out = (for_locs, for_factor) if for_factor.shape[1] == n_components else None
     weight, log_weights, grad_locs, grad_factor = density_backward(whitening, grad, *saved, out=out)
-    torch.addcmul(weight, log_weights.exp(), grad, value=-1, out=for_logits)
+    logits_gradient(weight, log_weights, out=for_logits)
     if grad_locs is not for_locs:
         for_locs.copy_(grad_locs)
     if grad_factor is not for_factor:

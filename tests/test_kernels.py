@@ -30,6 +30,7 @@ CALLS = {
     kernels.cat_channels: lambda: (draw(5, 3, 2), draw(5, 3, 4)),
     kernels.gram_schmidt: lambda: (draw(2, 4, 3, 5),),
     kernels.location_and_scale: lambda: (draw(5, 3),),
+    kernels.logits_gradient: lambda: (draw(3, 5), draw(3, 5).log_softmax(0)),
     kernels.low_rank_capacitance: lambda: (draw(5, 3, 4, 2),),
     kernels.low_rank_project: lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
     kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
