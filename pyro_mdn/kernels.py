@@ -177,7 +177,8 @@ _EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
 class _MixtureLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
-        log_density, sums, kept = density_forward(whitening, *_channels(normalize, *arguments))
+        log_weights, locs, value, *factors = _channels(normalize, *arguments)
+        log_density, sums, kept = density_forward(whitening, log_weights, locs - value, *factors)
         ctx.save_for_backward(*arguments, *sums, *kept)
         ctx.whitening, ctx.normalize, ctx.count = whitening, normalize, len(arguments)
         return log_density
@@ -202,10 +203,10 @@ class _MixtureLogDensity(torch.autograd.Function):
 
 
 def density_forward(
-    whitening: Whitening, log_weights: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
+    whitening: Whitening, log_weights: Tensor, residual: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Log-density, and what :func:`density_backward` takes."""
-    whitened, half_log_det, kept = whitening.whiten(locs - value, *factors, scratch=True)
+    """Log-density, and what :func:`density_backward` takes; the residual is not what it was then."""
+    whitened, half_log_det, kept = whitening.whiten(residual, *factors, scratch=True)
     joint, outputs = log_weights - half_log_det, whitened.unbind()
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
     for output in outputs[1:]:

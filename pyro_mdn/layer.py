@@ -146,7 +146,7 @@ class _LayerLogDensity(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = whitening, n_components, width
         channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
-        log_density, saved = _forward(ctx.settings, channels, _points(value))
+        log_density, saved = _forward(ctx.settings, channels, _points(value), scratch=True)
         ctx.save_for_backward(weight, bias, features, value, *saved)
         return log_density
 
@@ -185,11 +185,14 @@ def _points(value: Tensor) -> Tensor:
     return channels_first(value, 1).unsqueeze(1)
 
 
-def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-    """Log-density, and what :func:`_backward` takes."""
+def _forward(
+    settings: _Settings, channels: Tensor, points: Tensor, *, scratch: bool = False
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Log-density, and what :func:`_backward` takes; with ``scratch`` the locations may be overwritten."""
     whitening, n_components, width = settings
     logits, locs, factor = _parts(n_components, width, len(points), channels)
-    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), locs, points, factor)
+    residual = locs.sub_(points) if scratch else locs - points
+    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), residual, factor)
     return log_density, [*sums, *kept]
 
 

@@ -307,3 +307,18 @@ def test_gradients_of_one_component_in_closed_form():
     factor = kernels.unpack_tril(diagonal, lower)[:, 0]
     residual = (value - locs[:, 0]).unsqueeze(-1)
     assert_close(grad[:, 0], (factor.mT @ factor @ residual).squeeze(-1))
+
+
+@pytest.mark.parametrize("dim", range(1, 6))
+def test_logarithms_of_standardized_scales_are_taken_in_pairs(dim):
+    scale, residual = draw(dim, K, 5), draw(dim, K, 5)
+    for kind, factors in ((DiagonalWhitening, [scale]), (FullWhitening, [1 / scale, draw(dim * (dim - 1) // 2, K, 5)])):
+        _, half_log_det, _ = kind(standardized=True).whiten(residual, *factors)
+        assert_close(half_log_det, scale.log().sum(0))
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_densities_in_units_whose_square_is_out_of_range(unit):
+    scale = torch.full((1, 4), unit)
+    density = by_hand("diagonal", torch.zeros(1), torch.zeros(1, 4), torch.zeros(4), scale)
+    assert_close(density.double(), -4 * (scale[0, 0].double().log() + 0.5 * math.log(2 * math.pi)))
