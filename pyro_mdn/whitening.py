@@ -114,8 +114,9 @@ class FullWhitening(Whitening):
         grad_diagonal, *grad_bands = packed.split_with_sizes([*range(dim, 0, -1)])
         torch.mul(slope, residual, out=grad_diagonal).addcdiv_(weight, diagonal)
         for i, (band, grad_band) in enumerate(zip(tril_bands(lower, dim), grad_bands, strict=True), start=1):
-            grad_residual[:-i].addcmul_(band, slope[i:])
-            torch.mul(slope[i:], residual[:-i], out=grad_band)
+            below = slope[i:]
+            grad_residual[:-i].addcmul_(band, below)
+            torch.mul(below, residual[:-i], out=grad_band)
         return grad_residual, packed
 
 
