@@ -242,7 +242,7 @@ def bound(kind, n, k, d):
 def measure(threads, *, smoke):
     cases = [("diagonal", *case) for case in DIAGONAL] + [("full", *case) for case in FULL]
     cases += [("low rank", *case) for case in LOW_RANK] + [("full + linear", *case) for case in LINEAR]
-    settings = {"rounds": 15, "block": 0.05}
+    settings = {"rounds": 7, "block": 0.05, "restarts": 3}
     if smoke:
         cases, settings = [("diagonal", 8, 2, 1), ("full", 8, 2, 2)], {"rounds": 2, "block": 0}
     torch.set_num_threads(threads)

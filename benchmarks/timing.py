@@ -81,29 +81,38 @@ def _seconds(timer, number):
     return start.elapsed_time(end) / 1e3 / number
 
 
-def race(builders, cases, threads=1, rounds=15, block=0.03):
+def race(builders, cases, threads=1, rounds=15, block=0.03, restarts=1):
     """Seconds per call, one number a round, of each builder in each case: ``{case: {name: [seconds]}}``.
 
-    Builders that a case is not for raise, and are left out of it.
+    Builders that a case is not for raise, and are left out of it. Everybody starts anew ``restarts`` times, and goes
+    through the cases from another one on: where memory comes to lie, and whether it is given back to the system after
+    each call, differs from process to process, and with large cases so do the times.
     """
-    rivals = {name: Rival(build, threads) for name, build in builders.items()}
-    results = {}
-    try:
-        for case in cases:
-            failures = {name: rival.prepare(case, block) for name, rival in rivals.items()}
-            fit = {name: rival for name, rival in rivals.items() if failures[name] is None}
-            for name, failure in failures.items():
-                if failure and "NotImplementedError" not in failure.splitlines()[-1]:
-                    print(f"{name} {case}: {failure.splitlines()[-1]}", file=sys.stderr)
-            times = {name: [] for name in fit}
-            for _ in range(rounds):
-                for name, rival in fit.items():
-                    times[name].append(rival.time())
-            results[case] = times
-    finally:
-        for rival in rivals.values():
-            rival.stop()
+    results = {case: {} for case in cases}
+    for restart in range(restarts):
+        first = restart * len(cases) // restarts
+        rivals = {name: Rival(build, threads) for name, build in builders.items()}
+        try:
+            for case in [*cases[first:], *cases[:first]]:
+                for name, times in _rounds(rivals, case, rounds, block).items():
+                    results[case].setdefault(name, []).extend(times)
+        finally:
+            for rival in rivals.values():
+                rival.stop()
     return results
+
+
+def _rounds(rivals, case, rounds, block):
+    failures = {name: rival.prepare(case, block) for name, rival in rivals.items()}
+    fit = {name: rival for name, rival in rivals.items() if failures[name] is None}
+    for name, failure in failures.items():
+        if failure and "NotImplementedError" not in failure.splitlines()[-1]:
+            print(f"{name} {case}: {failure.splitlines()[-1]}", file=sys.stderr)
+    times = {name: [] for name in fit}
+    for _ in range(rounds):
+        for name, rival in fit.items():
+            times[name].append(rival.time())
+    return times
 
 
 def ratio(times, slow, fast):
