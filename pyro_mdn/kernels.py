@@ -27,6 +27,7 @@ __all__ = [
     "density_forward",
     "differentiable_gradients",
     "gram_schmidt",
+    "is_traced",
     "location_and_scale",
     "logits_gradient",
     "low_rank_capacitance",
@@ -43,6 +44,11 @@ __all__ = [
     "unpack_tril",
     "with_channels",
 ]
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a transform of ``torch.func`` looks on, which have no use for work in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def channels_first(tensor: Tensor, event_dim: int) -> Tensor:
@@ -120,7 +126,7 @@ class Whitening(ABC):
 
         Returns:
             The whitened residual ``(D, K, *batch)``; :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and what
-            :meth:`pull_back` takes. All of it is differentiable.
+            :meth:`pull_back` takes. Without ``scratch`` all of it is differentiable.
         """
 
     @abstractmethod
@@ -158,7 +164,7 @@ def mixture_log_density(
         factors: What the whitening takes, each ``(*batch, K, C)``; all of these broadcast.
         normalize: Whether to normalise the weights; if not, :math:`w_k = e^{l_k}`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return density_by_autograd(whitening, normalize, logits, locs, value, *factors)
     return _MixtureLogDensity.apply(whitening, normalize, logits, locs, value, *factors)
 
@@ -194,7 +200,7 @@ class _MixtureLogDensity(torch.autograd.Function):
         weight, log_weights, grad_locs, *grads = density_backward(ctx.whitening, grad, *saved)
         grad_value = -grad_locs.sum(1) if needed[2] else None
         if ctx.normalize:
-            weight = logits_gradient(weight.sum_to_size(log_weights.shape), log_weights)
+            weight = logits_gradient(weight.sum_to_size(log_weights.shape), log_weights.to(weight.dtype))
         gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS, strict=False)
         return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
@@ -205,14 +211,15 @@ class _MixtureLogDensity(torch.autograd.Function):
 def density_forward(
     whitening: Whitening, log_weights: Tensor, residual: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Log-density, and what :func:`density_backward` takes; the residual is not what it was then."""
+    """Log-density, and what :func:`density_backward` takes; the residual is overwritten."""
     whitened, half_log_det, kept = whitening.whiten(residual, *factors, scratch=True)
     joint, outputs = log_weights - half_log_det, whitened.unbind()
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
     for output in outputs[1:]:
         joint.addcmul_(output, output, value=-0.5)
-    share, top = joint.softmax(0), joint.amax(0)  # the top one's share tells how much the others add
-    log_density = top.sub_(share.amax(0).log_().nan_to_num_()).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
+    share, top = joint.softmax(0), joint.amax(0)
+    others = share.amax(0).log_().nan_to_num_()  # what they add to the top one; where all are -inf, the share is NaN
+    log_density = top.sub_(others).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
     return log_density, (log_weights, share, whitened), kept
 
 
@@ -231,7 +238,7 @@ def density_backward(
 
 
 def logits_gradient(weight: Tensor, log_weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient with respect to logits ``(K, ...)`` from that with respect to their ``log_softmax``."""
+    """Gradient of logits ``(K, ...)`` from that of their ``log_softmax``; ``out`` must be contiguous."""
     backward = torch._log_softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
     return backward(weight, log_weights, 0, weight.dtype, out=out)
 
@@ -271,17 +278,14 @@ def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
 # Triangles, packed: the diagonal, and the bands below it, each shorter by one; channel-first
 
 
-def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor, *, scratch: bool = False) -> Tensor:
-    """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``.
-
-    With ``scratch`` it is summed in place, which is quickest, but not for transforms and compilers.
-    """
-    product = diagonal * vector
+def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
+    """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``."""
+    product, traced = diagonal * vector, is_traced()
     for i, band in enumerate(tril_bands(lower, len(vector)), start=1):
-        if scratch:
-            product[i:].addcmul_(band, vector[:-i])
-        else:
+        if traced:
             product = product + pad(band * vector[:-i], (0, 0) * (vector.ndim - 1) + (i, 0))
+        else:
+            product[i:].addcmul_(band, vector[:-i])
     return product
 
 

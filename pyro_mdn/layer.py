@@ -19,6 +19,7 @@ from pyro_mdn.kernels import (
     density_by_autograd,
     density_forward,
     differentiable_gradients,
+    is_traced,
     logits_gradient,
 )
 
@@ -54,16 +55,16 @@ def layer_log_density(
         weight: Weight of the layer, ``(C, H)``.
         bias: Its bias, ``(C,)``.
         features: What it is given, ``(N, H)``, of the same dtype.
-        value: Points y, ``(N, D)``.
+        value: Points y, ``(N, D)``, likewise.
     """
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    if is_traced():
         channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
         return channel_log_density(whitening, n_components, width, channels, value)
     return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
 
 
 def _compilable(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
-    if width > value.shape[-1] or value.requires_grad:  # rows of a factor, of different lengths, do not fuse
+    if width > value.shape[-1] or value.requires_grad:  # bands of a factor, of different lengths, do not fuse
         return _channels_by_autograd(whitening, n_components, width, channels, value)
     return _LogDensityWithGradient.apply(whitening, n_components, width, channels, value)
 
@@ -100,14 +101,17 @@ class _ChannelLogDensity(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants derivatives of these
             again = _channels_by_autograd, ctx.settings, (channels, value)
             return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
-        gradient = torch.empty_like(channels)
+        gradient = channels.new_empty(channels.shape)
         grad_locs = _backward(ctx.settings, grad, saved, gradient)
         grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
         return None, None, None, gradient, grad_value
 
 
 class _LogDensityWithGradient(torch.autograd.Function):
-    """The gradient is made beside the density, in one pass: a compiler would compute each exponential anew for it."""
+    """The gradient is made beside the density, in one pass: a compiler would compute each exponential anew for it.
+
+    It fuses these sums, but not the softmax of :func:`density_forward` with what is around it.
+    """
 
     @staticmethod
     def forward(
@@ -199,8 +203,8 @@ def _forward(
 def _backward(settings: _Settings, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
     """Write the gradient with respect to the channels; return that with respect to the locations."""
     whitening, n_components, width = settings
-    dim = len(saved[2])  # of the whitened residual
-    for_logits, for_locs, for_factor = _parts(n_components, width, dim, gradient)
+    _, _, whitened, *_ = saved
+    for_logits, for_locs, for_factor = _parts(n_components, width, len(whitened), gradient)
     out = (for_locs, for_factor) if for_factor.shape[1] == n_components else None
     weight, log_weights, grad_locs, grad_factor = density_backward(whitening, grad, *saved, out=out)
     logits_gradient(weight, log_weights, out=for_logits)

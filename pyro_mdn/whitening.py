@@ -30,19 +30,13 @@ def positive(raw: Tensor, least: float) -> Tensor:
     return softplus(raw).add_(least)
 
 
-@dataclass(frozen=True)
 class DiagonalWhitening(Whitening):
-    r""":math:`z = r / \sigma`. Factor: σ, ``(D, K, *batch)``, or ``(1, K, *batch)`` for all outputs alike.
-
-    Args:
-        standardized: Whether the units are such that σ² is far from the ends of floating point.
-    """
-
-    standardized: bool = False
+    r""":math:`z = r / \sigma`. Factor: σ, ``(D, K, *batch)``, or ``(1, K, *batch)`` for all outputs alike."""
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (scale,) = factors
-        half_log_det, outputs_each = _sum_logs(scale, self.standardized), residual.shape[0] // scale.shape[0]
+        logs, outputs_each = scale.log(), residual.shape[0] // scale.shape[0]
+        half_log_det = logs[0] if len(logs) == 1 else logs.sum(0)
         whitened = torch.div(
             residual, scale, out=residual if scratch and scale.shape[1:] == residual.shape[1:] else None
         )
@@ -79,20 +73,12 @@ class RawDiagonalWhitening(Whitening):
         return grad_residual, grad_scale.mul_(raw.sigmoid())
 
 
-@dataclass(frozen=True)
 class FullWhitening(Whitening):
-    """:math:`z = W r`. Factors: diagonal of W, ``(D, K, *batch)``, and what is below it, ``(D(D-1)/2, K, *batch)``.
-
-    Args:
-        standardized: As for :class:`DiagonalWhitening`.
-    """
-
-    standardized: bool = False
+    """:math:`z = W r`. Factors: diagonal of W, ``(D, K, *batch)``, and what is below it, ``(D(D-1)/2, K, *batch)``."""
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         diagonal, lower = factors
-        whitened = tril_matvec(diagonal, lower, residual, scratch=scratch)
-        return whitened, -_sum_logs(diagonal, self.standardized), [residual, diagonal, lower]
+        return tril_matvec(diagonal, lower, residual), -diagonal.log().sum(0), [residual, diagonal, lower]
 
     def pull_back(
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
@@ -130,7 +116,7 @@ class RawFullWhitening(Whitening):
         (raw,) = factors
         raw_diagonal, lower = raw.split_with_sizes([len(residual), len(raw) - len(residual)])
         diagonal = positive(raw_diagonal, self.min_scale).reciprocal_()
-        whitened, half_log_det, kept = _FULL.whiten(residual, diagonal, lower, scratch=scratch)
+        whitened, half_log_det, kept = _FULL.whiten(residual, diagonal, lower)
         return whitened, half_log_det, [*kept, raw_diagonal]
 
     def pull_back(
@@ -142,20 +128,14 @@ class RawFullWhitening(Whitening):
         return grad_residual, packed
 
 
-@dataclass(frozen=True)
 class LowRankWhitening(Whitening):
     r""":math:`z = u - B (C^\top + I)^{-1} C^{-1} B^\top u`, :math:`u = r / \sigma`, :math:`C C^\top = I + B^\top B`.
 
     Factors: σ, ``(D, K, *batch)``, and F row by row, ``(D·R, K, *batch)``; :math:`B = \mathrm{diag}(\sigma)^{-1} F`.
 
-    Args:
-        standardized: As for :class:`DiagonalWhitening`.
-
     References:
         Andrews (1968), A square root formulation of the Kalman covariance equations, *AIAA Journal* 6.
     """
-
-    standardized: bool = False
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         scale, factor = factors
@@ -164,8 +144,7 @@ class LowRankWhitening(Whitening):
         standardized = residual / scale
         weights = _solve(capacitance, [(column * standardized).sum(0) for column in columns])
         weights = _solve_transposed(capacitance, weights, shift=1.0)
-        half_log_det = _sum_logs(scale, self.standardized)
-        half_log_det = half_log_det + torch.stack([row[-1] for row in capacitance]).log().sum(0)
+        half_log_det = scale.log().sum(0) + torch.stack([row[-1] for row in capacitance]).log().sum(0)
         kept = [scale, columns, *(entry for row in capacitance for entry in row)]
         return standardized - _combined(columns, weights), half_log_det, kept
 
@@ -206,15 +185,6 @@ class RawLowRankWhitening(Whitening):
         return grad_residual, torch.cat([grad_scale.mul_(raw_scale.sigmoid()), grad_factor], out=for_raw)
 
 
-def _sum_logs(factors: Tensor, standardized: bool) -> Tensor:
-    """Sum logarithms over the first dimension: of products of two, half as many, where these are in range."""
-    half = len(factors) // 2
-    if not standardized or half < 2:
-        return factors[0].log() if len(factors) == 1 else factors.log().sum(0)
-    pairs = (factors[:half] * factors[half : 2 * half]).log_().sum(0)
-    return pairs if len(factors) == 2 * half else pairs + factors[-1].log()
-
-
 def _solve(triangle: Sequence[Sequence[Tensor]], vector: Sequence[Tensor], shift: float = 0.0) -> list[Tensor]:
     """Solve a lower triangle, ``shift`` added to its diagonal."""
     solution: list[Tensor] = []
@@ -241,6 +211,4 @@ def _combined(columns: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([c * w for c, w in zip(columns, weights, strict=True)]).sum(0)
 
 
-_DIAGONAL = DiagonalWhitening(standardized=True)
-_FULL = FullWhitening(standardized=True)
-_LOW_RANK = LowRankWhitening(standardized=True)
+_DIAGONAL, _FULL, _LOW_RANK = DiagonalWhitening(), FullWhitening(), LowRankWhitening()

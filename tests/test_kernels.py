@@ -47,7 +47,14 @@ CALLS = {
     univariate.mixture_quantile: lambda: (draw(5) / 2, kernels.normalize_logits(draw(5, 3)), draw(5, 3), draw(5, 3)),
     univariate.normal_cdf: lambda: (draw(5),),
 }
-ELSEWHERE = {"Whitening", "channels_first", "channels_last", "mixture_log_density", "differentiable_gradients"}
+ELSEWHERE = {
+    "Whitening",
+    "is_traced",
+    "channels_first",
+    "channels_last",
+    "mixture_log_density",
+    "differentiable_gradients",
+}
 ELSEWHERE |= {"density_backward", "density_by_autograd", "density_forward"}
 ELSEWHERE |= {"with_channels", "follow_root", "minimize_bracketed"}
 
@@ -171,6 +178,18 @@ def test_channels_of_a_layer(name, batch, groups):
     assert_close(*results, rtol=1e-10, atol=1e-12)
     assert torch.autograd.gradcheck(together, (channels, value))
     assert torch.autograd.gradgradcheck(together, (channels, value))
+
+
+@pytest.mark.parametrize("name", [name for name in WHITENINGS if name.startswith("raw")])
+def test_strides_of_channels_do_not_matter(name):
+    whitening, (width,) = WHITENINGS[name]
+    torch.manual_seed(0)
+    channels, value = torch.randn(3, 2, K * (1 + D + width)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
+    results = []
+    for leaf in (channels, channels.contiguous()):
+        density = layer.channel_log_density(whitening, K, width, leaf.requires_grad_(), value)
+        results.append([density, *torch.autograd.grad(density.sum(), leaf)])
+    assert_close(*results)
 
 
 @every_whitening
@@ -309,16 +328,28 @@ def test_gradients_of_one_component_in_closed_form():
     assert_close(grad[:, 0], (factor.mT @ factor @ residual).squeeze(-1))
 
 
-@pytest.mark.parametrize("dim", range(1, 6))
-def test_logarithms_of_standardized_scales_are_taken_in_pairs(dim):
-    scale, residual = draw(dim, K, 5), draw(dim, K, 5)
-    for kind, factors in ((DiagonalWhitening, [scale]), (FullWhitening, [1 / scale, draw(dim * (dim - 1) // 2, K, 5)])):
-        _, half_log_det, _ = kind(standardized=True).whiten(residual, *factors)
-        assert_close(half_log_det, scale.log().sum(0))
-
-
 @pytest.mark.parametrize("unit", [1e-25, 1e25])
 def test_densities_in_units_whose_square_is_out_of_range(unit):
     scale = torch.full((1, 4), unit)
     density = by_hand("diagonal", torch.zeros(1), torch.zeros(1, 4), torch.zeros(4), scale)
     assert_close(density.double(), -4 * (scale[0, 0].double().log() + 0.5 * math.log(2 * math.pi)))
+
+
+@pytest.mark.parametrize("raw", [-1e25, 1e25])
+def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
+    for name in ("raw diagonal", "raw full", "raw low rank"):
+        whitening, (width,) = WHITENINGS[name]
+        channels = torch.zeros(K * (1 + D + width), 2)
+        channels[K * (1 + D) : K * (1 + 2 * D)] = raw
+        density = layer.channel_log_density(whitening, K, width, channels.requires_grad_(), torch.ones(2, D))
+        (gradient,) = torch.autograd.grad(density.sum(), channels)
+        assert density.isfinite().all(), name
+        assert gradient.isfinite().all(), name
+
+
+def test_logits_of_less_precision():
+    logits, locs, value, scale = (t.detach() for t in arguments("diagonal"))
+    single = logits.float().requires_grad_()
+    (grad,) = torch.autograd.grad(by_hand("diagonal", single, locs, value, scale).sum(), single)
+    (expected,) = torch.autograd.grad(by_autograd("diagonal", single, locs, value, scale).sum(), single)
+    assert_close(grad, expected)
