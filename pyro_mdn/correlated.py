@@ -49,8 +49,8 @@ class FullCovariance(Covariance):
     def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
         r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
         _require_square(precision_tril, "precision_tril")
-        rows, columns = kernels.tril_positions(precision_tril.shape[-1], precision_tril.device)
-        return cls(precision_tril.diagonal(dim1=-2, dim2=-1), precision_tril[..., rows, columns])
+        diagonal, *bands = (precision_tril.diagonal(-i, -2, -1) for i in range(precision_tril.shape[-1]))
+        return cls(diagonal, torch.cat([diagonal[..., :0], *bands], -1))
 
     @classmethod
     def from_scale_tril(cls, scale_tril: Tensor) -> FullCovariance:
@@ -118,8 +118,7 @@ class FullCovariance(Covariance):
     def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         i = len(residuals)
         scale = self.diagonal[..., i].reciprocal()
-        bands = self._bands()
-        row = [bands[i - j - 1][..., j] for j in range(i)]
+        row = [self.lower[..., kernels.tril_position(i, j, self.dim)] for j in range(i)]
         pull = sum((w * r for w, r in zip(row, residuals, strict=True)), torch.zeros_like(scale))
         return -scale * pull, scale
 
@@ -131,30 +130,24 @@ class FullCovariance(Covariance):
         return self._reordered(dims)._block(0, len(dims))
 
     def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
-        n = residual.shape[-1]
-        rest = self._block(n, self.dim)
-        unknown = residual.new_zeros(*residual.shape[:-1], self.dim - n)
-        pull = self.whiten(kernels.cat_channels(residual, unknown))[..., n:]
+        rest = self._block(residual.shape[-1], self.dim)
+        pull = kernels.with_channels(lambda w, r: kernels.tril_below(w, self.dim, r), self.lower, residual)
         return -rest.colorize(pull), rest
 
     def affine(self, scale: Tensor) -> FullCovariance:
         scale = scale.expand(*scale.shape[:-1], self.dim)
-        rows, columns = kernels.tril_positions(self.dim, self.lower.device)
-        lower = self.lower * scale.sign()[..., rows] / scale[..., columns]
-        return FullCovariance(self.diagonal / scale.abs(), lower)
+        ratios = [scale[..., i:].sign() / scale[..., :-i] for i in range(1, self.dim)]
+        return FullCovariance(self.diagonal / scale.abs(), self.lower * torch.cat([scale[..., :0], *ratios], -1))
 
     def validate(self) -> None:
         require_positive(self.diagonal, "FullCovariance.diagonal")
         if not all_finite(self.lower):
             raise ValueError("FullCovariance.lower: expected finite numbers, got NaN or Inf")
 
-    def _bands(self) -> list[Tensor]:
-        return kernels.split_channels(self.lower, [*range(self.dim - 1, 0, -1)])
-
     def _block(self, start: int, stop: int) -> FullCovariance:
         """Rows and columns of W from ``start`` to ``stop``."""
-        bands = [self.lower[..., :0], *(band[..., start : stop - i] for i, band in enumerate(self._bands(), 1))]
-        return FullCovariance(self.diagonal[..., start:stop], kernels.cat_channels(*bands[: stop - start]))
+        lower = kernels.with_channels(lambda w: kernels.tril_block(w, self.dim, start, stop), self.lower)
+        return FullCovariance(self.diagonal[..., start:stop], lower)
 
     def _reordered(self, first: Sequence[int]) -> FullCovariance:
         """Covariance of the outputs ``first`` and then the others."""

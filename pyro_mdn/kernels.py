@@ -38,7 +38,10 @@ __all__ = [
     "split_channels",
     "sum_outputs",
     "tril_bands",
+    "tril_below",
+    "tril_block",
     "tril_matvec",
+    "tril_position",
     "tril_positions",
     "tril_solve",
     "unpack_tril",
@@ -305,21 +308,38 @@ def tril_bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
     return lower.split_with_sizes([*range(dim - 1, 0, -1)])
 
 
-def tril_positions(dim: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Rows and columns of what is packed below a diagonal."""
-    rows, columns = torch.tril_indices(dim, dim, -1, device=device)
-    order = (rows - columns).argsort(stable=True)
-    return rows[order], columns[order]
+def tril_block(lower: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """What is packed of the rows and columns from ``start`` to ``stop``."""
+    bands = tril_bands(lower, dim)[: stop - start - 1]
+    return torch.cat([lower[:0], *(band[start : stop - i] for i, band in enumerate(bands, start=1))])
+
+
+def tril_below(lower: Tensor, dim: int, vector: Tensor) -> Tensor:
+    """Product ``(D-n, ...)`` of the rows below the first n, up to column n, and a vector ``(n, ...)``."""
+    n = len(vector)
+    entries = lower[[tril_position(i, j, dim) for i in range(n, dim) for j in range(n)]]
+    return (entries.unflatten(0, (dim - n, n)) * vector).sum(1)
+
+
+def tril_position(row: Any, column: Any, dim: int) -> Any:
+    """Where an entry below a diagonal is packed."""
+    below = row - column
+    return (below - 1) * dim - below * (below - 1) // 2 + column
+
+
+def tril_positions(dim: int, device: torch.device | None = None) -> Tensor:
+    """That of all entries, ``(D, D)``; from the diagonal on, the number of those that are packed."""
+    index = torch.arange(dim, device=device)
+    rows = index.unsqueeze(-1)
+    return torch.where(rows > index, tril_position(rows, index, dim), dim * (dim - 1) // 2)
 
 
 def unpack_tril(diagonal: Tensor, lower: Tensor) -> Tensor:
     """Dense lower-triangular ``(*batch, K, D, D)``."""
     dim = diagonal.shape[-1]
-    dense = diagonal.diag_embed()
-    position = torch.full((dim, dim), lower.shape[-1], device=diagonal.device)
-    position[tril_positions(dim, diagonal.device)] = torch.arange(lower.shape[-1], device=diagonal.device)
     padded = torch.cat([lower, torch.zeros_like(diagonal[..., :1])], -1)
-    return dense + padded[..., position.flatten()].unflatten(-1, (dim, dim))
+    below = padded[..., tril_positions(dim, lower.device).flatten()].unflatten(-1, (dim, dim))
+    return diagonal.diag_embed() + below
 
 
 # Low rank
