@@ -234,8 +234,8 @@ def bound(kind, n, k, d):
     target = torch.empty_like(source)
     copies = rate(lambda: target.copy_(source), 8 * source.numel())
     exponentials = rate(lambda: torch.exp(source, out=target), source.numel())
-    # A softplus (two) and a logarithm for each scale, its derivative, and two exponentials for each weight.
-    transcendental = n * k * (4 * d + 3)
+    # A softplus (two) and its derivative for each scale; a logarithm of their product, and three for each weight.
+    transcendental = n * k * (3 * d + 4)
     return max(2 * 4 * channels * n / copies, transcendental / exponentials)
 
 

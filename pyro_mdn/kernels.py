@@ -36,6 +36,7 @@ __all__ = [
     "normal_log_density",
     "normalize_logits",
     "split_channels",
+    "sum_logs",
     "sum_outputs",
     "tril_bands",
     "tril_below",
@@ -86,6 +87,18 @@ def sum_outputs(tensor: Tensor) -> Tensor:
     if tensor.shape[-1] == 1:
         return tensor.squeeze(-1)
     return channels_last(channels_first(tensor, 2).sum(0), 1)
+
+
+def sum_logs(factors: Tensor) -> Tensor:
+    """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
+    half, limits = len(factors) // 2, torch.finfo(factors.dtype)
+    if half > 1 and factors.is_cpu and not is_traced():  # elsewhere one must not look at numbers
+        pairs = factors[:half] * factors[half : 2 * half]
+        low, high = pairs.detach().aminmax()
+        if limits.tiny <= low.item() and high.item() <= limits.max:
+            logs = pairs.log_().sum(0)
+            return logs if len(factors) == 2 * half else logs + factors[-1].log()
+    return factors[0].log() if len(factors) == 1 else factors.log().sum(0)
 
 
 def location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:

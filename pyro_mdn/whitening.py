@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_mdn.kernels import Whitening, gram_schmidt, tril_bands, tril_matvec
+from pyro_mdn.kernels import Whitening, gram_schmidt, sum_logs, tril_bands, tril_matvec
 
 __all__ = [
     "DiagonalWhitening",
@@ -35,8 +35,7 @@ class DiagonalWhitening(Whitening):
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (scale,) = factors
-        logs, outputs_each = scale.log(), residual.shape[0] // scale.shape[0]
-        half_log_det = logs[0] if len(logs) == 1 else logs.sum(0)
+        half_log_det, outputs_each = sum_logs(scale), residual.shape[0] // scale.shape[0]
         whitened = torch.div(
             residual, scale, out=residual if scratch and scale.shape[1:] == residual.shape[1:] else None
         )
@@ -47,7 +46,7 @@ class DiagonalWhitening(Whitening):
     ) -> tuple[Tensor, Tensor]:
         (scale,) = kept
         for_residual, for_scale = out or (None, None)
-        slope = torch.div(weight, scale, out=for_scale).neg_()
+        slope = torch.div(-weight, scale, out=for_scale)
         grad_residual = torch.mul(slope, whitened, out=for_residual)
         if slope.shape != grad_residual.shape:
             return grad_residual, torch.addcmul(slope, grad_residual, whitened, value=-1)
@@ -78,7 +77,7 @@ class FullWhitening(Whitening):
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         diagonal, lower = factors
-        return tril_matvec(diagonal, lower, residual), -diagonal.log().sum(0), [residual, diagonal, lower]
+        return tril_matvec(diagonal, lower, residual), -sum_logs(diagonal), [residual, diagonal, lower]
 
     def pull_back(
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
@@ -144,7 +143,7 @@ class LowRankWhitening(Whitening):
         standardized = residual / scale
         weights = _solve(capacitance, [(column * standardized).sum(0) for column in columns])
         weights = _solve_transposed(capacitance, weights, shift=1.0)
-        half_log_det = scale.log().sum(0) + torch.stack([row[-1] for row in capacitance]).log().sum(0)
+        half_log_det = sum_logs(scale) + torch.stack([row[-1] for row in capacitance]).log().sum(0)
         kept = [scale, columns, *(entry for row in capacitance for entry in row)]
         return standardized - _combined(columns, weights), half_log_det, kept
 

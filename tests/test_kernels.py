@@ -36,6 +36,7 @@ CALLS = {
     kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
     kernels.normalize_logits: lambda: (draw(5, 3),),
     kernels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
+    kernels.sum_logs: lambda: (draw(5, 3, 4),),
     kernels.sum_outputs: lambda: (draw(5, 3, 4),),
     kernels.tril_bands: lambda: (draw(6, 3, 5), 4),
     kernels.tril_matvec: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
@@ -329,6 +330,17 @@ def test_gradients_of_one_component_in_closed_form():
     factor = kernels.unpack_tril(diagonal, lower)[:, 0]
     residual = (value - locs[:, 0]).unsqueeze(-1)
     assert_close(grad[:, 0], (factor.mT @ factor @ residual).squeeze(-1))
+
+
+@pytest.mark.parametrize("dim", range(1, 7))
+@pytest.mark.parametrize("unit", [1.0, 1e-25, 1e25, 1e-21])
+def test_logarithms_of_pairs_are_those_of_each(dim, unit):
+    factors = (unit * draw(dim, 3, 5)).float().requires_grad_()
+    expected = factors.detach().double().log().sum(0)
+    found = kernels.sum_logs(factors)
+    assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+    (grad,) = torch.autograd.grad(found.sum(), factors)
+    assert_close(grad, 1 / factors.detach())
 
 
 @pytest.mark.parametrize("unit", [1e-25, 1e25])
