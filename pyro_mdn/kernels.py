@@ -91,10 +91,10 @@ def sum_outputs(tensor: Tensor) -> Tensor:
 
 def sum_logs(factors: Tensor) -> Tensor:
     """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
-    half, limits = len(factors) // 2, torch.finfo(factors.dtype)
+    half = len(factors) // 2
     if half > 1 and factors.is_cpu and not is_traced():  # elsewhere one must not look at numbers
         pairs = factors[:half] * factors[half : 2 * half]
-        low, high = pairs.detach().aminmax()
+        (low, high), limits = pairs.detach().aminmax(), torch.finfo(pairs.dtype)
         if limits.tiny <= low.item() and high.item() <= limits.max:
             logs = pairs.log_().sum(0)
             return logs if len(factors) == 2 * half else logs + factors[-1].log()
