@@ -92,7 +92,8 @@ def sum_outputs(tensor: Tensor) -> Tensor:
 def sum_logs(factors: Tensor) -> Tensor:
     """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
     half = len(factors) // 2
-    if half > 1 and factors.is_cpu and not is_traced():  # elsewhere one must not look at numbers
+    # Of few numbers the logarithms take no longer than looking at them; elsewhere one must not look.
+    if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced():
         pairs = factors[:half] * factors[half : 2 * half]
         (low, high), limits = pairs.detach().aminmax(), torch.finfo(pairs.dtype)
         if limits.tiny <= low.item() and high.item() <= limits.max:
@@ -155,7 +156,8 @@ class Whitening(ABC):
             weight: The :math:`a_k`, ``(K, *batch)``.
             whitened: What :meth:`whiten` gave.
             kept: What else it gave.
-            out: Where to put the gradients, if there is one factor and nothing was broadcast.
+            out: Where to put the gradients, if there is one factor and nothing was broadcast; that for the factor
+                may take its place.
 
         Returns:
             Those with respect to the residual and each factor; what was broadcast is not summed yet.
