@@ -149,20 +149,21 @@ class _LayerLogDensity(torch.autograd.Function):
         value: Tensor,
     ) -> Tensor:
         ctx.settings = whitening, n_components, width
-        channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
-        log_density, saved = _forward(ctx.settings, channels, _points(value), scratch=True)
-        ctx.save_for_backward(weight, bias, features, value, *saved)
+        ctx.save_for_backward(weight, bias, features, value)
+        log_density, ctx.once = _layer_forward(ctx.settings, weight, bias, features, value)
         return log_density
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        weight, bias, features, value, *saved = ctx.saved_tensors
+        weight, bias, features, value = ctx.saved_tensors
         if torch.is_grad_enabled():
             again = _layer_by_autograd, ctx.settings, (weight, bias, features, value)
             return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
         for_weight, for_bias, for_features, for_value = ctx.needs_input_grad[3:]
-        gradient = features.new_empty(len(weight), len(features))
+        # The gradient takes the memory of the channels, so that another backward pass needs these anew.
+        gradient, saved = ctx.once or _layer_forward(ctx.settings, weight, bias, features, value)[1]
+        ctx.once = None
         grad_locs = _backward(ctx.settings, grad, saved, gradient)
         return (
             None,
@@ -189,19 +190,25 @@ def _points(value: Tensor) -> Tensor:
     return channels_first(value, 1).unsqueeze(1)
 
 
-def _forward(
-    settings: _Settings, channels: Tensor, points: Tensor, *, scratch: bool = False
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """Log-density, and what :func:`_backward` takes; with ``scratch`` the locations may be overwritten."""
+def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+    """Log-density, and what :func:`_backward` takes."""
     whitening, n_components, width = settings
     logits, locs, factor = _parts(n_components, width, len(points), channels)
-    residual = locs.sub_(points) if scratch else locs - points
-    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), residual, factor)
+    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), locs - points, factor)
     return log_density, [*sums, *kept]
 
 
+def _layer_forward(
+    settings: _Settings, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
+) -> tuple[Tensor, tuple[Tensor, Sequence[Tensor]]]:
+    """Log-density; channels, and what :func:`_backward` takes beside them."""
+    channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
+    log_density, saved = _forward(settings, channels, _points(value))
+    return log_density, (channels, saved)
+
+
 def _backward(settings: _Settings, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
-    """Write the gradient with respect to the channels; return that with respect to the locations."""
+    """Write the gradient with respect to the channels, in their place too; return that for the locations."""
     whitening, n_components, width = settings
     _, _, whitened, *_ = saved
     for_logits, for_locs, for_factor = _parts(n_components, width, len(whitened), gradient)

@@ -68,8 +68,9 @@ class RawDiagonalWhitening(Whitening):
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         scale, raw = kept
+        slope = raw.sigmoid()
         grad_residual, grad_scale = _DIAGONAL.pull_back(weight, whitened, scale, out=out)
-        return grad_residual, grad_scale.mul_(raw.sigmoid())
+        return grad_residual, grad_scale.mul_(slope)
 
 
 class FullWhitening(Whitening):
@@ -122,8 +123,9 @@ class RawFullWhitening(Whitening):
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         residual, diagonal, lower, raw_diagonal = kept
+        slope = raw_diagonal.sigmoid().mul_(diagonal).mul_(diagonal).neg_()
         grad_residual, packed = _FULL.packed_pull_back(weight, whitened, residual, diagonal, lower, out=out)
-        packed[: len(diagonal)].mul_(raw_diagonal.sigmoid().mul_(diagonal).mul_(diagonal).neg_())
+        packed[: len(diagonal)].mul_(slope)
         return grad_residual, packed
 
 

@@ -39,6 +39,15 @@ def test_gradients_are_those_of_layer_and_density_apart(noise):
 
 
 @every_noise
+def test_a_graph_that_is_kept_gives_the_same_again(noise):
+    settings, tensors = arguments(noise)
+    loss = layer.layer_log_density(*settings, *tensors).square().sum()
+    first, second = (torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(2))
+    assert_close(second, first, rtol=0, atol=0)
+    assert_close(torch.autograd.grad(loss, tensors, create_graph=True), first, rtol=1e-8, atol=1e-9)
+
+
+@every_noise
 def test_second_derivatives(noise):
     settings, tensors = arguments(noise, n=4)
 
