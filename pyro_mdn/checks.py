@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["all_finite", "bounds", "is_count", "is_differentiated", "require_counts", "require_numbers"]
+__all__ = ["all_finite", "bounds", "is_count", "is_differentiated", "is_traced", "require_counts", "require_numbers"]
 
 
 def is_count(value: Any) -> bool:
@@ -65,10 +65,15 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
+def is_traced() -> bool:
+    """Whether a compiler or a transform of ``torch.func`` looks on: no branch may depend on numbers then."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def is_differentiated(*tensors: Tensor) -> bool:
     """Whether somebody may want derivatives with respect to these: in backward or forward mode, or compiled."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_traced():
         return True
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyro_mdn import kernels
+from pyro_mdn import kernels, triangles
 from pyro_mdn.checks import all_finite
 from pyro_mdn.covariance import Covariance, require_positive, stored
 from pyro_mdn.whitening import FullWhitening, LowRankWhitening
@@ -49,8 +49,7 @@ class FullCovariance(Covariance):
     def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
         r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
         _require_square(precision_tril, "precision_tril")
-        diagonal, *bands = (precision_tril.diagonal(-i, -2, -1) for i in range(precision_tril.shape[-1]))
-        return cls(diagonal, torch.cat([diagonal[..., :0], *bands], -1))
+        return cls(*triangles.pack_tril(precision_tril))
 
     @classmethod
     def from_scale_tril(cls, scale_tril: Tensor) -> FullCovariance:
@@ -87,17 +86,17 @@ class FullCovariance(Covariance):
 
     def precision_tril(self) -> Tensor:
         """Dense W, shape ``(*batch, K, D, D)``."""
-        return kernels.unpack_tril(self.diagonal, self.lower)
+        return triangles.unpack_tril(self.diagonal, self.lower)
 
     def scale_tril(self) -> Tensor:
         """Dense Cholesky factor L, shape ``(*batch, K, D, D)``."""
         return _tril_inverse(self.precision_tril())
 
     def whiten(self, residual: Tensor) -> Tensor:
-        return kernels.with_channels(kernels.tril_matvec, self.diagonal, self.lower, residual)
+        return kernels.with_channels(triangles.tril_matvec, self.diagonal, self.lower, residual)
 
     def colorize(self, noise: Tensor) -> Tensor:
-        return kernels.with_channels(kernels.tril_solve, self.diagonal, self.lower, noise)
+        return kernels.with_channels(triangles.tril_solve, self.diagonal, self.lower, noise)
 
     def half_log_det(self) -> Tensor:
         return -kernels.sum_outputs(self.diagonal.log())
@@ -118,7 +117,7 @@ class FullCovariance(Covariance):
     def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         i = len(residuals)
         scale = self.diagonal[..., i].reciprocal()
-        row = [self.lower[..., kernels.tril_position(i, j, self.dim)] for j in range(i)]
+        row = [self.lower[..., triangles.tril_position(i, j, self.dim)] for j in range(i)]
         pull = sum((w * r for w, r in zip(row, residuals, strict=True)), torch.zeros_like(scale))
         return -scale * pull, scale
 
@@ -131,13 +130,13 @@ class FullCovariance(Covariance):
 
     def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
         rest = self._block(residual.shape[-1], self.dim)
-        pull = kernels.with_channels(lambda w, r: kernels.tril_below(w, self.dim, r), self.lower, residual)
+        pull = kernels.with_channels(lambda w, r: triangles.tril_below(w, self.dim, r), self.lower, residual)
         return -rest.colorize(pull), rest
 
     def affine(self, scale: Tensor) -> FullCovariance:
         scale = scale.expand(*scale.shape[:-1], self.dim)
-        ratios = [scale[..., i:].sign() / scale[..., :-i] for i in range(1, self.dim)]
-        return FullCovariance(self.diagonal / scale.abs(), self.lower * torch.cat([scale[..., :0], *ratios], -1))
+        _, ratios = triangles.pack_tril(scale.sign().unsqueeze(-1) / scale.unsqueeze(-2))
+        return FullCovariance(self.diagonal / scale.abs(), self.lower * ratios)
 
     def validate(self) -> None:
         require_positive(self.diagonal, "FullCovariance.diagonal")
@@ -146,7 +145,7 @@ class FullCovariance(Covariance):
 
     def _block(self, start: int, stop: int) -> FullCovariance:
         """Rows and columns of W from ``start`` to ``stop``."""
-        lower = kernels.with_channels(lambda w: kernels.tril_block(w, self.dim, start, stop), self.lower)
+        lower = kernels.with_channels(lambda w: triangles.tril_block(w, self.dim, start, stop), self.lower)
         return FullCovariance(self.diagonal[..., start:stop], lower)
 
     def _reordered(self, first: Sequence[int]) -> FullCovariance:

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 from pyro_mdn import kernels
 from pyro_mdn.checks import is_count
 from pyro_mdn.density import has_missing, log_density
-from pyro_mdn.layer import channel_log_density, layer_log_density
+from pyro_mdn.layer import channel_log_density, layer_channels, layer_log_density
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
 
@@ -163,7 +163,7 @@ class MixtureHead(nn.Module):
     def channels(self, features: Tensor) -> Tensor:
         """What the linear layer gives, channel-first, ``(C, *batch)``, in float32 at least."""
         flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
-        channels = torch.addmm(self.linear.bias.unsqueeze(-1), self.linear.weight, flat.T)
+        channels = layer_channels(self.linear.weight, self.linear.bias, flat)
         if features.ndim != 2:
             channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         return _accumulated(channels)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+
+from pyro_mdn.checks import bounds, is_traced
 
 __all__ = [
     "Whitening",
@@ -27,7 +28,6 @@ __all__ = [
     "density_forward",
     "differentiable_gradients",
     "gram_schmidt",
-    "is_traced",
     "location_and_scale",
     "logits_gradient",
     "low_rank_capacitance",
@@ -38,21 +38,8 @@ __all__ = [
     "split_channels",
     "sum_logs",
     "sum_outputs",
-    "tril_bands",
-    "tril_below",
-    "tril_block",
-    "tril_matvec",
-    "tril_position",
-    "tril_positions",
-    "tril_solve",
-    "unpack_tril",
     "with_channels",
 ]
-
-
-def is_traced() -> bool:
-    """Whether a compiler or a transform of ``torch.func`` looks on, which have no use for work in place."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def channels_first(tensor: Tensor, event_dim: int) -> Tensor:
@@ -95,7 +82,7 @@ def sum_logs(factors: Tensor) -> Tensor:
     # Of few numbers the logarithms take no longer than looking at them; elsewhere one must not look.
     if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced():
         pairs = factors[:half] * factors[half : 2 * half]
-        (low, high), limits = pairs.detach().aminmax(), torch.finfo(pairs.dtype)
+        (low, high), limits = bounds(pairs), torch.finfo(pairs.dtype)
         if limits.tiny <= low.item() and high.item() <= limits.max:
             logs = pairs.log_().sum(0)
             return logs if len(factors) == 2 * half else logs + factors[-1].log()
@@ -291,70 +278,6 @@ def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
     """Channel-first gradient in the shape of the argument that it belongs to."""
     gradient = channels_last(gradient, event_dim)
     return gradient if gradient.shape == argument.shape else gradient.sum_to_size(argument.shape)
-
-
-# Triangles, packed: the diagonal, and the bands below it, each shorter by one; channel-first
-
-
-def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
-    """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``."""
-    product, traced = diagonal * vector, is_traced()
-    for i, band in enumerate(tril_bands(lower, len(vector)), start=1):
-        if traced:
-            product = product + pad(band * vector[:-i], (0, 0) * (vector.ndim - 1) + (i, 0))
-        else:
-            product[i:].addcmul_(band, vector[:-i])
-    return product
-
-
-def tril_solve(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
-    """Solve a triangle for a vector by forward substitution: the inverse of :func:`tril_matvec`."""
-    bands = [band.unbind() for band in tril_bands(lower, len(vector))]
-    solution: list[Tensor] = []
-    for i, (pivot, rest) in enumerate(zip(diagonal, vector, strict=True)):
-        for j, known in enumerate(solution):
-            rest = rest - bands[i - j - 1][j] * known
-        solution.append(rest / pivot)
-    return torch.stack(solution)
-
-
-def tril_bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
-    """Views ``(D-1, ...)`` to ``(1, ...)`` of what is one to D-1 below a diagonal."""
-    return lower.split_with_sizes([*range(dim - 1, 0, -1)])
-
-
-def tril_block(lower: Tensor, dim: int, start: int, stop: int) -> Tensor:
-    """What is packed of the rows and columns from ``start`` to ``stop``."""
-    bands = tril_bands(lower, dim)[: stop - start - 1]
-    return torch.cat([lower[:0], *(band[start : stop - i] for i, band in enumerate(bands, start=1))])
-
-
-def tril_below(lower: Tensor, dim: int, vector: Tensor) -> Tensor:
-    """Product ``(D-n, ...)`` of the rows below the first n, up to column n, and a vector ``(n, ...)``."""
-    n = len(vector)
-    entries = lower[[tril_position(i, j, dim) for i in range(n, dim) for j in range(n)]]
-    return (entries.unflatten(0, (dim - n, n)) * vector).sum(1)
-
-
-def tril_position(row: Any, column: Any, dim: int) -> Any:
-    """Where an entry below a diagonal is packed."""
-    below = row - column
-    return (below - 1) * dim - below * (below - 1) // 2 + column
-
-
-def tril_positions(dim: int, device: torch.device | None = None) -> Tensor:
-    """That of all entries, ``(D, D)``; from the diagonal on, the number of those that are packed."""
-    index = torch.arange(dim, device=device)
-    rows = index.unsqueeze(-1)
-    return torch.where(rows > index, tril_position(rows, index, dim), dim * (dim - 1) // 2)
-
-
-def unpack_tril(diagonal: Tensor, lower: Tensor) -> Tensor:
-    """Dense lower-triangular ``(*batch, K, D, D)``."""
-    dim = diagonal.shape[-1]
-    padded = torch.cat([lower, torch.zeros_like(diagonal[..., :1])], -1)
-    below = padded[..., tril_positions(dim, lower.device).flatten()].unflatten(-1, (dim, dim))
-    return diagonal.diag_embed() + below
 
 
 # Low rank

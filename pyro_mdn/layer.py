@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_mdn.checks import is_traced
 from pyro_mdn.kernels import (
     Whitening,
     channels_first,
@@ -19,11 +20,10 @@ from pyro_mdn.kernels import (
     density_by_autograd,
     density_forward,
     differentiable_gradients,
-    is_traced,
     logits_gradient,
 )
 
-__all__ = ["channel_log_density", "layer_log_density"]
+__all__ = ["channel_log_density", "layer_channels", "layer_log_density"]
 
 
 def channel_log_density(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
@@ -43,6 +43,11 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
     return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
 
 
+def layer_channels(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
+    """What a linear layer ``(C, H)``, ``(C,)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
+    return torch.addmm(bias.unsqueeze(-1), weight, features.T)
+
+
 def layer_log_density(
     whitening: Whitening, n_components: int, width: int, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> Tensor:
@@ -58,8 +63,7 @@ def layer_log_density(
         value: Points y, ``(N, D)``, likewise.
     """
     if is_traced():
-        channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
-        return channel_log_density(whitening, n_components, width, channels, value)
+        return channel_log_density(whitening, n_components, width, layer_channels(weight, bias, features), value)
     return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
 
 
@@ -80,8 +84,7 @@ def _channels_by_autograd(
 def _layer_by_autograd(
     whitening: Whitening, n_components: int, width: int, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> Tensor:
-    channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
-    return _channels_by_autograd(whitening, n_components, width, channels, value)
+    return _channels_by_autograd(whitening, n_components, width, layer_channels(weight, bias, features), value)
 
 
 class _ChannelLogDensity(torch.autograd.Function):
@@ -202,7 +205,7 @@ def _layer_forward(
     settings: _Settings, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Sequence[Tensor]]]:
     """Log-density; channels, and what :func:`_backward` takes beside them."""
-    channels = torch.addmm(bias.unsqueeze(-1), weight, features.T)
+    channels = layer_channels(weight, bias, features)
     log_density, saved = _forward(settings, channels, _points(value))
     return log_density, (channels, saved)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from pyro_mdn.kernels import Whitening, gram_schmidt, sum_logs, tril_bands, tril_matvec
+from pyro_mdn.kernels import Whitening, gram_schmidt, sum_logs
+from pyro_mdn.triangles import tril_bands, tril_matvec
 
 __all__ = [
     "DiagonalWhitening",
@@ -68,7 +69,7 @@ class RawDiagonalWhitening(Whitening):
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         scale, raw = kept
-        slope = raw.sigmoid()
+        slope = raw.sigmoid()  # before the gradient takes the place of the channels
         grad_residual, grad_scale = _DIAGONAL.pull_back(weight, whitened, scale, out=out)
         return grad_residual, grad_scale.mul_(slope)
 
@@ -123,6 +124,7 @@ class RawFullWhitening(Whitening):
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         residual, diagonal, lower, raw_diagonal = kept
+        # Before the gradient takes the place of the channels.
         slope = raw_diagonal.sigmoid().mul_(diagonal).mul_(diagonal).neg_()
         grad_residual, packed = _FULL.packed_pull_back(weight, whitened, residual, diagonal, lower, out=out)
         packed[: len(diagonal)].mul_(slope)

@@ -143,14 +143,6 @@ def test_packed_triangles_must_be_complete(diagonal, lower):
         FullCovariance(torch.ones(diagonal), torch.ones(lower))
 
 
-def test_triangles_are_packed_by_bands():
-    covariance = FullCovariance.from_precision_tril(
-        torch.tensor([[1.0, 0, 0], [21.0, 2, 0], [31.0, 32, 3]]).unsqueeze(0)
-    )
-    assert covariance.diagonal.tolist() == [[1, 2, 3]]
-    assert covariance.lower.tolist() == [[21, 32, 31]]
-
-
 def test_pyro_distribution_of_an_ill_conditioned_factor():
     covariance = FullCovariance.from_scale_tril(torch.tensor([[[1.0, 0.0], [1e5, 1.0]]]))
     mixture = GaussianMixture(torch.zeros(1), torch.zeros(1, 2), covariance)

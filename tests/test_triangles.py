@@ -1,0 +1,57 @@
+"""Packed triangles against dense ones."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyro_mdn import triangles
+
+every_dim = pytest.mark.parametrize("dim", [1, 2, 3, 6])
+
+
+def packed(dim, *batch):
+    """Dense triangle ``(*batch, D, D)``; its diagonal and the rest, channel-first."""
+    torch.manual_seed(0)
+    dense = torch.randn(*batch, dim, dim, dtype=torch.float64).tril()
+    return dense, *(part.movedim(-1, 0) for part in triangles.pack_tril(dense))
+
+
+def test_order():
+    dense = torch.tensor([[11.0, 0, 0], [21, 22, 0], [31, 32, 33]])
+    diagonal, lower = triangles.pack_tril(dense)
+    assert diagonal.tolist() == [11, 22, 33]
+    assert lower.tolist() == [21, 32, 31]
+    assert [lower[triangles.tril_position(i, j, 3)].item() for i, j in ((1, 0), (2, 0), (2, 1))] == [21, 31, 32]
+
+
+@every_dim
+def test_unpacking_undoes_packing(dim):
+    dense = packed(dim, 2, 5)[0]
+    assert torch.equal(triangles.unpack_tril(*triangles.pack_tril(dense + torch.ones(dim, dim).triu(1))), dense)
+
+
+@every_dim
+def test_products_and_their_inverse(dim):
+    dense, diagonal, lower = packed(dim, 2, 5)
+    vector = torch.randn(2, 5, dim, dtype=torch.float64)
+    first = vector.movedim(-1, 0)
+    expected = (dense @ vector.unsqueeze(-1)).squeeze(-1)
+    assert_close(triangles.tril_matvec(diagonal, lower, first).movedim(0, -1), expected)
+    solution = triangles.tril_solve(diagonal, lower, first).movedim(0, -1)
+    assert_close(solution, torch.linalg.solve_triangular(dense, vector.unsqueeze(-1), upper=False).squeeze(-1))
+    # What is mapped alone cannot be added to in place.
+    mapped = torch.vmap(triangles.tril_matvec, (None, 0, None))(diagonal, torch.stack([lower, 0 * lower]), first)
+    assert_close(mapped.movedim(1, -1), torch.stack([expected, dense.diagonal(dim1=-2, dim2=-1) * vector]))
+
+
+@every_dim
+def test_blocks(dim):
+    dense, _, lower = packed(dim, 5)
+    for start in range(dim):
+        for stop in range(start + 1, dim + 1):
+            expected = triangles.pack_tril(dense[:, start:stop, start:stop])[1]
+            assert torch.equal(triangles.tril_block(lower, dim, start, stop).movedim(0, -1), expected)
+        if start:
+            vector = torch.randn(5, start, dtype=torch.float64)
+            below = triangles.tril_below(lower, dim, vector.movedim(-1, 0)).movedim(0, -1)
+            assert_close(below, (dense[:, start:, :start] @ vector.unsqueeze(-1)).squeeze(-1))
