@@ -195,6 +195,9 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(ValueError, match=r"expected a file of format 'pyro_mdn/2', got None"):
         MixtureDensityNetwork.load(path)
+    save_file({"weight": torch.zeros(2)}, path, {"format": "pyro_mdn/1"})  # its triangles went row by row
+    with pytest.raises(ValueError, match=r"expected a file of format 'pyro_mdn/2', got 'pyro_mdn/1'"):
+        MixtureDensityNetwork.load(path)
     torch.save(nn.Linear(1, 1).state_dict(), path)
     with pytest.raises(ValueError, match="expected a safetensors file"):
         MixtureDensityNetwork.load(path)
