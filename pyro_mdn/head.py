@@ -163,7 +163,8 @@ class MixtureHead(nn.Module):
     def channels(self, features: Tensor) -> Tensor:
         """What the linear layer gives, channel-first, ``(C, *batch)``, in float32 at least."""
         flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
-        channels = layer_channels(self.linear.weight, self.linear.bias, flat)
+        # The bias first: guides and files of draws have latent weights in the order in which they are looked up.
+        channels = layer_channels(self.linear.bias, self.linear.weight, flat)
         if features.ndim != 2:
             channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         return _accumulated(channels)

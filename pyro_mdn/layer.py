@@ -43,8 +43,8 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
     return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
 
 
-def layer_channels(weight: Tensor, bias: Tensor, features: Tensor) -> Tensor:
-    """What a linear layer ``(C, H)``, ``(C,)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
+def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
+    """What a linear layer ``(C,)``, ``(C, H)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
     return torch.addmm(bias.unsqueeze(-1), weight, features.T)
 
 
@@ -63,7 +63,7 @@ def layer_log_density(
         value: Points y, ``(N, D)``, likewise.
     """
     if is_traced():
-        return channel_log_density(whitening, n_components, width, layer_channels(weight, bias, features), value)
+        return channel_log_density(whitening, n_components, width, layer_channels(bias, weight, features), value)
     return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
 
 
@@ -84,7 +84,7 @@ def _channels_by_autograd(
 def _layer_by_autograd(
     whitening: Whitening, n_components: int, width: int, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> Tensor:
-    return _channels_by_autograd(whitening, n_components, width, layer_channels(weight, bias, features), value)
+    return _channels_by_autograd(whitening, n_components, width, layer_channels(bias, weight, features), value)
 
 
 class _ChannelLogDensity(torch.autograd.Function):
@@ -205,7 +205,7 @@ def _layer_forward(
     settings: _Settings, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Sequence[Tensor]]]:
     """Log-density; channels, and what :func:`_backward` takes beside them."""
-    channels = layer_channels(weight, bias, features)
+    channels = layer_channels(bias, weight, features)
     log_density, saved = _forward(settings, channels, _points(value))
     return log_density, (channels, saved)
 
