@@ -93,7 +93,7 @@ class GaussianMixture(MixtureAlgebra):
         if kind not in ("central", "shortest"):
             raise ValueError(f"kind: expected 'central' or 'shortest', got {kind!r}")
         outside = 1 - mass
-        left = torch.full((*self.batch_shape, self.dim), outside / 2).to(self.locs)
+        left = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
         if kind == "shortest":
             left = univariate.minimize_bracketed(lambda p: self._upper(outside - p) - self.icdf(p), left, outside)
         return self.icdf(left), self._upper(outside - left)
