@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_mdn.data import Batches, Rows, Streamed
-from pyro_mdn.optimization import AveragedWeights, FusedAdamW, blur, clip_, fading, warmup_cosine
+from pyro_mdn.optimization import AveragedWeights, FusedAdamW, blur, clip_, fading, joint_norm, warmup_cosine
 from pyro_mdn.vectorized import unvalidated
 
 __all__ = ["FitResult", "Loop", "Settings", "copied"]
@@ -241,15 +241,18 @@ class Loop:
         y = blur(batch.y, *self._target_noise(fade))
         self.optimizer.zero_grad()
         loss = self._mean(batch.weigh(self._losses(x, y)))
+        (loss if loss.ndim == 0 else loss.sum()).backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # Together: to look at a number is to wait for the device.
+        loss, norm = torch.stack([loss.detach().double(), self._norm(gradients).double()]).cpu()
         if not self._sound(loss):
             raise FloatingPointError(f"loss is {self._shown(loss)}")
-        (loss if loss.ndim == 0 else loss.sum()).backward()
-        norm = self._clip()
         if not self._sound(norm):
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
+        self._clip(gradients, norm)
         self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
         self.average.update(step)
-        return loss.detach().to("cpu", torch.float64)
+        return loss
 
     def _target_noise(self, fade: float) -> tuple[Tensor, float]:
         """Standard deviation of the noise on targets, and a factor on it."""
@@ -261,9 +264,13 @@ class Loop:
         """Mean over rows: one number, or one for each of what is trained side by side."""
         return losses.mean()
 
-    def _clip(self) -> Tensor:
-        """Scale gradients down to the largest norm that is allowed; return the norm before."""
-        return clip_(self.parameters, self.settings.max_grad_norm)
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Joint norm of the gradients: one, or one for each of what is trained side by side."""
+        return joint_norm(gradients)
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """Scale gradients of this joint norm down to the largest that is allowed."""
+        clip_(gradients, norm.item(), self.settings.max_grad_norm)
 
     def _sound(self, value: Tensor) -> bool:
         """Whether a loss or a norm is finite."""

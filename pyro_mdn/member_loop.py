@@ -23,13 +23,13 @@ class MemberLoop(Loop):
     def _mean(self, losses: Tensor) -> Tensor:
         return losses.flatten(1).mean(1)
 
-    def _clip(self) -> Tensor:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norms = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        factor = (self.settings.max_grad_norm / norms).clamp(max=1.0)
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients]).sum(0).sqrt()
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        factor = (self.settings.max_grad_norm / norm).clamp(max=1.0).to(gradients[0])
         for g in gradients:
             g.mul_(factor.reshape(-1, *(1,) * (g.ndim - 1)))
-        return norms
 
     def _sound(self, value: Tensor) -> bool:
         return not bool(self._broken(value).any())

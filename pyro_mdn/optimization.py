@@ -14,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-__all__ = ["AveragedWeights", "FusedAdamW", "adamw", "blur", "clip_", "default_weight_decay", "fading", "warmup_cosine"]
+__all__ = [
+    "AveragedWeights",
+    "FusedAdamW",
+    "adamw",
+    "blur",
+    "clip_",
+    "default_weight_decay",
+    "fading",
+    "joint_norm",
+    "warmup_cosine",
+]
 
 # Chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
 LEARNING_RATE = 0.02
@@ -108,13 +118,15 @@ def blur(value: Tensor, scale: Tensor, factor: float = 1.0, generator: torch.Gen
     return torch.addcmul(value, scale, noise, value=factor)
 
 
-def clip_(parameters: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale gradients down to a joint norm of ``max_norm``, if it is larger; return the norm before."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+def joint_norm(gradients: list[Tensor]) -> Tensor:
+    """Norm of all of these together."""
+    return torch.stack(torch._foreach_norm(gradients)).norm()
+
+
+def clip_(gradients: list[Tensor], norm: float, max_norm: float) -> None:
+    """Scale gradients of this joint norm down to one of ``max_norm``, if it is larger."""
     if norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
-    return norm
 
 
 class AveragedWeights:
