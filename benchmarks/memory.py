@@ -12,7 +12,7 @@ from pathlib import Path
 
 import log_prob
 import torch
-from timing import machine, write
+from timing import DEVICE, GPU, machine, write
 from torch import nn
 
 from pyro_mdn import Full, MixtureDensityNetwork
@@ -29,10 +29,10 @@ def density(who, case):
 def step(who, case):
     """A training step of a network with full covariances."""
     n, k, d = case
-    x, y = torch.randn(n, 4), torch.randn(n, d)
+    x, y = torch.randn(n, 4, device=DEVICE), torch.randn(n, d, device=DEVICE)
     if who == "torch":
-        body = nn.Sequential(nn.Linear(4, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU())
-        layer = nn.Linear(WIDTH, k * (1 + d + d * (d + 1) // 2))
+        body = nn.Sequential(nn.Linear(4, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH), nn.GELU()).to(DEVICE)
+        layer = nn.Linear(WIDTH, k * (1 + d + d * (d + 1) // 2)).to(DEVICE)
         parameters = [*body.parameters(), *layer.parameters()]
 
         def loss():
@@ -43,7 +43,7 @@ def step(who, case):
             mixture = torch.distributions.MixtureSameFamily(weights, components, validate_args=False)
             return -mixture.log_prob(y).mean()
     else:
-        network = MixtureDensityNetwork(4, d, k, WIDTH, noise=Full())
+        network = MixtureDensityNetwork(4, d, k, WIDTH, noise=Full()).to(DEVICE)
         parameters = list(network.parameters())
 
         def loss():
@@ -62,14 +62,14 @@ def step(who, case):
 def peak(pipe, build, who, small, case):
     """MiB beyond what is there before; a small case first, so that libraries are loaded."""
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        function = build(who, case)
+    build(who, small)()
+    function = build(who, case)
+    if GPU:
         before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         function()
         pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
         return
-    build(who, small)()
-    function = build(who, case)
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     function()
@@ -93,7 +93,7 @@ def measured(build, who, small, case, tries):
 
 
 def measure(*, smoke):
-    tries, rows = (1 if smoke else 5), []
+    tries, rows = (1 if smoke or GPU else 5), []
     for case in CASES[:1] if smoke else CASES:
         small = (case[0], 4, 2, case[3])
         mib = {

@@ -7,13 +7,12 @@ import argparse
 from functools import partial
 
 import torch
-from timing import machine, race, ratio, shown, write
+from timing import DEVICE, machine, race, ratio, shown, threads_of, write
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from pyro_mdn import DiagonalCovariance, FullCovariance, GaussianMixture, scores
 
 N, K, D = 1000, 5, 3
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def diagonal(rows, dim):
@@ -159,7 +158,7 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    threads_of(parser)
     parser.add_argument("--out", default="sampling", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
     args = parser.parse_args()

@@ -15,6 +15,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 RESULTS = Path(__file__).parent / "results"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
 PACKAGES = ("torch", "pyro-ppl", "numpy", "zuko", "sbi")
 
 
@@ -51,11 +53,11 @@ class Rival:
 def _serve(pipe, build, threads):
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    timer = number = None
+    function = timer = number = None
     while True:
         job = pipe.recv()
         if job is None:
-            pipe.send(_seconds(timer, number))
+            pipe.send(events(function, number) if GPU else timer.timeit(number).mean)
             continue
         case, block = job
         try:
@@ -70,12 +72,13 @@ def _serve(pipe, build, threads):
             pipe.send(traceback.format_exc())
 
 
-def _seconds(timer, number):
-    if not torch.cuda.is_available():
-        return timer.timeit(number).mean
+def events(function, number):
+    """Seconds per call on a GPU, between two of its events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
     start.record()
-    timer.timeit(number)
+    for _ in range(number):
+        function()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3 / number
@@ -126,6 +129,11 @@ def shown(summary):
     return f"{summary['median']:.2f} ({summary['quartiles'][0]:.2f}-{summary['quartiles'][1]:.2f})"
 
 
+def threads_of(parser):
+    """Option for the numbers of threads; with a GPU these do not matter."""
+    parser.add_argument("--threads", type=int, nargs="+", default=[1] if GPU else [1, 2])
+
+
 def machine():
     """What the numbers were taken on."""
     try:
@@ -139,7 +147,7 @@ def machine():
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    accelerator = torch.cuda.get_device_name() if GPU else None
     return {
         "processor": processor,
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -151,7 +159,7 @@ def machine():
 
 
 def write(out, results):
-    """Results to a file, or by name among the others."""
-    path = Path(out) if "/" in str(out) else RESULTS / f"{out}.json"
+    """Results to a file, or by name among the others; those of a GPU have names of their own."""
+    path = Path(out) if "/" in str(out) else RESULTS / f"{out}{'_gpu' * GPU}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -13,7 +13,7 @@ import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from timing import machine, race, ratio, shown, write
+from timing import DEVICE, machine, race, ratio, shown, threads_of, write
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -23,7 +23,6 @@ from pyro_mdn.loop import Loop, Settings
 
 BATCHES, COMPONENTS = 8, 5
 CASES = [(256, 64), (256, 256), (4096, 64), (4096, 256)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def data(batch):
@@ -142,7 +141,7 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    threads_of(parser)
     parser.add_argument("--out", default="train_step", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
     args = parser.parse_args()
