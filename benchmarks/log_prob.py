@@ -118,7 +118,7 @@ def components(kind, module, locs, factor):
     if kind == "low rank":
         variance, loadings = (softplus(factor[..., :d]) + MIN_SCALE).square(), factor[..., d:].unflatten(-1, (d, RANK))
         return module.LowRankMultivariateNormal(locs, loadings, variance, validate_args=False)
-    rows, columns = torch.tril_indices(d, d)
+    rows, columns = torch.tril_indices(d, d, device=factor.device)
     positive = torch.where(rows == columns, softplus(factor) + MIN_SCALE, factor)
     tril = factor.new_zeros(*locs.shape, d)
     tril[..., rows, columns] = positive

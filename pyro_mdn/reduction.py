@@ -37,8 +37,8 @@ def _merge_row(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> t
     best, partner = cost.min(-1)
     alive = torch.ones_like(weights, dtype=torch.bool)
     for _ in range(len(weights) - count):
-        i = int(best.argmin())
-        j = int(partner[i])
+        first = int(best.argmin())
+        i, j = sorted([first, int(partner[first])])  # the two costs of a pair differ by rounding
         for tensor, value in zip(components, _merge_pair(components, i, j), strict=True):
             tensor[i] = value
         components[0][j], log_det[i] = 0.0, _log_det(components[2][i])
