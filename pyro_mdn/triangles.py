@@ -1,9 +1,11 @@
 """Lower triangles, packed: their diagonal, and the bands below it, each shorter by one.
 
-A product with a vector then takes one multiplication and addition for each band, over contiguous memory. Tensors are
-channel-first, but for :func:`pack_tril` and :func:`unpack_tril`.
+A product with a vector then takes one multiplication and addition for each band, over contiguous memory; on a GPU,
+where many of these are many launches, the triangle is made a square. Tensors are channel-first, but for
+:func:`pack_tril` and :func:`unpack_tril`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,10 +17,11 @@ from pyro_mdn.checks import is_traced
 
 __all__ = [
     "pack_tril",
-    "tril_bands",
+    "tril_add_transposed_",
     "tril_below",
     "tril_block",
     "tril_matvec",
+    "tril_outer",
     "tril_position",
     "tril_positions",
     "tril_solve",
@@ -29,7 +32,9 @@ __all__ = [
 def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``."""
     product, traced = diagonal * vector, is_traced()
-    for i, band in enumerate(tril_bands(lower, len(vector)), start=1):
+    if _is_launched(vector):
+        return product.add_((_square(lower, len(vector)) * vector).sum(1))
+    for i, band in enumerate(_bands(lower, len(vector)), start=1):
         if traced:
             product = product + pad(band * vector[:-i], (0, 0) * (vector.ndim - 1) + (i, 0))
         else:
@@ -37,9 +42,28 @@ def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     return product
 
 
+def tril_add_transposed_(target: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
+    """Add the product of what is above a diagonal, the transpose of ``lower``, and a vector ``(D, ...)``."""
+    if _is_launched(vector):
+        return target.add_((_square(lower, len(vector)) * vector.unsqueeze(1)).sum(0))
+    for i, band in enumerate(_bands(lower, len(vector)), start=1):
+        target[:-i].addcmul_(band, vector[i:])
+    return target
+
+
+def tril_outer(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Write what is below the diagonal of the outer product of two vectors ``(D, ...)``."""
+    if _is_launched(left):
+        rows, columns = _entries(len(left), left.device)
+        return torch.mul(left[rows], right[columns], out=out)
+    for i, band in enumerate(_bands(out, len(left)), start=1):
+        torch.mul(left[i:], right[:-i], out=band)
+    return out
+
+
 def tril_solve(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Solve a triangle for a vector by forward substitution: the inverse of :func:`tril_matvec`."""
-    bands = [band.unbind() for band in tril_bands(lower, len(vector))]
+    bands = [band.unbind() for band in _bands(lower, len(vector))]
     solution: list[Tensor] = []
     for i, (pivot, rest) in enumerate(zip(diagonal, vector, strict=True)):
         for j, known in enumerate(solution):
@@ -48,14 +72,9 @@ def tril_solve(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     return torch.stack(solution)
 
 
-def tril_bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
-    """Views ``(D-1, ...)`` to ``(1, ...)`` of what is one to D-1 below a diagonal."""
-    return lower.split_with_sizes([*range(dim - 1, 0, -1)])
-
-
 def tril_block(lower: Tensor, dim: int, start: int, stop: int) -> Tensor:
     """What is packed of the rows and columns from ``start`` to ``stop``."""
-    bands = tril_bands(lower, dim)[: stop - start - 1]
+    bands = _bands(lower, dim)[: stop - start - 1]
     return torch.cat([lower[:0], *(band[start : stop - i] for i, band in enumerate(bands, start=1))])
 
 
@@ -91,3 +110,27 @@ def unpack_tril(diagonal: Tensor, lower: Tensor) -> Tensor:
     padded = torch.cat([lower, torch.zeros_like(diagonal[..., :1])], -1)
     below = padded[..., tril_positions(dim, lower.device).flatten()].unflatten(-1, (dim, dim))
     return diagonal.diag_embed() + below
+
+
+def _bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
+    """Views ``(D-1, ...)`` to ``(1, ...)`` of what is one to D-1 below a diagonal."""
+    return lower.split_with_sizes([*range(dim - 1, 0, -1)])
+
+
+def _is_launched(vector: Tensor) -> bool:
+    """Whether launching a kernel for each band would take longer than working on a square."""
+    return vector.is_cuda and len(vector) > 8 and not is_traced()
+
+
+def _square(lower: Tensor, dim: int) -> Tensor:
+    """What is below a diagonal, ``(D, D, ...)``, and zeros."""
+    rows, columns = _entries(dim, lower.device)
+    return lower.new_zeros(dim, dim, *lower.shape[1:]).index_put_((rows, columns), lower)
+
+
+@functools.cache
+def _entries(dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is packed, in its order."""
+    pairs = [(j + i, j) for i in range(1, dim) for j in range(dim - i)]
+    rows, columns = (torch.tensor([pair[k] for pair in pairs], dtype=torch.int64, device=device) for k in (0, 1))
+    return rows, columns

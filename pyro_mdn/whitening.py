@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from pyro_mdn.kernels import Whitening, gram_schmidt, sum_logs
-from pyro_mdn.triangles import tril_bands, tril_matvec
+from pyro_mdn.triangles import tril_add_transposed_, tril_matvec, tril_outer
 
 __all__ = [
     "DiagonalWhitening",
@@ -94,16 +94,14 @@ class FullWhitening(Whitening):
         """Have the gradients of diagonal and what is below it in one tensor."""
         residual, diagonal, lower = kept
         for_residual, packed = out or (None, None)
-        dim, slope = len(residual), whitened * -weight
+        slope = whitened * -weight
         grad_residual = torch.mul(slope, diagonal, out=for_residual)
         if packed is None:
             packed = slope.new_empty(len(diagonal) + len(lower), *slope.shape[1:])
-        grad_diagonal, *grad_bands = packed.split_with_sizes([*range(dim, 0, -1)])
+        grad_diagonal, grad_lower = packed.split_with_sizes([len(diagonal), len(lower)])
+        tril_add_transposed_(grad_residual, lower, slope)  # before the gradient takes the place of the channels
         torch.mul(slope, residual, out=grad_diagonal).addcdiv_(weight, diagonal)
-        for i, (band, grad_band) in enumerate(zip(tril_bands(lower, dim), grad_bands, strict=True), start=1):
-            below = slope[i:]
-            grad_residual[:-i].addcmul_(band, below)
-            torch.mul(below, residual[:-i], out=grad_band)
+        tril_outer(slope, residual, out=grad_lower)
         return grad_residual, packed
 
 

@@ -178,11 +178,12 @@ def data(rows=300, dim_out=1, device="cuda"):
 
 @on_gpu
 @pytest.mark.parametrize("noise", [Diagonal(), Full(), LowRank(2), Full(tied=True)], ids=repr)
+@pytest.mark.parametrize("dim", [6, 12])
 @pytest.mark.parametrize("rows", [64, 5000])
-def test_single_precision(noise, rows):
+def test_single_precision(noise, dim, rows):
     torch.manual_seed(0)
-    network = MixtureDensityNetwork(3, 6, 4, hidden_dim=16, noise=noise)
-    x, y = torch.randn(rows, 3), torch.randn(rows, 6)
+    network = MixtureDensityNetwork(3, dim, 4, hidden_dim=16, noise=noise)
+    x, y = torch.randn(rows, 3), torch.randn(rows, dim)
     exact = [t.double() for t in _loss_and_gradients(network.double(), x.double(), y.double())]
     got = _loss_and_gradients(network.float().cuda(), x.cuda(), y.cuda())
     for a, b in zip(got, exact, strict=True):

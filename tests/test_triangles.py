@@ -31,7 +31,9 @@ def test_unpacking_undoes_packing(dim):
 
 
 @every_dim
-def test_products_and_their_inverse(dim):
+@pytest.mark.parametrize("by", ["bands", "square"])
+def test_products_and_their_inverse(dim, by, monkeypatch):
+    monkeypatch.setattr(triangles, "_is_launched", lambda vector: by == "square")
     dense, diagonal, lower = packed(dim, 2, 5)
     vector = torch.randn(2, 5, dim, dtype=torch.float64)
     first = vector.movedim(-1, 0)
@@ -39,9 +41,30 @@ def test_products_and_their_inverse(dim):
     assert_close(triangles.tril_matvec(diagonal, lower, first).movedim(0, -1), expected)
     solution = triangles.tril_solve(diagonal, lower, first).movedim(0, -1)
     assert_close(solution, torch.linalg.solve_triangular(dense, vector.unsqueeze(-1), upper=False).squeeze(-1))
+    above = dense.tril(-1).mT
+    total = torch.randn(dim, 2, 5, dtype=torch.float64)
+    expected_total = total + (above @ vector.unsqueeze(-1)).squeeze(-1).movedim(-1, 0)
+    assert_close(triangles.tril_add_transposed_(total, lower, first), expected_total)
+    outer = triangles.pack_tril(vector.unsqueeze(-1) * solution.unsqueeze(-2))[1]
+    assert_close(triangles.tril_outer(first, solution.movedim(-1, 0), 0 * lower).movedim(0, -1), outer)
+    monkeypatch.undo()
     # What is mapped alone cannot be added to in place.
     mapped = torch.vmap(triangles.tril_matvec, (None, 0, None))(diagonal, torch.stack([lower, 0 * lower]), first)
     assert_close(mapped.movedim(1, -1), torch.stack([expected, dense.diagonal(dim1=-2, dim2=-1) * vector]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_squares(tied, monkeypatch):
+    """One triangle for all components."""
+    _, diagonal, lower = packed(4, 1 if tied else 3, 5)
+    vector = torch.randn(4, 3, 5, dtype=torch.float64)
+    products = []
+    for by in ("bands", "square"):
+        monkeypatch.setattr(triangles, "_is_launched", lambda vector, by=by: by == "square")
+        total = vector.clone()
+        products.append([triangles.tril_matvec(diagonal, lower, vector), total])
+        triangles.tril_add_transposed_(total, lower, vector)
+    assert_close(products[0], products[1])
 
 
 @every_dim
