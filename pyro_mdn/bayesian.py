@@ -146,7 +146,7 @@ def _learned_elsewhere(guide: Any) -> Any:
 def _from_samples(
     samples: Mapping[str, Any], expected: Mapping[str, Tensor], num_samples: int | None
 ) -> dict[str, Tensor]:
-    samples = {name: torch.as_tensor(value) for name, value in samples.items()}
+    samples = {name: _as_draws(value) for name, value in samples.items()}
     _require_alike("posterior", expected, samples)
     counts = {len(value) for value in samples.values()}
     if len(counts) != 1 or counts == {0}:
@@ -239,6 +239,10 @@ def _require_alike(name: str, expected: Mapping[str, Tensor], draws: Mapping[str
             raise ValueError(f"{name}: expected shape {wanted} at site {site}, got {got}")
 
 
+def _as_draws(value: Any) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def _require_samples(num_samples: int | None, available: int) -> None:
     if num_samples is not None and num_samples > available:
         raise ValueError(f"num_samples: expected at most the {available} draws that there are, got {num_samples}")
@@ -246,4 +250,4 @@ def _require_samples(num_samples: int | None, available: int) -> None:
 
 def _spread(size: int, num_samples: int | None) -> Tensor:
     """Positions of so many draws, spread evenly."""
-    return torch.linspace(0, size - 1, num_samples or size).round().long()
+    return torch.linspace(0, size - 1, num_samples or size, device="cpu").round().long()

@@ -82,7 +82,7 @@ def coverage_table(
         inside = ((lower <= y) & (y <= upper)).to(lower).masked_fill(y.isnan(), torch.nan)
         rows.append((*observed_mean(inside), (upper - lower).mean(0)))
     coverage, error, width = (torch.stack(parts) for parts in zip(*rows, strict=True))
-    return CoverageTable(torch.as_tensor(masses).to(coverage), coverage, error, width)
+    return CoverageTable(coverage.new_tensor(masses), coverage, error, width)
 
 
 def ecdf_band(size: int, points: ArrayLike | None = None, level: float = 0.95) -> tuple[Array, Array]:
@@ -140,7 +140,7 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     >>> uniformity_p_value(torch.linspace(0, 1, 200)) > 0.99, uniformity_p_value(torch.linspace(0, 0.8, 200)) < 1e-6
     (True, True)
     """
-    u = torch.as_tensor(pit).detach().cpu().double().flatten().numpy()
+    u = torch.as_tensor(pit, device="cpu").detach().double().flatten().numpy()
     u = u[~np.isnan(u)]
     if not len(u) or not ((u >= 0) & (u <= 1)).all():
         raise ValueError(f"pit: expected numbers in [0, 1], one at least, got {len(u)} with some outside")

@@ -62,7 +62,7 @@ class Rows:
         """These rows and those of another; without weights, theirs count 1."""
         weight = None
         if self.weight is not None or other.weight is not None:
-            weight = torch.cat([torch.ones(len(r)).to(r.x) if r.weight is None else r.weight for r in (self, other)])
+            weight = torch.cat([r.x.new_ones(len(r)) if r.weight is None else r.weight for r in (self, other)])
         return Rows(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), weight)
 
     def chunks(self, size: int) -> Iterator[Rows]:
@@ -297,7 +297,7 @@ def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
         array = np.asarray(value)
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
-        value = torch.tensor(np.ascontiguousarray(array))
+        value = torch.tensor(np.ascontiguousarray(array), device="cpu")
     return value.detach().to(device)
 
 
@@ -308,7 +308,7 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Te
         array = np.asarray(weight)
         if not np.issubdtype(array.dtype, np.number):
             raise ValueError(f"sample_weight: expected numbers, got dtype {array.dtype}")
-        weight = torch.tensor(np.ascontiguousarray(array))
+        weight = torch.tensor(np.ascontiguousarray(array), device="cpu")
     weight = weight.detach().to(device, torch.float64)
     if weight.shape != (rows,):
         raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")

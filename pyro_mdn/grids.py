@@ -48,7 +48,7 @@ def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, Ga
     if not 0 <= output < mixture.dim:
         raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
     order = np.argsort(values, kind="stable")
-    sorted_ = mixture.marginal(output)._flat(mixture.batch_shape)._pick(torch.as_tensor(order))
+    sorted_ = mixture.marginal(output)._flat(mixture.batch_shape)._pick(torch.from_numpy(order))
     return values[order], label, sorted_, order
 
 
@@ -87,7 +87,7 @@ def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> 
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
     count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
     margin = 0.05 * (high - low)
-    return torch.linspace(low - margin, high + margin, count).to(mixture.locs)
+    return torch.linspace(low - margin, high + margin, count, device="cpu").to(mixture.locs)
 
 
 def _finest(mixture: GaussianMixture) -> Tensor:
@@ -128,7 +128,7 @@ def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor
     """
     weights = mixture.logits.double().exp()
     reached = weights.cumsum(-1)
-    level = (torch.arange(_QUANTILES).to(weights) + 0.5) / _QUANTILES
+    level = (torch.arange(_QUANTILES, device=weights.device).to(weights) + 0.5) / _QUANTILES
     component = torch.searchsorted(reached, level.expand(len(weights), -1).contiguous()).clamp(
         max=weights.shape[-1] - 1
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.vectorized import OwnParameters, over_draws, unvalidated
 
-__all__ = ["LaplaceGuide", "draw_from", "latent_sites", "require_sites"]
+__all__ = ["LaplaceGuide", "draw_from", "latent_sites", "log_density_at", "require_sites"]
 
 
 class LaplaceGuide(AutoMultivariateNormal):
@@ -51,8 +51,7 @@ def draw_from(
             _require_pathwise(sites)
         names[:] = (name for name, site in sites.items() if not _is_auxiliary(site))
         counted = () if not density else names if "latent" in given else sites
-        log_density = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in counted))
-        return (*(sites[name]["value"] for name in names), log_density)
+        return (*(sites[name]["value"] for name in names), log_density_at(counted, trace))
 
     if size == 1:
         *values, log_density = (result.unsqueeze(0) for result in draw({}))
@@ -97,6 +96,12 @@ def latent_sites(trace: Any, given: Collection[str] = ()) -> dict[str, Any]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and name != "data" and (name in given or not site["is_observed"])
     }
+
+
+def log_density_at(names: Collection[str], trace: Any) -> Tensor:
+    """Log-density of a trace at these sites together, a number."""
+    total = trace.log_prob_sum(lambda name, _: name in names)
+    return total if isinstance(total, Tensor) else torch.zeros(())
 
 
 def require_sites(name: str, expected: Collection[str], got: Collection[str]) -> None:

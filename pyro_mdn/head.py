@@ -245,7 +245,9 @@ def _filled(y: Tensor) -> Tensor:
     for column in y.unbind(-1):
         observed = column[~column.isnan()]
         if len(observed) < len(column):
-            column = torch.where(column.isnan(), observed[torch.randint(len(observed), column.shape)], column)
+            column = torch.where(
+                column.isnan(), observed[torch.randint(len(observed), column.shape, device="cpu")], column
+            )
         columns.append(column)
     return torch.stack(columns, -1)
 
@@ -254,16 +256,16 @@ def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Ten
     """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``."""
     from scipy.cluster.vq import kmeans2  # it takes longer to import than all of this package
 
-    rows = y[torch.randperm(len(y))[:max_rows]]
+    rows = y[torch.randperm(len(y), device="cpu")[:max_rows]]
     distinct = rows.unique(dim=0)
     if len(distinct) <= n_components:
-        extra = torch.randint(len(distinct), (n_components - len(distinct),))
+        extra = torch.randint(len(distinct), (n_components - len(distinct),), device="cpu")
         centers = torch.cat([distinct, distinct[extra]])
     else:
-        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        rng = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "One of the clusters is empty")
-            centers = torch.as_tensor(kmeans2(rows.numpy(), n_components, minit="++", rng=rng)[0])
+            centers = torch.from_numpy(kmeans2(rows.numpy(), n_components, minit="++", rng=rng)[0])
     member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
     # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
     count = member.sum(0) + 1

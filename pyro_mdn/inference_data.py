@@ -223,9 +223,9 @@ def loo_pit(mixture: GaussianMixture, y: Tensor, *, reff: float = 1.0) -> LooPit
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
     _require_draws(mixture.batch_shape[0])
     log_weights, pareto_k = _psis(mixture.log_prob(y).T.double().cpu().numpy(), reff)
-    weights = torch.as_tensor(log_weights).exp().T.unsqueeze(-1).to(y)
+    weights = torch.from_numpy(log_weights).exp().T.unsqueeze(-1).to(y)
     pit = (weights * mixture.cdf(y)).sum(0).clamp(0, 1)
-    return LooPit(pit, torch.as_tensor(pareto_k))
+    return LooPit(pit, torch.from_numpy(pareto_k))
 
 
 # Groups
@@ -259,7 +259,7 @@ def _draws(source: Source, mixture: GaussianMixture, num_samples: int | None) ->
 
 
 def _log_likelihood(mixture: GaussianMixture, y: Array, chains: int, labels: Labels) -> Dataset:
-    values = torch.tensor(y).to(mixture.locs)
+    values = torch.tensor(y, device="cpu").to(mixture.locs)
     joint = by_chain(to_numpy(mixture.log_prob(values)), chains)
     observed: Array = ~np.isnan(y)
     rows: dict[str, tuple[Array, Array]] = {JOINT if y.shape[1] > 1 else labels.names[0]: (joint, observed.max(1))}

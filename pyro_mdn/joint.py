@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.data import Rows, as_rows
+from pyro_mdn.guides import log_density_at
 from pyro_mdn.latent import starting_weights
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.vectorized import OwnParameters, isolated
@@ -152,7 +153,7 @@ def undisturbed(network: MixtureDensityNetwork) -> Iterator[None]:
 def log_joint_of_model(network: MixtureDensityNetwork, rows: Rows, values: Weights) -> Tensor:
     """Joint log-density of ``network.model`` at values of all its latent sites."""
     trace = poutine.trace(poutine.condition(network.model, data=dict(values))).get_trace(rows.x, rows.y)
-    return torch.as_tensor(trace.log_prob_sum()).double()
+    return log_density_at(trace.nodes, trace).double()
 
 
 def latent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Distribution]:

@@ -97,7 +97,7 @@ def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
 
     def loss(point: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best, highest
-        vector = torch.as_tensor(point).to(best)
+        vector = torch.from_numpy(point).to(best)
         value, gradient = joint.value_and_gradient(vector)
         if value > highest:
             best, highest = vector.clone(), value
@@ -208,7 +208,7 @@ def _inverse_root(precision: Tensor) -> Tensor:
         if not failed:
             break
         jitter = max(1e-14, 10 * jitter)
-    identity = torch.eye(len(precision)).to(precision)
+    identity = torch.eye(len(precision), dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(root.flip(0, 1).mT, identity, upper=False)
 
 

@@ -111,7 +111,7 @@ class LightningObjective(LightningModule):
         """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""
         network = self.network
         self.noise = (self.input_noise * network.x_scale, self.target_noise * network.head.scale)
-        seed = int(torch.randint(2**62, ())) + self.global_rank
+        seed = int(torch.randint(2**62, (), device="cpu")) + self.global_rank
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -216,7 +216,7 @@ class Loop:
             return self._pass(epoch)
 
     def _pass(self, epoch: int) -> Tensor:
-        total, rows = torch.zeros(()), 0
+        total, rows = torch.zeros((), device="cpu"), 0
         for number, batch in enumerate(self.batches, start=1):
             buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
             try:
@@ -290,11 +290,11 @@ class Loop:
     def _evaluate(self) -> Tensor:
         """Mean held-out loss of the averaged weights; NaN if nothing is held out."""
         if self.held_out is None:
-            return torch.tensor(math.nan)
+            return torch.tensor(math.nan, device="cpu")
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
         with self.average.swapped_in(), unvalidated():
-            total = count = torch.zeros((), dtype=torch.float64)
+            total = count = torch.zeros((), dtype=torch.float64, device="cpu")
             for batch in batches:
                 losses = self.objective(*self._off_grid(batch))
                 total = total + len(batch) * self._mean(batch.weigh(losses).double()).cpu()

@@ -105,7 +105,7 @@ class PosteriorSamples:
     def _of_each(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         chains = {**self.samples, "log_joint": self.log_joint}
         if self.log_joint.shape[1] < 4:
-            return {name: torch.full(chain.shape[2:], torch.nan) for name, chain in chains.items()}
+            return {name: chain.new_full(chain.shape[2:], torch.nan) for name, chain in chains.items()}
         return {name: statistic(chain.double()) for name, chain in chains.items()}
 
     def __repr__(self) -> str:
@@ -172,7 +172,7 @@ def fit_mcmc(
     require_counts(num_samples=num_samples, num_chains=num_chains, max_tree_depth=max_tree_depth)
     _require_settings(warmup_steps, target_accept_prob, seed)
     started = time.perf_counter()
-    root = int(torch.randint(2**62, ())) if seed is None else int(seed)
+    root = int(torch.randint(2**62, (), device="cpu")) if seed is None else int(seed)
     with undisturbed(network):
         rows = rows_of(network, x, y)
         target = _target(network, rows)
@@ -289,7 +289,9 @@ def _effective_sample_size(chains: Tensor) -> Tensor:
 
 def _marked(positions: list[int], size: int) -> Tensor:
     """True at these positions."""
-    return torch.zeros(size, dtype=torch.bool).index_fill(0, torch.tensor(positions, dtype=torch.int64), True)
+    marks = torch.zeros(size, dtype=torch.bool, device="cpu")
+    marks[positions] = True
+    return marks
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from pyro_mdn import scores
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
-from pyro_mdn.guides import draw_from, latent_sites, require_sites
+from pyro_mdn.guides import draw_from, latent_sites, log_density_at, require_sites
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.vectorized import OwnParameters, isolated, over_draws, unvalidated
 
@@ -178,7 +178,7 @@ class NegativeElbo(nn.Module):
         self.network, self.guide = network, guide
         self.num_data, self.num_particles = num_data, num_particles
         self.kl_weight, self.kl_warmup = kl_weight, kl_warmup
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
 
     def extra_repr(self) -> str:
         """Describe the estimate in a module's printout."""
@@ -190,7 +190,7 @@ class NegativeElbo(nn.Module):
         """Loss of each row, shape ``(N,)``."""
         draws, log_q = self.draw(x, y)
         losses, log_prior = self.score(draws, x, y)
-        if not self.training:
+        if not self.training or not draws:
             return losses.mean(0)
         self.step += 1
         beta = self.kl_weight * min(1.0, self.step.item() / max(1, self.kl_warmup))
@@ -208,7 +208,7 @@ class NegativeElbo(nn.Module):
             trace = poutine.trace(model).get_trace(x, y, num_data=self.num_data)
             require_sites("guide", expected=latent_sites(trace, draw).keys() - {"y"}, got=draw.keys())
             likelihood: dict[str, Any] = dict(trace.nodes["y"])
-            log_prior = torch.as_tensor(trace.log_prob_sum(lambda name, _: name in draw))
+            log_prior = log_density_at(draw, trace)
             return -likelihood["fn"].log_prob(likelihood["value"]), log_prior
 
         if not draws and not self.network.latent and type(self.network).model is MixtureDensityNetwork.model:

@@ -370,7 +370,7 @@ def plot_calibration(
     from pyro_mdn.calibration import coverage_table
 
     mixture = pooled(mixture)
-    targets = torch.tensor(targets_of(y, mixture.batch_shape.numel(), mixture.dim)).to(mixture.locs)
+    targets = torch.tensor(targets_of(y, mixture.batch_shape.numel(), mixture.dim), device="cpu").to(mixture.locs)
     nominal = np.linspace(0.05, 0.95, 19) if masses is None else np.sort(np.asarray(masses, dtype=float))
     if not 0 < level < 1:
         raise ValueError(f"level: expected a probability in (0, 1), got {level!r}")

@@ -117,7 +117,7 @@ def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tenso
         ValueError: If they are not numbers, infinite, or of another shape than ``(size, dim)``.
     """
     array = check_array(y, input_name="y", **TARGETS)
-    columns = torch.tensor(array).reshape(len(array), -1)
+    columns = torch.tensor(array, device="cpu").reshape(len(array), -1)
     if size is not None and columns.shape != (size, dim):
         raise ValueError(f"y: expected shape {(size, dim)} as the prediction has it, got {array.shape}")
     return columns
@@ -130,14 +130,14 @@ def as_weight(sample_weight: Any, size: int) -> Tensor:
         ValueError: If they are not finite numbers of that shape, if one is negative, or if all are zero.
     """
     if sample_weight is None:
-        return torch.ones(size, dtype=torch.float64)
+        return torch.ones(size, dtype=torch.float64, device="cpu")
     array = check_array(sample_weight, input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True})
     if array.shape != (size,):
         raise ValueError(f"sample_weight: expected shape ({size},), got {array.shape}")
     if array.min() < 0 or array.max() <= 0:
         got = "zero for all rows" if array.max() == 0 else f"{array.min()}"
         raise ValueError(f"sample_weight: expected numbers that are not negative, one positive at least, got {got}")
-    return torch.tensor(array)
+    return torch.tensor(array, device="cpu")
 
 
 def _observed(estimator: Any, X: Any, y: Any) -> tuple[GaussianMixture, Tensor]:

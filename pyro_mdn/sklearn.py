@@ -153,7 +153,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
         X, y = validate_data(self, X, y, **checks)
         check_consistent_length(X, y)
-        rows, targets = torch.tensor(X), as_targets(y)
+        rows, targets = torch.tensor(X, device="cpu"), as_targets(y)
         weight = None if sample_weight is None else as_weight(sample_weight, len(rows))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with seeded(seed):
@@ -190,7 +190,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=np.float64)
         with torch.no_grad():
-            return self.network_(torch.tensor(X))
+            return self.network_(torch.tensor(X, device="cpu"))
 
     def predict(self, X: Any, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Mean of each output, ``(N, D)``; with ``return_std`` also its standard deviation."""
@@ -208,7 +208,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         Raises:
             ValueError: If a probability is not in (0, 1).
         """
-        levels = torch.as_tensor(np.asarray(quantiles, dtype=np.float64))
+        levels = torch.tensor(np.asarray(quantiles, dtype=np.float64), device="cpu")
         if levels.ndim > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"quantiles: expected probabilities in (0, 1), one or a sequence, got {quantiles!r}")
         points = self.predict_distribution(X).icdf(levels.reshape(-1, 1, 1)).movedim(0, 1)

@@ -80,7 +80,7 @@ def _inputs(network: Any, x: Any) -> Tensor:
         raise ValueError(f"predictive: expected {expected}, got {type(network).__name__}")
     if x is None:
         raise ValueError("x: expected the inputs that the network predicts from, got none")
-    return torch.tensor(as_array(x, "x")).to(next(network.buffers()))
+    return torch.tensor(as_array(x, "x"), device="cpu").to(next(network.buffers()))
 
 
 def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any:

@@ -371,7 +371,7 @@ def _device(module: nn.Module) -> torch.device | None:
 
 def _seed(saved: Checkpoint) -> int:
     """Seed of the run that a checkpoint is of, or one drawn."""
-    return saved.run["seed"] if saved.run else int(torch.randint(2**62, ()))
+    return saved.run["seed"] if saved.run else int(torch.randint(2**62, (), device="cpu"))
 
 
 def _default(value: float | None, default: float) -> float:

@@ -114,6 +114,6 @@ class _FreshNoise(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.in_place:
             # A tensor that depends on a random number is one for each slice.
-            separate = torch.zeros((), dtype=args[0].dtype, device=args[0].device) * torch.rand(()).to(args[0])
+            separate = args[0].new_zeros(()) * torch.rand((), dtype=args[0].dtype, device=args[0].device)
             args = (torch.zeros_like(args[0]) + separate, *args[1:])
         return func(*args, **(kwargs or {}))

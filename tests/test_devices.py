@@ -20,6 +20,9 @@ from pyro_mdn import (
     GaussianMixture,
     LowRank,
     MixtureDensityNetwork,
+    NegativeElbo,
+    NegativeLogLikelihood,
+    WeightedSum,
     bayesianize,
     fit,
     fit_mcmc,
@@ -36,6 +39,14 @@ GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
 elsewhere = pytest.mark.parametrize("where", ["default", *["cuda"] * GPU])
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
+
+
+def device_of(where):
+    return "cpu" if where == "default" else where
+
+
+def default_device(where):
+    return torch.device("meta") if where == "default" else contextlib.nullcontext()
 
 
 def moved(mixture, device):
@@ -112,11 +123,11 @@ MIXTURE_FUNCTIONS = {
 @every_noise
 def test_functions_of_mixtures(noise, where):
     mixture, y = make_mixture(noise), torch.randn(5, DIM, dtype=torch.float64)
-    device = "cpu" if where == "default" else where
+    device = device_of(where)
     there = moved(mixture, device), y.to(device)
     for name, function in MIXTURE_FUNCTIONS.items():
         expected = parts(function(mixture, y))
-        with torch.device("meta") if where == "default" else contextlib.nullcontext():
+        with default_device(where):
             got = parts(function(*there))
         for a, b in zip(got, expected, strict=True):
             assert a.device.type == device, name
@@ -135,10 +146,10 @@ DRAWS = {
 @elsewhere
 @every_noise
 def test_draws_of_mixtures(noise, where):
-    device = "cpu" if where == "default" else where
+    device = device_of(where)
     mixture, y = moved(make_mixture(noise), device), torch.randn(5, DIM, dtype=torch.float64, device=device)
     for name, function in DRAWS.items():
-        with torch.device("meta") if where == "default" else contextlib.nullcontext():
+        with default_device(where):
             (got,) = parts(function(mixture, y))
         assert got.device.type == device, name
         assert got.isfinite().all(), name
@@ -149,7 +160,7 @@ def test_draws_of_mixtures(noise, where):
 def test_heads(noise, where):
     head, y = make_head(noise), torch.randn(7, DIM, dtype=torch.float64)
     features = torch.randn(7, 6, dtype=torch.float64)
-    device = "cpu" if where == "default" else where
+    device = device_of(where)
 
     def answers(head, features, y):
         features = features.clone().requires_grad_()
@@ -161,19 +172,183 @@ def test_heads(noise, where):
 
     expected = answers(head, features, y)
     arguments = head.to(device), features.to(device), y.to(device)
-    with torch.device("meta") if where == "default" else contextlib.nullcontext():
+    with default_device(where):
         got = answers(*arguments)
     for a, b in zip(got, expected, strict=True):
         assert_close(a.cpu(), b, rtol=1e-8, atol=1e-8)
 
 
-# On a GPU
+def no_latents(x, y=None, num_data=None):
+    """A guide without latent variables."""
 
 
-def data(rows=300, dim_out=1, device="cuda"):
-    x = torch.linspace(-1, 1, rows, device=device).unsqueeze(-1)
-    noise = 0.1 * torch.randn(rows, dim_out, device=device)
-    return x, torch.sin(3 * x) * torch.randn(dim_out, device=device).sign() + noise
+OBJECTIVES = {
+    "likelihood": NegativeLogLikelihood,
+    "cells": lambda n: NegativeLogLikelihood(n, cell=torch.tensor([0.1, 0.0])),
+    "crps": ContinuousRankedProbability,
+    "sum": lambda n: WeightedSum([NegativeLogLikelihood(n), ContinuousRankedProbability(n)], [1.0, 2.0]),
+    "elbo": lambda n: NegativeElbo(n, AutoNormal(bayesianize(n).model), 5),
+    "elbo, two particles": lambda n: NegativeElbo(n, AutoNormal(bayesianize(n).model), 5, num_particles=2),
+    "elbo, no latents": lambda n: NegativeElbo(n, no_latents, 5),
+    "elbo, no latents, two particles": lambda n: NegativeElbo(n, no_latents, 5, num_particles=2),
+}
+
+
+@elsewhere
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_objectives(objective, where):
+    device = device_of(where)
+    x, y = torch.randn(5, 3, device=device), torch.randn(5, 2, device=device)
+    objective = objective(MixtureDensityNetwork(3, 2, 2, hidden_dim=4).to(device)).to(device)
+    expected = objective.eval()(x, y)  # also sets guides up
+    objective.to(device).train()
+    with default_device(where):
+        losses = objective(x, y)
+    assert losses.device.type == expected.device.type == device
+    assert losses.shape == expected.shape == (5,)
+    losses.mean().backward()
+    assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
+    assert any(p.grad is not None for p in objective.parameters())
+
+
+# Training
+
+
+def data(where, rows=300, dim_out=1):
+    x = torch.linspace(-1, 1, rows, device=device_of(where)).unsqueeze(-1)
+    noise = 0.1 * torch.randn(rows, dim_out, device=x.device)
+    return x, torch.sin(3 * x) * torch.randn(dim_out, device=x.device).sign() + noise
+
+
+def small_network(where, n_components=3):
+    return MixtureDensityNetwork(1, 1, n_components=n_components, hidden_dim=16).to(device_of(where))
+
+
+quick = {"seed": 0, "progress": False}
+FITS = {
+    "defaults": {},
+    "compiled": {"compile": True},
+    "autocast": {"autocast": torch.bfloat16},
+    "crps": {"objective": ContinuousRankedProbability},
+    "noise, refit": {"batch_size": 64, "target_noise": 0.1, "validation": 0.2, "refit": True},
+}
+
+
+@elsewhere
+@pytest.mark.parametrize("source", ["numpy", "cpu", *["cuda"] * GPU])
+@pytest.mark.parametrize("settings", FITS.values(), ids=FITS)
+def test_fit(settings, source, where):
+    torch.manual_seed(0)
+    if where == "default" and "compile" in settings:
+        pytest.skip("the compiler takes devices without numbers for what they are")
+    x, y = data("cuda" if source == "cuda" else "default")
+    x, y = (x.numpy(), y.numpy()) if source == "numpy" else (x, y)
+    network = small_network("default")
+    if "objective" in settings:
+        settings = settings | {"objective": settings["objective"](network)}
+    with default_device(where):
+        result = fit(network, x, y, max_epochs=60, device=device_of(where), **quick, **settings)
+    assert next(network.parameters()).device.type == device_of(where)
+    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
+
+
+@elsewhere
+def test_targets_on_a_grid_and_gaps(where):
+    x, y = data(where, dim_out=2)
+    y[:, 0] = (5 * y[:, 0]).round() / 5
+    y[::3, 1] = torch.nan
+    network = MixtureDensityNetwork(1, 2, n_components=2, hidden_dim=16).to(device_of(where))
+    with default_device(where):
+        result = fit(network, x, y, sample_weight=torch.rand(300, device=x.device), max_epochs=20, **quick)
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+
+@elsewhere
+def test_full_covariances_learn(where):
+    torch.manual_seed(0)
+    x, y = data(where, dim_out=3)
+    network = MixtureDensityNetwork(1, 3, n_components=3, hidden_dim=16, noise=Full()).to(device_of(where))
+    with default_device(where):
+        fit(network, x, y, max_epochs=200, **quick)
+    assert network.loss(x, y).mean() < -1.5  # of the noise: 3 (log 0.1 + 1.42) = -2.65
+
+
+@elsewhere
+def test_resumed_training_is_the_same(where, tmp_path):
+    x, y = data(where)
+
+    def network():
+        torch.manual_seed(1)
+        return small_network(where)
+
+    def interrupt(result):
+        if len(result.history) == 4:
+            raise KeyboardInterrupt
+
+    settings = {"max_epochs": 8, "batch_size": 64, **quick}
+    checkpoints = {"checkpoint": tmp_path / "state", "checkpoint_every": 2}
+    whole, stopped, parted = network(), network(), network()
+    with default_device(where):
+        fit(whole, x, y, **settings)
+        assert fit(stopped, x, y, callbacks=[interrupt], **settings, **checkpoints).interrupted
+        fit(parted, x, y, resume=True, **settings, **checkpoints)
+    for a, b in zip(whole.state_dict().values(), parted.state_dict().values(), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@elsewhere
+def test_ensemble(where):
+    torch.manual_seed(0)
+    x, y = data(where)
+    ensemble = DeepEnsemble(small_network(where), 4)
+    with default_device(where):
+        fit(ensemble, x, y, max_epochs=150, **quick)
+        mixture = ensemble(x)
+    assert mixture.locs.device == x.device
+    assert mixture.log_prob(y).mean() > 0.3
+
+
+@elsewhere
+@pytest.mark.filterwarnings("ignore::pyro_mdn.ConvergenceWarning")
+@pytest.mark.parametrize("method", ["laplace", "svi", "mcmc"])
+def test_bayesian_weights(method, where):
+    torch.manual_seed(0)
+    x, y = data(where, 60)
+    network = small_network(where, 2)
+    fit(network, x, y, max_epochs=60, **quick)
+    bayesianize(network, layers="head.linear.bias")
+    guide = AutoNormal(network.model)
+    guide(x, y)
+    with default_device(where):
+        if method == "laplace":
+            guide = laplace(network, x, y, progress=False)
+        elif method == "svi":
+            fit(network, x, y, guide=guide, num_particles=2, max_epochs=20, **quick)
+        else:
+            guide = fit_mcmc(network, x, y, num_samples=20, warmup_steps=10, num_chains=2, **quick)
+        predictive = posterior_predictive(network, guide, x, num_samples=10)
+    assert predictive.locs.device == x.device
+    assert predictive.batch_shape == (10, 60)
+    assert predictive.pool(0).log_prob(y).mean() > -0.5
+
+
+@elsewhere
+def test_arviz_and_figures(where):
+    pytest.importorskip("arviz")
+    from pyro_mdn import plots
+
+    x, y = data(where, 40)
+    network = small_network(where, 2)
+    network.initialize_(x, y)
+    with default_device(where):
+        inference_data = to_inference_data(network, y, x, num_samples=5)
+        plots.plot_conditional_density(network(x), x, y)
+        plots.plot_calibration(network(x), y)
+        plots.plot_predictive_intervals(network(x), x, y)
+    assert inference_data.posterior_predictive["y"].shape == (1, 5, 40)
+
+
+# On a GPU alone
 
 
 @on_gpu
@@ -240,64 +415,9 @@ def test_transforms():
 
 
 @on_gpu
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"compile": True},
-        {"autocast": torch.bfloat16},
-        {"objective": ContinuousRankedProbability},
-        {"batch_size": 64, "target_noise": 0.1, "validation": 0.2, "refit": True},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("source", ["cpu", "cuda"])
-def test_fit(settings, source):
-    torch.manual_seed(0)
-    x, y = data(device=source)
-    network = MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=16)
-    if "objective" in settings:
-        settings = settings | {"objective": settings["objective"](network)}
-    result = fit(network, x, y, max_epochs=60, device="cuda", seed=0, progress=False, **settings)
-    assert next(network.parameters()).is_cuda
-    assert result.history[-1]["loss"] < 0.7 * result.history[0]["loss"]
-
-
-@on_gpu
-def test_full_covariances_learn():
-    torch.manual_seed(0)
-    x, y = data(dim_out=3)
-    network = MixtureDensityNetwork(1, 3, n_components=3, hidden_dim=16, noise=Full())
-    fit(network, x, y, max_epochs=200, device="cuda", seed=0, progress=False)
-    assert network.loss(x, y).mean() < -1.5  # of the noise: 3 (log 0.1 + 1.42) = -2.65
-
-
-@on_gpu
-def test_resumed_training_is_the_same(tmp_path):
-    x, y = data()
-
-    def network():
-        torch.manual_seed(1)
-        return MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=16)
-
-    def interrupt(result):
-        if len(result.history) == 4:
-            raise KeyboardInterrupt
-
-    settings = {"max_epochs": 8, "batch_size": 64, "device": "cuda", "seed": 0, "progress": False}
-    checkpoints = {"checkpoint": tmp_path / "state", "checkpoint_every": 2}
-    whole, parted = network(), network()
-    fit(whole, x, y, **settings)
-    assert fit(network(), x, y, callbacks=[interrupt], **settings, **checkpoints).interrupted
-    fit(parted, x, y, resume=True, **settings, **checkpoints)
-    for a, b in zip(whole.state_dict().values(), parted.state_dict().values(), strict=True):
-        assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-@on_gpu
 def test_files(tmp_path):
-    x, y = data()
-    network = MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=16).cuda()
+    x, y = data("cuda")
+    network = small_network("cuda")
     network.initialize_(x, y)
     network.save(tmp_path / "network")
     loaded = MixtureDensityNetwork.load(tmp_path / "network")
@@ -313,55 +433,11 @@ def test_devices_that_do_not_agree():
 
 
 @on_gpu
-def test_ensemble():
-    torch.manual_seed(0)
-    x, y = data()
-    ensemble = DeepEnsemble(MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=16), 4)
-    fit(ensemble, x, y, max_epochs=300, device="cuda", seed=0, progress=False)
-    mixture = ensemble(x)
-    assert mixture.locs.is_cuda
-    assert mixture.log_prob(y).mean() > 0.3
-
-
-@on_gpu
-@pytest.mark.parametrize("method", ["laplace", "svi", "mcmc"])
-def test_bayesian_weights(method):
-    torch.manual_seed(0)
-    x, y = data(60)
-    network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=8)
-    fit(network, x, y, max_epochs=60, device="cuda", seed=0, progress=False)
-    bayesianize(network, layers="head")
-    if method == "laplace":
-        guide = laplace(network, x, y, progress=False)
-    elif method == "svi":
-        guide = AutoNormal(network.model)
-        fit(network, x, y, guide=guide, num_particles=2, max_epochs=20, device="cuda", seed=0, progress=False)
-    else:
-        guide = fit_mcmc(network, x, y, num_samples=20, warmup_steps=10, seed=0, progress=False)
-    predictive = posterior_predictive(network, guide, x, num_samples=10)
-    assert predictive.locs.is_cuda
-    assert predictive.batch_shape == (10, 60)
-    assert predictive.pool(0).log_prob(y).mean() > -0.5
-
-
-@on_gpu
-def test_arviz_and_figures():
-    pytest.importorskip("arviz")
-    from pyro_mdn import plots
-
-    x, y = data(40)
-    network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=8).cuda()
-    network.initialize_(x, y)
-    assert to_inference_data(network, y, x, num_samples=5).posterior_predictive["y"].shape == (1, 5, 40)
-    plots.plot_conditional_density(network(x), x, y)
-
-
-@on_gpu
 def test_sklearn():
     pytest.importorskip("sklearn")
     from pyro_mdn.sklearn import MDNRegressor
 
-    x, y = data()
+    x, y = data("cuda")
     regressor = MDNRegressor(max_epochs=30, device="cuda").fit(x.cpu().numpy(), y.cpu().numpy()[:, 0])
     assert regressor.score(x.cpu().numpy(), y.cpu().numpy()[:, 0]) > 0.5
 
