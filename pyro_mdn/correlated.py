@@ -222,7 +222,7 @@ class LowRankCovariance(Covariance):
         return [self.scale, self.factor.flatten(-2)]
 
     def whiten(self, residual: Tensor) -> Tensor:
-        return kernels.with_channels(lambda *tensors: _WHITENING.whiten(*tensors)[0], residual, *self.factors())
+        return kernels.with_channels(_WHITENING.outputs, residual, *self.factors())
 
     def colorize(self, noise: Tensor) -> Tensor:
         projection = kernels.low_rank_project(self._ratio(), noise)

@@ -129,8 +129,9 @@ class Whitening(ABC):
             scratch: Whether the residual may be overwritten: memory that is touched anew costs more than arithmetic.
 
         Returns:
-            The whitened residual ``(D, K, *batch)``; :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and what
-            :meth:`pull_back` takes. Without ``scratch`` all of it is differentiable.
+            Numbers z, ``(D, K, *batch)`` or more, whose squares sum to :math:`r^\top \Sigma^{-1} r`;
+            :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and what :meth:`pull_back` takes. Without ``scratch`` all
+            of it is differentiable.
         """
 
     @abstractmethod
@@ -179,7 +180,7 @@ def density_by_autograd(whitening: Whitening, normalize: bool, *arguments: Tenso
     log_weights, locs, value, *factors = _channels(normalize, *arguments)
     whitened, half_log_det, _ = whitening.whiten(locs - value, *factors)
     joint = log_weights - 0.5 * whitened.square().sum(0) - half_log_det
-    return joint.logsumexp(0) - 0.5 * math.log(2 * math.pi) * len(whitened)
+    return joint.logsumexp(0) - 0.5 * math.log(2 * math.pi) * len(value)
 
 
 _EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
@@ -217,6 +218,7 @@ def density_forward(
     whitening: Whitening, log_weights: Tensor, residual: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Log-density, and what :func:`density_backward` takes; the residual is overwritten."""
+    dim = len(residual)
     whitened, half_log_det, kept = whitening.whiten(residual, *factors, scratch=True)
     joint, outputs = log_weights - half_log_det, whitened.unbind()
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
@@ -224,7 +226,7 @@ def density_forward(
         joint.addcmul_(output, output, value=-0.5)
     share, top = joint.softmax(0), joint.amax(0)
     others = share.amax(0).log_().nan_to_num_()  # what they add to the top one; where all are -inf, the share is NaN
-    log_density = top.sub_(others).sub_(0.5 * math.log(2 * math.pi) * len(outputs))
+    log_density = top.sub_(others).sub_(0.5 * math.log(2 * math.pi) * dim)
     return log_density, (log_weights, share, whitened), kept
 
 
@@ -283,11 +285,14 @@ def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
 # Low rank
 
 
-def gram_schmidt(columns: Tensor) -> list[list[Tensor]]:
-    """Rows of the Cholesky factor of ``I + BᵀB``, entries ``(...)``, for the columns ``(R, D, ...)`` of B.
+def gram_schmidt(columns: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Orthonormal columns of B stacked on I, for the columns ``(R, D, ...)`` of B, and what they are made from.
 
-    By modified Gram-Schmidt on the columns of B stacked on I, which never forms the squares: row i of I stands in
-    column i alone, so that the diagonal is at least 1 in floating point too, however dependent the columns.
+    By modified Gram-Schmidt, which never forms the squares: row i of I stands in column i alone, so that no norm is
+    below 1 in floating point either, however dependent the columns.
+
+    Returns:
+        The columns, ``(D + R, ...)`` each, and the rows of the Cholesky factor of ``I + BᵀB``, with entries ``(...)``.
     """
     rank = len(columns)
     identity = torch.eye(rank, dtype=columns.dtype, device=columns.device)
@@ -302,12 +307,12 @@ def gram_schmidt(columns: Tensor) -> list[list[Tensor]]:
         row.append(column.square().sum(0).sqrt())
         directions.append(column / row[-1])
         rows.append(row)
-    return rows
+    return directions, rows
 
 
 def low_rank_capacitance(factor: Tensor) -> Tensor:
     """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``."""
-    rows = gram_schmidt(factor.movedim((-1, -2), (0, 1)))
+    _, rows = gram_schmidt(factor.movedim((-1, -2), (0, 1)))
     zero = torch.zeros_like(rows[0][0])
     return torch.stack([torch.stack([*row, *[zero] * (len(rows) - len(row))], -1) for row in rows], -2)
 

@@ -105,7 +105,7 @@ class _ChannelLogDensity(torch.autograd.Function):
             again = _channels_by_autograd, ctx.settings, (channels, value)
             return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
         gradient = channels.new_empty(channels.shape)
-        grad_locs = _backward(ctx.settings, grad, saved, gradient)
+        grad_locs = _backward(ctx.settings, value.shape[-1], grad, saved, gradient)
         grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[4] else None
         return None, None, None, gradient, grad_value
 
@@ -131,7 +131,7 @@ class _LogDensityWithGradient(torch.autograd.Function):
         grad_locs, grad_factor = whitening.pull_back(weight, whitened, *kept)
         for_factor = grad_factor.sum_to_size(factor.shape).flatten(0, 1)
         ctx.save_for_backward(torch.cat([weight - log_weights.exp(), grad_locs.flatten(0, 1), for_factor]))
-        return total.log() + top - 0.5 * math.log(2 * math.pi) * len(whitened)
+        return total.log() + top - 0.5 * math.log(2 * math.pi) * len(locs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -167,7 +167,7 @@ class _LayerLogDensity(torch.autograd.Function):
         # The gradient takes the memory of the channels, so that another backward pass needs these anew.
         gradient, saved = ctx.once or _layer_forward(ctx.settings, weight, bias, features, value)[1]
         ctx.once = None
-        grad_locs = _backward(ctx.settings, grad, saved, gradient)
+        grad_locs = _backward(ctx.settings, value.shape[-1], grad, saved, gradient)
         return (
             None,
             None,
@@ -210,11 +210,10 @@ def _layer_forward(
     return log_density, (channels, saved)
 
 
-def _backward(settings: _Settings, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
+def _backward(settings: _Settings, dim: int, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
     """Write the gradient with respect to the channels, in their place too; return that for the locations."""
     whitening, n_components, width = settings
-    _, _, whitened, *_ = saved
-    for_logits, for_locs, for_factor = _parts(n_components, width, len(whitened), gradient)
+    for_logits, for_locs, for_factor = _parts(n_components, width, dim, gradient)
     out = (for_locs, for_factor) if for_factor.shape[1] == n_components else None
     weight, log_weights, grad_locs, grad_factor = density_backward(whitening, grad, *saved, out=out)
     logits_gradient(weight, log_weights, out=for_logits)

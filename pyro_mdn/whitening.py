@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 from pyro_mdn.kernels import Whitening, gram_schmidt, sum_logs
 from pyro_mdn.triangles import tril_add_transposed_, tril_matvec, tril_outer
@@ -130,39 +130,62 @@ class RawFullWhitening(Whitening):
 
 
 class LowRankWhitening(Whitening):
-    r""":math:`z = u - B (C^\top + I)^{-1} C^{-1} B^\top u`, :math:`u = r / \sigma`, :math:`C C^\top = I + B^\top B`.
+    r""":math:`z = (u - Q Q^\top u, -C^{-\top} Q^\top u)`, :math:`u = r / \sigma`, :math:`Q = B C^{-\top}`.
 
-    Factors: σ, ``(D, K, *batch)``, and F row by row, ``(D·R, K, *batch)``; :math:`B = \mathrm{diag}(\sigma)^{-1} F`.
+    Factors: σ, ``(D, K, *batch)``, and F row by row, ``(D·R, K, *batch)``; :math:`B = \mathrm{diag}(\sigma)^{-1} F` and
+    :math:`C C^\top = I + B^\top B`. The columns of Q on :math:`C^{-\top}` are those of B on I made orthonormal, and z
+    is what of u on 0 is orthogonal to them: one more step of Gram and Schmidt, in which nothing cancels.
 
     References:
-        Andrews (1968), A square root formulation of the Kalman covariance equations, *AIAA Journal* 6.
+        Björck (1967), Solving linear least squares problems by Gram-Schmidt orthogonalization, *BIT* 7.
     """
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         scale, factor = factors
-        columns = (factor.unflatten(0, (len(scale), -1)) / scale.unsqueeze(1)).transpose(0, 1)
-        capacitance = gram_schmidt(columns)
-        standardized = residual / scale
-        weights = _solve(capacitance, [(column * standardized).sum(0) for column in columns])
-        weights = _solve_transposed(capacitance, weights, shift=1.0)
+        directions, capacitance = _orthonormal(scale, factor)
+        whitened, _ = _remainder(residual / scale, directions)
         half_log_det = sum_logs(scale) + torch.stack([row[-1] for row in capacitance]).log().sum(0)
-        kept = [scale, columns, *(entry for row in capacitance for entry in row)]
-        return standardized - _combined(columns, weights), half_log_det, kept
+        return whitened, half_log_det, [scale, *directions, *(entry for row in capacitance for entry in row)]
 
     def pull_back(
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        scale, columns, *entries = kept
-        capacitance = [entries[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(len(columns))]
-        weights = _solve(capacitance, [(column * whitened).sum(0) for column in columns], shift=1.0)
-        pulled = whitened - _combined(columns, _solve_transposed(capacitance, weights))  # diag(σ) Σ⁻¹ r
-        posterior = _solve_transposed(capacitance, _solve(capacitance, list(columns)))  # of B (I + BᵀB)⁻¹, by column
-        slope = weight / scale
-        leverage = torch.stack([c * p for c, p in zip(columns, posterior, strict=True)]).sum(0)
-        grad_scale = slope * (pulled.square() - 1).add_(leverage)
-        loadings = [(column * pulled).sum(0) for column in columns]
-        grads = [slope * torch.addcmul(-p, pulled, n) for p, n in zip(posterior, loadings, strict=True)]
-        return -pulled * slope, grad_scale, torch.stack(grads, 1).flatten(0, 1)
+        grad_residual, packed = self.packed_pull_back(weight, whitened, *kept)
+        return grad_residual, *packed.split_with_sizes([len(grad_residual), len(packed) - len(grad_residual)])
+
+    def packed_pull_back(
+        self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Have the gradients of σ and F in one tensor."""
+        scale, *rest = kept
+        for_residual, packed = out or (None, None)
+        dim, rank = len(scale), len(whitened) - len(scale)
+        columns, entries = [direction[:dim] for direction in rest[:rank]], rest[rank:]
+        capacitance = [entries[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(rank)]
+        pulled, *loadings = whitened.split_with_sizes([dim, *[1] * rank])  # diag(σ) Σ⁻¹ r, and minus those on F
+        slope = -weight / scale
+        grad_residual = torch.mul(slope, pulled, out=for_residual)
+        if packed is None:
+            packed = slope.new_empty(dim * (1 + rank), *slope.shape[1:])
+        squares = pulled.square()
+        for column in columns:
+            squares.addcmul_(column, column)
+        torch.addcmul(slope, slope, squares, value=-1, out=packed[:dim])
+        grad_factor = packed[dim:].view(dim, rank, *packed.shape[1:])
+        posterior = _solve_transposed(capacitance, columns)  # diag(σ) Σ⁻¹ F, by column
+        for i, (column, loading) in enumerate(zip(posterior, loadings, strict=True)):
+            torch.mul(torch.addcmul(column, pulled, loading), slope, out=grad_factor[:, i])
+        return grad_residual, packed
+
+    def outputs(self, residual: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+        r"""As many whitened numbers as there are outputs, :math:`u - B (C^\top + I)^{-1} Q^\top u`."""
+        directions, capacitance = _orthonormal(scale, factor)
+        whitened, coefficients = _remainder(residual / scale, directions)
+        whitened = whitened[: len(scale)]
+        weights = _solve_transposed(capacitance, coefficients, shift=1.0)
+        for direction, weight in zip(directions, weights, strict=True):
+            whitened = torch.addcmul(whitened, direction[: len(scale)], weight)
+        return whitened
 
 
 @dataclass(frozen=True)
@@ -181,19 +204,26 @@ class RawLowRankWhitening(Whitening):
         self, weight: Tensor, whitened: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         raw_scale, *rest = kept
-        grad_residual, grad_scale, grad_factor = _LOW_RANK.pull_back(weight, whitened, *rest)
-        for_raw = None if out is None else out[1]
-        return grad_residual, torch.cat([grad_scale.mul_(raw_scale.sigmoid()), grad_factor], out=for_raw)
+        slope = raw_scale.sigmoid()  # before the gradient takes the place of the channels
+        grad_residual, packed = _LOW_RANK.packed_pull_back(weight, whitened, *rest, out=out)
+        packed[: len(slope)].mul_(slope)
+        return grad_residual, packed
 
 
-def _solve(triangle: Sequence[Sequence[Tensor]], vector: Sequence[Tensor], shift: float = 0.0) -> list[Tensor]:
-    """Solve a lower triangle, ``shift`` added to its diagonal."""
-    solution: list[Tensor] = []
-    for (*row, pivot), rest in zip(triangle, vector, strict=True):
-        for coefficient, known in zip(row, solution, strict=True):
-            rest = torch.addcmul(rest, coefficient, known, value=-1)
-        solution.append(rest / (pivot + shift))
-    return solution
+def _orthonormal(scale: Tensor, factor: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Orthonormal columns ``(D + R, K, *batch)`` of B on I, and the rows of C."""
+    columns = factor.unflatten(0, (len(scale), -1)) / scale.unsqueeze(1)
+    return gram_schmidt(columns.transpose(0, 1))
+
+
+def _remainder(vector: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """What of a vector on 0 is orthogonal to directions, and its coefficients along them, one after the other."""
+    remainder = pad(vector, (0, 0) * (vector.ndim - 1) + (0, len(directions)))
+    coefficients = []
+    for direction in directions:
+        coefficients.append((direction * remainder).sum(0))
+        remainder = torch.addcmul(remainder, direction, coefficients[-1], value=-1)
+    return remainder, coefficients
 
 
 def _solve_transposed(
@@ -206,10 +236,6 @@ def _solve_transposed(
             solution[i] = torch.addcmul(solution[i], triangle[j][i], solution[j], value=-1)
         solution[i] = solution[i] / (triangle[i][i] + shift)
     return solution
-
-
-def _combined(columns: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    return torch.stack([c * w for c, w in zip(columns, weights, strict=True)]).sum(0)
 
 
 _DIAGONAL, _FULL, _LOW_RANK = DiagonalWhitening(), FullWhitening(), LowRankWhitening()

@@ -129,6 +129,22 @@ def test_minimum_of_a_function_with_two_valleys():
     assert_close(found, best.expand(3), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_dependent_columns_of_a_low_rank_factor_cost_no_digits(size):
+    torch.manual_seed(0)
+    column, scale = torch.randn(50, 1, D), torch.rand(50, 1, D) + 0.5
+    factor = size * torch.stack([column, column + 1e-3 * torch.randn(50, 1, D)], -1)
+    value = (factor.squeeze(1) @ torch.randn(50, R, 1)).squeeze(-1) + torch.randn(50, D)
+    single = [torch.zeros(50, 1), torch.zeros(50, 1, D), value, scale, factor.flatten(-2)]
+    answers = []
+    for tensors in (single, [t.double() for t in single]):
+        tensors = [t.requires_grad_() for t in tensors]
+        log_density = by_hand("low rank", *tensors)
+        answers.append([log_density, *torch.autograd.grad(log_density.sum(), tensors[1:])])
+    for got, expected in zip(*answers, strict=True):
+        assert (got - expected).abs().max() < max(1e-5, 1e-6 * size) * expected.abs().max()
+
+
 # Gradients by hand
 
 
