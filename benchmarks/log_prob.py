@@ -279,7 +279,8 @@ def table(rows):
     for row in rows:
         mine = row["microseconds"].get("kernel", row["microseconds"].get("GaussianMixture"))
         cells = [shown(row["ratios"][c]) if c in row["ratios"] else "" for c in columns]
-        over = f"{mine / row['bound']:.1f}" if "bound" in row else ""
+        over = mine / row["bound"] if "bound" in row else None
+        over = "" if over is None else f"{over:.{int(over < 100)}f}"
         kind, *sizes = row["case"]
         lines.append(f"| {kind} {tuple(sizes)} | {row['threads']} | {mine:.0f} | " + " | ".join(cells) + f" | {over} |")
     return "\n".join(lines)

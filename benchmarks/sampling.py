@@ -141,7 +141,7 @@ def build_theirs(question, rows):
 
 def measure(threads, *, smoke):
     settings = {"rounds": 2, "block": 0} if smoke else {"rounds": 15, "block": 0.1}
-    cases = [(question, 10 if smoke else N) for question in QUESTIONS]
+    cases = [(question, 10 if smoke else N) for question in ([*QUESTIONS][::3] if smoke else QUESTIONS)]
     races = race({"ours": build_ours, "theirs": build_theirs}, cases, threads, **settings)
     return [
         {"question": question, "threads": threads, "ratio": ratio(times, "theirs", "ours")}

@@ -45,9 +45,9 @@ class Rival:
         return self.pipe.recv()
 
     def stop(self):
-        """End the process."""
+        """Wait for the process to end, which it does once the pipe is closed."""
+        self.process.join(10)
         self.process.kill()
-        self.process.join()
 
 
 def _serve(pipe, build, threads):
@@ -55,7 +55,10 @@ def _serve(pipe, build, threads):
     warnings.simplefilter("ignore")
     function = timer = number = None
     while True:
-        job = pipe.recv()
+        try:
+            job = pipe.recv()
+        except EOFError:  # nobody is there any more
+            return
         if job is None:
             pipe.send(events(function, number) if GPU else timer.timeit(number).mean)
             continue
@@ -87,19 +90,20 @@ def events(function, number):
 def race(builders, cases, threads=1, rounds=15, block=0.03, restarts=1):
     """Seconds per call, one number a round, of each builder in each case: ``{case: {name: [seconds]}}``.
 
-    Builders that a case is not for raise, and are left out of it. Everybody starts anew ``restarts`` times, and goes
-    through the cases from another one on: where memory comes to lie, and whether it is given back to the system after
-    each call, differs from process to process, and with large cases so do the times.
+    Builders that a case is not for raise, and are left out of it. Every case has processes of its own, so that no
+    case finds the memory that another one left, and everybody starts anew ``restarts`` times: where memory comes to
+    lie, and whether it is given back to the system after each call, differs from process to process, and with large
+    cases so do the times.
     """
     results = {case: {} for case in cases}
-    for restart in range(restarts):
-        first = restart * len(cases) // restarts
+    for case in [case for case in cases for _ in range(restarts)]:
         rivals = {name: Rival(build, threads) for name, build in builders.items()}
         try:
-            for case in [*cases[first:], *cases[:first]]:
-                for name, times in _rounds(rivals, case, rounds, block).items():
-                    results[case].setdefault(name, []).extend(times)
+            for name, times in _rounds(rivals, case, rounds, block).items():
+                results[case].setdefault(name, []).extend(times)
         finally:
+            for rival in rivals.values():
+                rival.pipe.close()
             for rival in rivals.values():
                 rival.stop()
     return results

@@ -47,6 +47,11 @@ def test_benchmark_runs(name, tmp_path):
 )
 def test_pages_show_the_results(name, part, page, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    results = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
-    table = importlib.import_module(name).table(results[part] if part else results)
-    assert table in (ROOT / page).read_text()
+    paths = list((BENCHMARKS / "results").glob(f"{name}.json")) + list(
+        (BENCHMARKS / "results").glob(f"{name}_gpu.json")
+    )
+    assert paths
+    for path in paths:
+        results = json.loads(path.read_text())
+        table = importlib.import_module(name).table(results[part] if part else results)
+        assert table in (ROOT / page).read_text(), path.name
