@@ -190,7 +190,7 @@ def _parts(n_components: int, width: int, dim: int, channels: Tensor) -> tuple[T
 
 
 def _points(value: Tensor) -> Tensor:
-    return channels_first(value, 1).unsqueeze(1)
+    return channels_first(value, 1).unsqueeze(1).contiguous()  # each is read for K components
 
 
 def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
