@@ -190,7 +190,7 @@ class _MixtureLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
         log_weights, locs, value, *factors = _channels(normalize, *arguments)
-        log_density, sums, kept = density_forward(whitening, log_weights, locs - value, *factors)
+        log_density, sums, kept = density_forward(whitening, log_weights, locs, value, *factors)
         ctx.save_for_backward(*arguments, *sums, *kept)
         ctx.whitening, ctx.normalize, ctx.count = whitening, normalize, len(arguments)
         return log_density
@@ -215,10 +215,10 @@ class _MixtureLogDensity(torch.autograd.Function):
 
 
 def density_forward(
-    whitening: Whitening, log_weights: Tensor, residual: Tensor, *factors: Tensor
+    whitening: Whitening, log_weights: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Log-density, and what :func:`density_backward` takes; the residual is overwritten."""
-    dim = len(residual)
+    """Log-density, and what :func:`density_backward` takes."""
+    residual, dim = locs - value.contiguous(), len(locs)  # a row of values is read once for each component
     whitened, half_log_det, kept = whitening.whiten(residual, *factors, scratch=True)
     joint, outputs = log_weights - half_log_det, whitened.unbind()
     joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)

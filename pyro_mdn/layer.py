@@ -190,14 +190,14 @@ def _parts(n_components: int, width: int, dim: int, channels: Tensor) -> tuple[T
 
 
 def _points(value: Tensor) -> Tensor:
-    return channels_first(value, 1).unsqueeze(1).contiguous()  # each is read for K components
+    return channels_first(value, 1).unsqueeze(1)
 
 
 def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
     """Log-density, and what :func:`_backward` takes."""
     whitening, n_components, width = settings
     logits, locs, factor = _parts(n_components, width, len(points), channels)
-    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), locs - points, factor)
+    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), locs, points, factor)
     return log_density, [*sums, *kept]
 
 
