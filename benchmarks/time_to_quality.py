@@ -1,17 +1,20 @@
-"""How long until a network is good?
+"""How long until a network is good, and how good is it in the end?
 
 The wall-clock time of training until the held-out NLL, of whatever the training has at that moment, first reaches a
-target; the time of looking does not count.
+target; the time of looking does not count. Training goes on from there, and the NLL at its end is noted as well: who
+passes the target may leave it again.
 
 * this package: ``fit`` with its defaults, looked at after each epoch;
 * by hand: a torch script of the usual kind on standardised data, Adam at 0.005 with a cosine, 2000 full-batch steps,
   looked at after each ten;
-* zuko: its GMM on standardised data, Adam at 0.001, batches of 256, looked at after each epoch;
+* zuko: its GMM on standardised data, Adam at 0.001, batches of 256, looked at after each epoch; it has no training of
+  its own, so the end is the time limit;
 * sbi: its MDN by its own training with its defaults, looked at after each epoch.
 
 All have two hidden layers of 64 and 5 components, on one thread. The targets are 0.05 nats above the lowest NLL that
-any of them came to with seed 0 and a time limit of 60 s. Who does not get there within its training, or the time
-limit, is given the time that it took in vain.
+any of them came to with seed 0 and a time limit of 60 s. Not everybody gets there with every seed, so that what counts
+is the expected running time of one who tries again until it is reached (Auger and Hansen, 2005, Performance evaluation
+of an advanced local search evolutionary algorithm): all seconds spent, those in vain too, over the number of successes.
 
     python benchmarks/time_to_quality.py
 """
@@ -57,32 +60,33 @@ def load(problem, seed):
 
 
 class Stopwatch:
-    """Stands still while the held-out NLL is computed; true once it is low enough, or time is up."""
+    """Stands still while the held-out NLL is computed; true once time is up."""
 
     def __init__(self, x, y, target, limit):
         self.x, self.y, self.target, self.limit = x, y, target, limit
-        self.best, self.seconds, self.looking = math.inf, None, 0.0
+        self.best, self.last, self.seconds, self.looking = math.inf, math.nan, None, 0.0
         self.start = time.perf_counter()
 
     def __call__(self, log_prob):
         """Look, and say whether to stop."""
         now = time.perf_counter()
         with torch.no_grad():
-            nll = -log_prob(self.x, self.y).mean().item()
-        self.best = min(self.best, nll)
+            self.last = -log_prob(self.x, self.y).mean().item()
+        self.best = min(self.best, self.last)
         elapsed = now - self.start - self.looking
         self.looking += time.perf_counter() - now
         if self.best <= self.target and self.seconds is None:
             self.seconds = elapsed
-        return self.seconds is not None or elapsed > self.limit
+        return elapsed > self.limit
 
     def result(self):
-        """Seconds, whether the target was reached, and the lowest NLL."""
+        """Seconds, whether the target was reached, the lowest NLL and the last."""
         spent = time.perf_counter() - self.start - self.looking
         return {
             "seconds": spent if self.seconds is None else self.seconds,
             "reached": self.seconds is not None,
-            "nll": self.best,
+            "lowest": self.best,
+            "end": self.last,
         }
 
 
@@ -99,6 +103,7 @@ def by_fit(x, y, seed, watch, **settings):
         progress=False,
         **settings,
     )
+    watch(lambda x, y: -network.loss(x, y))  # the weights that it has chosen
 
 
 def standardized(x, y):
@@ -208,24 +213,30 @@ def measure(seeds, limit):
     return rows
 
 
+def expected_seconds(runs):
+    """Seconds of training for each time that the target was reached: what it takes on average to try until it is."""
+    reached = sum(r["reached"] for r in runs)
+    return sum(r["seconds"] for r in runs) / reached if reached else math.inf
+
+
 def table(rows):
-    """Markdown: median seconds, and how many seeds got there."""
+    """Markdown: expected seconds, how many seeds got there, and the median NLL at the end of training."""
     names = list(rows[0]["runs"])
     lines = ["| problem | target NLL | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for row in rows:
         cells = []
         for name in names:
             runs = row["runs"][name]
-            seconds, reached = statistics.median(r["seconds"] for r in runs), sum(r["reached"] for r in runs)
-            lowest = "" if reached else f", lowest NLL {statistics.median(r['nll'] for r in runs):.2f}"
-            cells.append(f"{seconds:.1f} s ({reached} of {len(runs)}{lowest})")
+            seconds, reached = expected_seconds(runs), sum(r["reached"] for r in runs)
+            time_to_target = f"{seconds:.1f} s ({reached} of {len(runs)})" if reached else f"never ({len(runs)} tries)"
+            cells.append(f"{time_to_target}, {statistics.median(r['end'] for r in runs):.2f}")
         lines.append(f"| {row['problem']} | {row['target']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of training at most")
     parser.add_argument("--out", default="time_to_quality", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
