@@ -20,9 +20,10 @@ from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
+from pyro_mdn.isolation import isolated, own_generators
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.vectorized import OwnParameters, isolated, over_draws
+from pyro_mdn.vectorized import OwnParameters, over_draws
 
 __all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]
 
@@ -225,7 +226,7 @@ def _raw(
 
 def _latent_values(model: Callable[..., Any], x: Tensor) -> dict[str, Tensor]:
     """Values of the latent sites of a model, drawn from the prior, by name."""
-    with torch.random.fork_rng():
+    with own_generators():
         trace = poutine.trace(model).get_trace(x)
     return {name: site["value"] for name, site in latent_sites(trace).items()}
 

@@ -14,9 +14,10 @@ from torch.func import functional_call
 from pyro_mdn import serialization
 from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense
+from pyro_mdn.isolation import isolated
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.vectorized import isolated, over_draws
+from pyro_mdn.vectorized import over_draws
 
 __all__ = ["DeepEnsemble"]
 

@@ -13,7 +13,8 @@ from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoMultivariateNorm
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_mdn.vectorized import OwnParameters, over_draws, unvalidated
+from pyro_mdn.isolation import unvalidated
+from pyro_mdn.vectorized import OwnParameters, over_draws
 
 __all__ = ["LaplaceGuide", "draw_from", "latent_sites", "log_density_at", "require_sites"]
 

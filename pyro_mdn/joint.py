@@ -15,9 +15,10 @@ from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.data import Rows, as_rows
 from pyro_mdn.guides import log_density_at
+from pyro_mdn.isolation import isolated, own_generators
 from pyro_mdn.latent import starting_weights
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.vectorized import OwnParameters, isolated
+from pyro_mdn.vectorized import OwnParameters
 
 __all__ = [
     "LogJoint",
@@ -143,7 +144,7 @@ def rows_of(network: MixtureDensityNetwork, x: Any, y: Any) -> Rows:
 def undisturbed(network: MixtureDensityNetwork) -> Iterator[None]:
     """Evaluation mode, gradients, and an empty parameter store; afterwards all that and the generators as before."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        stack.enter_context(own_generators())
         stack.enter_context(isolated())
         stack.enter_context(evaluating(network))
         stack.enter_context(torch.enable_grad())

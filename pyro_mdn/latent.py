@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.checks import require_numbers
 from pyro_mdn.head import starting_value
+from pyro_mdn.isolation import own_generators
 from pyro_mdn.network import MixtureDensityNetwork
 
 __all__ = ["bayesianize", "fan_in_normal", "starting_weights"]
@@ -61,7 +62,7 @@ def bayesianize(
     require_numbers(prior_scale=prior_scale)
     names = _matching(network, [layers] if isinstance(layers, str) else list(layers))
     make = _prior(prior, float(prior_scale))
-    with torch.random.fork_rng():
+    with own_generators():
         for name, value in names.items():
             distribution = _of_pyro(make(name, value.detach()))
             shape, dtype = distribution.event_shape, distribution.sample().dtype

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_mdn.checks import require_numbers
 from pyro_mdn.data import Rows
+from pyro_mdn.isolation import own_store
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.optimization import (
     FINAL_NOISE,
@@ -104,7 +104,7 @@ class LightningObjective(LightningModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N, ...)``."""
-        with pyro.get_param_store().scope():
+        with own_store():
             return self.objective(x, y)
 
     def on_train_start(self) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_mdn.data import Batches, Rows, Streamed
+from pyro_mdn.isolation import unvalidated
 from pyro_mdn.optimization import AveragedWeights, FusedAdamW, blur, clip_, fading, joint_norm, warmup_cosine
-from pyro_mdn.vectorized import unvalidated
 
 __all__ = ["FitResult", "Loop", "Settings", "copied"]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyro_mdn import kernels, serialization
 from pyro_mdn.checks import all_finite, is_count
 from pyro_mdn.head import MixtureHead
+from pyro_mdn.isolation import own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 
@@ -113,7 +114,7 @@ class MixtureDensityNetwork(PyroModule):
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        with pyro.get_param_store().scope(), self._pyro_context:
+        with own_store(), self._pyro_context:
             yield
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,8 +15,9 @@ from pyro_mdn import scores
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, log_density_at, require_sites
+from pyro_mdn.isolation import isolated, unvalidated
 from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.vectorized import OwnParameters, isolated, over_draws, unvalidated
+from pyro_mdn.vectorized import OwnParameters, over_draws
 
 __all__ = [
     "ContinuousRankedProbability",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_mdn.checks import is_count, require_counts
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.isolation import seeded
 from pyro_mdn.loop import FitResult
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
@@ -27,7 +28,6 @@ from pyro_mdn.scorers import (
     predictive_distribution,
 )
 from pyro_mdn.training import fit
-from pyro_mdn.vectorized import seeded
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin

@@ -22,6 +22,7 @@ from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.isolation import isolated, seeded
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -36,7 +37,6 @@ from pyro_mdn.optimization import (
     default_weight_decay,
 )
 from pyro_mdn.trainee import CollapseWarning, EnsembleTrainee, NetworkTrainee, Trainee
-from pyro_mdn.vectorized import isolated, seeded
 
 __all__ = ["CollapseWarning", "fit"]
 

@@ -2,8 +2,8 @@ r"""Many networks at once: functions of weights, mapped over a leading axis of d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pyro
@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OwnParameters", "isolated", "over_draws", "seeded", "unvalidated"]
+__all__ = ["OwnParameters", "over_draws"]
 
 
 def over_draws(
@@ -52,35 +52,6 @@ def over_draws(
                 raise
             expected = "network: expected layers that torch.vmap supports"
             raise ValueError(f"{expected}, got {part}: {error}") from error
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Have Pyro's parameter store empty and nothing validated inside, and both as they were afterwards."""
-    with pyro.get_param_store().scope(), unvalidated():
-        yield
-
-
-@contextmanager
-def seeded(seed: int | None) -> Iterator[None]:
-    """Have torch's generators start from a seed inside, and as they were afterwards; with ``None``, as they are."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def unvalidated() -> Iterator[None]:
-    """Have nothing validated inside: under vmap, a test of values would have to read data."""
-    validates = torch.distributions.Distribution._validate_args
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(validates)
 
 
 class OwnParameters(Messenger):

@@ -28,7 +28,9 @@ __all__ = [
 
 def positive(raw: Tensor, least: float) -> Tensor:
     """Softplus, and no less than ``least``."""
-    return softplus(raw).add_(least)
+    scale = softplus(raw)
+    # What torch.jit differentiates must not change.
+    return scale + least if torch.jit.is_tracing() else scale.add_(least)
 
 
 class DiagonalWhitening(Whitening):

@@ -17,7 +17,7 @@ from pyro_mdn import (
     WeightedSum,
     fit,
 )
-from pyro_mdn.vectorized import unvalidated
+from pyro_mdn.isolation import unvalidated
 
 
 def rows(n=7, dim=2):

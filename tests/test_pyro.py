@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import Adam
@@ -234,3 +234,17 @@ def test_network_may_be_called_before_it_joins_a_model(network):
     network(x)
     model = Offset(network)
     assert "network.head$$$linear.weight" in poutine.trace(model).get_trace(x, y).param_nodes
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("noise", [Diagonal(), Diagonal(tied=True), Full(), LowRank(1)], ids=str)
+def test_steps_compiled_by_pyro_are_those_that_are_not(noise):
+    x, y = data()
+    losses = []
+    for elbo in (Trace_ELBO(), JitTrace_ELBO(ignore_jit_warnings=True)):
+        pyro.clear_param_store()
+        torch.manual_seed(0)
+        svi = SVI(MixtureDensityNetwork(2, 2, 3, 8, noise=noise).model, empty_guide, Adam({"lr": 0.01}), elbo)
+        losses.append([svi.step(x, y) for _ in range(4)])
+    assert_close(losses[1], losses[0])
+    assert losses[0][3] < losses[0][0]

@@ -1,0 +1,64 @@
+r"""Isolation: what belongs to the whole process, as it was after code that needs it otherwise.
+
+Those are Pyro's parameter store and its handlers, the validation of distributions and the generators of torch. One
+thread at a time has them otherwise; another that would waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.runtime import am_i_wrapped
+
+__all__ = ["isolated", "own_generators", "own_store", "seeded", "unvalidated"]
+
+_PROCESS = threading.RLock()
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Have Pyro's parameter store empty, no handlers of the caller's and nothing validated inside."""
+    with own_store(), unvalidated(), poutine.block() if am_i_wrapped() else nullcontext():
+        yield
+
+
+@contextmanager
+def own_store() -> Iterator[None]:
+    """Have Pyro's parameter store empty inside."""
+    with _PROCESS, pyro.get_param_store().scope():
+        yield
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Have torch's generators start from a seed inside; with ``None``, let them go on, also afterwards."""
+    if seed is None:
+        yield
+        return
+    with own_generators():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """Have torch's generators go on inside, and as they were afterwards."""
+    with _PROCESS, torch.random.fork_rng(range(torch.cuda.device_count())):
+        yield
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Have nothing validated inside: under vmap, a test of values would have to read data."""
+    with _PROCESS:
+        validates = torch.distributions.Distribution._validate_args
+        try:
+            with pyro.validation_enabled(False):
+                yield
+        finally:
+            torch.distributions.Distribution.set_default_validate_args(validates)
