@@ -89,7 +89,7 @@ def to_inference_data(
         seed: Seed of the draws; by default torch's generator goes on.
 
     Raises:
-        ValueError: If shapes, names or counts do not agree.
+        ValueError: If shapes, names, indices or counts do not agree.
         ImportError: If ArviZ is not installed.
 
     References:
@@ -142,7 +142,8 @@ def loo(data: Any, *, pointwise: bool = True) -> Any:
         pointwise: Have the terms, and Pareto's k of each row.
 
     Raises:
-        ValueError: If it is of a point estimate, an ensemble, or fewer than 50 draws, for which it has no meaning:
+        ValueError: If it is of a point estimate (also as a guide: ``AutoDelta``), an ensemble, or fewer than 50 draws,
+            for which it has no meaning:
             :func:`pyro_mdn.scores.compare` compares those on held-out rows.
 
     References:
@@ -351,8 +352,12 @@ def _joint_log_likelihood(data: Any) -> tuple[str, Any]:
     if method in (POINT, ENSEMBLE):
         article = "an" if method == ENSEMBLE else "a"
         raise _no_posterior(f"{article} {method}")
-    _require_draws(group.sizes["chain"] * group.sizes["draw"])
-    return name, group[name]
+    likelihood = group[name]
+    _require_draws(likelihood.sizes["chain"] * likelihood.sizes["draw"])
+    spread = likelihood.max(("chain", "draw")) - likelihood.min(("chain", "draw"))
+    if bool((spread <= 1e-5 * (1 + abs(likelihood).max())).all()):
+        raise _no_posterior(f"draws that are all the same, by {method}")
+    return name, likelihood
 
 
 def _require_draws(draws: int) -> None:

@@ -36,6 +36,7 @@ class Labels(NamedTuple):
         if unknown := set(coords or {}) - known:
             raise ValueError(f"coords: expected labels of some of {sorted(known)}, got {sorted(map(str, unknown))}")
         names = names_of(y, names, dim)
+        _require_same_rows(x, y)
         index = _index(y, x)
         found = {"obs_id": np.arange(size) if index is None else index, "output": np.array(names)}
         found["bound"] = np.array(["lower", "upper"])
@@ -123,8 +124,10 @@ def names_of(y: Any, given: Sequence[str] | None, dim: int) -> list[str]:
         named = [str(column) for column in columns if column is not None]
         given = named or (["y"] if dim == 1 else [f"y{i}" for i in range(dim)])
     names = [given] if isinstance(given, str) else [str(name) for name in given]
-    if len(names) != dim or len(set(names)) != dim or (dim > 1 and JOINT in names):
-        raise ValueError(f"output_names: expected {dim} that differ, none of them {JOINT!r}, got {names}")
+    taken = ["chain", "draw", "obs_id", *([JOINT] if dim > 1 else [])]
+    of_rows = {f"obs_id_{name}" for name in names}
+    if len(names) != dim or len(set(names)) != dim or not of_rows.union(taken).isdisjoint(names):
+        raise ValueError(f"output_names: expected {dim} that differ, none of them one of {taken}, got {names}")
     return names
 
 
@@ -132,6 +135,15 @@ def _index(*data: Any) -> Array | None:
     """Index of the first of these that has one."""
     indices = [getattr(values, "index", None) for values in data]
     return next((_writable(index) for index in indices if index is not None and not callable(index)), None)
+
+
+def _require_same_rows(x: Any, y: Any) -> None:
+    """Raise a ``ValueError`` if x and y say that their rows are not of the same things."""
+    of_x, of_y = _index(x), _index(y)
+    if of_x is not None and of_y is not None and len(of_x) == len(of_y) and (differ := of_x != of_y).any():
+        row = int(np.argmax(differ))
+        got = f"{of_x[row]} and {of_y[row]} in row {row}"
+        raise ValueError(f"x, y: expected the same index in the same order, got {got}")
 
 
 def _writable(values: Sequence[Any]) -> Array:

@@ -45,9 +45,11 @@ class Source(NamedTuple):
         sites, stats = _posterior_sites(used)
         mixture = predictive if network is None else predict(network, x, used)
         given = _method(network, mixture, posterior) if method is None else str(method)
-        if len(mixture.batch_shape) not in (1, 2):
-            shape = tuple(mixture.batch_shape)
-            raise ValueError(f"predictive: expected mixtures of batch shape (N,) or (S, N), got {shape}")
+        drawn = used is not None or isinstance(network, DeepEnsemble)
+        if len(mixture.batch_shape) not in ((1, 2) if network is None else (1 + drawn,)):
+            expected = "(N,) or (S, N)" if network is None else "(N,) for each draw of the weights"
+            shape = tuple(mixture.batch_shape[network is not None and drawn :])
+            raise ValueError(f"predictive: expected mixtures of batch shape {expected}, got {shape}")
         mixture = mixture.expand((1, *mixture.batch_shape)) if len(mixture.batch_shape) == 1 else mixture
         counts = {value.shape[:2] for value in sites.values()} or {(1, mixture.batch_shape[0])}
         if len(counts) > 1 or math.prod(shape := next(iter(counts))) != mixture.batch_shape[0]:

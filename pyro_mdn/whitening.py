@@ -29,8 +29,9 @@ __all__ = [
 def positive(raw: Tensor, least: float) -> Tensor:
     """Softplus, and no less than ``least``."""
     scale = softplus(raw)
-    # What torch.jit differentiates must not change.
-    return scale + least if torch.jit.is_tracing() else scale.add_(least)
+    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return scale + least  # what is differentiated from a trace must not change
+    return scale.add_(least)
 
 
 class DiagonalWhitening(Whitening):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import linear_regression
 from pyro.infer import MCMC, NUTS
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 from scipy import stats
 from torch import nn
 from torch.testing import assert_close
@@ -198,7 +198,7 @@ def test_names_come_from_pandas():
     assert (data["observed_data"].coords["obs_id"].values == index.values).all()
     assert (data["predictions"].coords["obs_id"].values == index.values[:2]).all()
     assert data["posterior"].coords["output"].values.tolist() == ["left", "right"]
-    missing = pd.DataFrame({"a": pd.array([1.5] * (ROWS - 1) + [None], dtype="Float64"), "b": 1.0})
+    missing = pd.DataFrame({"a": pd.array([1.5] * (ROWS - 1) + [None], dtype="Float64"), "b": 1.0}, index)
     assert to_inference_data(network, missing, x)["observed_data"]["a"].shape == (ROWS - 1,)
     one, x1, y1 = make(1)
     series = pd.Series(y1.flatten(), name="height")
@@ -374,9 +374,15 @@ def test_leave_one_out_needs_a_posterior():
             loo(data)
         with pytest.raises(ValueError, match=message):
             compare({"a": data, "b": data})
+    network, x, y = make(1, latent=True)
+    for guide in (AutoDelta(network.model), AutoLaplaceApproximation(network.model)):
+        data = to_inference_data(network, y, x, posterior=guide, num_samples=60)
+        with pytest.raises(ValueError, match="draws that are all the same, by SVI with Auto"):
+            loo(data)
+    network, x, y = make(1)
     with pytest.raises(ValueError, match="leave-one-out: expected at least 50 draws"):
         loo_pit(network(x).expand((20, ROWS)), y)
-    draws = network(x).expand((60, ROWS))
+    draws = network(x).affine(0.01 * torch.randn(60, 1, 1).double())
     one, other = to_inference_data(draws, y), to_inference_data(draws, y + 1)
     with pytest.raises(ValueError, match="models: expected the same targets"):
         compare({"a": one, "b": other})
@@ -389,6 +395,8 @@ def test_bad_input():
     latent = make(latent=True)[0]
     mixture = network(x)
     posterior = chains(latent)
+    frame = pd.DataFrame(y.numpy())
+    sequences = MixtureDensityNetwork(2, 2, 3, hidden_dim=6).double()
     for arguments, settings, message in [
         ((network, y[:5], x), {}, "y: expected shape"),
         ((network, y[:, :1], x), {}, "y: expected shape"),
@@ -401,7 +409,13 @@ def test_bad_input():
         ((mixture, y), {"posterior": 3}, "posterior: expected a guide"),
         ((mixture, y), {"output_names": ["a"]}, "output_names: expected 2"),
         ((mixture, y), {"output_names": ["a", "a"]}, "output_names: expected 2 that differ"),
-        ((mixture, y), {"output_names": ["a", "joint"]}, "output_names: expected 2 .* none of them 'joint'"),
+        ((mixture, y), {"output_names": ["a", "joint"]}, "output_names: expected 2 .* none of them .*'joint'"),
+        ((mixture, y), {"output_names": ["a", "draw"]}, "output_names: expected 2 .* none of them .*'draw'"),
+        ((mixture, y), {"output_names": ["a", "obs_id_a"]}, "output_names: expected 2 "),
+        ((mixture.marginal(0), pd.Series(y[:, 0], name="chain")), {}, "output_names: expected 1 "),
+        ((mixture, frame, frame[::-1]), {}, "x, y: expected the same index .* got 29 and 0 in row 0"),
+        ((sequences, y[:, None], x[:, None]), {}, r"predictive: .* \(N,\) for each draw .*, got \(30, 1\)"),
+        ((latent, y[:, None], x[:, None]), {"posterior": posterior}, r"predictive: .* got \(30, 1\)"),
         ((mixture, y), {"quantities": ["mode"]}, "quantities: expected some of"),
         ((mixture, y), {"coords": {"obs_id": [1, 2]}}, "coords: expected 30 labels of 'obs_id', got 2"),
         ((mixture, y, x), {"coords": {"input": ["a"]}}, "coords: expected 2 labels of 'input', got 1"),
