@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyro
@@ -21,6 +21,7 @@ from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
 from pyro_mdn.isolation import isolated, own_generators
+from pyro_mdn.latent import latent_names, site_name
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.vectorized import OwnParameters, over_draws
@@ -58,7 +59,7 @@ def posterior_predictive(
         network: The network that the posterior is of.
         posterior: A guide of ``network.model``, as SVI or :func:`pyro_mdn.laplace` gives it; samples as
             :func:`pyro_mdn.fit_mcmc`, ``MCMC`` or ``MCMC.get_samples()`` give them, ``(S, *shape)`` by site; or a
-            :class:`DeepEnsemble`.
+            :class:`DeepEnsemble`. Of a larger model that the network is part of, its own sites count.
         x: Inputs ``(*batch, dim_in)``.
         num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
             evenly over them.
@@ -92,14 +93,14 @@ def posterior_predictive(
     with evaluating(network):
         draws = draw_weights(network, posterior, x, num_samples)
         if linearize is None:
-            warn_if_nonlinear(posterior, draws)
+            warn_if_nonlinear(network, posterior)
         center = _median(posterior, draws) if linearize else None
         return _mixtures(network, draws, x, chunk_size, center)
 
 
-def warn_if_nonlinear(posterior: Any, draws: Iterable[str]) -> None:
-    """Warn if sites are of hidden layers, and the posterior takes outputs to be linear in their weights."""
-    if isinstance(posterior, LaplaceGuide) and not all(name.startswith("head.") for name in draws):
+def warn_if_nonlinear(network: MixtureDensityNetwork, posterior: Any) -> None:
+    """Warn if weights of hidden layers are latent, and the posterior takes outputs to be linear in them."""
+    if isinstance(posterior, LaplaceGuide) and not all(n.startswith("head.") for n in latent_names(network).values()):
         message = "Laplace's approximation of hidden layers predicts badly unless linearize=True"
         warnings.warn(f"posterior_predictive: {message}; linearize=False to go on", stacklevel=3)
 
@@ -123,13 +124,13 @@ def draw_weights(
                 posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
             with pyro.get_param_store().scope(learned):
                 draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
-            _require_alike("guide", expected, draws)
-            return draws
+            return _of_network("guide", network, expected, draws)
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior
     if not isinstance(samples, Mapping):
         kinds = "a guide, samples by site, MCMC or a DeepEnsemble"
         raise ValueError(f"posterior: expected {kinds}, got {type(posterior).__name__}")
-    return _from_samples(samples, expected, num_samples)
+    samples = {name: _as_draws(value) for name, value in samples.items()}
+    return _chosen(_of_network("posterior", network, expected, samples), expected, num_samples)
 
 
 def _learned_elsewhere(guide: Any) -> Any:
@@ -144,11 +145,9 @@ def _learned_elsewhere(guide: Any) -> Any:
     return {kind: {name: value for name, value in held.items() if name not in own} for kind, held in state.items()}
 
 
-def _from_samples(
-    samples: Mapping[str, Any], expected: Mapping[str, Tensor], num_samples: int | None
+def _chosen(
+    samples: Mapping[str, Tensor], expected: Mapping[str, Tensor], num_samples: int | None
 ) -> dict[str, Tensor]:
-    samples = {name: _as_draws(value) for name, value in samples.items()}
-    _require_alike("posterior", expected, samples)
     counts = {len(value) for value in samples.values()}
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"posterior: expected as many draws of each site, got {sorted(counts)}")
@@ -200,7 +199,8 @@ def _raw(
     if center is None and is_dense(network):
         same = {**dict(network.named_parameters()), **dict(network.named_buffers())}
         tensors = {name: tensor.unsqueeze(0) for name, tensor in same.items()}
-        return dense_raw(network, x.unsqueeze(0), {**tensors, **draws}, chunk_size=chunk_size)
+        latent = {name: draws[site] for site, name in latent_names(network).items()}
+        return dense_raw(network, x.unsqueeze(0), {**tensors, **latent}, chunk_size=chunk_size)
 
     def raw(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with OwnParameters(), poutine.condition(data=weights):
@@ -231,13 +231,22 @@ def _latent_values(model: Callable[..., Any], x: Tensor) -> dict[str, Tensor]:
     return {name: site["value"] for name, site in latent_sites(trace).items()}
 
 
-def _require_alike(name: str, expected: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> None:
-    """Raise a ``ValueError`` unless these are draws ``(S, *shape)`` at the same sites."""
-    require_sites(name, expected, draws)
+def _of_network(
+    name: str, network: MixtureDensityNetwork, expected: Mapping[str, Tensor], draws: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Draws ``(S, *shape)`` at the sites of a network; a larger model that it is part of may have further ones.
+
+    Raises:
+        ValueError: If one is missing, of another shape, or of what is not latent in the network.
+    """
+    given = {"y", *(site_name(network, parameter) for parameter, _ in network.named_parameters())}
+    if not draws.keys() >= expected.keys() or not given.isdisjoint(draws):
+        require_sites(name, expected, draws)
     for site, value in expected.items():
         if draws[site].shape[1:] != value.shape:
             wanted, got = tuple(value.shape), tuple(draws[site].shape[1:])
             raise ValueError(f"{name}: expected shape {wanted} at site {site}, got {got}")
+    return {site: draws[site] for site in expected}
 
 
 def _as_draws(value: Any) -> Tensor:

@@ -16,7 +16,7 @@ from torch.distributions import Distribution, biject_to, constraints
 from pyro_mdn.data import Rows, as_rows
 from pyro_mdn.guides import log_density_at
 from pyro_mdn.isolation import isolated, own_generators
-from pyro_mdn.latent import starting_weights
+from pyro_mdn.latent import latent_names, starting_weights
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.vectorized import OwnParameters
 
@@ -64,7 +64,8 @@ class LogJoint:
         self.priors = _independent_priors(network, rows)
         values = starting_weights(network)
         self.start = {name: values[name].detach().clone() for name in self.priors}
-        self.in_head = all(name.startswith("head.") for name in self.start)
+        names = latent_names(network)
+        self.in_head = all(names[site].startswith("head.") for site in self.start)
         self.inputs = self._features(rows.x) if self.in_head else rows.x
         with torch.no_grad():
             density = float(self(self.start))

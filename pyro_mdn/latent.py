@@ -19,7 +19,7 @@ from pyro_mdn.head import starting_value
 from pyro_mdn.isolation import own_generators
 from pyro_mdn.network import MixtureDensityNetwork
 
-__all__ = ["bayesianize", "fan_in_normal", "starting_weights"]
+__all__ = ["bayesianize", "fan_in_normal", "latent_names", "site_name", "starting_weights"]
 
 Prior = Callable[[str, Tensor], Any]
 
@@ -100,12 +100,26 @@ def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
 
     ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides.
     """
-    values = {}
-    for path, part in network.named_modules():
-        for leaf in getattr(part, "_pyro_samples", ()):  # a backbone may have buffers of such names of its own
-            if (value := part._buffers.get(f"{leaf}_start")) is not None:
-                values[f"{path}.{leaf}".removeprefix(".")] = value
-    return values
+    buffers = dict(network.named_buffers())
+    names = latent_names(network).items()
+    return {site: buffers[f"{name}_start"] for site, name in names if f"{name}_start" in buffers}
+
+
+def latent_names(network: MixtureDensityNetwork) -> dict[str, str]:
+    """Name within the network of each latent parameter, by its site: a part of another module has longer names there.
+
+    >>> model = PyroModule()
+    >>> model.network = bayesianize(MixtureDensityNetwork(1, 1), layers="head.linear.bias")
+    >>> latent_names(model.network)
+    {'network.head.linear.bias': 'head.linear.bias'}
+    """
+    names = [f"{path}.{leaf}" for path, part in network.named_modules() for leaf in getattr(part, "_pyro_samples", ())]
+    return {site_name(network, name): name for name in (name.removeprefix(".") for name in names)}
+
+
+def site_name(network: MixtureDensityNetwork, name: str) -> str:
+    """Site of a latent parameter, given its name within the network."""
+    return f"{network._pyro_name}.{name}".removeprefix(".")
 
 
 # Priors

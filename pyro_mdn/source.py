@@ -92,7 +92,7 @@ def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any
     inputs = _inputs(network, x)
     with evaluating(network):
         draws = draw_weights(network, posterior, inputs, num_samples or 1000)
-    warn_if_nonlinear(posterior, draws)
+    warn_if_nonlinear(network, posterior)
     return draws
 
 

@@ -628,7 +628,7 @@ def test_modes_and_validation_stay_as_they_were():
     ("change", "message"),
     [
         (lambda d: d.pop("head.linear.bias"), "posterior: expected the sites"),
-        (lambda d: d.update(extra=torch.zeros(5)), "posterior: expected the sites"),
+        (lambda d: d.update(y=torch.zeros(5)), "posterior: expected the sites"),
         (
             lambda d: d.update({"head.linear.bias": torch.zeros(5, 3)}),
             r"expected shape \(9,\) at site head.linear.bias",
@@ -643,6 +643,57 @@ def test_samples_that_do_not_fit_are_refused(change, message):
     change(draws)
     with pytest.raises(ValueError, match=message):
         posterior_predictive(network, draws, data()[0])
+
+
+class Larger(PyroModule):
+    """A user's model: the network, a latent offset of its targets, and a site of its own for them."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.part = network
+
+    def forward(self, x, y=None):
+        offset = pyro.sample("offset", dist.Normal(x.new_zeros(()), 1.0))
+        mixture = self.part(x).affine(offset)
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("target", mixture, obs=y)
+
+
+@pytest.mark.parametrize("layers", ["head", "all"])
+def test_posteriors_of_a_larger_model(layers):
+    network, (x, y) = make(), data()
+    learned, expected = {n: p.detach().clone() for n, p in network.named_parameters()}, network(x).log_prob(y).detach()
+    model = Larger(bayesianize(network, layers=layers))
+    start = starting_weights(network)
+    assert_close(start, {name: learned[name.removeprefix("part.")] for name in start})
+    init = init_to_value(values=start)
+    guide = AutoNormal(model, init_loc_fn=init, init_scale=1e-6)
+    guide(x, y)
+    assert_close(posterior_predictive(network, guide, x, 1).log_prob(y)[0], expected, rtol=1e-3, atol=1e-3)
+    mcmc = MCMC(NUTS(model, init_strategy=init, max_tree_depth=1), 3, 1, disable_progbar=True)
+    mcmc.run(x, y)
+    with torch.no_grad():
+        drawn = Predictive(AutoNormal(model), num_samples=3)(x, y)
+    for posterior, draws in [(mcmc, mcmc.get_samples()), (drawn, drawn)]:
+        assert draws.keys() >= {"offset", *start}
+        densities = posterior_predictive(network, posterior, x).log_prob(y)
+        assert_close(densities, one_after_another(network, {name: draws[name] for name in start}, x, y))
+
+
+@pytest.mark.parametrize("layers", ["head", "all"])
+def test_laplace_of_a_part_of_a_larger_model(layers):
+    x, y = data()
+    alone = laplace(bayesianize(make(), layers=layers), x, y, max_iter=2)
+    network = Larger(bayesianize(make(), layers=layers)).part
+    part = laplace(network, x, y, max_iter=2)
+    assert_close(part.scale_tril, alone.scale_tril)
+    assert posterior_predictive(network, part, x, 3, linearize=True).batch_shape == (3, 7)
+
+
+def test_guides_of_networks_with_more_latent_weights_are_refused():
+    network = bayesianize(make(), layers="head")
+    with pytest.raises(ValueError, match="guide: expected the sites"):
+        posterior_predictive(network, AutoNormal(bayesianize(make()).model), data()[0])
 
 
 def test_other_refusals():
