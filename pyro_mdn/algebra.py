@@ -143,7 +143,7 @@ class MixtureAlgebra(MixtureDensity):
             weights: Weights :math:`a_s \ge 0`, shape ``(S,)``, normalised here; by default all equal.
 
         Raises:
-            ValueError: If there is no such batch dimension or the weights do not fit it.
+            ValueError: If there is no such batch dimension, nothing along it, or the weights do not fit it.
         """
         n = len(self.batch_shape)
         if not -n <= dim < n:
@@ -174,8 +174,10 @@ class MixtureAlgebra(MixtureDensity):
         left, right = self._paired(1, other.n_components), other._paired(0, self.n_components)
         apart = right.locs - left.locs
         if left.covariance.is_diagonal and right.covariance.is_diagonal:
-            a, b = left.covariance.variance(), right.covariance.variance()
-            pull, covariance = apart * a / (a + b), DiagonalCovariance((a * b / (a + b)).sqrt())
+            a, b = left.covariance.stddev(), right.covariance.stddev()
+            ratio = a / b
+            covariance = DiagonalCovariance(a / torch.hypot(torch.ones_like(ratio), ratio))
+            pull = apart / (1 + (b / a).square())
         else:
             pull, covariance = _precision_weighted(left.covariance, right.covariance, apart)
         peak = left.locs + pull
@@ -208,6 +210,8 @@ class MixtureAlgebra(MixtureDensity):
         small = self.logits < math.log(threshold) if threshold else torch.zeros_like(self.logits, dtype=torch.bool)
         if bool(small.all(-1).any()):
             raise ValueError(f"threshold: expected to leave components, got {threshold}, above all weights")
+        if not small.numel():
+            return self
         kept = (~small).reshape(-1, self.n_components).any(0).nonzero().squeeze(-1)
         covariance = self.covariance
         if covariance.batch_shape[-1] > 1:
@@ -230,7 +234,7 @@ class MixtureAlgebra(MixtureDensity):
             raise ValueError(f"n_components: expected 1 to {self.n_components}, got {n_components}")
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
-            matrices = flat.covariance.matrix().expand(-1, self.n_components, -1, -1).double()
+            matrices = flat.covariance.map(lambda t, n: t.double()).matrix().expand(-1, self.n_components, -1, -1)
             merged = reduction.merge_components(flat.logits.double().exp(), flat.locs.double(), matrices, n_components)
         weights, locs, matrices = (part.reshape(*self.batch_shape, *part.shape[1:]) for part in merged)
         covariance = FullCovariance.from_matrix(matrices).map(lambda t, n: t.to(self.locs))
@@ -267,6 +271,8 @@ def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> t
 
 
 def _log_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
+    if not size:
+        raise ValueError("dim: expected mixtures along it, got none")
     if weights is None:
         return like.new_full((size,), -math.log(size))
     if weights.shape != (size,) or not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < math.inf:

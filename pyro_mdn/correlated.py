@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pyro_mdn import kernels, triangles
 from pyro_mdn.checks import all_finite
-from pyro_mdn.covariance import Covariance, require_positive, stored
+from pyro_mdn.covariance import Covariance, DiagonalCovariance, require_positive, stored
 from pyro_mdn.whitening import FullWhitening, LowRankWhitening
 
-__all__ = ["FullCovariance", "LowRankCovariance"]
+__all__ = ["FullCovariance", "LowRankCovariance", "plus"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,9 @@ class FullCovariance(Covariance):
     def variance(self) -> Tensor:
         return self.scale_tril().square().sum(-1)
 
+    def stddev(self) -> Tensor:
+        return _norm(self.scale_tril())
+
     def matrix(self) -> Tensor:
         scale_tril = self.scale_tril()
         return scale_tril @ scale_tril.mT
@@ -162,6 +165,20 @@ _WHITENING = LowRankWhitening()
 def _positive_diagonal(triangle: Tensor) -> Tensor:
     """Flip the signs of rows so that the diagonal is positive."""
     return triangle * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-1)
+
+
+def plus(one: Covariance, other: Covariance) -> Covariance:
+    """Covariance of the sum of two independent variables, from their roots: squares would lose half the digits."""
+    if one.is_diagonal and other.is_diagonal:
+        return DiagonalCovariance(torch.hypot(one.stddev(), other.stddev()))
+    shape = torch.broadcast_shapes(one.batch_shape, other.batch_shape)
+    return FullCovariance.from_root(torch.cat([c.expand(shape).root() for c in (one, other)], -1))
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """Euclidean norm along the last axis, of rows that are not zero; no square over- or underflows."""
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    return largest.squeeze(-1) * (rows / largest).square().sum(-1).sqrt()
 
 
 def _require_square(matrix: Tensor, name: str) -> None:
@@ -235,6 +252,9 @@ class LowRankCovariance(Covariance):
 
     def variance(self) -> Tensor:
         return self.factor.square().sum(-1) + self.scale.square()
+
+    def stddev(self) -> Tensor:
+        return _norm(torch.cat([self.factor, self.scale.unsqueeze(-1)], -1))
 
     def matrix(self) -> Tensor:
         return self.factor @ self.factor.mT + self.scale.square().diag_embed()

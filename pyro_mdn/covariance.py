@@ -65,6 +65,10 @@ class Covariance(ABC):
         """Diagonal of the matrix, shape ``(*batch, K, D)``."""
 
     @abstractmethod
+    def stddev(self) -> Tensor:
+        """Standard deviation of each output, ``(*batch, K, D)``; also where its square would over- or underflow."""
+
+    @abstractmethod
     def matrix(self) -> Tensor:
         """Dense matrix, shape ``(*batch, K, D, D)``."""
 
@@ -105,7 +109,7 @@ class Covariance(ABC):
 
     def root(self) -> Tensor:
         r"""Dense A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)``, M ≥ D."""
-        return self.variance().sqrt().diag_embed()
+        return self.stddev().diag_embed()
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -203,7 +207,10 @@ class IsotropicCovariance(Covariance):
         return self.dim * self.scale.log()
 
     def variance(self) -> Tensor:
-        return self.scale.square().unsqueeze(-1).expand(*self.scale.shape, self.dim)
+        return self.stddev().square()
+
+    def stddev(self) -> Tensor:
+        return self.scale.unsqueeze(-1).expand(*self.scale.shape, self.dim)
 
     def matrix(self) -> Tensor:
         return self.variance().diag_embed()
@@ -215,7 +222,7 @@ class IsotropicCovariance(Covariance):
         return torch.zeros_like(self.scale), self.scale
 
     def conditional_scale(self) -> Tensor:
-        return self.scale.unsqueeze(-1).expand(*self.scale.shape, self.dim)
+        return self.stddev()
 
     def marginal(self, dims: Sequence[int]) -> IsotropicCovariance:
         return IsotropicCovariance(self.scale, len(dims))
@@ -261,6 +268,9 @@ class DiagonalCovariance(Covariance):
 
     def variance(self) -> Tensor:
         return self.scale.square()
+
+    def stddev(self) -> Tensor:
+        return self.scale
 
     def matrix(self) -> Tensor:
         return self.variance().diag_embed()

@@ -133,7 +133,7 @@ def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor
         max=weights.shape[-1] - 1
     )
     share = (level - (reached - weights).gather(-1, component)) / weights.gather(-1, component)
-    scale = mixture.covariance.variance().sqrt().expand(mixture.locs.shape)
+    scale = mixture.covariance.stddev().expand(mixture.locs.shape)
     locs, scale = (t.squeeze(-1).gather(-1, component) for t in (mixture.locs, scale))
     points = locs + scale * ndtri(share.clamp(1e-6, 1 - 1e-6)).to(locs)
     log_density = in_parts(mixture.log_prob, points.mT.unsqueeze(-1), mixture)

@@ -239,7 +239,7 @@ def _quantities(mixture: GaussianMixture, names: Sequence[str], chains: int) -> 
         "stddev": (lambda: mixture.stddev, "output"),
         "weights": (lambda: mixture.logits.exp(), "component"),
         "locs": (lambda: mixture.locs, "component output"),
-        "scales": (lambda: mixture.covariance.variance().sqrt().expand(mixture.locs.shape), "component output"),
+        "scales": (lambda: mixture.covariance.stddev().expand(mixture.locs.shape), "component output"),
         "entropy_bounds": (lambda: torch.stack(mixture.entropy_bounds(), -1), "bound"),
     }
     if unknown := [name for name in names if name not in known]:

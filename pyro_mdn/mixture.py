@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn import kernels, reduction, univariate
 from pyro_mdn.algebra import MixtureAlgebra
 from pyro_mdn.checks import is_differentiated
-from pyro_mdn.correlated import FullCovariance
+from pyro_mdn.correlated import plus
 
 __all__ = ["GaussianMixture"]
 
@@ -76,7 +76,7 @@ class GaussianMixture(MixtureAlgebra):
 
     def _univariate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Parameters of the marginals: logits ``(*batch, 1, K)``, locations and scales ``(*batch, D, K)``."""
-        return self.logits.unsqueeze(-2), self.locs.mT, self.covariance.variance().sqrt().mT
+        return self.logits.unsqueeze(-2), self.locs.mT, self.covariance.stddev().mT
 
     def interval(self, mass: float, *, kind: Literal["central", "shortest"] = "central") -> tuple[Tensor, Tensor]:
         """Lower and upper ends, ``(*batch, D)`` each, of an interval with probability ``mass`` for each output.
@@ -96,12 +96,28 @@ class GaussianMixture(MixtureAlgebra):
         left = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
         if kind == "shortest":
             left = univariate.minimize_bracketed(lambda p: self._upper(outside - p) - self.icdf(p), left, outside)
+            left = self._follow_shortest(left, outside)
         return self.icdf(left), self._upper(outside - left)
 
     def _upper(self, tail: Tensor) -> Tensor:
         """Point with probability ``tail`` above it, for each output."""
         logits, locs, scale = self._univariate()
         return -univariate.mixture_quantile(tail, logits, -locs, scale)
+
+    def _follow_shortest(self, left: Tensor, outside: float) -> Tensor:
+        """Give the probabilities below shortest intervals their derivatives: the density is the same at both ends."""
+        parameters = self._univariate()
+        if not is_differentiated(*parameters):
+            return left
+
+        def equation(left: Tensor) -> tuple[Tensor, Tensor]:
+            ends = self.icdf(left), self._upper(outside - left)
+            (low, bend_low), (high, bend_high) = (univariate.log_density_by_level(end, *parameters) for end in ends)
+            slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
+            # Two shortest intervals that become one: there are no derivatives.
+            return low - high, slope.masked_fill(~(slope > 1e-3 * terms), math.inf)
+
+        return univariate.follow_root(left, equation)
 
     # Regions of highest density
 
@@ -117,7 +133,8 @@ class GaussianMixture(MixtureAlgebra):
             Hyndman (1996), Computing and graphing highest density regions.
         """
         _check_mass(mass)
-        return self.log_prob(self.sample((num_samples,))).quantile(1 - mass, 0)
+        densities = self.log_prob(self.sample((num_samples,)))
+        return densities.quantile(1 - mass, 0) if densities.numel() else densities[0]
 
     def in_highest_density_region(self, value: Tensor, mass: float, *, num_samples: int = 10_000) -> Tensor:
         """Whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
@@ -146,7 +163,10 @@ class GaussianMixture(MixtureAlgebra):
         return torch.stack(levels, -1)
 
     def inverse_rosenblatt(self, value: Tensor) -> Tensor:
-        """Points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``."""
+        """Points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``.
+
+        Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
+        """
         self._check_value(value)
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
@@ -202,11 +222,14 @@ class GaussianMixture(MixtureAlgebra):
     def modes(self) -> Tensor:
         """Local maxima of the density, highest first, shape ``(*batch, M, D)``; NaN where a mixture has fewer than M.
 
+        By climbing from each component's mean; a maximum that none of them leads to, which is rare, is not among them.
         Not differentiable.
 
         References:
             Carreira-Perpiñán (2000), Mode-finding for mixtures of Gaussian distributions.
         """
+        if not self.batch_shape.numel():
+            return self.locs[..., :0, :].detach()
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
             precision_tril = flat.covariance.expand((len(flat.locs), self.n_components)).precision_tril().double()
@@ -234,10 +257,10 @@ class GaussianMixture(MixtureAlgebra):
         components = (weights * (surprise + self.covariance.half_log_det())).sum(-1)
         gaussian = self.as_gaussian().half_log_det().squeeze(-1)
         lower = torch.zeros_like(components)
-        shape = (*self.batch_shape, self.n_components)
-        matrices = self.covariance.matrix().expand(*shape, self.dim, self.dim)
+        covariance = self.covariance.expand((*self.covariance.batch_shape[:-1], self.n_components))
+        axis = len(covariance.batch_shape) - 1
         for k in range(self.n_components):
-            summed = FullCovariance.from_matrix(matrices + matrices[..., k, None, :, :])
+            summed = plus(covariance, covariance.map(lambda t, n, k=k: t.narrow(axis, k, 1)))
             crossed = self._with(self.locs, summed).log_prob(self.locs[..., k, :])
             lower = lower - weights[..., k] * crossed
         return lower, torch.minimum(components, gaussian) + constant

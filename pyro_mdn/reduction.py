@@ -25,6 +25,8 @@ def merge_components(weights: Tensor, locs: Tensor, matrices: Tensor, count: int
     References:
         Runnalls (2007), Kullback-Leibler approach to Gaussian mixture reduction.
     """
+    if not len(weights):
+        return weights[:, :count], locs[:, :count], matrices[:, :count]
     merged = [_merge_row(w, m, s, count) for w, m, s in zip(weights, locs, matrices, strict=True)]
     kept_weights, kept_locs, kept_matrices = (torch.stack(parts) for parts in zip(*merged, strict=True))
     return kept_weights, kept_locs, kept_matrices

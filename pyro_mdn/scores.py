@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.special import erf, log_ndtr
+from torch.special import erf, erfcx, log_ndtr
 
 from pyro_mdn.mixture import GaussianMixture
 
@@ -130,9 +130,12 @@ def crps(mixture: GaussianMixture, y: Tensor) -> Tensor:
     mixture._check_value(y)
     locs = mixture.locs
     weights = mixture.logits.exp().unsqueeze(-1).expand(locs.shape)
-    variance = mixture.covariance.variance().expand(locs.shape)
-    distance = (weights * _mean_absolute(y.unsqueeze(-2) - locs, variance.sqrt())).sum(-2)
-    return distance - _HalfSpread.apply(weights, locs, variance)[0]
+    scale = mixture.covariance.stddev().expand(locs.shape)
+    distance = (weights * _mean_absolute(y.unsqueeze(-2) - locs, scale)).sum(-2)
+    # Squares of scales in a unit of their size, a power of two, neither over- nor underflow.
+    unit = torch.exp2(scale.detach().amax(-2, keepdim=True).log2().round())
+    spread = _HalfSpread.apply(weights, locs / unit, (scale / unit).square())[0]
+    return distance - spread * unit.squeeze(-2)
 
 
 class _HalfSpread(torch.autograd.Function):
@@ -231,10 +234,10 @@ def interval_score(
 def coverage(
     mixture: GaussianMixture, y: Tensor, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> Tensor:
-    """Whether each output lies in its interval of probability ``mass``: 1 or 0, to be averaged."""
+    """Whether each output lies in its interval of probability ``mass``: 1 or 0, to be averaged; NaN if missing."""
     mixture._check_value(y)
     lower, upper = mixture.interval(mass, kind=kind)
-    return ((lower <= y) & (y <= upper)).to(mixture.locs.dtype)
+    return ((lower <= y) & (y <= upper)).to(mixture.locs.dtype).masked_fill(y.isnan(), torch.nan)
 
 
 def pit(mixture: GaussianMixture, y: Tensor) -> Tensor:
@@ -255,23 +258,29 @@ def interval_log_score(mixture: GaussianMixture, y: Tensor, width: float) -> Ten
     if not width > 0:
         raise ValueError(f"width: expected a positive number, got {width}")
     mixture._check_value(y)
-    scale = mixture.covariance.variance().sqrt()
+    scale = mixture.covariance.stddev()
     centre, half = (y.unsqueeze(-2) - mixture.locs) / scale, 0.5 * width / scale
     return -(mixture.logits.unsqueeze(-1) + _log_mass(centre, half.expand(centre.shape))).logsumexp(-2)
 
 
 def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
     """Log-probability that a standard normal variable lies within ``half`` of ``centre``."""
-    narrow = half * (1 + centre.abs()) < torch.finfo(centre.dtype).eps ** 0.25
-    # By symmetry all of it in the lower tail, where the logarithms are accurate.
-    wide = half.masked_fill(narrow, 1.0)
-    upper, lower = log_ndtr(wide - centre.abs()), log_ndtr(-wide - centre.abs())
-    difference = upper + torch.log(-torch.expm1(lower - upper))
+    centre = centre.abs()
+    narrow = half * (1 + centre) < torch.finfo(centre.dtype).eps ** 0.25
+    aside = ~narrow & (half < centre)
+    around = ~narrow & ~aside
     # A narrow interval would cancel: Taylor's series of the density around its centre.
-    density = -0.5 * centre.square() - 0.5 * math.log(2 * math.pi)
-    small = half.masked_fill(~narrow, 1.0)
-    series = density + (2 * small).log() + small.square() * (centre.square() - 1) / 6
-    return torch.where(narrow, series, difference)
+    small, at = half.masked_fill(~narrow, 1.0), centre.masked_fill(~narrow, 0.0)
+    series = -0.5 * at.square() + small.log() + small.square() * (at.square() - 1) / 6 + 0.5 * math.log(2 / math.pi)
+    # By symmetry all of it in the lower tail, where the logarithms are accurate.
+    wide, at = half.masked_fill(~around, 1.0), centre.masked_fill(~around, 0.0)
+    upper, lower = log_ndtr(wide - at), log_ndtr(-wide - at)
+    difference = upper + torch.log(-torch.expm1(lower - upper))
+    # Beside the mode, without what both ends have in common: their logarithms would be huge, and all but the same.
+    wide, at = half.masked_fill(~aside, 1.0), centre.masked_fill(~aside, 2.0)
+    inner, outer = (erfcx(math.sqrt(0.5) * end) for end in (at - wide, at + wide))
+    tail = -0.5 * (at - wide).square() + torch.log(0.5 * (inner - (-2 * at * wide).exp() * outer))
+    return torch.where(narrow, series, torch.where(aside, tail, difference))
 
 
 def dawid_sebastiani(mixture: GaussianMixture, y: Tensor) -> Tensor:

@@ -211,8 +211,8 @@ def _bounds(draws: GaussianMixture) -> tuple[Tensor, Tensor]:
     apart = torch.minimum(both_high, _gaussian_bound(pooled)) - inside_low.mean(0)
     across_high = _average(by_component.logits.exp(), torch.stack(across, -1))
     across_high = torch.minimum(across_high, _gaussian_bound(by_component))
-    label, mean_weights = entr(within.exp()), within.exp().mean(1)
-    together = (entr(mean_weights) - label.mean(1)).sum(-1) + _average(mean_weights, across_high)
+    label, mean_weights = _surprise(within.exp()), within.exp().mean(1)
+    together = (_surprise(mean_weights) - label.mean(1)).sum(-1) + _average(mean_weights, across_high)
     upper = torch.minimum(apart, together).clamp(0.0, math.log(n_draws))
     return torch.minimum(lower.clamp(min=0), upper), upper
 
@@ -223,6 +223,11 @@ def _by_component(draws: GaussianMixture) -> GaussianMixture:
     unused = (logits == -math.inf).all(-1, keepdim=True)
     covariance = draws.covariance.map(lambda t, n: t.movedim(0, 2))
     return draws._new(logits.masked_fill(unused, 0.0), draws.locs.movedim(0, 2), covariance)
+
+
+def _surprise(weights: Tensor) -> Tensor:
+    """Minus w log w, with finite gradients also at 0."""
+    return -weights * weights.masked_fill(weights == 0, 1.0).log()
 
 
 def _average(weights: Tensor, values: Tensor) -> Tensor:
@@ -246,7 +251,7 @@ def _distances(draws: GaussianMixture, pooled: GaussianMixture, s: int) -> Tenso
     own = draws.covariance.map(lambda t, n: t[s].unsqueeze(2))
     apart = others.whiten(draws.locs[s].unsqueeze(2) - pooled.locs.unsqueeze(1))
     if others.is_diagonal:
-        ratio = own.variance() / others.variance()
+        ratio = (own.stddev() / others.stddev()).square()
         trace, widening = ratio.sum(-1), 0.5 * ratio.log1p().sum(-1)
         pulled = apart / (1 + ratio).sqrt()
     else:

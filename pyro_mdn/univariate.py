@@ -11,6 +11,7 @@ from pyro_mdn.checks import is_differentiated
 
 __all__ = [
     "follow_root",
+    "log_density_by_level",
     "minimize_bracketed",
     "mixture_cdf",
     "mixture_log_density",
@@ -29,6 +30,15 @@ def mixture_log_density(value: Tensor, logits: Tensor, locs: Tensor, scale: Tens
     standardized = (value.unsqueeze(-1) - locs) / scale
     constant = 0.5 * math.log(2 * math.pi)
     return (logits - 0.5 * standardized.square() - scale.log() - constant).logsumexp(-1)
+
+
+def log_density_by_level(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-density of a univariate mixture, and its derivative with respect to the cdf."""
+    standardized = (value.unsqueeze(-1) - locs) / scale
+    joint = logits - 0.5 * standardized.square() - scale.log()
+    log_density = joint.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
+    slope = -(joint.softmax(-1) * standardized / scale).sum(-1)
+    return log_density, slope * (-log_density).exp()
 
 
 def mixture_cdf(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
@@ -100,7 +110,7 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
             point = proposal
             break
         point, last = proposal, (proposal - point).abs()
-    return torch.where(tail > 0, point, -math.inf)
+    return torch.where(tail > 0, point, -math.inf).masked_fill(logits.isnan().any(-1), math.nan)
 
 
 def minimize_bracketed(

@@ -5,7 +5,7 @@ import torch
 from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, IsotropicCovariance
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, FullCovariance, GaussianMixture, Isotropic, IsotropicCovariance
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 NAN = math.nan
@@ -289,6 +289,49 @@ def test_total_variance_is_the_sum_of_its_parts(noise, dim):
     aleatoric, epistemic = mixture.split_variance(dim)
     assert_close(aleatoric + epistemic, mixture.pool(dim).covariance_matrix)
     assert (torch.linalg.eigvalsh(epistemic) > -1e-12).all()
+
+
+@pytest.mark.parametrize("unit", [1e-15, 1e10, 1e15])
+@pytest.mark.parametrize("noise", [Diagonal(), Isotropic(), Full()], ids=str)
+def test_products_in_any_unit(noise, unit):
+    left, right = make_mixture(noise), make_mixture(Diagonal())
+    scaled = [
+        GaussianMixture(m.logits.float(), m.locs.float(), m.covariance.map(lambda t, n: t.float())).affine(0.0, unit)
+        for m in (left, right)
+    ]
+    product, expected = scaled[0].product(scaled[1]), left.product(right)
+    assert_close(product.mixture.locs.double() / unit, expected.mixture.locs, rtol=1e-4, atol=1e-4)
+    stddev = product.mixture.covariance.stddev().double() / unit
+    assert_close(stddev, expected.mixture.covariance.stddev(), rtol=1e-4, atol=0)
+    normalizer = product.log_normalizer.double() + left.dim * math.log(unit)
+    assert_close(normalizer, expected.log_normalizer, rtol=1e-4, atol=1e-4)
+
+
+def test_ill_conditioned_covariances_in_single_precision():
+    """The last output is all but a sum of the others."""
+    torch.manual_seed(0)
+    tril = torch.eye(4).expand(3, 4, 4).clone()
+    tril[:, 3, :3], tril[:, 3, 3] = torch.randn(3, 3) * 10, 1e-3
+    single = GaussianMixture(torch.zeros(3), torch.randn(3, 4), FullCovariance.from_scale_tril(tril))
+    double = GaussianMixture(
+        single.logits.double(), single.locs.double(), single.covariance.map(lambda t, n: t.double())
+    )
+    for got, expected in zip(single.entropy_bounds(), double.entropy_bounds(), strict=True):
+        assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+    y = double.sample((50,))
+    assert_close(single.reduce(3).log_prob(y.float()).double(), double.log_prob(y), rtol=1e-2, atol=1e-2)
+
+
+@every_noise
+def test_batches_without_rows(noise):
+    mixture = make_mixture(noise, (0,))
+    assert mixture.modes().shape == (0, 0, DIM)
+    assert mixture.reduce(2).locs.shape == (0, 2, DIM)
+    assert mixture.prune(0.1).batch_shape == (0,)
+    assert mixture.highest_density_threshold(0.9).shape == (0,)
+    assert mixture.expand((2, 0)).pool(0).batch_shape == (0,)
+    with pytest.raises(ValueError, match="dim: expected mixtures along it, got none"):
+        mixture.pool(0)
 
 
 def test_bad_arguments_are_refused():

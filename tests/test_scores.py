@@ -1,5 +1,6 @@
 import math
 
+import mpmath
 import pytest
 import scoringrules
 import torch
@@ -132,6 +133,14 @@ def test_coverage(kind):
     assert ((inside.mean(0) - 0.8).abs() < 5 * math.sqrt(0.16 / 4000)).all()
 
 
+def test_coverage_of_missing_targets_is_missing():
+    mixture = make_mixture(Diagonal())
+    y = mixture.locs[:, 0].index_fill(1, torch.tensor([2]), math.nan)
+    inside = coverage(mixture, y, 0.9)
+    assert inside[:, 2].isnan().all()
+    assert torch.isin(inside[:, [0, 1, 3]], torch.tensor([0.0, 1.0]).double()).all()
+
+
 @every_noise
 def test_pit_is_uniform(noise):
     mixture = make_mixture(noise, ())
@@ -175,6 +184,57 @@ def test_narrow_intervals_do_not_cancel(dtype, width, y):
     (gradient,) = torch.autograd.grad(score.sum(), scale)
     assert_close(score.item(), -stats.norm.logpdf(y) - math.log(width), rtol=1e-4, atol=1e-4)
     assert_close(gradient.item(), 1 - y**2, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("width", [1e-6, 1e-4, 0.02, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("y", [-30.0, 1e3, 1e4, 1e6])
+def test_intervals_far_out_in_single_precision(y, width):
+    """Values and slopes against 60 digits."""
+    loc = torch.zeros(1, 1, requires_grad=True)
+    mixture = GaussianMixture(torch.zeros(1), loc, IsotropicCovariance(torch.ones(1)))
+    score = interval_log_score(mixture, torch.tensor([y]), width)
+    (slope,) = torch.autograd.grad(score.sum(), loc)
+    with mpmath.workdps(60):
+        low, high = ((abs(mpmath.mpf(y)) + sign * mpmath.mpf(width) / 2) for sign in (-1, 1))
+        mass = (mpmath.erfc(low / mpmath.sqrt(2)) - mpmath.erfc(high / mpmath.sqrt(2))) / 2
+        expected, steepness = -mpmath.log(mass), (mpmath.npdf(low) - mpmath.npdf(high)) / mass
+    assert score.item() == pytest.approx(float(expected), rel=1e-6)
+    assert slope.item() == pytest.approx(-math.copysign(float(steepness), y), rel=1e-3)
+
+
+@every_noise
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_scores_and_quantiles_in_any_unit(noise, unit):
+    """In single precision, where squares of such scales over- and underflow."""
+    mixture = make_mixture(noise)
+    single = GaussianMixture(
+        mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float())
+    )
+    scaled, y = single.affine(0.0, unit), observed(mixture).float()
+    for function, tolerance in [
+        (crps, 2e-4),
+        (lambda m, y: interval_score(m, y, 0.9), 2e-4),
+        (lambda m, y: interval_score(m, y, 0.9, kind="shortest"), 0.03),  # near its least the width hardly changes
+        (lambda m, y: m.icdf(0.3), 2e-4),
+    ]:
+        value = function(scaled, y * unit)
+        assert_close(value.double() / unit, function(mixture, y.double()), rtol=tolerance, atol=tolerance)
+    assert_close(scaled.cdf(y * unit).double(), mixture.cdf(y.double()), rtol=1e-4, atol=1e-6)
+    got = interval_log_score(scaled, y * unit, 0.1 * unit).double()
+    assert_close(got, interval_log_score(mixture, y.double(), 0.1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("y", [-4.0, 0.5, 3.0])
+def test_gradients_of_shortest_intervals(y):
+    locs, scale = torch.tensor([[-0.5], [0.6]]).double(), torch.tensor([[0.5], [0.9]]).double()
+    logits = torch.tensor([0.3, -0.2]).double()
+
+    def score(logits, locs, log_scale):
+        mixture = GaussianMixture(logits, locs, DiagonalCovariance(log_scale.exp()))
+        return interval_score(mixture, torch.tensor([y]).double(), 0.8, kind="shortest")
+
+    inputs = [t.requires_grad_() for t in (logits, locs, scale.log())]
+    assert torch.autograd.gradcheck(score, inputs, eps=1e-3, atol=2e-3)
 
 
 def test_dawid_sebastiani_of_components_far_apart_in_single_precision():

@@ -211,3 +211,15 @@ def test_forward_mode_derivatives(noise):
         with forward_ad.dual_level():
             shifted = forward_ad.make_dual(mixture.locs, torch.ones_like(mixture.locs))
             assert_close(forward_ad.unpack_dual(at(shifted, function)).tangent, torch.ones(2, DIM, dtype=torch.float64))
+
+
+@every_noise
+def test_nothing_follows_an_infinite_output(noise):
+    mixture = make_mixture(noise)
+    u = torch.full((5, DIM), 0.5, dtype=torch.float64)
+    u[0, 1], u[1, 1] = 0.0, 1.0
+    y = mixture.inverse_rosenblatt(u)
+    assert y[:2, 1].tolist() == [-math.inf, math.inf]
+    assert y[:2, 2:].isnan().all()
+    assert y[2:].isfinite().all()
+    assert y[:, 0].isfinite().all()

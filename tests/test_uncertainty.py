@@ -197,6 +197,17 @@ def test_components_of_weight_zero_do_not_count():
     assert lower - 5 * error < value < upper + 5 * error
 
 
+@pytest.mark.parametrize("logit", [-200.0, -math.inf])
+def test_bounds_have_gradients_where_weights_vanish(logit):
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, logit]).expand(4, 5, 3).clone().requires_grad_()
+    locs = torch.randn(4, 5, 3, 2, requires_grad=True)
+    mixture = GaussianMixture(logits, locs, DiagonalCovariance(torch.ones(3, 2)))
+    for bound in uncertainty.mutual_information_bounds(mixture):
+        gradients = torch.autograd.grad(bound.sum(), [logits, locs], retain_graph=True)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_bounds_have_gradients():
     values = [torch.randn(3, 2), torch.randn(3, 2, 2), torch.rand(3, 2, 2) + 0.5]
     values = [v.double().requires_grad_() for v in values]
