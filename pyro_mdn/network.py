@@ -133,7 +133,11 @@ class MixtureDensityNetwork(PyroModule):
         Raises:
             ValueError: If the shape, dtype or device of x does not fit or, when Pyro validates, if x is not finite.
         """
-        return self.head(self.features(x))
+        try:
+            return self.head(self.features(x))
+        except RuntimeError as error:
+            _require_single_weights(self, error)
+            raise
 
     def loss(self, x: Tensor, y: Tensor, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
@@ -176,13 +180,12 @@ class MixtureDensityNetwork(PyroModule):
             num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
         """
         # Weights are global, so the network is evaluated outside the plate.
-        features = self.features(x)
+        mixture = self.forward(x)
         self._check_batch(x)
-        mixture = self.head(features)
         size = len(x) if num_data is None else num_data
         if size < len(x):
             raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
-        obs = None if y is None else self.targets(y, features.shape[:-1], replicated=True)
+        obs = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
         # A given subsample spares the plate a permutation of the whole data.
         with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
             return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
@@ -353,6 +356,18 @@ def _is_latent(module: nn.Module | None) -> bool:
     return module is not None and (
         bool(module.__dict__.get("_pyro_samples")) or any(map(_is_latent, module._modules.values()))
     )
+
+
+def _require_single_weights(network: MixtureDensityNetwork, error: Exception) -> None:
+    """Raise a ``ValueError`` from an error if latent weights were drawn in a plate, with further dimensions."""
+    for name, part in network.named_modules():
+        for leaf in part.__dict__.get("_pyro_samples", ()):
+            start, value = part._buffers.get(f"{leaf}_start"), getattr(part, leaf)
+            if start is not None and value.shape != start.shape:
+                expected = f"{name}.{leaf} of shape {tuple(start.shape)}, outside of plates"
+                instead = "fit(guide=, num_particles=) and posterior_predictive have many draws in one pass"
+                got = f"{tuple(value.shape)}, as vectorize_particles=True and parallel=True have it"
+                raise ValueError(f"network: expected {expected}, got {got}; {instead}") from error
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:

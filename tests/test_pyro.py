@@ -20,6 +20,7 @@ from pyro_mdn import (
     Isotropic,
     LowRank,
     MixtureDensityNetwork,
+    bayesianize,
 )
 
 N = 12
@@ -248,3 +249,18 @@ def test_steps_compiled_by_pyro_are_those_that_are_not(noise):
         losses.append([svi.step(x, y) for _ in range(4)])
     assert_close(losses[1], losses[0])
     assert losses[0][3] < losses[0][0]
+
+
+@pytest.mark.parametrize("layers", ["head", "all"])
+@pytest.mark.parametrize("of_user", [False, True])
+def test_weights_within_plates_are_refused(layers, of_user):
+    x, y = data()
+    network = bayesianize(MixtureDensityNetwork(2, 2, 3, 8), layers=layers)
+    model = Offset(network) if of_user else network.model
+    guide = AutoNormal(model)
+    elbo = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
+    message = r"network: expected .*weight of shape \(\d+, \d\), outside of plates, got \(3, 1, .* num_particles="
+    with pytest.raises(ValueError, match=message):
+        SVI(model, guide, Adam({"lr": 0.01}), elbo).step(x, y)
+    with pytest.raises(ValueError, match="expected shape"):
+        SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(x[:, :1], y)
