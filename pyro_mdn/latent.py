@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -109,7 +108,8 @@ def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
 def latent_names(network: MixtureDensityNetwork) -> dict[str, str]:
     """Name within the network of each latent parameter, by its site: a part of another module has longer names there.
 
-    >>> model = pyro.nn.PyroModule()
+    >>> from pyro.nn import PyroModule
+    >>> model = PyroModule()
     >>> model.network = bayesianize(MixtureDensityNetwork(1, 1), layers="head.linear.bias")
     >>> latent_names(model.network)
     {'network.head.linear.bias': 'head.linear.bias'}
