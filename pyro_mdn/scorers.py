@@ -5,7 +5,8 @@ For ``scoring=`` of ``cross_val_score``, ``GridSearchCV`` and the like.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,13 +16,16 @@ from pyro_mdn import scores
 from pyro_mdn.mixture import GaussianMixture
 
 try:
+    from sklearn.base import BaseEstimator
     from sklearn.pipeline import Pipeline
     from sklearn.utils import check_array
+    from sklearn.utils.metadata_routing import UNUSED
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn: pip install 'pyro-mdn[sklearn]'") from error
 
 __all__ = [
     "TARGETS",
+    "Scorer",
     "as_targets",
     "as_weight",
     "neg_crps",
@@ -108,6 +112,31 @@ def neg_interval_score(
         kind: ``"central"`` or ``"shortest"``.
     """
     return -_mean(scores.interval_score(*_observed(estimator, X, y), mass, kind=kind), sample_weight)
+
+
+class Scorer(BaseEstimator):
+    """A scorer that takes part in metadata routing, as ``make_scorer`` makes them.
+
+    To a function scikit-learn passes no weights, and does not say so.
+
+    Args:
+        scorer: A function of an estimator, X, y and ``sample_weight``, such as :func:`neg_crps`.
+
+    >>> Scorer(neg_crps).set_score_request(sample_weight=True)  # where routing is enabled
+    Traceback (most recent call last):
+    RuntimeError: This method is only available when metadata routing is enabled. ...
+    """
+
+    __metadata_request__score: ClassVar[dict[str, str]] = {"estimator": UNUSED}
+
+    def __init__(self, scorer: Callable[..., float]) -> None:
+        self.scorer = scorer
+
+    def score(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Score of an estimator; higher is better."""
+        return self.scorer(estimator, X, y, sample_weight)
+
+    __call__ = score
 
 
 def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tensor:

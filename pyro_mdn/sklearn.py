@@ -20,6 +20,7 @@ from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.optimization import LEARNING_RATE
 from pyro_mdn.scorers import (
     TARGETS,
+    Scorer,
     as_targets,
     as_weight,
     neg_crps,
@@ -37,7 +38,7 @@ try:
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn 1.6: pip install 'pyro-mdn[sklearn]'") from error
 
-__all__ = ["MDNRegressor", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
+__all__ = ["MDNRegressor", "Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
 
 _NOISE = {"diagonal": Diagonal, "fixed": Fixed, "full": Full, "isotropic": Isotropic, "low_rank": LowRank}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -25,7 +25,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, scale
 
 from pyro_mdn import DeepEnsemble, Diagonal, Fixed, Full, GaussianMixture, Isotropic, LowRank, scores
-from pyro_mdn.sklearn import MDNRegressor, neg_crps, neg_interval_score, neg_log_score, predictive_distribution
+from pyro_mdn.sklearn import MDNRegressor, Scorer, neg_crps, neg_interval_score, neg_log_score, predictive_distribution
 
 GEYSER = Path(__file__).parents[1] / "examples" / "data" / "geyser.csv"
 RNG = np.random.default_rng(0)
@@ -303,6 +303,20 @@ def test_cross_validation():
     assert cross_val_predict(regressor(), X, Y, cv=2).shape == (80, 2)
     folds = cross_val_predict(regressor(), X, Y1, cv=2)
     np.testing.assert_array_equal(folds[40:], regressor().fit(X[:40], Y1[:40]).predict(X[40:]))
+
+
+@pytest.mark.parametrize("scorer", [neg_crps, partial(neg_interval_score, mass=0.5)])
+def test_weights_are_routed_to_scorers(scorer):
+    weight = np.linspace(0, 3, 80)
+    with config_context(enable_metadata_routing=True):
+        model = regressor().set_fit_request(sample_weight=False)
+        scoring = {"weighted": clone(Scorer(scorer).set_score_request(sample_weight=True)), "plain": scorer}
+        settings = {"cv": 2, "params": {"sample_weight": weight}, "return_estimator": True, "return_indices": True}
+        found = cross_validate(model, X, Y1, scoring=scoring, **settings)
+        for fold, (fitted, rows) in enumerate(zip(found["estimator"], found["indices"]["test"], strict=True)):
+            assert found["test_weighted"][fold] == scorer(fitted, X[rows], Y1[rows], weight[rows])
+            assert found["test_weighted"][fold] != found["test_plain"][fold]
+    assert pickle.loads(pickle.dumps(Scorer(scorer)))(fitted, X, Y1) == scorer(fitted, X, Y1)
 
 
 def test_weights_are_routed():
