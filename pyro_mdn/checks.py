@@ -66,8 +66,15 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler or a transform of ``torch.func`` looks on: no branch may depend on numbers then."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, a transform of ``torch.func`` or forward mode looks on.
+
+    No branch may depend on numbers then, and derivatives are those of the operations.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # of ``dual_level``
+    )
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

@@ -36,10 +36,10 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
         channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
         value: Points y, ``(*batch, D)``.
     """
-    if torch._C._are_functorch_transforms_active():
-        return _channels_by_autograd(whitening, n_components, width, channels, value)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         return _compilable(whitening, n_components, width, channels, value)
+    if is_traced():
+        return _channels_by_autograd(whitening, n_components, width, channels, value)
     return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import DIM, NOISE, make_mixture
+from cases import DIM, NOISE, make_head, make_mixture
 from scipy import stats
 from torch.autograd import forward_ad
 from torch.testing import assert_close
@@ -211,6 +211,22 @@ def test_forward_mode_derivatives(noise):
         with forward_ad.dual_level():
             shifted = forward_ad.make_dual(mixture.locs, torch.ones_like(mixture.locs))
             assert_close(forward_ad.unpack_dual(at(shifted, function)).tangent, torch.ones(2, DIM, dtype=torch.float64))
+
+
+@every_noise
+def test_forward_mode_derivatives_of_densities(noise):
+    """Those along a shift of all locations or features are sums of those of backward mode."""
+    head, mixture = make_head(noise), make_mixture(noise)
+    y, features = mixture.sample(), torch.randn(5, 6, dtype=torch.float64)
+
+    def of_locs(locs):
+        return GaussianMixture(mixture.logits, locs, mixture.covariance, validate_args=False).log_prob(y)
+
+    for function, point in [(of_locs, mixture.locs), (lambda features: head.log_prob(features, y), features)]:
+        with forward_ad.dual_level():
+            along = forward_ad.unpack_dual(function(forward_ad.make_dual(point, torch.ones_like(point)))).tangent
+        gradient = torch.autograd.functional.jacobian(lambda p, f=function: f(p).sum(), point)
+        assert_close(along, gradient.flatten(1).sum(-1))
 
 
 @every_noise
