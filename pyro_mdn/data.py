@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
-from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.isolation import own_generators
+from pyro_mdn.network import MixtureDensityNetwork, evaluating
 
 __all__ = [
     "Batches",
@@ -130,6 +131,8 @@ class Streamed:
 
     def __init__(self, network: MixtureDensityNetwork, loader: DataLoader) -> None:
         self.network, self.loader = network, loader
+        self.counted = 0
+        self.flat: bool | None = None  # whether targets (N, ...) stand for (N, ..., 1)
         try:
             self.n_batches = len(loader)
         except TypeError as error:
@@ -140,7 +143,14 @@ class Streamed:
     @property
     def num_rows(self) -> int:
         """Rows that the loader goes over in one pass."""
-        return len(self.loader.sampler)  # pyright: ignore[reportArgumentType]  (it has a length: the loader has one)
+        if isinstance(self.loader.dataset, IterableDataset):
+            stream: Any = self.loader.dataset
+            return len(stream)
+        if self.loader.batch_sampler is None:  # the data set gives whole batches
+            self.counted = self.counted or sum(len(rows) for rows in self)
+            return self.counted
+        sampler: Any = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
+        return len(sampler)
 
     @property
     def num_targets(self) -> int:
@@ -179,12 +189,23 @@ class Streamed:
             raise ValueError(f"x: expected batches of equally many rows, got {[tuple(b.shape) for b in batch]}")
         if weight and not bool((weight[0].isfinite() & (weight[0] >= 0)).all()):
             raise ValueError("weight: expected finite numbers that are not negative")
-        return Rows(x, y, *weight)
+        return Rows(x, y.unsqueeze(-1) if self._is_flat(x, y) else y, *weight)
+
+    def _is_flat(self, x: Tensor, y: Tensor) -> bool:
+        network = self.network
+        if self.flat is None:
+            self.flat = network.dim_out == 1 and y.ndim <= x.ndim - len(network.input_shape)
+            if self.flat:
+                with own_generators(), torch.no_grad(), evaluating(network), network._context():
+                    self.flat = y.ndim == network.features(x[:1]).ndim - 1
+        return self.flat
 
     def generators(self) -> list[torch.Generator]:
         """Generators of the loader's own."""
-        mine = [getattr(self.loader, "generator", None), getattr(self.loader.sampler, "generator", None)]
-        return [generator for generator in mine if generator is not None]
+        parts = [self.loader, self.loader.sampler, self.loader.batch_sampler]
+        parts.append(getattr(self.loader.batch_sampler, "sampler", None))
+        found = {id(generator): generator for part in parts if (generator := getattr(part, "generator", None))}
+        return list(found.values())
 
 
 Batches = InMemory | Streamed
@@ -261,6 +282,8 @@ def _prepare_stream(
         if held_out is None and validation:
             raise ValueError("validation: expected a pair (x, y), a loader or 0 beside a loader, which cannot be split")
         return Streamed(network, data), held_out
+    if isinstance(data, IterableDataset) and hasattr(data, "__len__"):
+        raise ValueError(f"x: expected a loader over {type(data).__name__}, which cannot be shuffled or split")
     if not hasattr(data, "__len__"):
         raise ValueError(f"x: expected a data set of known length, got {type(data).__name__}")
     size = len(data)  # pyright: ignore[reportArgumentType]  (it has one, as was just seen)
@@ -294,10 +317,11 @@ def held_out_count(validation: Any, size: int) -> int:
 
 def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
-        array = np.asarray(value)
+        array = value if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
-        value = torch.tensor(np.ascontiguousarray(array), device="cpu")
+        dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+        value = torch.tensor(np.ascontiguousarray(np.ma.filled(array, np.nan), dtype), device="cpu")
     return value.detach().to(device)
 
 
@@ -312,6 +336,6 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Te
     weight = weight.detach().to(device, torch.float64)
     if weight.shape != (rows,):
         raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")
-    if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.sum() > 0):
+    if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
         raise ValueError("sample_weight: expected finite numbers that are not negative, one positive at least")
-    return weight.to(torch.promote_types(like.dtype, torch.float32))
+    return (weight / weight.max()).to(torch.promote_types(like.dtype, torch.float32))

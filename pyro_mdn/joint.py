@@ -136,6 +136,8 @@ def rows_of(network: MixtureDensityNetwork, x: Any, y: Any) -> Rows:
     Raises:
         ValueError: If there are no latent weights or the data are not usable.
     """
+    if not isinstance(network, MixtureDensityNetwork):
+        raise ValueError(f"network: expected a MixtureDensityNetwork, got {type(network).__name__}")
     if not network.latent:
         raise ValueError("network: expected latent weights, got none: see bayesianize")
     return as_rows(network, x, y).informative()

@@ -317,11 +317,15 @@ class Loop:
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average.averages)}
         tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
         tensors["generator"] = torch.get_rng_state()
-        for i, generator in enumerate(self.batches.generators()):
+        for i, generator in enumerate(self._generators()):
             tensors[f"generator.loader.{i}"] = generator.get_state()
         if (device := self.noise[0].device).type == "cuda":
             tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
         return {"step": self.step, "result": dataclasses.asdict(self.result)}, tensors
+
+    def _generators(self) -> list[torch.Generator]:
+        """Generators of the loaders' own."""
+        return [*self.batches.generators(), *getattr(self.held_out, "generators", list)()]
 
     def restore(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take over a state; a ``ValueError``, before anything changes, if it is not one of such a loop."""
@@ -345,7 +349,7 @@ class Loop:
         self.step, self.result = config["step"], FitResult(**config["result"])
         self.result.members = [FitResult(**member) for member in config["result"]["members"]]
         torch.set_rng_state(rest["generator"])
-        for i, generator in enumerate(self.batches.generators()):
+        for i, generator in enumerate(self._generators()):
             generator.set_state(rest[f"generator.loader.{i}"])
         if "generator.cuda" in rest:
             torch.cuda.set_rng_state(rest["generator.cuda"], device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pyro_mdn import kernels, serialization
 from pyro_mdn.checks import all_finite, is_count
 from pyro_mdn.head import MixtureHead
-from pyro_mdn.isolation import own_store
+from pyro_mdn.isolation import own_generators, own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 
@@ -88,6 +88,10 @@ class MixtureDensityNetwork(PyroModule):
         self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
         self.register_buffer("x_shift", torch.zeros(self.input_shape))
         self.register_buffer("x_scale", torch.ones(self.input_shape))
+
+    def __repr__(self) -> str:
+        with own_generators():  # torch's layers look at their weights, which are draws where they are latent
+            return super().__repr__()
 
     @property
     def dim_out(self) -> int:
@@ -330,6 +334,9 @@ class MixtureDensityNetwork(PyroModule):
     def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:
         """Build the network that :meth:`config` described; a ``ValueError`` that names the source if it is not one."""
         config = dict(config)
+        if "custom_backbone" not in config:
+            kind = "an ensemble" if "ensemble" in config else "another file of this library"
+            raise ValueError(f"{source}: expected a network, got {kind}")
         if config.pop("custom_backbone", None) is not (backbone is not None):
             raise ValueError(f"{source}: expected backbone= exactly if the network was built with one")
         try:

@@ -73,8 +73,8 @@ class FusedAdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Change all parameters that have a gradient."""
-        if self.matrices and self.weight_decay:
-            torch._foreach_mul_(self.matrices, 1 - lr * self.weight_decay)
+        if self.weight_decay and (matrices := [p for p in self.matrices if p.grad is not None]):
+            torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
         state = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
         used = [(p, p.grad, *moments) for p, *moments in state if p.grad is not None]
         parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
@@ -130,17 +130,21 @@ def clip_(gradients: list[Tensor], norm: float, max_norm: float) -> None:
 
 
 class AveragedWeights:
-    """Exponential average of weights over about the last tenth of all steps, 100 at most (Polyak & Juditsky, 1992)."""
+    """Exponential average of weights over about the last tenth of all steps, 100 at most (Polyak & Juditsky, 1992).
+
+    In single precision at least: steps of a hundredth would be lost in bfloat16.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.averages = [p.detach().clone() for p in self.parameters]
+        self.averages = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the weights after step number ``step``, from 0, into the average."""
         weight = max(0.01, 9 / (10 + step))
-        torch._foreach_lerp_(self.averages, self.parameters, weight)
+        current = [p.to(average.dtype) for p, average in zip(self.parameters, self.averages, strict=True)]
+        torch._foreach_lerp_(self.averages, current, weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

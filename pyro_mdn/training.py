@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
@@ -158,6 +158,9 @@ def fit(
     require_numbers(least=0.0, weight_decay=weight_decay, input_noise=input_noise, target_noise=target_noise)
     require_numbers(least=0.0, final_noise=final_noise, kl_warmup=kl_warmup)
     _require_modules(network, objective, guide)
+    callbacks = [*callbacks] if isinstance(callbacks, Iterable) else [callbacks]
+    if strangers := [callback for callback in callbacks if not callable(callback)]:
+        raise ValueError(f"callbacks: expected functions of a FitResult, got {type(strangers[0]).__name__}")
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
     if seed is not None and (not isinstance(seed, Integral) or not 0 <= seed < 2**63):
@@ -193,7 +196,7 @@ def fit(
                 target_noise=_default(target_noise, regularized * TARGET_NOISE),
                 final_noise=float(final_noise),
                 max_grad_norm=float(max_grad_norm),
-                skip_bad_batches=skip_bad_batches,
+                skip_bad_batches=bool(skip_bad_batches),
                 autocast=autocast,
             )
             plan = _Plan(trainee, objective, settings, root, cell, initialize, compile, counts_rows=guide is not None)
@@ -203,7 +206,7 @@ def fit(
             start = saved.tensors("start") or copied(objective.state_dict())
             loop = plan.loop(batches, held_out)
             saved.restore(loop)
-        run = _Run(plan, list(callbacks), progress)
+        run = _Run(plan, callbacks, progress)
         result = run.twice(loop, saved, start) if refit else run(loop, saved)
         result.guide = guide
         if regularized:
@@ -246,7 +249,7 @@ class _Plan:
             "settings": {**settings, "autocast": settings["autocast"] and str(settings["autocast"])},
             "initialize": self.initialize,
             "compile": self.compiled,
-            "refit": refit,
+            "refit": bool(refit),
             "batches": len(batches),
             "data": batches.digest(),
             "validation": held_out.digest() if held_out is not None else None,
@@ -340,6 +343,8 @@ class _Run:
 def _isolated(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
     """Keep Pyro's parameter store, what validates, the modes of modules and the generators as they were."""
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
         stack.enter_context(isolated())
         stack.enter_context(seeded(seed))
         for module in modules:
@@ -356,7 +361,7 @@ def _put_back_if_refused(modules: Sequence[nn.Module], device: torch.device | st
             if device is not None:
                 module.to(device)
         yield
-    except Exception:
+    except BaseException:
         for module, state, place in before:
             if place is not None:
                 module.to(place)
@@ -379,6 +384,9 @@ def _default(value: float | None, default: float) -> float:
 
 
 def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any) -> None:
+    if not isinstance(network, MixtureDensityNetwork | DeepEnsemble):
+        expected = "a MixtureDensityNetwork or a DeepEnsemble"
+        raise ValueError(f"network: expected {expected}, got {type(network).__name__}")
     if objective is not None and guide is not None:
         raise ValueError("objective, guide: expected one of the two, got both")
     if isinstance(network, DeepEnsemble):

@@ -433,6 +433,13 @@ def test_guides_with_parameters_in_the_store(kind):
     assert list(pyro.get_param_store()) == before
 
 
+def test_printing_draws_nothing():
+    network = bayesianize(make())
+    state = torch.get_rng_state()
+    assert "backbone" in repr(network)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_hierarchical_priors():
     network = bayesianize(make(), layers="head")
     network.width = pyro.nn.PyroSample(dist.HalfNormal(torch.ones((), dtype=torch.float64)))

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyro_mdn import Diagonal, Full, MixtureDensityNetwork, fit
+from pyro_mdn import DeepEnsemble, Diagonal, Full, MixtureDensityNetwork, fit
 from pyro_mdn.data import InMemory, Rows, Streamed, grid_spacing, prepare
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
@@ -212,6 +213,96 @@ def test_a_loader_resumes_bit_for_bit(tmp_path, own_generator):
     assert states_equal(resumed, whole)
 
 
+@pytest.mark.parametrize("place", ["sampler", "validation"])
+def test_all_generators_of_loaders_resume(tmp_path, place):
+    x, y = data()
+
+    def loaders():
+        generator = torch.Generator().manual_seed(5)
+        if place == "validation":
+            rest = DataLoader(Pairs(x[150:], y[150:]), batch_size=7, shuffle=True, generator=generator)
+            return DataLoader(Pairs(x, y), batch_size=40), rest
+        sampler = torch.utils.data.RandomSampler(range(200), generator=generator)
+        return DataLoader(Pairs(x, y), batch_sampler=torch.utils.data.BatchSampler(sampler, 40, False)), 0
+
+    def stop(result):
+        if len(result.history) == 2:
+            raise RuntimeError
+
+    whole, part, resumed = network(), network(), network()
+    (loader, validation), settings = loaders(), {"checkpoint": tmp_path / "run", "checkpoint_every": 1, **QUICK}
+    expected = fit(whole, loader, validation=validation, **QUICK)
+    for trained, further in [(part, {"callbacks": [stop]}), (resumed, {"resume": True})]:
+        loader, validation = loaders()
+        with nullcontext() if trained is resumed else pytest.raises(RuntimeError):
+            result = fit(trained, loader, validation=validation, **further, **settings)
+    assert states_equal(resumed, whole)
+    assert [row["validation_loss"] for row in result.history] == pytest.approx(
+        [row["validation_loss"] for row in expected.history], rel=0, abs=0, nan_ok=True
+    )
+
+
+class Finite(IterableDataset):
+    def __len__(self):
+        return 200
+
+    def __iter__(self):
+        yield from zip(*data(), strict=True)
+
+
+class Whole(Pairs):
+    """Data that come in batches of 40 by themselves."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        return super().__getitem__(slice(40 * i, 40 * i + 40))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: DataLoader(Finite(), batch_size=40),
+        lambda: DataLoader(Whole(*data()), batch_size=None),
+        lambda: DataLoader(Pairs(*data(250)), batch_sampler=torch.utils.data.BatchSampler(range(200), 40, False)),
+    ],
+)
+def test_rows_of_other_loaders_are_counted(loader):
+    assert Streamed(network(), loader()).num_rows == 200
+    assert len(fit(network(), loader(), **QUICK).history) == 3
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_loaders_of_flat_targets(ensemble, grid):
+    """Those of a single output may lack its axis, as arrays may."""
+    x, y = data()
+    y = y[:, :1].mul(3).round().div(3) if grid else y[:, :1]
+
+    def trained(y):
+        network = MixtureDensityNetwork(2, 1, 2, 8)
+        network = DeepEnsemble(network, 2) if ensemble else network
+        loaders = (DataLoader(Pairs(x[rows], y[rows]), batch_size=40) for rows in (slice(150), slice(150, 200)))
+        torch.manual_seed(0)
+        return fit(network, next(loaders), validation=next(loaders), **QUICK), network
+
+    (flat, a), (result, b) = trained(y[:, 0]), trained(y)
+    assert flat.best_loss == result.best_loss
+    assert states_equal(a, b)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e300])
+def test_weights_are_ratios(unit):
+    x, y = data()
+    weight = torch.rand(200, dtype=torch.float64)
+    a, b = network(), network()
+    fit(a, x, y, sample_weight=weight * unit, **QUICK)
+    fit(b, x, y, sample_weight=weight, **QUICK)
+    for one, other in zip(a.parameters(), b.parameters(), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         while True:
@@ -237,6 +328,7 @@ X, Y = data(20)
         (lambda n: fit(n, DataLoader(Pairs(X.long(), Y))), "x: expected floating point"),
         (lambda n: fit(n, X, Y, validation=0, refit=True), "refit: expected one network, and arrays"),
         (lambda n: fit(n, Endless()), "x: expected a data set of known length"),
+        (lambda n: fit(n, Finite()), "x: expected a loader over Finite"),
         (lambda n: fit(n, DataLoader(Pairs(X, Y, -torch.ones(20)))), "weight: expected finite numbers"),
         (lambda n: fit(n, X, Y, validation=DataLoader(Pairs(X, Y[:, :1]))), "y: expected shape"),
         (lambda n: fit(n, X, Y, sample_weight=torch.zeros(20)), "sample_weight: expected .* one positive at least"),

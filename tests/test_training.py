@@ -26,6 +26,7 @@ from pyro_mdn import (
     NegativeLogLikelihood,
     fit,
 )
+from pyro_mdn.optimization import AveragedWeights, FusedAdamW
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 
@@ -526,9 +527,74 @@ def test_numpy_scalars_are_settings():
     assert states_equal(a, b)
 
 
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_where_gradients_are_off(context):
+    x, y = fork(50)
+    a, b = network(), network()
+    with context():
+        fit(a, x, y, **QUICK)
+        assert not torch.is_grad_enabled()
+    fit(b, x, y, **QUICK)
+    assert states_equal(a, b)
+
+
+@pytest.mark.parametrize(("kind", "native"), [(">f4", np.float32), (np.longdouble, np.float64)])
+def test_other_kinds_of_floating_point(kind, native):
+    x, y = (tensor.numpy() for tensor in fork(50))
+    a, b = network(), network()
+    fit(a, x.astype(kind), y.astype(kind), **QUICK)
+    fit(b, x.astype(native), y.astype(native), **QUICK)
+    assert states_equal(a, b)
+
+
+def test_what_numpy_masks_is_missing():
+    x, y = (tensor.numpy() for tensor in fork(50))
+    mask = np.arange(50)[:, None] % 3 == 0
+    a, b = network(), network()
+    fit(a, x, np.ma.masked_array(np.where(mask, 1e6, y), mask), **QUICK)
+    fit(b, x, np.where(mask, np.float32(np.nan), y), **QUICK)
+    assert states_equal(a, b)
+    with pytest.raises(ValueError, match="x: expected finite numbers"):
+        fit(network(), np.ma.masked_array(x, mask), y, **QUICK)
+
+
+def test_weights_in_bfloat16_are_averaged_in_more_digits():
+    parameter = torch.ones(3, dtype=torch.bfloat16)
+    average = AveragedWeights([parameter])
+    parameter.mul_(2)
+    for step in range(1000, 1100):
+        average.update(step)
+    expected = 2 - 0.99**100
+    assert_close(average.averages[0], torch.full((3,), expected))
+    with average.swapped_in():
+        assert_close(parameter.float(), torch.full((3,), expected), rtol=0.01, atol=0)
+    assert (parameter == 2).all()
+
+
+def test_weights_without_a_gradient_do_not_decay():
+    used, unused = torch.ones(2, 2), torch.ones(2, 2)
+    used.grad = torch.zeros(2, 2)
+    FusedAdamW([used, unused], weight_decay=0.5).step(0.1)
+    assert_close(used, torch.full((2, 2), 0.95))
+    assert (unused == 1).all()
+
+
+def test_an_interrupted_start_leaves_the_network_as_it_was(monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyro_mdn.training._Plan.loop", interrupt)
+    trained = network()
+    with pytest.raises(KeyboardInterrupt):
+        fit(trained, *fork(50), **QUICK)
+    assert states_equal(trained, network())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"callbacks": 3}, "callbacks: expected functions of a FitResult, got int"),
+        ({"callbacks": [print, 3]}, "callbacks: expected functions of a FitResult, got int"),
         ({"lr": "0.1"}, "lr: expected a finite number"),
         ({"seed": -1}, "seed: expected an integer"),
         ({"seed": 0.5}, "seed: expected an integer"),
@@ -542,6 +608,18 @@ def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         fit(untouched, *fork(20), progress=False, **settings)
     assert states_equal(untouched, network())
+
+
+@pytest.mark.parametrize("stranger", [torch.nn.Linear(1, 1), "network", torch.zeros(5, 1)])
+def test_other_modules_are_refused(stranger):
+    with pytest.raises(ValueError, match="network: expected a MixtureDensityNetwork or a DeepEnsemble, got"):
+        fit(stranger, *fork(20))
+
+
+def test_one_callback_is_a_list_of_one():
+    seen = []
+    result = fit(network(), *fork(20), callbacks=seen.append, **QUICK)
+    assert len(seen) == len(result.history)
 
 
 def test_a_scalar_objective_is_refused():
