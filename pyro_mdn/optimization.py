@@ -138,12 +138,14 @@ class AveragedWeights:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self.averages = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
+        self.widened = any(p.dtype != average.dtype for p, average in zip(self.parameters, self.averages, strict=True))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take the weights after step number ``step``, from 0, into the average."""
         weight = max(0.01, 9 / (10 + step))
-        current = [p.to(average.dtype) for p, average in zip(self.parameters, self.averages, strict=True)]
+        pairs = zip(self.parameters, self.averages, strict=True)
+        current = [p.to(average.dtype) for p, average in pairs] if self.widened else self.parameters
         torch._foreach_lerp_(self.averages, current, weight)
 
     @contextmanager
