@@ -161,7 +161,14 @@ class Streamed:
         return self.n_batches
 
     def __iter__(self) -> Iterator[Rows]:
-        return (self._rows(batch) for batch in self.loader)
+        for batch in self.loader:
+            rows = self._rows(batch)
+            observed = ~rows.y.isnan()
+            observed = observed.flatten(1).any(1) if observed.ndim > 1 else observed
+            if bool(observed.all()):
+                yield rows
+            elif bool(observed.any()):  # as of arrays, rows without a target are left out
+                yield rows[observed]
 
     def head(self, size: int) -> Rows:
         """Rows of the first batches, ``size`` of them or a few more."""
@@ -228,11 +235,19 @@ def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
     """
     spacing = y.new_zeros(y.shape[-1])
     for i, column in enumerate(y.reshape(-1, y.shape[-1]).unbind(-1)):
-        values, counts = column[~column.isnan()].unique(return_counts=True)
+        values, counts = _apart(*column[~column.isnan()].unique(return_counts=True))
         often = counts >= rows_per_value
         if often.sum() > 1 and 2 * counts[often].sum() > counts.sum():
             spacing[i] = values[often].diff().min()
     return spacing
+
+
+def _apart(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted values and how often each is there, those taken together that rounding alone keeps apart."""
+    rounding = 16 * torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else 0.0
+    new = torch.cat([values.new_ones(min(1, len(values)), dtype=torch.bool), values.diff() > rounding])
+    totals = counts.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, counts)
+    return values[new], totals
 
 
 def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:

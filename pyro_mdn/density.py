@@ -149,7 +149,7 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     def _observed_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:
         if not observed:
-            return (torch.zeros_like(self.logits[..., 0]),)
+            return (0 * self.logits.logsumexp(-1),)  # with gradients, which are 0
         return (self.marginal(observed).log_prob(value),)
 
     def _observed_component_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:

@@ -117,6 +117,8 @@ def prepare_members(
         ValueError: If the data are not usable or the validation leaves nothing.
     """
     streamed = isinstance(x, DataLoader | Dataset) and type(x) is not TensorDataset
+    if streamed and bootstrap:
+        raise ValueError("x: expected arrays for an ensemble with bootstrap, got a loader or data set")
     fraction = isinstance(validation, Real) and not streamed
     batches, held_out = prepare(network, x, y, weight, 0.0 if fraction else validation, batch_size)
     for_each = None if held_out is None else _shared(held_out, size)

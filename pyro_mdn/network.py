@@ -341,7 +341,8 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"{source}: expected backbone= exactly if the network was built with one")
         try:
             noise = serialization.noise_from_config(config.pop("noise"))
-            return cls(**config, noise=noise, backbone=backbone)
+            with own_generators():  # the first weights do not stay
+                return cls(**config, noise=noise, backbone=backbone)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error
 

@@ -98,7 +98,11 @@ class NegativeLogLikelihood(nn.Module):
         generator = None if self.training else torch.Generator(y.device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.rand(self.num_points, *shape, device=y.device, generator=generator)
+            # Where there is a generator, also one that is None, sizes cannot be symbols of a compiler.
+            size = (self.num_points, *shape)
+            if generator is None:
+                return torch.rand(size, device=y.device)
+            return torch.rand(size, device=y.device, generator=generator)
 
         # Only how the strata of outputs are paired is random: those of the first one stay in order.
         first = torch.arange(self.num_points, device=y.device).reshape(-1, *(1,) * y.ndim)
@@ -199,14 +203,18 @@ class NegativeElbo(nn.Module):
 
     def draw(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Draws at all sites of the guide, ``(S, ...)`` by name, and their log-density, ``(S,)``."""
-        return draw_from(self.guide, self.num_particles, x, y, num_data=self.num_data, pathwise=True)
+        return draw_from(self.guide, self.num_particles, x, y, num_data=self._num_data(x), pathwise=True)
+
+    def _num_data(self, x: Tensor) -> int:
+        """Rows in the whole of the data; of those held out there may be more."""
+        return self.num_data if self.training else max(self.num_data, len(x))
 
     def score(self, draws: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Losses ``(S, N)`` of the rows given draws, and the log-density ``(S,)`` of the draws under the prior."""
 
         def score(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
             model = poutine.condition(self.network.model, data=draw)
-            trace = poutine.trace(model).get_trace(x, y, num_data=self.num_data)
+            trace = poutine.trace(model).get_trace(x, y, num_data=self._num_data(x))
             require_sites("guide", expected=latent_sites(trace, draw).keys() - {"y"}, got=draw.keys())
             likelihood: dict[str, Any] = dict(trace.nodes["y"])
             log_prior = log_density_at(draw, trace)

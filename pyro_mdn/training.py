@@ -397,7 +397,11 @@ def _require_modules(network: nn.Module, objective: nn.Module | None, guide: Any
         raise ValueError(f"objective: expected a module with the network in it, got {type(objective).__name__}")
     if guide is not None and not callable(guide):
         raise ValueError(f"guide: expected a guide of network.model, got {type(guide).__name__}")
-    if guide is None and not any(p.requires_grad for p in network.parameters()):
+    if objective is None and guide is None and isinstance(network, MixtureDensityNetwork) and network.latent:
+        raise ValueError("guide: expected one for a network with latent weights, got none")
+    trained = network if objective is None else objective
+    unset = any(isinstance(part, NegativeElbo) for part in trained.modules())  # an AutoGuide may have none yet
+    if guide is None and not unset and not any(p.requires_grad for p in trained.parameters()):
         raise ValueError("network: expected parameters to train, got none that requires a gradient")
 
 

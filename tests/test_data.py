@@ -373,6 +373,43 @@ def test_streams_give_the_rows_of_their_first_batches():
     assert stream.num_rows == 100
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_grids_are_found_beneath_rounding(dtype):
+    k = torch.arange(1000) % 10
+    y = torch.where(torch.arange(1000) % 3 == 0, 0.1 * k.to(dtype), k.to(dtype) / 10)
+    assert len(y.unique()) > 10
+    assert_close(grid_spacing(y[:, None]), torch.tensor([0.1], dtype=dtype))
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_rows_of_loaders_without_a_target_are_left_out(ensemble):
+    x, y = data()
+    riddled = y.index_fill(0, torch.arange(40, 100), math.nan)
+    seen = ~riddled.isnan().all(1)
+
+    def trained(x, y):
+        torch.manual_seed(0)
+        trained = DeepEnsemble(network(), 2) if ensemble else network()
+        return fit(trained, DataLoader(Pairs(x, y), batch_size=40), **QUICK), trained
+
+    result, _ = trained(x, riddled)
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+    batches = list(Streamed(network(), DataLoader(Pairs(x, riddled), batch_size=40)))
+    assert [len(batch) for batch in batches] == [40, 20, 40, 40]
+    assert_close(torch.cat([batch.x for batch in batches]), x[seen])
+
+
+def test_nothing_observed_has_gradients_of_zero():
+    trained, x = network(), data()[0]
+    trained.loss(x, torch.full((200, 2), math.nan)).sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in trained.parameters())
+
+
+def test_bootstrap_needs_arrays():
+    with pytest.raises(ValueError, match="x: expected arrays for an ensemble with bootstrap"):
+        fit(DeepEnsemble(network(), 2, bootstrap=True), DataLoader(Pairs(*data()), batch_size=40), **QUICK)
+
+
 def test_grids_of_targets_are_found():
     y = torch.stack([torch.arange(60.0) % 6, torch.arange(60.0), (torch.arange(60.0) % 4) * 0.25, torch.ones(60)], -1)
     y[::7, 0] = math.nan

@@ -21,7 +21,16 @@ from pyro.infer.autoguide import (
 from torch import nn
 from torch.testing import assert_close
 
-from pyro_mdn import Fixed, MixtureDensityNetwork, bayesianize, fit, posterior_predictive, scores, starting_weights
+from pyro_mdn import (
+    Fixed,
+    MixtureDensityNetwork,
+    NegativeElbo,
+    bayesianize,
+    fit,
+    posterior_predictive,
+    scores,
+    starting_weights,
+)
 from pyro_mdn.bayesian import draw_weights
 
 NOISE, PRIOR = 0.3, 1.5
@@ -171,3 +180,27 @@ def test_guide_starts_within_the_support_of_a_prior():
     bayesianize(network, layers="head.linear.bias", prior=dist.HalfNormal(1.0))  # some starting values are negative
     result = fit(network, x, x, guide=AutoNormal, max_epochs=2, seed=0, progress=False)
     assert all(math.isfinite(row["loss"]) for row in result.history)
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+def test_more_rows_may_be_held_out_than_trained_on(particles):
+    x, y = torch.randn(80, 1), torch.randn(80, 1)
+    network = bayesianize(MixtureDensityNetwork(1, 1, 2, 4))
+    settings = {"max_epochs": 2, "progress": False, "seed": 0, "num_particles": particles}
+    result = fit(network, x[:20], y[:20], guide=AutoNormal, validation=(x[20:], y[20:]), **settings)
+    assert all(math.isfinite(row["validation_loss"]) for row in result.history)
+
+
+def test_an_elbo_as_the_objective():
+    x, y = torch.randn(40, 1), torch.randn(40, 1)
+    network = bayesianize(MixtureDensityNetwork(1, 1, 2, 4))
+    objective = NegativeElbo(network, AutoNormal(network.model), 40, kl_weight=0.5)
+    result = fit(network, x, y, objective=objective, max_epochs=5, validation=0, progress=False, seed=0)
+    assert result.history[-1]["loss"] != result.history[0]["loss"]
+
+
+@pytest.mark.parametrize("layers", ["head", "all"])
+def test_latent_weights_need_a_guide(layers):
+    network = bayesianize(MixtureDensityNetwork(1, 1, 2, 4), layers=layers)
+    with pytest.raises(ValueError, match="guide: expected one for a network with latent weights, got none"):
+        fit(network, torch.randn(40, 1), torch.randn(40, 1), progress=False)

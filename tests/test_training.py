@@ -474,6 +474,13 @@ def test_compiled_training_gives_the_same_network():
     assert_close(compiled.loss(x, y), plain.loss(x, y), rtol=1e-3, atol=1e-3)
 
 
+def test_targets_on_a_grid_are_compiled():
+    x, y = fork(70)
+    trained = network()
+    result = fit(trained, x, y.mul(2).round().div(2), compile=True, **QUICK)
+    assert all(math.isfinite(row["loss"]) for row in result.history)
+
+
 def test_compilation_leaves_validation_as_it_was():
     """In a process of its own, since torch.compile switches it off only once."""
     code = """
