@@ -234,8 +234,8 @@ class MixtureDensityNetwork(PyroModule):
         with self._context(), evaluating(self):
             features = self.features(x[:1])
         y = self.targets(y, batch_shape[: features.ndim - 1])
-        _require_finite(x, "x")
-        _require_no_infinity(y)
+        _require_finite(x, "x", self.x_shift.dtype)
+        _require_no_infinity(y, self.x_shift.dtype)
         unobserved = y.isnan().reshape(-1, self.dim_out).all(0)
         if bool(unobserved.any()):
             raise ValueError(
@@ -412,11 +412,15 @@ def _require_float(value: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def _require_finite(value: Tensor, name: str) -> None:
-    if not all_finite(value):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or Inf")
+def _require_finite(value: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
+    if not all_finite(value if dtype is None else value.to(dtype)):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or Inf{_within(dtype)}")
 
 
-def _require_no_infinity(y: Tensor) -> None:
-    if bool(y.isinf().any()):
-        raise ValueError("y: expected finite numbers, or NaN for missing ones, got Inf")
+def _require_no_infinity(y: Tensor, dtype: torch.dtype | None = None) -> None:
+    if bool((y if dtype is None else y.to(dtype)).isinf().any()):
+        raise ValueError(f"y: expected finite numbers, or NaN for missing ones, got Inf{_within(dtype)}")
+
+
+def _within(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else f" in {dtype}"

@@ -274,6 +274,18 @@ def test_a_validation_loss_that_is_not_finite_is_named():
         (torch.zeros(5, 1, dtype=torch.long), torch.zeros(5, 1), {}, "x: expected floating point, got torch.int64"),
         (torch.full((5, 1), math.nan), torch.zeros(5, 1), {}, "x: expected finite numbers"),
         (torch.zeros(5, 1), torch.full((5, 1), math.inf), {}, "y: expected finite numbers"),
+        (
+            torch.full((5, 1), 1e300, dtype=torch.float64),
+            torch.zeros(5, 1),
+            {},
+            "x: expected finite .* Inf in torch.float32",
+        ),
+        (
+            torch.zeros(5, 1),
+            torch.full((5, 1), 1e300, dtype=torch.float64),
+            {},
+            "y: expected finite .* Inf in torch.float32",
+        ),
         (torch.zeros(5, 1), torch.zeros(5, 1), {"validation": 1.0}, "validation: expected a fraction"),
         (torch.zeros(5, 1), torch.zeros(5, 1), {"validation": 0.95}, "validation: expected to leave rows"),
         (torch.zeros(5, 1), torch.zeros(5, 1), {"lr": 0.0}, "lr: expected a finite number that is positive, got 0.0"),
