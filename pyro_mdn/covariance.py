@@ -65,10 +65,6 @@ class Covariance(ABC):
         """Diagonal of the matrix, shape ``(*batch, K, D)``."""
 
     @abstractmethod
-    def stddev(self) -> Tensor:
-        """Standard deviation of each output, ``(*batch, K, D)``; also where its square would over- or underflow."""
-
-    @abstractmethod
     def matrix(self) -> Tensor:
         """Dense matrix, shape ``(*batch, K, D, D)``."""
 
@@ -102,6 +98,10 @@ class Covariance(ABC):
     @abstractmethod
     def validate(self) -> None:
         """Raise ``ValueError`` unless every matrix is finite and positive definite."""
+
+    def stddev(self) -> Tensor:
+        """Standard deviation of each output, ``(*batch, K, D)``; in operators here, also where its square over- or underflows."""
+        return self.variance().sqrt()
 
     def precision_tril(self) -> Tensor:
         r"""Dense lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""

@@ -59,6 +59,12 @@ def test_variance_is_the_diagonal(covariance):
     assert_close(covariance.variance(), covariance.matrix().diagonal(dim1=-2, dim2=-1))
 
 
+@pytest.mark.parametrize("unit", [1e-170, 1.0, 1e170])
+def test_stddev_in_any_unit(covariance, unit):
+    scaled = covariance.affine(torch.tensor([unit], dtype=torch.float64))
+    assert_close(scaled.stddev() / unit, covariance.matrix().diagonal(dim1=-2, dim2=-1).sqrt())
+
+
 @pytest.mark.parametrize("dims", [[0], [3, 1], [2, 0, 1], [1, 3, 0, 2]])
 def test_marginal_is_the_submatrix(covariance, dims):
     assert_close(covariance.marginal(dims).matrix(), covariance.matrix()[..., dims, :][..., dims])
