@@ -100,7 +100,7 @@ class Covariance(ABC):
         """Raise ``ValueError`` unless every matrix is finite and positive definite."""
 
     def stddev(self) -> Tensor:
-        """Standard deviation of each output, ``(*batch, K, D)``; in operators here, also where its square over- or underflows."""
+        """Standard deviation of each output, ``(*batch, K, D)``, if it can be also where squares over- or underflow."""
         return self.variance().sqrt()
 
     def precision_tril(self) -> Tensor:
