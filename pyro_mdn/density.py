@@ -133,8 +133,11 @@ class MixtureDensity(dist.MixtureSameFamily):
         r"""Posterior probability of each component given ``value``, ``(*sample, *batch, K)``.
 
         .. math:: r_k = \frac{w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)}{p(y)}
+
+        One below about 1e-29 (1e-231 in double precision) is exactly 0.
         """
-        return self._joint_log_prob(value).softmax(-1)
+        joint = self._joint_log_prob(value)
+        return kernels.channels_last(kernels.shares(kernels.channels_first(joint, 1)), 1)
 
     def _joint_log_prob(self, value: Tensor) -> Tensor:
         return self.logits + self.component_log_prob(value)
@@ -279,7 +282,8 @@ def log_density(
         factors = covariance.factors()
         return kernels.mixture_log_density(covariance.whitening, logits, locs, value, *factors, normalize=normalize)
     log_weights = kernels.normalize_logits(logits) if normalize else logits
-    return (log_weights + _component_log_density(locs, covariance, value)).logsumexp(-1)
+    joint = log_weights + _component_log_density(locs, covariance, value)
+    return kernels.log_sum_exp(kernels.channels_first(joint, 1))
 
 
 def _component_log_density(locs: Tensor, covariance: Covariance, value: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ elementwise work streams over a contiguous batch and sums over components and ou
 log-sum-exp, and a :class:`Whitening` pulls them back to the factors of the covariances.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,18 +24,22 @@ __all__ = [
     "cat_channels",
     "channels_first",
     "channels_last",
+    "constant",
     "density_backward",
     "density_by_autograd",
     "density_forward",
     "differentiable_gradients",
     "gram_schmidt",
     "location_and_scale",
+    "log_sum_exp",
     "logits_gradient",
     "low_rank_capacitance",
     "low_rank_project",
     "mixture_log_density",
+    "negligible",
     "normal_log_density",
     "normalize_logits",
+    "shares",
     "split_channels",
     "sum_logs",
     "sum_outputs",
@@ -89,6 +94,13 @@ def sum_logs(factors: Tensor) -> Tensor:
     return factors[0].log() if len(factors) == 1 else factors.log().sum(0)
 
 
+@functools.cache
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as a tensor: torch adds it in half the time of a Python number."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
 def location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1.
 
@@ -103,6 +115,39 @@ def location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
 def normalize_logits(logits: Tensor) -> Tensor:
     """Log-weights that sum to one: unlike a plain ``log_softmax`` this keeps the strides."""
     return channels_last(channels_first(logits, 1).log_softmax(0), 1)
+
+
+# A share of a sum that is too small to show in any result counts as 0. Otherwise its products with gradients become
+# subnormal numbers, for which a CPU may take ten times as long.
+_NEGLIGIBLE = {
+    dtype: min(torch.finfo(dtype).tiny ** 0.75, torch.finfo(dtype).eps ** 4)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """Return the largest share of a sum that counts as 0: 4e-29 in single precision.
+
+    >>> round(math.log10(negligible(torch.float32)), 1)
+    -28.4
+    """
+    return _NEGLIGIBLE[dtype]
+
+
+def log_sum_exp(terms: Tensor) -> Tensor:
+    """Log-sum-exp over the first dimension; its gradient is exactly 0 at terms of a :func:`negligible` share."""
+    return _raised(terms).logsumexp(0)
+
+
+def shares(terms: Tensor) -> Tensor:
+    """Softmax over the first dimension; :func:`negligible` shares are exactly 0, and so are their gradients."""
+    return torch.threshold(_raised(terms).softmax(0), 2 * negligible(terms.dtype), 0.0)  # twice: they were rounded
+
+
+def _raised(terms: Tensor) -> Tensor:
+    """Raise logarithms of negligible shares to that of the largest negligible one, without a gradient."""
+    top = terms.detach().amax(0, keepdim=True)
+    return terms.clamp(min=top + math.log(negligible(terms.dtype)))
 
 
 def normal_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
@@ -177,10 +222,11 @@ def mixture_log_density(
 
 def density_by_autograd(whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
     """:func:`mixture_log_density` of logits, locations, values and factors, in differentiable operations."""
-    log_weights, locs, value, *factors = _channels(normalize, *arguments)
+    logits, locs, value, *factors = _channels(*arguments)
     whitened, half_log_det, _ = whitening.whiten(locs - value, *factors)
+    log_weights = logits - log_sum_exp(logits) if normalize else logits
     joint = log_weights - 0.5 * whitened.square().sum(0) - half_log_det
-    return joint.logsumexp(0) - 0.5 * math.log(2 * math.pi) * len(value)
+    return log_sum_exp(joint) - 0.5 * math.log(2 * math.pi) * len(value)
 
 
 _EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
@@ -189,8 +235,7 @@ _EVENT_DIMS = (1, 2, 1, 2, 2, 2)  # of logits, locations, values and factors
 class _MixtureLogDensity(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, whitening: Whitening, normalize: bool, *arguments: Tensor) -> Tensor:
-        log_weights, locs, value, *factors = _channels(normalize, *arguments)
-        log_density, sums, kept = density_forward(whitening, log_weights, locs, value, *factors)
+        log_density, sums, kept = density_forward(whitening, normalize, *_channels(*arguments))
         ctx.save_for_backward(*arguments, *sums, *kept)
         ctx.whitening, ctx.normalize, ctx.count = whitening, normalize, len(arguments)
         return log_density
@@ -215,18 +260,23 @@ class _MixtureLogDensity(torch.autograd.Function):
 
 
 def density_forward(
-    whitening: Whitening, log_weights: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
+    whitening: Whitening, normalize: bool, logits: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Log-density, and what :func:`density_backward` takes."""
     residual, dim = locs - value.contiguous(), len(locs)  # a row of values is read once for each component
     whitened, half_log_det, kept = whitening.whiten(residual, *factors, scratch=True)
-    joint, outputs = log_weights - half_log_det, whitened.unbind()
-    joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5)
+    log_weights, outputs = logits.log_softmax(0) if normalize else logits, whitened.unbind()
+    joint = log_weights - half_log_det
+    if normalize:  # what is left of them is for the gradient of the logits
+        torch.threshold_(log_weights, math.log(negligible(joint.dtype)), -math.inf)
+    into = joint if joint.shape == outputs[0].shape and joint.dtype == outputs[0].dtype else None
+    joint = torch.addcmul(joint, outputs[0], outputs[0], value=-0.5, out=into)
     for output in outputs[1:]:
         joint.addcmul_(output, output, value=-0.5)
     share, top = joint.softmax(0), joint.amax(0)
     others = share.amax(0).log_().nan_to_num_()  # what they add to the top one; where all are -inf, the share is NaN
-    log_density = top.sub_(others).sub_(0.5 * math.log(2 * math.pi) * dim)
+    log_density = top.sub_(others).sub_(constant(0.5 * math.log(2 * math.pi) * dim, top.dtype))
+    torch.threshold_(share, negligible(share.dtype), 0.0)
     return log_density, (log_weights, share, whitened), kept
 
 
@@ -265,15 +315,15 @@ def differentiable_gradients(
     return [next(gradients) if needs else None for needs in needed]
 
 
-def _channels(normalize: bool, *arguments: Tensor) -> list[Tensor]:
-    """Channel-first log-weights, locations, values and factors, with equally many batch dimensions."""
+def _channels(*arguments: Tensor) -> list[Tensor]:
+    """Channel-first logits, locations, values and factors, with equally many batch dimensions."""
     batch = max([t.ndim - n for t, n in zip(arguments, _EVENT_DIMS, strict=False)])
     orders = (), (batch, *range(batch)), (batch + 1, batch, *range(batch))
     logits, locs, value, *factors = [
         (t if t.ndim == batch + n else t[(None,) * (batch + n - t.ndim)]).permute(orders[n])
         for t, n in zip(arguments, _EVENT_DIMS, strict=False)
     ]
-    return [logits.log_softmax(0) if normalize else logits, locs, value.unsqueeze(1), *factors]
+    return [logits, locs, value.unsqueeze(1), *factors]
 
 
 def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:

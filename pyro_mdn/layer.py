@@ -21,6 +21,7 @@ from pyro_mdn.kernels import (
     density_forward,
     differentiable_gradients,
     logits_gradient,
+    negligible,
 )
 
 __all__ = ["channel_log_density", "layer_channels", "layer_log_density"]
@@ -125,12 +126,13 @@ class _LogDensityWithGradient(torch.autograd.Function):
         whitened, half_log_det, kept = whitening.whiten(locs - _points(value), factor)
         joint = log_weights - 0.5 * whitened.square().sum(0) - half_log_det
         top = joint.amax(0).clamp(min=torch.finfo(joint.dtype).min)
-        share = (joint - top).exp()
-        total = share.sum(0)
+        least = math.log(negligible(joint.dtype))
+        share = torch.threshold(joint - top, least, -math.inf).exp()
+        total, prior = share.sum(0), torch.threshold(log_weights, least, -math.inf).exp()
         weight = share / total
         grad_locs, grad_factor = whitening.pull_back(weight, whitened, *kept)
         for_factor = grad_factor.sum_to_size(factor.shape).flatten(0, 1)
-        ctx.save_for_backward(torch.cat([weight - log_weights.exp(), grad_locs.flatten(0, 1), for_factor]))
+        ctx.save_for_backward(torch.cat([weight - prior, grad_locs.flatten(0, 1), for_factor]))
         return total.log() + top - 0.5 * math.log(2 * math.pi) * len(locs)
 
     @staticmethod
@@ -197,7 +199,7 @@ def _forward(settings: _Settings, channels: Tensor, points: Tensor) -> tuple[Ten
     """Log-density, and what :func:`_backward` takes."""
     whitening, n_components, width = settings
     logits, locs, factor = _parts(n_components, width, len(points), channels)
-    log_density, sums, kept = density_forward(whitening, logits.log_softmax(0), locs, points, factor)
+    log_density, sums, kept = density_forward(whitening, True, logits, locs, points, factor)
     return log_density, [*sums, *kept]
 
 

@@ -25,6 +25,7 @@ __all__ = ["FitResult", "Loop", "Settings", "copied"]
 logger = logging.getLogger("pyro_mdn")
 
 _EVALUATION_ROWS = 8192
+_STEPS_TO_FLUSH = 100  # in which the moments of an optimiser decay by five orders of magnitude
 
 
 @dataclass
@@ -251,6 +252,8 @@ class Loop:
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
         self._clip(gradients, norm)
         self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
+        if step % _STEPS_TO_FLUSH == 0:
+            self.optimizer.flush()
         self.average.update(step)
         return loss
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from pyro_mdn.kernels import negligible
+
 __all__ = [
     "AveragedWeights",
     "FusedAdamW",
@@ -80,6 +82,12 @@ class FusedAdamW:
         parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
         settings: dict[str, Any] = {"amsgrad": False, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
         adam(parameters, gradients, means, squares, [], steps, fused=True, lr=lr, maximize=False, **settings)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Set moments to 0 where they have decayed too far to matter, before they become subnormal numbers."""
+        for moment in (*self.means, *self.squares):
+            torch.hardshrink(moment, negligible(moment.dtype), out=moment)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.special import erfc, ndtri
 
 from pyro_mdn.checks import is_differentiated
+from pyro_mdn.kernels import log_sum_exp
 
 __all__ = [
     "follow_root",
@@ -29,7 +30,7 @@ def mixture_log_density(value: Tensor, logits: Tensor, locs: Tensor, scale: Tens
     """Log-density of a univariate mixture."""
     standardized = (value.unsqueeze(-1) - locs) / scale
     constant = 0.5 * math.log(2 * math.pi)
-    return (logits - 0.5 * standardized.square() - scale.log() - constant).logsumexp(-1)
+    return log_sum_exp((logits - 0.5 * standardized.square() - scale.log() - constant).movedim(-1, 0))
 
 
 def log_density_by_level(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, softplus
 
-from pyro_mdn.kernels import Whitening, gram_schmidt, sum_logs
+from pyro_mdn.checks import is_traced
+from pyro_mdn.kernels import Whitening, constant, gram_schmidt, sum_logs
 from pyro_mdn.triangles import tril_add_transposed_, tril_matvec, tril_outer
 
 __all__ = [
@@ -31,7 +32,7 @@ def positive(raw: Tensor, least: float) -> Tensor:
     scale = softplus(raw)
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return scale + least  # what is differentiated from a trace must not change
-    return scale.add_(least)
+    return scale.add_(least if is_traced() else constant(least, scale.dtype))
 
 
 class DiagonalWhitening(Whitening):

@@ -31,10 +31,12 @@ CALLS = {
     kernels.gram_schmidt: lambda: (draw(2, 4, 3, 5),),
     kernels.location_and_scale: lambda: (draw(5, 3),),
     kernels.logits_gradient: lambda: (draw(3, 5), draw(3, 5).log_softmax(0)),
+    kernels.log_sum_exp: lambda: (draw(3, 5),),
     kernels.low_rank_capacitance: lambda: (draw(5, 3, 4, 2),),
     kernels.low_rank_project: lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
     kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
     kernels.normalize_logits: lambda: (draw(5, 3),),
+    kernels.shares: lambda: (draw(3, 5),),
     kernels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
     kernels.sum_logs: lambda: (draw(5, 3, 4),),
     kernels.sum_outputs: lambda: (draw(5, 3, 4),),
@@ -56,7 +58,7 @@ CALLS = {
 }
 ELSEWHERE = {"Whitening", "channels_first", "channels_last", "mixture_log_density", "differentiable_gradients"}
 ELSEWHERE |= {"density_backward", "density_by_autograd", "density_forward"}
-ELSEWHERE |= {"with_channels", "follow_root", "minimize_bracketed"}
+ELSEWHERE |= {"constant", "negligible", "with_channels", "follow_root", "minimize_bracketed"}
 
 # Each with the channels of its factors, for D outputs.
 WHITENINGS = {
@@ -168,6 +170,52 @@ def test_second_derivatives(name, shapes):
     tensors = arguments(name, shapes)
     assert torch.autograd.gradcheck(lambda *t: by_hand(name, *t), tensors)
     assert torch.autograd.gradgradcheck(lambda *t: by_hand(name, *t), tensors)
+
+
+def of_channels(name, *tensors):
+    whitening, (width,) = WHITENINGS[name]
+    logits, locs, value, factor = tensors
+    parts = logits.T, locs.permute(2, 1, 0).flatten(0, 1), factor.permute(2, 1, 0).flatten(0, 1)
+    return layer.channel_log_density(whitening, logits.shape[-1], width, torch.cat(parts), value)
+
+
+def under_vmap(name, *tensors):
+    return torch.func.vmap(lambda *rows: by_hand(name, *rows))(*tensors)
+
+
+def compiled_channels(name, *tensors):
+    torch.compiler.reset()
+    return torch.compile(of_channels, backend="eager", fullgraph=True)(name, *tensors)
+
+
+PATHS = [(name, path) for name in WHITENINGS for path in (by_hand, by_autograd, under_vmap)]
+PATHS += [(name, path) for name in WHITENINGS if name.startswith("raw") for path in (of_channels, compiled_channels)]
+
+
+def with_shares_of_all_sizes(name):
+    """Mixtures whose weights and distances leave shares from 1 down to 0, in single precision."""
+    torch.manual_seed(0)
+    n, k = 64, 20
+    logits = torch.linspace(0, -140, k).expand(n, k)
+    locs = torch.linspace(0, 16, k)[:, None] + 0.01 * torch.randn(n, k, D)
+    factors = [0.3 + 0.3 * torch.rand(n, k, width) for width in WHITENINGS[name][1]]
+    return [t.clone().requires_grad_() for t in (logits, locs, 20 * torch.rand(n, D), *factors)]
+
+
+def has_subnormal(numbers):
+    return bool(((numbers != 0) & (numbers.abs() < torch.finfo(torch.float32).tiny)).any())
+
+
+@pytest.mark.parametrize(("name", "path"), PATHS)
+def test_no_gradient_is_a_subnormal_number(name, path):
+    tensors = with_shares_of_all_sizes(name)
+    gradients = torch.autograd.grad(path(name, *tensors).mean(), tensors)
+    double = [t.detach().double().requires_grad_() for t in tensors]
+    expected = torch.autograd.grad(by_autograd(name, *double).mean(), double)
+    assert all(has_subnormal(gradient) for i, gradient in enumerate(expected) if i != 2)  # the value has all shares
+    for gradient, exact in zip(gradients, expected, strict=True):
+        assert not has_subnormal(gradient)
+        assert_close(gradient, exact.float(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in WHITENINGS if name.startswith("raw")])

@@ -75,6 +75,17 @@ def test_responsibilities_follow_bayes_rule(noise):
     assert_close(mixture.responsibilities(y), joint / joint.sum(-1, keepdim=True))
 
 
+def test_responsibilities_are_no_subnormal_numbers():
+    locs = torch.linspace(0, 16, 33).unsqueeze(-1).requires_grad_()
+    mixture = GaussianMixture(torch.zeros(33), locs, DiagonalCovariance(torch.ones(33, 1)))
+    share = mixture.responsibilities(torch.zeros(1))
+    (gradient,) = torch.autograd.grad(share[0], locs)
+    for numbers in (share, gradient):
+        assert ((numbers == 0) | (numbers.abs() >= torch.finfo(torch.float32).tiny)).all()
+    exact = (-0.5 * locs.detach().double().square()).exp().squeeze(-1)
+    assert_close(share.detach().double(), exact / exact.sum(), rtol=1e-5, atol=1e-28)
+
+
 @every_noise
 @pytest.mark.parametrize("dim", [1, 3])
 def test_gradients(noise, dim):

@@ -602,6 +602,32 @@ def test_weights_without_a_gradient_do_not_decay():
     assert (unused == 1).all()
 
 
+class Ending(NegativeLogLikelihood):
+    """A likelihood whose gradient is 0 from the tenth call on."""
+
+    calls = 0
+
+    def forward(self, x, y):
+        self.calls += 1
+        return super().forward(x, y) * (self.calls < 10)
+
+
+def test_moments_without_gradients_do_not_become_subnormal_numbers(monkeypatch):
+    moments, flush = [], FusedAdamW.flush
+
+    def recorded(optimizer):
+        moments.append([m.clone() for m in (*optimizer.means, *optimizer.squares)])
+        flush(optimizer)
+
+    monkeypatch.setattr(FusedAdamW, "flush", recorded)
+    trained = network()
+    fit(trained, *fork(), objective=Ending(trained), batch_size=30, validation=0, progress=False, max_epochs=120)
+    assert len(moments) == 12  # of 1200 steps
+    tiny = torch.finfo(torch.float32).tiny
+    assert all(bool(((m == 0) | (m.abs() >= tiny)).all()) for row in moments for m in row)
+    assert all(bool((m == 0).all()) for m in moments[-1][: len(moments[-1]) // 2])
+
+
 def test_an_interrupted_start_leaves_the_network_as_it_was(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
