@@ -7,10 +7,21 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 
-__all__ = ["all_finite", "bounds", "is_count", "is_differentiated", "is_traced", "require_counts", "require_numbers"]
+__all__ = [
+    "all_finite",
+    "bounds",
+    "is_count",
+    "is_differentiated",
+    "is_plain",
+    "is_traced",
+    "require_counts",
+    "require_numbers",
+]
 
 
 def is_count(value: Any) -> bool:
@@ -84,3 +95,27 @@ def is_differentiated(*tensors: Tensor) -> bool:
     if is_traced():
         return True
     return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Check that a call of this module computes what the class ``kind`` defines, and nothing else.
+
+    Only then may its operation be computed in another way, from its tensors. A subclass may compute something else
+    (``PyroModule[kind]`` does not), and so does a module with a hook, or with a ``forward`` of its own.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> is_plain(layer, nn.Linear), is_plain(layer, nn.Module)
+    (True, False)
+    >>> hook = layer.register_forward_hook(lambda layer, inputs, output: 2 * output)
+    >>> is_plain(layer, nn.Linear)
+    False
+    """
+    return (
+        type(module) in (kind, PyroModule[kind])
+        and "forward" not in module.__dict__
+        and not any(map(module.__dict__.get, _HOOKS))
+        and not any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # as torch itself checks
