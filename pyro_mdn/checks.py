@@ -76,16 +76,26 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def is_traced() -> bool:
-    """Whether a compiler, a transform of ``torch.func`` or forward mode looks on.
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a compiler, a transform of ``torch.func`` or forward mode looks on, or a tensor has a class of its own.
 
-    No branch may depend on numbers then, and derivatives are those of the operations.
+    No branch may depend on numbers then, and derivatives are those of the operations. Pyro follows what a value
+    depends on by a class of tensors, and torch has one for tensors that are spread over devices; neither sees into a
+    ``torch.autograd.Function``, nor what is added in place.
+
+    >>> from pyro.ops.provenance import ProvenanceTensor
+    >>> is_traced(torch.ones(1)), is_traced(torch.ones(1), ProvenanceTensor(torch.ones(1), frozenset("z")))
+    (False, True)
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0  # of ``dual_level``
+        or any(type(tensor) not in _PLAIN for tensor in tensors)
     )
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import index
-from typing import Any, ClassVar, Self, SupportsIndex
+from typing import Any, ClassVar, Protocol, Self, SupportsIndex
 
 import pyro.distributions as dist
 import torch
@@ -24,12 +25,41 @@ __all__ = ["MixtureDensity", "check_dims", "has_missing", "log_density"]
 _FEW = 16  # so many comparisons are quicker than a search
 
 
+class Origin(Protocol):
+    """What a mixture is made from where its parameters are not built yet."""
+
+    @property
+    def dim(self) -> int:
+        """Number of outputs D."""
+        ...
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the batch of mixtures."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters."""
+        ...
+
+    def parameters(self) -> tuple[Tensor, Tensor, Covariance]:
+        """Normalised log-weights, locations and covariances."""
+        ...
+
+    def log_density(self, y: Tensor) -> Tensor:
+        """Log-density of points, NaN for what was not observed."""
+        ...
+
+    def is_moderate(self) -> bool:
+        """Whether the parameters need no validation."""
+        ...
+
+
 class MixtureDensity(dist.MixtureSameFamily):
     """Parameters, density, draws and moments of a Gaussian mixture; see :class:`pyro_mdn.GaussianMixture`."""
 
-    logits: Tensor
-    locs: Tensor
-    covariance: Covariance
+    _origin: Origin | None = None
     arg_constraints: ClassVar[dict[str, Any]] = {}  # the parameters are checked together, by _validate
     support: ClassVar[constraints.Constraint] = constraints.real_vector
 
@@ -47,6 +77,40 @@ class MixtureDensity(dist.MixtureSameFamily):
         self.locs = locs if locs.shape[:-2] == batch_shape else locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
         torch.distributions.Distribution.__init__(self, batch_shape, locs.shape[-1:], validate_args)
+
+    @classmethod
+    def deferred(cls, origin: Origin) -> Self:
+        """Mixture whose parameters are built when they are asked for; its density comes from the origin itself."""
+        new = cls.__new__(cls)
+        new._origin = origin
+        torch.distributions.Distribution.__init__(new, origin.batch_shape, torch.Size((origin.dim,)))
+        if new._validate_args and not origin.is_moderate():
+            new._validate()
+        return new
+
+    @cached_property
+    def _parameters(self) -> tuple[Tensor, Tensor, Covariance]:
+        """What the origin makes, with a graph if what it is made from has one, wherever it is asked for."""
+        assert self._origin is not None
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._origin.parameters()
+
+    # In a mixture with parameters of its own these are set.
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Normalised log-weights, ``(*batch, K)``."""
+        return self._parameters[0]
+
+    @cached_property
+    def locs(self) -> Tensor:
+        """Component means, ``(*batch, K, D)``."""
+        return self._parameters[1]
+
+    @cached_property
+    def covariance(self) -> Covariance:
+        """Component covariances; a component axis of 1 ties them."""
+        return self._parameters[2]
 
     def _validate(self) -> None:
         if bool(bounds(self.logits)[0].isnan()):
@@ -101,7 +165,7 @@ class MixtureDensity(dist.MixtureSameFamily):
     @property
     def dim(self) -> int:
         """Number of outputs D."""
-        return self.locs.shape[-1]
+        return self.event_shape[0]
 
     # Density
 
@@ -118,6 +182,8 @@ class MixtureDensity(dist.MixtureSameFamily):
             ValueError: If the shape does not fit.
         """
         self._check_value(value)
+        if self._origin is not None and value.dtype == self._origin.dtype:
+            return self._origin.log_density(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_log_prob)[0]
         return log_density(self.logits, self.locs, self.covariance, value, normalize=False)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn import kernels
-from pyro_mdn.checks import is_count
-from pyro_mdn.density import has_missing, log_density
-from pyro_mdn.layer import channel_log_density, layer_channels, layer_log_density
+from pyro_mdn.checks import is_count, is_plain, is_traced
+from pyro_mdn.density import has_missing
+from pyro_mdn.layer import layer_channels, layer_log_density
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
+from pyro_mdn.raw import ChannelMixture, RawMixture, log_unit, split_channels
 
 __all__ = ["MixtureHead", "starting_value"]
 
@@ -87,7 +88,14 @@ class MixtureHead(nn.Module):
 
     def forward(self, features: Tensor) -> GaussianMixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
-        return self.mixture(self.raw(features), self.shift, self.scale)
+        if self.raw_noise is not None or self.noise.whitening is None or is_traced(features, self.linear.bias):
+            return self.mixture(self.raw(features), self.shift, self.scale)
+        # Clones, because the mixture stays as it is when the units change.
+        predicted = self._predicted(features, self.shift.clone(), self.scale.clone())
+        return GaussianMixture.deferred(predicted)
+
+    def _predicted(self, features: Tensor, shift: Tensor, scale: Tensor) -> ChannelMixture:
+        return ChannelMixture(self.noise, self.n_components, self.dim_out, self.channels(features), shift, scale)
 
     def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
@@ -100,38 +108,26 @@ class MixtureHead(nn.Module):
         expected = (*features.shape[:-1], self.dim_out)
         if not y.is_floating_point() or y.shape[-len(expected) :] != expected:
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
-        shift, scale, whitening = self.shift, self.scale, self.noise.whitening
-        if whitening is None or self.raw_noise is not None or y.ndim > features.ndim or has_missing(y):
-            return self.log_density(self.raw(features), y, shift, scale)
+        whitening = self.noise.whitening
+        if whitening is None or self.raw_noise is not None:
+            return self.log_density(self.raw(features), y, self.shift, self.scale)
+        if y.ndim > features.ndim or not self._is_quicker_as_one(features) or has_missing(y):
+            return self._predicted(features, self.shift, self.scale).log_density(y)
+        weight, bias = self.linear.weight, self.linear.bias
+        value = ((y - self.shift) / self.scale).to(weight.dtype)
         settings = whitening, self.n_components, self.noise.num_params(self.dim_out)
-        value = (y - shift) / scale
-        # With few channels autograd is as quick; what has another precision is accumulated in single.
-        if sum(self.sizes) > self.in_features and self.linear.weight.dtype == features.dtype and _is_exact(features):
-            weight, bias = self.linear.weight, self.linear.bias
-            flat = features.reshape(-1, self.in_features), value.reshape(-1, self.dim_out).to(weight.dtype)
-            density = layer_log_density(*settings, weight, bias, *flat).reshape(y.shape[:-1])
-        else:
-            channels = self.channels(features)
-            density = channel_log_density(*settings, channels, value.to(channels.dtype))
-        return density - self._log_unit(scale)
+        flat = features.reshape(-1, self.in_features), value.reshape(-1, self.dim_out)
+        density = layer_log_density(*settings, weight, bias, *flat).reshape(y.shape[:-1])
+        return density - log_unit(self.noise, self.dim_out, self.scale)
+
+    def _is_quicker_as_one(self, features: Tensor) -> bool:
+        """Whether layer and density may be one function, and are quicker that way: with many channels."""
+        many = sum(self.sizes) > self.in_features and is_plain(self.linear, nn.Linear)
+        return many and _is_exact(features, self.linear.weight)
 
     def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` under :meth:`mixture` of the same arguments, without that."""
-        logits, locs, noise = raw
-        standardized = ((y - shift) / scale).to(locs.dtype)
-        if has_missing(y):  # an entry without a density has no unit
-            log_units = scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
-            return self._standardized(raw, scale, validate_args=False).log_prob(standardized) - log_units.sum(-1)
-        if (whitening := self.noise.whitening) is not None:
-            density = kernels.mixture_log_density(whitening, logits, locs, standardized, noise)
-        else:
-            density = log_density(logits, locs, self.noise.build(noise, self.dim_out, scale), standardized)
-        return density - self._log_unit(scale)
-
-    def _log_unit(self, scale: Tensor) -> Tensor:
-        """Logarithm of the volume of a standardised unit."""
-        logs = scale.log().sum(-1)
-        return self.dim_out * logs if self.noise.common_unit else logs
+        return RawMixture(self.noise, *raw, shift, scale).log_density(y)
 
     def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:
         """Mixture in the units of y that :meth:`raw` describes, of any batch shape.
@@ -141,30 +137,25 @@ class MixtureHead(nn.Module):
             shift: Location of the standardised units, shape ``(*batch, D)`` (broadcast).
             scale: Their size, likewise; one number for all outputs if the noise model has a common unit.
         """
-        return self._standardized(raw, scale, validate_args=None).affine(shift, scale)
-
-    def _standardized(
-        self, raw: tuple[Tensor, Tensor, Tensor], scale: Tensor, *, validate_args: bool | None
-    ) -> GaussianMixture:
-        logits, locs, noise = raw
-        covariance = self.noise.build(noise, self.dim_out, scale)
-        return GaussianMixture(logits, locs, covariance, validate_args=validate_args)
+        return RawMixture(self.noise, *raw, shift, scale).mixture()
 
     def raw(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits ``(*batch, K)``, locations ``(*batch, K, D)`` and noise: what :meth:`mixture` takes.
 
         Views of one channel-first product, in float32 at least.
         """
-        if features.ndim < 1 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
-        raw_noise = None if self.raw_noise is None else self.raw_noise.reshape(-1, *(1,) * (features.ndim - 1))
-        return self.split(self.channels(features), raw_noise)
+        return self.split(self.channels(features), self.raw_noise)
 
     def channels(self, features: Tensor) -> Tensor:
         """What the linear layer gives, channel-first, ``(C, *batch)``, in float32 at least."""
+        if features.ndim < 1 or features.shape[-1] != self.in_features:
+            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
         flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
-        # The bias first: guides and files of draws have latent weights in the order in which they are looked up.
-        channels = layer_channels(self.linear.bias, self.linear.weight, flat)
+        if is_plain(self.linear, nn.Linear):
+            # The bias first: guides and files of draws have latent weights in the order in which they are looked up.
+            channels = layer_channels(self.linear.bias, self.linear.weight, flat)
+        else:
+            channels = self.linear(flat).T.contiguous()
         if features.ndim != 2:
             channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         return _accumulated(channels)
@@ -176,17 +167,7 @@ class MixtureHead(nn.Module):
             channels: What the layer gives.
             raw_noise: Channels ``(C', *batch)`` (broadcast) of noise that does not depend on the features, if any.
         """
-        logits, locs, noise = _accumulated(channels).split(self.sizes)
-        return (
-            kernels.channels_last(logits, 1),
-            self._grouped(locs, self.dim_out),
-            self._grouped(noise if raw_noise is None else raw_noise, self.noise.num_params(self.dim_out)),
-        )
-
-    def _grouped(self, channels: Tensor, width: int) -> Tensor:
-        """View ``(width · K, *batch)`` as ``(*batch, K, width)``."""
-        groups = channels.shape[0] // width if width else 1
-        return kernels.channels_last(channels.reshape(width, groups, *channels.shape[1:]), 2)
+        return split_channels(self.noise, self.n_components, self.dim_out, _accumulated(channels), raw_noise)
 
     @torch.no_grad()
     def initialize_(self, y: Tensor) -> None:
@@ -223,9 +204,10 @@ class MixtureHead(nn.Module):
         bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
 
 
-def _is_exact(tensor: Tensor) -> bool:
-    """Whether products of this are of single precision at least."""
-    return tensor.dtype.itemsize >= 4 and not torch.is_autocast_enabled(tensor.device.type)
+def _is_exact(features: Tensor, weight: Tensor) -> bool:
+    """Whether products of these are of single precision at least; others are accumulated in it."""
+    exact = features.dtype == weight.dtype and features.dtype.itemsize >= 4
+    return exact and not torch.is_autocast_enabled(features.device.type)
 
 
 def _accumulated(channels: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def sum_logs(factors: Tensor) -> Tensor:
     """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
     half = len(factors) // 2
     # Of few numbers the logarithms take no longer than looking at them; elsewhere one must not look.
-    if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced():
+    if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced(factors):
         pairs = factors[:half] * factors[half : 2 * half]
         (low, high), limits = bounds(pairs), torch.finfo(pairs.dtype)
         if limits.tiny <= low.item() and high.item() <= limits.max:
@@ -215,7 +215,7 @@ def mixture_log_density(
         factors: What the whitening takes, each ``(*batch, K, C)``; all of these broadcast.
         normalize: Whether to normalise the weights; if not, :math:`w_k = e^{l_k}`.
     """
-    if is_traced():
+    if is_traced(logits, locs, value, *factors):
         return density_by_autograd(whitening, normalize, logits, locs, value, *factors)
     return _MixtureLogDensity.apply(whitening, normalize, logits, locs, value, *factors)
 

@@ -39,7 +39,7 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
     """
     if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         return _compilable(whitening, n_components, width, channels, value)
-    if is_traced():
+    if is_traced(channels, value):
         return _channels_by_autograd(whitening, n_components, width, channels, value)
     return _ChannelLogDensity.apply(whitening, n_components, width, channels, value)
 
@@ -63,7 +63,7 @@ def layer_log_density(
         features: What it is given, ``(N, H)``, of the same dtype.
         value: Points y, ``(N, D)``, likewise.
     """
-    if is_traced():
+    if is_traced(weight, bias, features, value):
         return channel_log_density(whitening, n_components, width, layer_channels(bias, weight, features), value)
     return _LayerLogDensity.apply(whitening, n_components, width, weight, bias, features, value)
 

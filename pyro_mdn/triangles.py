@@ -31,7 +31,7 @@ __all__ = [
 
 def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Product of a triangle, ``(D, ...)`` and ``(D(D-1)/2, ...)``, and a vector ``(D, ...)``."""
-    product, traced = diagonal * vector, is_traced()
+    product, traced = diagonal * vector, is_traced(diagonal, lower, vector)
     if _is_launched(vector):
         return product.add_((_square(lower, len(vector)) * vector).sum(1))
     for i, band in enumerate(_bands(lower, len(vector)), start=1):
@@ -119,7 +119,7 @@ def _bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
 
 def _is_launched(vector: Tensor) -> bool:
     """Whether launching a kernel for each band would take longer than working on a square."""
-    return vector.is_cuda and len(vector) > 8 and not is_traced()
+    return vector.is_cuda and len(vector) > 8 and not is_traced(vector)
 
 
 def _square(lower: Tensor, dim: int) -> Tensor:

@@ -32,7 +32,7 @@ def positive(raw: Tensor, least: float) -> Tensor:
     scale = softplus(raw)
     if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return scale + least  # what is differentiated from a trace must not change
-    return scale.add_(least if is_traced() else constant(least, scale.dtype))
+    return scale.add_(least if is_traced(raw) else constant(least, scale.dtype))
 
 
 class DiagonalWhitening(Whitening):

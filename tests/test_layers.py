@@ -28,6 +28,7 @@ ORDER = [
     "scores",
     "uncertainty",
     "calibration",
+    "raw",
     "head",
     "serialization",
     "network",
