@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from pyro_mdn import serialization
+from pyro_mdn.fingerprint import differing, incomparable
 from pyro_mdn.loop import Loop
 
 __all__ = ["Checkpoint"]
@@ -40,6 +42,9 @@ class Checkpoint:
         if self.path is not None and (self.path.is_dir() or not os.access(self.path.parent, os.W_OK)):
             raise ValueError(f"checkpoint: expected a file in a directory that can be written to, got {path}")
         self.run: dict[str, Any] = {}
+        self._modules: dict[str, str] = {}  # described, at the start of the run
+        self._changing: set[str] = set()  # entries of that which a training changes
+        self._describe: Callable[[], dict[str, str]] = dict
         self._progress: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         if resume and self.path is not None and self.path.exists():
@@ -47,14 +52,31 @@ class Checkpoint:
             if config.get("kind") != "checkpoint":
                 raise ValueError(f"{path}: expected a checkpoint, got another file of this library")
             self.run, self._progress = config["run"], config["progress"]
+            self._modules, self._changing = config.get("modules", {}), {*config.get("changing", ())}
 
-    def require(self, run: Mapping[str, Any]) -> None:
-        """Name the run; a ``ValueError`` that says what differs if the file is of another one."""
-        differing = [name for name in run if self.run and run[name] != self.run.get(name)]
-        if differing:
-            here, there = ({name: r.get(name) for name in differing} for r in (run, self.run))
+    def require(self, run: Mapping[str, Any], describe: Callable[[], dict[str, str]]) -> None:
+        """Name the run; a ``ValueError`` that says what differs if the file is of another one.
+
+        Args:
+            run: What tells runs apart, in plain values.
+            describe: Function that describes the modules that are trained. What a training changes of them, such as a
+                counter, does not tell runs apart; it is found by describing them again when the file is written.
+        """
+        modules = describe()
+        here, there = ({**run, **modules}, {**self.run, **self._modules})
+        names = [name for name in run if self.run and run[name] != self.run.get(name)]
+        names += [name for name in differing(modules, self._modules or modules) if name not in self._changing]
+        if names:
+            here, there = ({name: r.get(name) for name in names} for r in (here, there))
             raise ValueError(f"{self.path}: expected a checkpoint of this run, {here}, got one of another, {there}")
-        self.run = dict(run)
+        if self.run:
+            self._warn_if_unsure(modules)
+        self.run, self._modules, self._describe = dict(run), self._modules or modules, describe
+
+    def _warn_if_unsure(self, modules: Mapping[str, str]) -> None:
+        unsure = incomparable(modules) if self._modules else ["network and objective: the file does not describe them"]
+        if unsure:
+            warnings.warn(f"{self.path}: cannot tell whether this is the same as in that run: {unsure}", stacklevel=4)
 
     @property
     def second_path(self) -> Path | None:
@@ -64,7 +86,8 @@ class Checkpoint:
     def second(self) -> Checkpoint:
         """Checkpoint of a second training in the same run."""
         second = Checkpoint(self.second_path, self.every, resume=self.resume)
-        second.require({**self.run, "part": "refit"})
+        second._changing |= self._changing
+        second.require({**self.run, "part": "refit"}, lambda: self._modules)
         return second
 
     def forget_second(self) -> None:
@@ -87,7 +110,9 @@ class Checkpoint:
         if self.path is None or (epoch is not None and epoch % self.every):
             return
         progress, tensors = loop.state()
-        config = {"kind": "checkpoint", "run": self.run, "progress": progress}
+        self._changing |= {*differing(self._modules, self._describe())}
+        modules = {"modules": self._modules, "changing": sorted(self._changing)}
+        config = {"kind": "checkpoint", "run": self.run, **modules, "progress": progress}
         try:
             serialization.write_tensors(self.path, config, {**tensors, **beside})
         except OSError as error:

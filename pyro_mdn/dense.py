@@ -7,22 +7,42 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.checks import is_plain
+from pyro_mdn.head import MixtureHead
+from pyro_mdn.network import FirstLinear, MixtureDensityNetwork
 
 __all__ = ["dense_raw", "is_dense"]
 
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
-    """Whether :func:`dense_raw` knows all layers of a network, and where their weights are."""
-    own = network.custom_backbone or type(network).features is not MixtureDensityNetwork.features
-    if own or not isinstance(network.backbone, nn.Sequential):
+    """Check that :func:`dense_raw` computes what a network does, and that the weights are where it looks for them.
+
+    It does not call layers of weights, so that these are plain ones, without hooks; and for all layers together there
+    is one call of an activation function, whose hooks would see another shape.
+    """
+    head, backbone = network.head, network.backbone
+    inherited = _is_inherited(network, MixtureDensityNetwork, "raw", "features")
+    inherited = inherited and _is_inherited(head, MixtureHead, "raw", "channels")
+    if not (inherited and len(network.input_shape) == 1 and is_plain(backbone, nn.Sequential)):
         return False
     names = {name.removesuffix("_start") for name, _ in [*network.named_parameters(), *network.named_buffers()]}
-    return {"head.linear.weight", "head.linear.bias"} <= names and all(
-        isinstance(layer, nn.GELU)
-        or (isinstance(layer, nn.Linear) and {f"backbone.{name}.weight", f"backbone.{name}.bias"} <= names)
-        for name, layer in network.backbone.named_children()
+    layers = {f"backbone.{name}": layer for name, layer in backbone._modules.items()}
+    linear = {name: layer for name, layer in [*layers.items(), ("head.linear", head.linear)] if _is_linear(layer)}
+    return (
+        "head.linear" in linear
+        and all(name in linear or is_plain(layer, nn.GELU) for name, layer in layers.items())
+        and all({f"{name}.weight", f"{name}.bias"} <= names for name in linear)
     )
+
+
+def _is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
+    """Whether a module has these methods from a class, neither overridden nor replaced."""
+    kept = all(getattr(type(module), name) is getattr(kind, name) for name in names)
+    return kept and module.__dict__.keys().isdisjoint(names)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return is_plain(layer, nn.Linear) or is_plain(layer, FirstLinear)
 
 
 def dense_raw(
@@ -61,12 +81,15 @@ def _channels(
     network: MixtureDensityNetwork, features: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None
 ) -> Tensor:
     """What the head's linear layer gives, ``(S, C, N)``."""
-    for name, layer in network.backbone.named_children():
+    for name, layer in network.backbone._modules.items():  # ``named_children`` has one that occurs twice only once
         if isinstance(layer, nn.Linear):
             bias, weight = (tensors[f"backbone.{name}.{kind}"] for kind in ("bias", "weight"))
             features = _linear(features, weight, bias)
         else:
             features = layer(features)
+    if features.shape[-1] != network.head.in_features:
+        expected = f"features (*batch, {network.head.in_features})"
+        raise ValueError(f"backbone: expected {expected}, got width {features.shape[-1]}")
     bias, weight = (tensors[f"head.linear.{kind}"] for kind in ("bias", "weight"))
     return _product(bias.unsqueeze(-1), weight, features.mT, out)
 

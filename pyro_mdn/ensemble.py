@@ -14,6 +14,7 @@ from torch.func import functional_call
 from pyro_mdn import serialization
 from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense
+from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.isolation import isolated
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
@@ -40,8 +41,9 @@ class DeepEnsemble(nn.Module):
         stacked: Network whose tensors have a leading axis of members; not to be called.
 
     Raises:
-        ValueError: If the size is not positive, if networks have latent weights or are not alike, if layers share
-            tensors, or if a layer has no ``reset_parameters`` to initialise it anew.
+        ValueError: If the size is not positive, if networks have latent weights, if they differ in more than the
+            values of their tensors (types, attributes, hooks), if layers share tensors, or if a layer has no
+            ``reset_parameters`` to initialise it anew.
 
     References:
         Lakshminarayanan, Pritzel & Blundell (2017), Simple and scalable predictive uncertainty estimation using deep
@@ -229,11 +231,7 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
             raise ValueError(f"network: expected MixtureDensityNetwork, got {type(member).__name__}")
         if member.latent:
             raise ValueError("network: expected no latent weights: see posterior_predictive for these")
-        if repr(member) != repr(members[0]):
-            raise ValueError(f"network: expected networks of one architecture, got {members[0]} and {member}")
-        if differing := sorted({name for name, *_ in _described(member) ^ _described(members[0])}):
-            kinds = "one shape, dtype and requires_grad"
-            raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {differing}")
+        _require_alike(members[0], member)
         every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
         if len({id(tensor) for _, tensor in every}) != len(every):
             raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
@@ -243,7 +241,22 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
     return stacked
 
 
-def _described(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:
+def _require_alike(first: MixtureDensityNetwork, member: MixtureDensityNetwork) -> None:
+    """Raise a ``ValueError`` unless two networks differ in the values of their tensors alone."""
+    # Buffers are stacked, so that each member has its own.
+    a, b = (described(network=network, buffers=False) for network in (first, member))
+    if names := differing(a, b):
+        got = f"{a.get(names[0])} and {b.get(names[0])} for {names[0]}"
+        others = f", and others for {names[1:]}" if names[1:] else ""
+        raise ValueError(f"network: expected networks of one architecture, got {got}{others}")
+    if names := sorted({name for name, *_ in _tensors(member) ^ _tensors(first)}):
+        kinds = "one shape, dtype and requires_grad"
+        raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {names}")
+    if first is not member and (names := incomparable(a)):
+        raise ValueError(f"network: expected attributes that can be compared, got others for {names}")
+
+
+def _tensors(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:
     tensors = [*network.named_parameters(), *network.named_buffers()]
     return {(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors}
 

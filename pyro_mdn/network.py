@@ -23,7 +23,7 @@ from pyro_mdn.isolation import own_generators, own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 
-__all__ = ["MixtureDensityNetwork", "evaluating"]
+__all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating"]
 
 
 class MixtureDensityNetwork(PyroModule):
@@ -379,11 +379,11 @@ def _require_single_weights(network: MixtureDensityNetwork, error: Exception) ->
 
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
-    layers = [(nn.Linear if i else _FirstLinear)(a, b) for i, (a, b) in enumerate(pairwise(widths))]
+    layers = [(nn.Linear if i else FirstLinear)(a, b) for i, (a, b) in enumerate(pairwise(widths))]
     return nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
 
 
-class _FirstLinear(nn.Linear):
+class FirstLinear(nn.Linear):
     """Linear layer with initial weights three times those of torch, for inputs of unit scale.
 
     What it gives has a variance of 3 then, so that the network starts with features that vary within the range of the
@@ -391,6 +391,7 @@ class _FirstLinear(nn.Linear):
     """
 
     def reset_parameters(self) -> None:
+        """Draw the weights anew."""
         super().reset_parameters()
         with torch.no_grad():
             self.weight.mul_(3.0)

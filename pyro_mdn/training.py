@@ -22,6 +22,7 @@ from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.fingerprint import described
 from pyro_mdn.isolation import isolated, seeded
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
@@ -202,7 +203,7 @@ def fit(
             plan = _Plan(trainee, objective, settings, root, cell, initialize, compile, counts_rows=guide is not None)
             plan.set_up(batches)
             if checkpoint is not None:
-                saved.require(plan.describe(batches, held_out, refit=refit))
+                saved.require(plan.describe(batches, held_out, refit=refit), plan.described)
             start = saved.tensors("start") or copied(objective.state_dict())
             loop = plan.loop(batches, held_out)
             saved.restore(loop)
@@ -244,8 +245,6 @@ class _Plan:
         settings = dataclasses.asdict(self.settings)
         return {
             "seed": self.seed,
-            "network": repr(self.trainee.module),
-            "objective": repr(self.objective),
             "settings": {**settings, "autocast": settings["autocast"] and str(settings["autocast"])},
             "initialize": self.initialize,
             "compile": self.compiled,
@@ -254,6 +253,10 @@ class _Plan:
             "data": batches.digest(),
             "validation": held_out.digest() if held_out is not None else None,
         }
+
+    def described(self) -> dict[str, str]:
+        """Describe what the modules compute that are trained."""
+        return described(network=self.trainee.module, objective=self.objective)
 
     def set_up(self, batches: Batches) -> None:
         """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained."""

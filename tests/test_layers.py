@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "pyro_mdn"
 ORDER = [
     "checks",
     "isolation",
+    "fingerprint",
     "triangles",
     "kernels",
     "layer",

@@ -1,0 +1,309 @@
+r"""Fingerprints of modules: what they compute, apart from their weights, as text by name."""
+
+from __future__ import annotations
+
+import copyreg
+import dis
+import hashlib
+import inspect
+import random
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from pyro.poutine import Trace
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["described", "differing", "incomparable"]
+
+
+def described(*, buffers: bool = True, **modules: nn.Module) -> dict[str, str]:
+    """Describe what modules compute, apart from their weights, in words that are the same in every process.
+
+    There is an entry for each submodule, with its type and the order of its parts, and for each attribute, tensor and
+    hook. A function counts by its name, or by its code and what it closes over where the name does not lead to it.
+    A tensor that is neither parameter nor buffer counts by its values. Left out are weights, modes, devices, states of
+    generators, and caches: cached properties, and attributes with ``cache`` in their name.
+
+    Args:
+        buffers: Whether the values of buffers that are not persistent count.
+        modules: Modules by name. Where one contains another, or shares a tensor with it, the text says so.
+
+    >>> described(layer=nn.LeakyReLU(0.1))["layer.negative_slope"]
+    '0.1'
+    >>> differing(described(f=nn.GELU()), described(f=nn.GELU(approximate="tanh")))
+    ['f.approximate']
+    """
+    places: dict[int, str] = {}
+    for name, module in modules.items():
+        for path, part in module.named_modules(prefix=name):
+            places.setdefault(id(part), path)
+            for leaf, tensor in _tensors(part):
+                places.setdefault(id(tensor), f"{path}.{leaf}")
+    return {k: v for name, module in modules.items() for k, v in _Writer(places, buffers).entries(name, module)}
+
+
+def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
+    """Sorted names of the entries that are not the same in two descriptions."""
+    return sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
+
+
+def incomparable(description: Mapping[str, str]) -> list[str]:
+    """Sorted names of the entries with an object whose settings cannot be read, such as a lock or an open file."""
+    return sorted(name for name, text in description.items() if _OPAQUE in text)
+
+
+_OPAQUE = "object that cannot be compared"
+_LONGEST = 200
+
+
+class _Writer:
+    """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
+
+    def __init__(self, places: Mapping[int, str], buffers: bool) -> None:
+        self.places, self.buffers = places, buffers
+        self.active: list[int] = []
+        self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
+
+    # Modules
+
+    def entries(self, name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
+        """Names and texts for a module and its parts."""
+        if (place := self.places.get(id(module), name)) != name:
+            yield name, f"the same as {place}"
+            return
+        yield name, f"{self.text(type(module))}({', '.join(module._modules)})"
+        for leaf, tensor in _tensors(module):
+            yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
+        for leaf, value in _attributes(module):
+            yield f"{name}.{leaf}", _short(self.text(value))
+        for kind in _HOOKS:
+            if hooks := module.__dict__.get(kind):
+                yield f"{name}.{kind}", _short(self._listed(hooks.values()))
+        for leaf, part in module._modules.items():
+            yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
+
+    def _registered(self, name: str, tensor: Tensor | None, module: nn.Module, leaf: str) -> str:
+        if tensor is None:
+            return "None"
+        if (place := self.places.get(id(tensor), name)) != name:
+            return f"the same as {place}"
+        if isinstance(tensor, nn.Parameter) and id(tensor) in self.places:
+            return "parameter"
+        transient = leaf in module._non_persistent_buffers_set and self.buffers
+        return _numbers(tensor) if transient or id(tensor) not in self.places else "buffer"
+
+    def _module(self, module: nn.Module) -> str:
+        """A module that is no registered part, and whose weights therefore are not trained either."""
+        return self._pairs(self.entries("", module))
+
+    # Values
+
+    def text(self, value: Any) -> str:
+        """Text for any value."""
+        if type(value) in _PLAIN:
+            return repr(value)
+        if (place := self.places.get(id(value))) is not None:
+            return f"the same as {place}"
+        if id(value) in self.active:
+            return f"what is {len(self.active) - self.active.index(id(value))} above"
+        if id(value) not in self.texts:
+            self.active.append(id(value))
+            write = next((write for kind, write in _WRITERS if isinstance(value, kind)), _Writer._object)
+            self.texts[id(value)] = value, write(self, value)
+            self.active.pop()
+        return self.texts[id(value)][1]
+
+    def _listed(self, values: Iterable[Any]) -> str:
+        return f"[{', '.join(self.text(value) for value in values)}]"
+
+    def _pairs(self, pairs: Iterable[tuple[str, str]]) -> str:
+        return f"({', '.join(f'{name}={text}' for name, text in pairs)})"
+
+    def _container(self, value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{self.text(k)}: {self.text(v)}' for k, v in value.items())}}}"
+        if isinstance(value, set | frozenset):
+            return f"set{sorted(self.text(v) for v in value)}"
+        return f"{type(value).__name__}{self._listed(value)}"
+
+    def _object(self, value: Any) -> str:
+        """An object by its type and what a copy of it would be made from."""
+        if type(value) in _CONTAINERS:
+            return self._container(value)
+        name = self.text(type(value))
+        try:
+            copy = copyreg.dispatch_table.get(type(value))
+            reduced = value.__reduce_ex__(4) if copy is None else copy(value)
+        except Exception:  # whatever the object's own code raises
+            return f"{name}: {_OPAQUE}"
+        if isinstance(reduced, str):
+            return f"{name} {reduced}"
+        make, args, state, items, pairs = (*reduced, None, None, None)[:5]
+        parts = [] if make is copyreg.__newobj__ and args == (type(value),) else [self._listed([make, *args])]
+        states = state if isinstance(state, tuple) else (state,)
+        parts += [self._state(type(value), part) for part in states if part is not None]
+        parts += [self._listed(map(list, part) if part is pairs else part) for part in (items, pairs) if part]
+        return f"{name}{''.join(parts)}"
+
+    def _state(self, kind: type, state: Any) -> str:
+        if not isinstance(state, dict):
+            return self.text(state)
+        return self._pairs((str(name), self.text(v)) for name, v in state.items() if not _is_cache(kind, str(name)))
+
+    # Code
+
+    def _type(self, kind: type) -> str:
+        if issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]:
+            return f"PyroModule[{self.text(kind.__bases__[0])}]"
+        if _leads_to(kind) or not kind.__flags__ & _ON_HEAP:
+            return f"{kind.__module__}.{kind.__qualname__}"
+        members = [(k, v) for k, v in vars(kind).items() if k not in _OF_CLASSES and not k.startswith("_abc_")]
+        code = self._pairs((name, self.text(member)) for name, member in members)
+        return f"{kind.__name__}{self._listed(kind.__bases__)} {_sealed(code)}"
+
+    def _function(self, function: types.FunctionType) -> str:
+        if _leads_to(function):
+            return f"{function.__module__}.{function.__qualname__}"
+        used = [function.__globals__[name] for name in _globals(function.__code__) if name in function.__globals__]
+        cells = [_content(cell) for cell in function.__closure__ or ()]
+        parts = [function.__code__, function.__defaults__, function.__kwdefaults__, cells, used]
+        return f"{function.__name__} {_sealed(self._listed(parts))}"
+
+    def _code(self, code: types.CodeType) -> str:
+        parts = [code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_argcount, code.co_flags]
+        return self._listed(parts)
+
+    def _method(self, method: Any) -> str:
+        owner = method.__self__
+        module = getattr(method, "__module__", None)
+        of = owner.__name__ if isinstance(owner, types.ModuleType) else module if owner is None else self.text(owner)
+        return f"{of}.{method.__name__}"
+
+    def _wrapped(self, value: Any) -> str:
+        return self._listed([value.fget, value.fset] if isinstance(value, property) else [value.__func__])
+
+
+_PLAIN = frozenset(
+    (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), torch.dtype, torch.Size)
+)
+_CONTAINERS = frozenset((dict, list, tuple, set, frozenset))
+_WITHOUT_SETTINGS = (  # their state changes by use, or says where something is
+    RemovableHandle,
+    Trace,
+    np.random.BitGenerator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+    torch.Generator,
+    torch.device,
+    weakref.ReferenceType,
+)
+_WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
+    (_WITHOUT_SETTINGS, lambda writer, value: writer.text(type(value))),
+    (nn.Module, _Writer._module),
+    (Tensor, lambda _, value: _numbers(value)),
+    (
+        np.ndarray | np.generic,
+        lambda writer, value: (
+            writer._listed([value.tolist()])
+            if value.dtype.hasobject
+            else f"{value.dtype} {value.shape} {_digest(np.ascontiguousarray(value).tobytes())}"
+        ),
+    ),
+    (type, _Writer._type),
+    (types.FunctionType, _Writer._function),
+    (types.MethodType | types.BuiltinFunctionType, _Writer._method),
+    (types.CodeType, _Writer._code),
+    (property | staticmethod | classmethod, _Writer._wrapped),
+    (types.ModuleType, lambda _, value: value.__name__),
+]
+_ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_CLASSES = {*vars(type("", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
+_OF_MODULES = {*vars(PyroModule()), "_compiled_call_impl", "_is_torch_compile"} - {"_pyro_params", "_pyro_samples"}
+_OF_GUIDES = {"create_plates", "init_loc_fn", "master", "plates", "prototype_trace"}
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    """Parameters and buffers of a module itself, without a look at latent ones, which would be draws."""
+    return [*module._parameters.items(), *module._buffers.items()]
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Attributes of a module that decide what it computes."""
+    kind = type(module)
+    if kind.__module__.startswith("torch._dynamo"):  # what wraps a module that is compiled
+        return
+    for name, value in vars(module).items():
+        of_torch = name in _OF_MODULES or (isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"))
+        of_pyro = name in ("_pyro_params", "_pyro_samples") and not value
+        of_guide = isinstance(module, AutoGuide) and (name in _OF_GUIDES or name.startswith("_"))
+        derived = isinstance(value, Tensor) and _is_derived(module, name, value)
+        if not (of_torch or of_pyro or of_guide or derived or _is_cache(kind, name)):
+            yield name, value
+
+
+def _is_derived(module: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor was computed from parameters: old-style weight norm, spectral norm and pruning keep such."""
+    return tensor.grad_fn is not None or not module._parameters.keys().isdisjoint({f"{name}_orig", f"{name}_g"})
+
+
+def _is_cache(kind: type, name: str) -> bool:
+    """Whether an attribute can be computed again: a cached property of any sort, or one that is called a cache."""
+    if "cache" in name.lower() or name == "_validate_args":
+        return True
+    attribute = inspect.getattr_static(kind, name, None)
+    is_code = isinstance(attribute, types.FunctionType | types.MethodDescriptorType | staticmethod | classmethod | type)
+    return hasattr(attribute, "__get__") and not hasattr(attribute, "__set__") and not is_code
+
+
+def _leads_to(value: Any) -> bool:
+    """Whether module and qualified name lead to this very class or function."""
+    found: Any = sys.modules.get(value.__module__)
+    for name in value.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is value
+
+
+def _globals(code: types.CodeType) -> list[str]:
+    """Names of the global variables that code reads, sorted."""
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _globals(const)]
+    return sorted({*inner, *(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")})
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing is in it yet
+        return None
+
+
+def _numbers(tensor: Tensor) -> str:
+    """Dtype, shape and digest of the entries, wherever these are."""
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+        return f"{tensor.dtype} without values"
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _sealed(text: str) -> str:
+    """Digest of a text, in which objects that cannot be compared are still named."""
+    return f"{_digest(text.encode())}{f' with an {_OPAQUE}' if _OPAQUE in text else ''}"
+
+
+def _short(text: str) -> str:
+    """The text, or its beginning and a digest of the whole."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… {_sealed(text)}"
