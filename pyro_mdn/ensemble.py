@@ -17,7 +17,7 @@ from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.isolation import isolated
 from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.network import MixtureDensityNetwork, warn_if_unlike
 from pyro_mdn.vectorized import over_draws
 
 __all__ = ["DeepEnsemble"]
@@ -175,10 +175,15 @@ class DeepEnsemble(nn.Module):
 
         Args:
             path: The file.
-            backbone: A module of the same architecture, where the networks were built with one.
+            backbone: A module of the same architecture, where the networks were built with one, or their hidden layers
+                were changed.
 
         Raises:
-            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was.
+            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was; or
+                if there is no backbone where the file needs one.
+
+        Warns:
+            UserWarning: If the networks that were saved had other types, attributes or hooks, which are named.
         """
         config, tensors = serialization.read_tensors(path)
         if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
@@ -188,6 +193,7 @@ class DeepEnsemble(nn.Module):
         ensemble = cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
         serialization.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
         ensemble.stacked.load_state_dict(tensors)
+        warn_if_unlike(ensemble.stacked, config["ensemble"], str(path))
         return ensemble
 
 

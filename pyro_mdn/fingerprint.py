@@ -24,16 +24,20 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["described", "differing", "incomparable"]
 
 
-def described(*, buffers: bool = True, **modules: nn.Module) -> dict[str, str]:
+def described(*, hooks: bool = True, buffers: bool = True, code: bool = True, **modules: nn.Module) -> dict[str, str]:
     """Describe what modules compute, apart from their weights, in words that are the same in every process.
 
     There is an entry for each submodule, with its type and the order of its parts, and for each attribute, tensor and
-    hook. A function counts by its name, or by its code and what it closes over where the name does not lead to it.
-    A tensor that is neither parameter nor buffer counts by its values. Left out are weights, modes, devices, states of
-    generators, and caches: cached properties, and attributes with ``cache`` in their name.
+    hook. A function or a class counts by its name, or by its code and what it closes over where the name does not lead
+    to it for certain: in ``__main__``, or where it is local. A tensor that is neither parameter nor buffer counts by
+    its values. Left out are weights, modes, devices, states of generators, and caches: cached properties, and
+    attributes with ``cache`` in their name. A counter, or another state, does not count where it is a buffer.
 
     Args:
+        hooks: Whether hooks count.
         buffers: Whether the values of buffers that are not persistent count.
+        code: Whether modules and code of functions and classes count, or their qualified names alone. These are the
+            same for a program that defines a class and another that imports it.
         modules: Modules by name. Where one contains another, or shares a tensor with it, the text says so.
 
     >>> described(layer=nn.LeakyReLU(0.1))["layer.negative_slope"]
@@ -47,7 +51,8 @@ def described(*, buffers: bool = True, **modules: nn.Module) -> dict[str, str]:
             places.setdefault(id(part), path)
             for leaf, tensor in _tensors(part):
                 places.setdefault(id(tensor), f"{path}.{leaf}")
-    return {k: v for name, module in modules.items() for k, v in _Writer(places, buffers).entries(name, module)}
+    writer = _Writer(places, hooks, buffers, code)
+    return {entry: text for name, module in modules.items() for entry, text in writer.entries(name, module)}
 
 
 def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
@@ -67,8 +72,9 @@ _LONGEST = 200
 class _Writer:
     """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
 
-    def __init__(self, places: Mapping[int, str], buffers: bool) -> None:
-        self.places, self.buffers = places, buffers
+    def __init__(self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool) -> None:
+        self.places, self.buffers, self.code = places, buffers, code
+        self.hooks = _HOOKS if hooks else ()
         self.active: list[int] = []
         self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
 
@@ -84,7 +90,7 @@ class _Writer:
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
         for leaf, value in _attributes(module):
             yield f"{name}.{leaf}", _short(self.text(value))
-        for kind in _HOOKS:
+        for kind in self.hooks:
             if hooks := module.__dict__.get(kind):
                 yield f"{name}.{kind}", _short(self._listed(hooks.values()))
         for leaf, part in module._modules.items():
@@ -163,6 +169,8 @@ class _Writer:
     def _type(self, kind: type) -> str:
         if issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]:
             return f"PyroModule[{self.text(kind.__bases__[0])}]"
+        if not self.code:
+            return kind.__qualname__
         if _leads_to(kind) or not kind.__flags__ & _ON_HEAP:
             return f"{kind.__module__}.{kind.__qualname__}"
         members = [(k, v) for k, v in vars(kind).items() if k not in _OF_CLASSES and not k.startswith("_abc_")]
@@ -170,6 +178,8 @@ class _Writer:
         return f"{kind.__name__}{self._listed(kind.__bases__)} {_sealed(code)}"
 
     def _function(self, function: types.FunctionType) -> str:
+        if not self.code:
+            return function.__qualname__
         if _leads_to(function):
             return f"{function.__module__}.{function.__qualname__}"
         used = [function.__globals__[name] for name in _globals(function.__code__) if name in function.__globals__]
@@ -266,8 +276,8 @@ def _is_cache(kind: type, name: str) -> bool:
 
 
 def _leads_to(value: Any) -> bool:
-    """Whether module and qualified name lead to this very class or function."""
-    found: Any = sys.modules.get(value.__module__)
+    """Whether module and qualified name lead to this very class or function; in a notebook they may not tomorrow."""
+    found: Any = None if value.__module__ == "__main__" else sys.modules.get(value.__module__)
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
     return found is value

@@ -3,6 +3,7 @@ r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
 from pyro_mdn.checks import all_finite, is_count
+from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.isolation import own_generators, own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 
-__all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating"]
+__all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating", "warn_if_unlike"]
 
 
 class MixtureDensityNetwork(PyroModule):
@@ -59,7 +61,6 @@ class MixtureDensityNetwork(PyroModule):
 
     input_shape: tuple[int, ...]
     hidden_dim: tuple[int, ...]
-    custom_backbone: bool
     backbone: nn.Module
     head: MixtureHead
     x_shift: Tensor
@@ -83,7 +84,6 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"dim_in: expected a width, or a backbone that takes shape {self.input_shape}")
         if not (backbone is None or isinstance(backbone, nn.Module)):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
-        self.custom_backbone = backbone is not None
         self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
         self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
         self.register_buffer("x_shift", torch.zeros(self.input_shape))
@@ -97,6 +97,14 @@ class MixtureDensityNetwork(PyroModule):
     def dim_out(self) -> int:
         """Number of outputs D."""
         return self.head.dim_out
+
+    @property
+    def custom_backbone(self) -> bool:
+        """Whether the backbone is another than the hidden layers of these widths, apart from weights and hooks."""
+        with torch.device("meta"):
+            usual = _mlp([*self.input_shape, *self.hidden_dim])
+        structures = (described(backbone=backbone, hooks=False, buffers=False) for backbone in (self.backbone, usual))
+        return bool(differing(*structures))
 
     @property
     def n_components(self) -> int:
@@ -290,13 +298,16 @@ class MixtureDensityNetwork(PyroModule):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole.
 
+        Hooks, and what was put into the head in place of its own layers, are not in the file: :meth:`load` warns then.
+        A backbone of other layers than those of ``hidden_dim`` is not in it either, however it came there.
+
         Raises:
             ValueError: If there are latent weights: what was learned of them is in the guide or the samples.
         """
         serialization.write_tensors(path, self.config(), self.state_dict())
 
     def config(self) -> dict[str, Any]:
-        """What the network was built from, in plain values.
+        """What to build a network like this from, in plain values, and what it is to be compared with then.
 
         Raises:
             ValueError: If there are latent weights.
@@ -310,6 +321,7 @@ class MixtureDensityNetwork(PyroModule):
             "hidden_dim": list(self.hidden_dim),
             "noise": serialization.noise_to_config(self.head.noise),
             "custom_backbone": self.custom_backbone,
+            "structure": described(network=self, buffers=False, code=False),
         }
 
     @classmethod
@@ -318,16 +330,21 @@ class MixtureDensityNetwork(PyroModule):
 
         Args:
             path: The file.
-            backbone: A module of the same architecture, where the network was built with one; its weights are
-                taken from the file.
+            backbone: A module of the same architecture, where the network was built with one, or its hidden layers were
+                changed; its weights are taken from the file.
 
         Raises:
-            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was.
+            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was; or
+                if there is no backbone where the file needs one.
+
+        Warns:
+            UserWarning: If the network that was saved had other types, attributes or hooks, which are named.
         """
         config, tensors = serialization.read_tensors(path)
         network = cls.from_config(config, str(path), backbone=backbone)
         serialization.require_fitting(str(path), network.state_dict(), tensors)
         network.to(tensors["head.linear.weight"].dtype).load_state_dict(tensors)
+        warn_if_unlike(network, config, str(path))
         return network
 
     @classmethod
@@ -337,14 +354,36 @@ class MixtureDensityNetwork(PyroModule):
         if "custom_backbone" not in config:
             kind = "an ensemble" if "ensemble" in config else "another file of this library"
             raise ValueError(f"{source}: expected a network, got {kind}")
-        if config.pop("custom_backbone", None) is not (backbone is not None):
-            raise ValueError(f"{source}: expected backbone= exactly if the network was built with one")
+        structure = config.pop("structure", {})
+        _require_backbone(source, config.pop("custom_backbone"), backbone, structure)
         try:
             noise = serialization.noise_from_config(config.pop("noise"))
             with own_generators():  # the first weights do not stay
                 return cls(**config, noise=noise, backbone=backbone)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error
+
+
+def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], source: str) -> None:
+    """Warn if a network is not built like the one that this configuration is of; what was added since does not count.
+
+    Files of earlier versions do not say how it was built.
+    """
+    now = described(network=network, buffers=False, code=False)
+    then = config.get("structure", {})
+    if lost := [f"{name}: {text}, now {now.get(name)}" for name, text in then.items() if text != now.get(name)]:
+        warnings.warn(f"{source}: expected a network built like the one saved; {'; '.join(lost)}", stacklevel=3)
+
+
+def _require_backbone(source: str, custom: Any, backbone: nn.Module | None, structure: Mapping[str, str]) -> None:
+    """Raise a ``ValueError`` unless there is a backbone exactly if a file needs one."""
+    if custom is True and backbone is None:
+        parts = [f"{name}: {text}" for name, text in structure.items() if name.startswith("network.backbone")]
+        shown = "; ".join(part for part in parts if not part.endswith((": parameter", ": buffer")))
+        like = f" that is built like this: {shown}" if shown else ""
+        raise ValueError(f"{source}: expected backbone= with a module in place of the usual hidden layers{like}")
+    if custom is not (backbone is not None):
+        raise ValueError(f"{source}: expected no backbone=, since the file has the usual hidden layers, got one")
 
 
 @contextmanager
