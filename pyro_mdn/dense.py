@@ -3,6 +3,7 @@ r"""Many networks at once whose hidden layers are our own: batched matrix produc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ def is_dense(network: MixtureDensityNetwork) -> bool:
     if not (inherited and len(network.input_shape) == 1 and is_plain(backbone, nn.Sequential)):
         return False
     names = {name.removesuffix("_start") for name, _ in [*network.named_parameters(), *network.named_buffers()]}
-    layers = {f"backbone.{name}": layer for name, layer in backbone._modules.items()}
+    layers: dict[str, Any] = {f"backbone.{name}": layer for name, layer in backbone._modules.items()}
     linear = {name: layer for name, layer in [*layers.items(), ("head.linear", head.linear)] if _is_linear(layer)}
     return (
         "head.linear" in linear
@@ -81,7 +82,8 @@ def _channels(
     network: MixtureDensityNetwork, features: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None
 ) -> Tensor:
     """What the head's linear layer gives, ``(S, C, N)``."""
-    for name, layer in network.backbone._modules.items():  # ``named_children`` has one that occurs twice only once
+    layers: dict[str, Any] = network.backbone._modules
+    for name, layer in layers.items():  # ``named_children`` has one that occurs twice only once
         if isinstance(layer, nn.Linear):
             bias, weight = (tensors[f"backbone.{name}.{kind}"] for kind in ("bias", "weight"))
             features = _linear(features, weight, bias)

@@ -19,6 +19,8 @@ from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from pyro.poutine import Trace
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 __all__ = ["described", "differing", "incomparable"]
@@ -147,16 +149,17 @@ class _Writer:
         name = self.text(type(value))
         try:
             copy = copyreg.dispatch_table.get(type(value))
-            reduced = value.__reduce_ex__(4) if copy is None else copy(value)
+            reduced: Any = value.__reduce_ex__(4) if copy is None else copy(value)
         except Exception:  # whatever the object's own code raises
             return f"{name}: {_OPAQUE}"
         if isinstance(reduced, str):
             return f"{name} {reduced}"
-        make, args, state, items, pairs = (*reduced, None, None, None)[:5]
-        parts = [] if make is copyreg.__newobj__ and args == (type(value),) else [self._listed([make, *args])]
+        make, args, state, items, pairs = [*reduced, None, None, None][:5]
+        usual = getattr(make, "__name__", None) == "__newobj__" and args == (type(value),)
         states = state if isinstance(state, tuple) else (state,)
+        parts = [] if usual else [self._listed([make, *args])]
         parts += [self._state(type(value), part) for part in states if part is not None]
-        parts += [self._listed(map(list, part) if part is pairs else part) for part in (items, pairs) if part]
+        parts += [self._listed(items or ()), self._listed(map(list, pairs or ()))] if items or pairs else []
         return f"{name}{''.join(parts)}"
 
     def _state(self, kind: type, state: Any) -> str:
@@ -169,6 +172,8 @@ class _Writer:
     def _type(self, kind: type) -> str:
         if issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]:
             return f"PyroModule[{self.text(kind.__bases__[0])}]"
+        if kind.__module__ == parametrize.__name__ and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
+            return f"Parametrized[{self.text(kind.__bases__[0])}]"  # by its parts; torch makes a class for each module
         if not self.code:
             return kind.__qualname__
         if _leads_to(kind) or not kind.__flags__ & _ON_HEAP:
@@ -298,7 +303,7 @@ def _content(cell: types.CellType) -> Any:
 
 def _numbers(tensor: Tensor) -> str:
     """Dtype, shape and digest of the entries, wherever these are."""
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+    if is_lazy(tensor) or tensor.is_meta:
         return f"{tensor.dtype} without values"
     dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
     flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)

@@ -41,6 +41,7 @@ from pyro_mdn import (
     starting_weights,
 )
 from pyro_mdn.bayesian import draw_weights
+from pyro_mdn.dense import is_dense
 from pyro_mdn.latent import fan_in_normal
 from pyro_mdn.vectorized import over_draws
 
@@ -359,19 +360,43 @@ def test_weights_that_are_not_latent(layers, noise):
     assert_close(mixture.log_prob(y), one_after_another(network, draws, x, y))
 
 
-@pytest.mark.parametrize("change", ["spectral norm", "other layer", "no bias"])
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+CHANGES = ["spectral norm", "other layer", "no bias", "subclass", "hook", "pre-hook", "forward", "shared activation"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_backbones_that_were_changed(change):
     network = make()
     if change == "spectral norm":
         nn.utils.parametrizations.spectral_norm(network.backbone[2])
     elif change == "other layer":
         network.backbone.append(nn.Tanh())
-    else:
+    elif change == "no bias":
         network.backbone[0] = nn.Linear(6, 4, bias=False).double()
+    elif change == "subclass":
+        network.backbone[0] = Doubled(6, 4).double()
+    elif change == "hook":
+        network.backbone[0].register_forward_hook(lambda *args: 2 * args[-1])
+    elif change == "pre-hook":
+        network.backbone[0].register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    elif change == "forward":
+        network.backbone[0].forward = lambda x: x[..., :4]
+    else:
+        network.backbone[3] = network.backbone[1]
     bayesianize(network.eval(), layers="head")
     x, y = data()
     draws = draw_weights(network, AutoNormal(network.model), x, 5)
     assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
+
+
+@pytest.mark.parametrize("layers", ["all", "head", "backbone.0.weight"])
+def test_plain_layers_with_latent_weights_are_plain(layers):
+    """Pyro makes subclasses of their types, which compute the same."""
+    assert is_dense(bayesianize(make(), layers=layers))
 
 
 def test_draws_of_a_guide_follow_it():

@@ -2,7 +2,9 @@
 
 import copy
 import math
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from pyro_mdn import (
     Isotropic,
     LowRank,
     MixtureDensityNetwork,
+    MixtureHead,
     NegativeLogLikelihood,
     WeightedSum,
     bayesianize,
@@ -25,6 +28,7 @@ from pyro_mdn import (
     scores,
 )
 from pyro_mdn.data import Rows
+from pyro_mdn.dense import is_dense
 from pyro_mdn.member_data import MemberBatches
 from pyro_mdn.objectives import Memberwise
 
@@ -132,6 +136,79 @@ def test_networks_that_were_changed(change):
         nn.utils.parametrize.register_parametrization(network.head.linear, "weight", nn.Tanh())
     x, y = data(6)
     assert_close(DeepEnsemble(members).members(x).log_prob(y), torch.stack([n(x).log_prob(y) for n in members]))
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def doubled(*args):
+    return 2 * args[-1]
+
+
+CODE = {
+    "subclass": lambda b: b.__setitem__(2, Doubled(8, 8)),
+    "hook": lambda b: b[2].register_forward_hook(doubled),
+    "pre-hook": lambda b: b[2].register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],)),
+    "hook of an activation": lambda b: b[1].register_forward_hook(lambda _, inputs, output: output - output.mean(0)),
+    "hook of all": lambda b: b.register_forward_hook(doubled),
+    "forward": lambda b: setattr(b[2], "forward", lambda x: torch.sin(x)),
+    "parametrization": lambda b: nn.utils.parametrize.register_parametrization(b[2], "weight", nn.Tanh()),
+    "shared activation": lambda b: b.__setitem__(3, b[1]),
+    "plain": lambda b: None,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["default", "custom"])
+@pytest.mark.parametrize("change", CODE)
+def test_layers_that_compute_something_else(change, kind):
+    torch.manual_seed(0)
+    first = make(kind).double()
+    CODE[change](first.backbone.double())
+    first.double()
+    members = [first, *(copy.deepcopy(first) for _ in range(2))]
+    for network in members:
+        network.load_state_dict({name: t + 0.3 * torch.randn_like(t).abs() for name, t in first.state_dict().items()})
+    ensemble, (x, y) = DeepEnsemble(members), (t.double() for t in data(6))
+    expected = torch.stack([network(x).log_prob(y) for network in members])
+    assert_close(ensemble.members(x).log_prob(y), expected)
+    assert_close(ensemble.loss(x.expand(3, -1, -1), y.expand(3, -1, -1)), -expected)
+    assert is_dense(ensemble.stacked) is (change in ("shared activation", "plain"))
+
+
+def test_hooks_of_all_modules():
+    members = networks(2)
+    ensemble, (x, y) = DeepEnsemble(members), data(6)
+    plain = ensemble.members(x).log_prob(y)
+    with nn.modules.module.register_module_forward_hook(lambda m, _, out: out + 1 if type(m) is nn.GELU else None):
+        expected = torch.stack([network(x).log_prob(y) for network in members])
+        assert_close(ensemble.members(x).log_prob(y), expected)
+    assert not torch.allclose(plain, expected)
+
+
+@pytest.mark.parametrize("part", ["linear", "hooked", "raw", "features", "backbone"])
+def test_batched_products_are_those_of_plain_layers(part):
+    network = make()
+    assert is_dense(network)
+    if part == "linear":
+        network.head.linear = Doubled(8, 12)
+    elif part == "hooked":
+        network.head.linear.register_forward_hook(doubled)
+    elif part == "raw":
+        network.head.raw = MixtureHead(8, 1, 4).raw
+    elif part == "features":
+        network.features = make().features
+    else:
+        network.backbone = Recurrent()
+    assert not is_dense(network)
+
+
+def test_backbones_of_another_width_are_refused():
+    ensemble = DeepEnsemble([MixtureDensityNetwork(3, 1, 4, 8, backbone=nn.Sequential(nn.Linear(3, 5), nn.GELU()))] * 2)
+    with pytest.raises(ValueError, match=r"backbone: expected features \(\*batch, 8\), got width 5"):
+        ensemble(data(6)[0])
 
 
 def test_members_differ_and_the_network_does_not_change():
@@ -389,6 +466,21 @@ def test_one_bad_member_is_named():
 # Files and refusals
 
 
+def test_save_and_load_of_changed_layers(tmp_path):
+    member = make()
+    member.backbone[1] = nn.ReLU()
+    ensemble = DeepEnsemble([member, member])
+    ensemble.save(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"expected backbone= .*network\.backbone\.1: ReLU"):
+        DeepEnsemble.load(tmp_path / "file")
+    x, y = data(6)
+    loaded = DeepEnsemble.load(tmp_path / "file", backbone=member.backbone)
+    assert_close(loaded.members(x).log_prob(y), ensemble.members(x).log_prob(y), rtol=0, atol=0)
+    DeepEnsemble([Residual(3, 1, 4, 8) for _ in range(2)]).save(tmp_path / "residual")
+    with pytest.warns(UserWarning, match=r"network: Residual\(.*\), now MixtureDensityNetwork"):
+        DeepEnsemble.load(tmp_path / "residual")
+
+
 @pytest.mark.parametrize("kind", ["default", "custom"])
 def test_save_and_load(tmp_path, kind):
     ensemble = DeepEnsemble(make(kind, noise=Full(tied=True)), 3, bootstrap=True)
@@ -421,6 +513,66 @@ class Stubborn(nn.Module):
 
     def forward(self, x):
         return x @ self.weight.T
+
+
+class Activated(nn.Module):
+    def __init__(self, activation):
+        super().__init__()
+        self.layer, self.activation = nn.Linear(3, 8), activation
+
+    def forward(self, x):
+        activation = self.activation
+        return activation["f"](self.layer(x)) if isinstance(activation, dict) else activation(self.layer(x))
+
+
+def leaky(slope):
+    return lambda x: nn.functional.leaky_relu(x, slope)
+
+
+class Factor:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+ACTIVATIONS = {
+    "function": (torch.tanh, torch.sin),
+    "function of Python": (nn.functional.relu, nn.functional.silu),
+    "closure": (leaky(0.1), leaky(0.2)),
+    "container": ({"f": torch.tanh}, {"f": torch.sin}),
+    "object": (Factor(1.0), Factor(2.0)),
+    "tensor": (Factor(torch.ones(8)), Factor(torch.full((8,), 2.0))),
+    "array": (Factor(np.ones(1)[0]), Factor(np.full(1, 2.0)[0])),
+    "module in an object": (Factor(nn.GELU()), Factor(nn.GELU("tanh"))),
+}
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_networks_of_other_code_are_refused(kind):
+    """Types and printouts agree, and so do the tensors."""
+    a, b = (MixtureDensityNetwork(3, 1, 4, 8, backbone=Activated(f)) for f in ACTIVATIONS[kind])
+    with pytest.raises(ValueError, match=r"one architecture, got .* for network\.backbone\.activation"):
+        DeepEnsemble([a, b])
+
+
+def test_a_hook_that_not_all_have_is_refused():
+    a, b = networks(2)
+    b.backbone[2].register_forward_hook(doubled)
+    with pytest.raises(ValueError, match=r"for network\.backbone\.2\._forward_hooks"):
+        DeepEnsemble([a, b])
+    with pytest.raises(ValueError, match="attributes that can be compared"):
+        DeepEnsemble([MixtureDensityNetwork(3, 1, 4, 8, backbone=Activated(threading.Lock())) for _ in range(2)])
+
+
+def test_networks_that_were_trained_apart_are_of_one_architecture():
+    x, y = data(60)
+    members = [MixtureDensityNetwork(3, 1, 4, 8, backbone=Activated(leaky(0.1))) for _ in range(2)]
+    fit(members[0], x, y, max_epochs=2, progress=False)
+    members[1].eval().backbone.mask_cache = torch.ones(3)
+    expected = torch.stack([network(x).log_prob(y) for network in members])
+    assert_close(DeepEnsemble(members).members(x).log_prob(y), expected)
 
 
 def test_refusals():

@@ -1,5 +1,6 @@
 """Fingerprints of modules: they show what changes what is computed, and nothing else, in every process alike."""
 
+import copy
 import dataclasses
 import enum
 import functools
@@ -181,6 +182,14 @@ def test_weights_that_are_computed_from_others_are_weights(change):
         b(torch.ones(1, 2))
     assert alike(a, b)
     assert not alike(a, nn.Linear(2, 2))
+
+
+def test_parametrized_layers_are_those_of_their_parts():
+    first, other = (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2), dim=dim) for dim in (0, 1))
+    assert alike(first, nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    assert alike(first, copy.deepcopy(first))
+    assert not alike(first, other)
+    assert not alike(first, nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)))
 
 
 def test_recurrent_layers_and_compiled_ones_have_no_more_than_their_settings():

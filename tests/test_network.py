@@ -221,6 +221,82 @@ def test_backbone_must_fit_the_file_and_stays_as_it_was(tmp_path, saved):
     assert all(torch.equal(a, b) for a, b in zip(before.values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("change", ["other activation", "other setting", "one more", "tied", "subclass"])
+def test_changed_hidden_layers_are_asked_for(tmp_path, change):
+    network = MixtureDensityNetwork(3, 1, 2, [4, 4, 4])
+    if change == "other activation":
+        network.backbone[1] = nn.ReLU()
+    elif change == "other setting":
+        network.backbone[1] = nn.GELU(approximate="tanh")
+    elif change == "one more":
+        network.backbone.append(nn.Tanh())
+    elif change == "tied":
+        network.backbone[4].weight = network.backbone[2].weight
+    else:
+        network.backbone[2] = Doubled(4, 4)
+    path, (x, y) = tmp_path / "changed.safetensors", (torch.randn(6, 3), torch.randn(6, 1))
+    network.save(path)
+    with pytest.raises(ValueError, match=r"expected backbone= .*network\.backbone\.0\.in_features: 3"):
+        MixtureDensityNetwork.load(path)
+    again = MixtureDensityNetwork.load(path, backbone=copy.deepcopy(network.backbone))
+    assert_close(again.loss(x, y), network.loss(x, y), rtol=0, atol=0)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.filterwarnings("error")
+def test_hidden_layers_of_other_weights_or_dtype_are_the_usual_ones(tmp_path):
+    """Also a backbone that was given, but is what ``hidden_dim`` stands for."""
+    network = MixtureDensityNetwork(3, 1, 2, 4).double().eval()
+    network.backbone[0].weight.requires_grad_(False)
+    given = MixtureDensityNetwork(3, 1, 2, 4, backbone=copy.deepcopy(network.backbone)).double()
+    for saved in (network, given):
+        saved.save(tmp_path / "usual.safetensors")
+        assert_close(MixtureDensityNetwork.load(tmp_path / "usual.safetensors").state_dict(), saved.state_dict())
+
+
+def test_a_backbone_of_other_code_is_named(tmp_path):
+    """Its tensors fit, but it is not what was saved."""
+    path = tmp_path / "custom.safetensors"
+    MixtureDensityNetwork(3, 1, hidden_dim=8, backbone=nn.Sequential(nn.Linear(3, 8), nn.ELU(0.5))).save(path)
+    for activation, told in [(nn.ELU(1.0), r"backbone\.1\.alpha: 0\.5, now 1\.0"), (nn.ReLU(), r"ELU\(\), now ReLU")]:
+        with pytest.warns(UserWarning, match=told):
+            MixtureDensityNetwork.load(path, backbone=nn.Sequential(nn.Linear(3, 8), activation))
+
+
+def test_what_no_file_holds_is_named(tmp_path):
+    path = tmp_path / "changed.safetensors"
+    network = MixtureDensityNetwork(3, 1, 2, 4)
+    network.backbone[1].register_forward_hook(lambda *_: None)
+    network.save(path)
+    with pytest.warns(UserWarning, match=r"network\.backbone\.1\._forward_hooks: .*, now None"):
+        MixtureDensityNetwork.load(path)
+    network = MixtureDensityNetwork(3, 1, 2, 4)
+    network.head.linear = Doubled(4, 6)
+    network.save(path)
+    with pytest.warns(UserWarning, match=r"network\.head\.linear: Doubled\(\), now Linear"):
+        MixtureDensityNetwork.load(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("custom", [False, True])
+def test_files_without_a_structure_can_be_read(tmp_path, custom):
+    backbone = nn.Linear(3, 4) if custom else None
+    network, path = MixtureDensityNetwork(3, 1, 2, 4, backbone=backbone), tmp_path / "earlier.safetensors"
+    sizes = {"dim_in": [3], "dim_out": 1, "n_components": 2, "hidden_dim": [4, 4]}
+    noise = {"name": "Diagonal", "tied": False, "homoscedastic": False, "min_scale": 0.001}
+    config = {**sizes, "noise": noise, "custom_backbone": custom}
+    serialization.write_tensors(path, config, network.state_dict())
+    again = MixtureDensityNetwork.load(path, backbone=copy.deepcopy(backbone))
+    assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
+    if custom:
+        with pytest.raises(ValueError, match=r"expected backbone= with a module in place of the usual hidden layers$"):
+            MixtureDensityNetwork.load(path)
+
+
 def test_failed_save_leaves_the_old_file(saved, monkeypatch):
     before = saved.read_bytes()
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))

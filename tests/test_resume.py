@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pyro_mdn import ContinuousRankedProbability, Diagonal, MixtureDensityNetwork, fit, serialization
+from pyro_mdn import (
+    ContinuousRankedProbability,
+    Diagonal,
+    MixtureDensityNetwork,
+    NegativeLogLikelihood,
+    fit,
+    serialization,
+)
 
 SETTINGS = {"max_epochs": 6, "batch_size": 32, "checkpoint_every": 2, "seed": 0, "progress": False}
 
@@ -147,6 +155,84 @@ def test_a_noise_model_of_another_floor_is_another_run(tmp_path):
     fit(network(), x, y, checkpoint=tmp_path / "run", **SETTINGS)
     with pytest.raises(ValueError, match="expected a checkpoint of this run"):
         fit(network(noise=Diagonal(min_scale=0.1)), x, y, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+
+
+class Tempered(nn.Module):
+    """Objective with settings that its printout does not show."""
+
+    def __init__(self, network, setting):
+        super().__init__()
+        self.network, self.setting, self.calls = network, setting, 0
+
+    def forward(self, x, y):
+        self.calls += 1
+        self.last_losses = self.network.loss(x, y)
+        power = self.setting if isinstance(self.setting, float) else float(self.setting[0])
+        return self.last_losses * power
+
+
+def tempered(setting, **settings):
+    return Tempered(network(**settings), setting)
+
+
+@pytest.mark.parametrize(("a", "b"), [(1.0, 2.0), ([1.0], [2.0]), (torch.ones(1), torch.zeros(1)), (1.0, [1.0])])
+def test_objectives_of_other_settings_are_of_another_run(tmp_path, a, b):
+    (x, y), first, other = data(), tempered(a), tempered(b)
+    fit(first.network, x, y, objective=first, checkpoint=tmp_path / "run", **SETTINGS)
+    before = copy.deepcopy(other.network)
+    with pytest.raises(ValueError, match=r"expected a checkpoint of this run, .*objective\.setting"):
+        fit(other.network, x, y, objective=other, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+    assert states_equal(other.network, before)
+
+
+@pytest.mark.parametrize("change", ["points", "buffer", "function", "hook"])
+def test_settings_of_every_kind_are_of_the_run(tmp_path, change):
+    x, y = data()
+
+    def make(changed):
+        backbone = nn.Sequential(nn.Linear(1, 8), nn.GELU())
+        backbone[1].forward = torch.tanh if changed and change == "function" else torch.sin
+        if changed and change == "hook":
+            backbone.register_forward_hook(lambda *args: 2 * args[-1])
+        model = network(backbone=backbone)
+        cell, points = 1 + 1.0 * (changed and change == "buffer"), 8 + 1 * (changed and change == "points")
+        return model, NegativeLogLikelihood(model, torch.full((1,), cell), points)
+
+    (first, objective), (other, another) = make(False), make(True)
+    fit(first, x, y, objective=objective, checkpoint=tmp_path / "run", **SETTINGS)
+    with pytest.raises(ValueError, match="expected a checkpoint of this run"):
+        fit(other, x, y, objective=another, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("same", ["new", "used"])
+@pytest.mark.parametrize("refit", [False, True])
+def test_what_training_changes_is_no_setting(tmp_path, refit, same):
+    """Counters, and tensors that are left behind, by objects that are built anew or were trained in part."""
+    (x, y), settings = data(), {**SETTINGS, "validation": 0.2, "refit": refit}
+    whole, part = tempered(2.0), tempered(2.0)
+    expected = fit(whole.network, x, y, objective=whole, **settings)
+    with pytest.raises(Stop):
+        fit(part.network, x, y, objective=part, checkpoint=tmp_path / "run", callbacks=[stop_after(5)], **settings)
+    resumed = part if same == "used" else tempered(2.0)
+    result = fit(resumed.network, x, y, objective=resumed, checkpoint=tmp_path / "run", resume=True, **settings)
+    assert states_equal(resumed.network, whole.network)
+    assert result.history == expected.history
+
+
+def test_files_and_objects_that_cannot_be_compared_are_named(tmp_path):
+    (x, y), path = data(), tmp_path / "run"
+    fit(network(), x, y, checkpoint=path, **SETTINGS)
+    config, tensors = serialization.read_tensors(path)
+    del config["modules"], config["changing"]  # a file of an earlier version
+    serialization.write_tensors(path, {**config, "run": {**config["run"], "network": "", "objective": ""}}, tensors)
+    with pytest.warns(UserWarning, match="cannot tell whether .*the file does not describe them"):
+        fit(network(), x, y, checkpoint=path, resume=True, **SETTINGS)
+    path.unlink()
+    locked = tempered(1.0)
+    locked.lock = threading.Lock()
+    fit(locked.network, x, y, objective=locked, checkpoint=path, **SETTINGS)
+    with pytest.warns(UserWarning, match=r"cannot tell whether .*objective\.lock"):
+        fit(locked.network, x, y, objective=locked, checkpoint=path, resume=True, **SETTINGS)
 
 
 def test_backbones_that_look_alike_are_told_apart_by_their_tensors(tmp_path):
