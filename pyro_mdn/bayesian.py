@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_mdn.checks import require_counts
-from pyro_mdn.dense import dense_raw, is_dense
+from pyro_mdn.dense import dense_raw, is_dense, is_described_by_raw
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
 from pyro_mdn.isolation import isolated, own_generators
 from pyro_mdn.latent import latent_names, site_name
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.vectorized import OwnParameters, over_draws
+from pyro_mdn.vectorized import OwnParameters, mixtures_over_draws, over_draws
 
 __all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]
 
@@ -184,6 +184,13 @@ def _mixtures(
         weights = sum(value[0].numel() for value in draws.values())
         chunk_size = max(1, _ELEMENTS // (weights + rows * (2 * sum(network.hidden_dim) + 4 * sum(network.head.sizes))))
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+        if center is None and not is_described_by_raw(network):
+
+            def call(weights: dict[str, Tensor]) -> GaussianMixture:
+                with OwnParameters(), poutine.condition(data=weights):
+                    return network(x)
+
+            return mixtures_over_draws(call, draws, network, chunk_size=chunk_size)
         raw = _raw(network, draws, x, chunk_size, center)
     return network.head.mixture(raw, network.head.shift, network.head.scale)
 

@@ -17,6 +17,7 @@ __all__ = [
     "bounds",
     "is_count",
     "is_differentiated",
+    "is_hooked",
     "is_plain",
     "is_traced",
     "require_counts",
@@ -120,12 +121,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     >>> is_plain(layer, nn.Linear)
     False
     """
-    return (
-        type(module) in (kind, PyroModule[kind])
-        and "forward" not in module.__dict__
-        and not any(map(module.__dict__.get, _HOOKS))
-        and not any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
-    )
+    return type(module) in (kind, PyroModule[kind]) and "forward" not in module.__dict__ and not is_hooked(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of this module runs hooks, its own or those of all modules."""
+    own = any(map(module.__dict__.get, _HOOKS))
+    return own or any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # as torch itself checks

@@ -13,12 +13,12 @@ from torch.func import functional_call
 
 from pyro_mdn import serialization
 from pyro_mdn.checks import require_counts
-from pyro_mdn.dense import dense_raw, is_dense
+from pyro_mdn.dense import dense_raw, is_dense, is_described_by_raw
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.isolation import isolated
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, warn_if_unlike
-from pyro_mdn.vectorized import over_draws
+from pyro_mdn.vectorized import mixtures_over_draws, over_draws
 
 __all__ = ["DeepEnsemble"]
 
@@ -94,6 +94,8 @@ class DeepEnsemble(nn.Module):
         """
         self.stacked.check_inputs(x)
         tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
+        if not is_described_by_raw(self.stacked):
+            return self._called(x, tensors, shared=True)
         raw = self._raw(x, tensors, shared=True)
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return self.stacked.head.mixture(raw, shift, scale)
@@ -113,12 +115,19 @@ class DeepEnsemble(nn.Module):
         if not self.stacked.check_inputs(x) or len(x) != self.size:
             raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
+        if not is_described_by_raw(self.stacked):
+            mixture = self._called(x, tensors, shared=False)
+            self._require_targets(y, mixture.batch_shape, replicated=replicated)
+            return -mixture.log_prob(y)
         raw = self._raw(x, tensors, shared=False)
-        expected = (*raw[0].shape[:-1], self.stacked.dim_out)
-        if y.shape[-len(expected) if replicated else 0 :] != expected:
-            raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
+        self._require_targets(y, raw[0].shape[:-1], replicated=replicated)
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return -self.stacked.head.log_density(raw, y, shift, scale)
+
+    def _require_targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool) -> None:
+        expected = (*batch_shape, self.stacked.dim_out)
+        if y.shape[-len(expected) if replicated else 0 :] != expected:
+            raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
 
     def member(self, i: int) -> MixtureDensityNetwork:
         """Member number i as a network of its own: a copy."""
@@ -154,6 +163,16 @@ class DeepEnsemble(nn.Module):
         with isolated():
             logits, locs, noise = over_draws(call, tensors if shared else {**tensors, "x": x}, self.stacked)
         return logits, locs, noise
+
+    def _called(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool) -> GaussianMixture:
+        """Mixtures that calls of the networks give, ``(M, *batch)``."""
+
+        def call(draw: dict[str, Tensor]) -> GaussianMixture:
+            own = x if shared else draw.pop("x")
+            return functional_call(self.stacked, draw, (own,))
+
+        with isolated():
+            return mixtures_over_draws(call, tensors if shared else {**tensors, "x": x}, self.stacked)
 
     def _unit(self, tensor: Tensor, batch_dim: int) -> Tensor:
         """Shape ``(M, D)`` for a batch ``(M, ...)`` of mixtures."""

@@ -12,7 +12,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["OwnParameters", "over_draws"]
+from pyro_mdn.covariance import Covariance
+from pyro_mdn.mixture import GaussianMixture
+
+__all__ = ["OwnParameters", "mixtures_over_draws", "over_draws"]
 
 
 def over_draws(
@@ -52,6 +55,27 @@ def over_draws(
                 raise
             expected = "network: expected layers that torch.vmap supports"
             raise ValueError(f"{expected}, got {part}: {error}") from error
+
+
+def mixtures_over_draws(
+    function: Callable[[dict[str, Tensor]], GaussianMixture],
+    draws: Mapping[str, Tensor],
+    module: nn.Module,
+    *,
+    chunk_size: int | None = None,
+) -> GaussianMixture:
+    """Apply a function that gives a mixture likewise, ``batch_shape`` ``(S, *batch)``; see :func:`over_draws`."""
+    made: list[Covariance] = []
+
+    def tensors(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        mixture = function(draw)
+        made.append(mixture.covariance.expand((*mixture.batch_shape, mixture.covariance.batch_shape[-1])))
+        stored: list[Tensor] = []
+        made[-1].map(lambda tensor, _: stored.append(tensor) or tensor)
+        return mixture.logits, mixture.locs, *stored
+
+    logits, locs, *stored = over_draws(tensors, draws, module, chunk_size=chunk_size)
+    return GaussianMixture(logits, locs, made[-1].map(lambda *_: stored.pop(0)))
 
 
 class OwnParameters(Messenger):

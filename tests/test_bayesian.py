@@ -393,6 +393,32 @@ def test_backbones_that_were_changed(change):
     assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
 
 
+class Warmer(MixtureDensityNetwork):
+    def forward(self, x):
+        return super().forward(x).temper(2.0)
+
+
+@pytest.mark.parametrize("change", ["subclass", "hook", "hook of the head"])
+@pytest.mark.parametrize("noise", [Diagonal(), Full(homoscedastic=True), LowRank(1), Isotropic()])
+def test_networks_whose_call_is_changed(change, noise):
+    kind = Warmer if change == "subclass" else MixtureDensityNetwork
+    network = kind(6, 2, 3, 4, noise=noise).double()
+    network.initialize_(*data(2, 50))
+    bayesianize(network, layers=["head.linear", "backbone.0"])
+    if change != "subclass":
+        part = network if change == "hook" else network.head
+        part.register_forward_hook(lambda _, inputs, mixture: mixture.temper(2.0))
+    x, y = data(2)
+    draws = draw_weights(network, AutoNormal(network.model), x, 5)
+    mixture = posterior_predictive(network, draws, x, chunk_size=2)
+    expected = []
+    for i in range(5):
+        with poutine.condition(data={name: value[i] for name, value in draws.items()}):
+            expected.append(network(x).log_prob(y))
+    assert mixture.batch_shape == (5, 7)
+    assert_close(mixture.log_prob(y), torch.stack(expected))
+
+
 @pytest.mark.parametrize("layers", ["all", "head", "backbone.0.weight"])
 def test_plain_layers_with_latent_weights_are_plain(layers):
     """Pyro makes subclasses of their types, which compute the same."""

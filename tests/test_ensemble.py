@@ -129,6 +129,39 @@ class Residual(MixtureDensityNetwork):
         return super().features(x) + x.mean(-1, keepdim=True)
 
 
+class Warmer(MixtureDensityNetwork):
+    def forward(self, x):
+        return super().forward(x).temper(2.0)
+
+
+NETWORKS = {
+    "subclass": lambda **settings: Warmer(3, 2, 4, 8, **settings),
+    "hook": lambda **settings: hooked(make(dim_out=2, **settings), lambda network: network),
+    "hook of the head": lambda **settings: hooked(make(dim_out=2, **settings), lambda network: network.head),
+}
+
+
+def hooked(network, part):
+    part(network).register_forward_hook(lambda _, inputs, mixture: mixture.temper(2.0))
+    return network
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=repr)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_networks_whose_call_is_changed(kind, noise):
+    members = [NETWORKS[kind](noise=noise).double() for _ in range(3)]
+    for i, network in enumerate(members):
+        network.initialize_(*(i + t.double() for t in data(50, 2, seed=i)))
+    ensemble, (x, y) = DeepEnsemble(members), (t.double() for t in data(6, 2))
+    expected = torch.stack([network(x).log_prob(y) for network in members])
+    assert_close(ensemble.members(x).log_prob(y), expected)
+    assert_close(ensemble(x).log_prob(y), expected.logsumexp(0) - math.log(3))
+    assert_close(ensemble.members(x, torch.tensor([2, 0])).log_prob(y), expected[[2, 0]])
+    assert_close(ensemble.loss(x.expand(3, -1, -1), y.expand(3, -1, -1)), -expected)
+    with pytest.raises(ValueError, match="y: expected shape"):
+        ensemble.loss(x.expand(3, -1, -1), y)
+
+
 @pytest.mark.parametrize("change", ["features", "squashed head"])
 def test_networks_that_were_changed(change):
     members = [Residual(3, 1, 4, 8) if change == "features" else make() for _ in range(2)]
@@ -182,7 +215,7 @@ def test_hooks_of_all_modules():
     members = networks(2)
     ensemble, (x, y) = DeepEnsemble(members), data(6)
     plain = ensemble.members(x).log_prob(y)
-    with nn.modules.module.register_module_forward_hook(lambda m, _, out: out + 1 if type(m) is nn.GELU else None):
+    with nn.modules.module.register_module_forward_hook(lambda m, _, out: 2 * out if type(m) is nn.Linear else None):
         expected = torch.stack([network(x).log_prob(y) for network in members])
         assert_close(ensemble.members(x).log_prob(y), expected)
     assert not torch.allclose(plain, expected)
