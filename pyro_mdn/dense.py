@@ -12,7 +12,7 @@ from pyro_mdn.checks import is_hooked, is_plain
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.network import FirstLinear, MixtureDensityNetwork
 
-__all__ = ["dense_raw", "is_dense", "is_described_by_raw"]
+__all__ = ["dense_raw", "is_dense", "is_described_by_raw", "is_inherited"]
 
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
@@ -22,8 +22,8 @@ def is_dense(network: MixtureDensityNetwork) -> bool:
     is one call of an activation function, whose hooks would see another shape.
     """
     head, backbone = network.head, network.backbone
-    inherited = _is_inherited(network, MixtureDensityNetwork, "raw", "features")
-    inherited = inherited and _is_inherited(head, MixtureHead, "raw", "channels")
+    inherited = is_inherited(network, MixtureDensityNetwork, "raw", "features")
+    inherited = inherited and is_inherited(head, MixtureHead, "raw", "channels")
     if not (inherited and len(network.input_shape) == 1 and is_plain(backbone, nn.Sequential)):
         return False
     names = {name.removesuffix("_start") for name, _ in [*network.named_parameters(), *network.named_buffers()]}
@@ -39,11 +39,11 @@ def is_dense(network: MixtureDensityNetwork) -> bool:
 def is_described_by_raw(network: MixtureDensityNetwork) -> bool:
     """Whether ``network(x)`` is what its head makes of its raw outputs: no hook and no other ``forward`` has a say."""
     head = network.head
-    own = _is_inherited(network, MixtureDensityNetwork, "__call__", "forward")
-    return own and _is_inherited(head, MixtureHead, "forward") and not (is_hooked(network) or is_hooked(head))
+    own = is_inherited(network, MixtureDensityNetwork, "__call__", "forward")
+    return own and is_inherited(head, MixtureHead, "forward") and not (is_hooked(network) or is_hooked(head))
 
 
-def _is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
+def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
     """Whether a module has these methods from a class, neither overridden nor replaced."""
     kept = all(getattr(type(module), name) is getattr(kind, name) for name in names)
     return kept and module.__dict__.keys().isdisjoint(names)

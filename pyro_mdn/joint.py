@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.data import Rows, as_rows
+from pyro_mdn.dense import is_described_by_raw, is_inherited
 from pyro_mdn.guides import log_density_at
 from pyro_mdn.isolation import isolated, own_generators
 from pyro_mdn.latent import latent_names, starting_weights
@@ -22,7 +23,7 @@ from pyro_mdn.vectorized import OwnParameters
 
 __all__ = [
     "LogJoint",
-    "UnusualPriorError",
+    "UnusualModelError",
     "is_real",
     "latent_priors",
     "log_joint_of_model",
@@ -37,8 +38,8 @@ _ELEMENTS = 2**24  # of intermediate results in one pass
 Weights = Mapping[str, Tensor]
 
 
-class UnusualPriorError(ValueError):
-    """Latent sites that are not all weights, real and independent of each other."""
+class UnusualModelError(ValueError):
+    """Latent sites that are not all weights, real and independent of each other; or a model that is overridden."""
 
 
 class LogJoint:
@@ -54,12 +55,14 @@ class LogJoint:
         rows: Checked data.
 
     Raises:
-        UnusualPriorError: If there are other latent sites, or if the prior of one has a support that is not the
-            whole real line, or depends on another.
+        UnusualModelError: If there are other latent sites, or if the prior of one has a support that is not the
+            whole real line, or depends on another; or if the network has a model or ``forward`` of its own, or hooks.
         FloatingPointError: If the density of the starting weights is not finite.
     """
 
     def __init__(self, network: MixtureDensityNetwork, rows: Rows) -> None:
+        if not (is_described_by_raw(network) and is_inherited(network, MixtureDensityNetwork, "model", "raw")):
+            raise UnusualModelError("network: expected model and forward of MixtureDensityNetwork, without hooks on it")
         self.network, self.y = network, rows.y
         self.priors = _independent_priors(network, rows)
         values = starting_weights(network)
@@ -200,15 +203,15 @@ def _independent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str,
     start = {name: value.detach().clone().requires_grad_() for name, value in starting_weights(network).items()}
     sites = _latent_sites(network, rows, start)
     if sites.keys() != start.keys():
-        raise UnusualPriorError(f"network: expected the latent sites {sorted(start)}, got {sorted(sites)}")
+        raise UnusualModelError(f"network: expected the latent sites {sorted(start)}, got {sorted(sites)}")
     for name, site in sites.items():
         prior = site["fn"]
         if not is_real(prior):
-            raise UnusualPriorError(f"network: expected a prior over real numbers at {name}, got {prior.support}")
+            raise UnusualModelError(f"network: expected a prior over real numbers at {name}, got {prior.support}")
         density = prior.log_prob(start[name].detach()).sum()
         used = torch.autograd.grad(density, [*start.values()], allow_unused=True) if density.requires_grad else ()
         if any(gradient is not None for gradient in used):
-            raise UnusualPriorError(f"network: expected a prior that depends on no other weight, got one at {name}")
+            raise UnusualModelError(f"network: expected a prior that depends on no other weight, got one at {name}")
     return {name: site["fn"] for name, site in sites.items()}
 
 

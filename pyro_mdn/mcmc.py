@@ -23,7 +23,7 @@ from pyro_mdn.checks import require_counts
 from pyro_mdn.data import Rows
 from pyro_mdn.joint import (
     LogJoint,
-    UnusualPriorError,
+    UnusualModelError,
     is_real,
     latent_priors,
     log_joint_of_model,
@@ -264,7 +264,7 @@ class _Model:
 def _target(network: MixtureDensityNetwork, rows: Rows) -> _Joint | _Model:
     try:
         return _Joint(LogJoint(network, rows))
-    except UnusualPriorError:
+    except UnusualModelError:
         return _Model(network, rows)
 
 

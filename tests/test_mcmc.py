@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from cases import linear_regression
+from pyro import poutine
 from pyro.infer import Predictive
 from torch.testing import assert_close
 
@@ -17,6 +18,7 @@ from pyro_mdn import (
     PosteriorSamples,
     bayesianize,
     fit_mcmc,
+    laplace,
     posterior_predictive,
 )
 from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
@@ -116,6 +118,35 @@ def test_constrained_and_hierarchical_priors_go_by_the_model():
 
 
 # What comes back
+
+
+class Warmer(MixtureDensityNetwork):
+    def forward(self, x):
+        return super().forward(x).temper(2.0)
+
+
+class Shifted(MixtureDensityNetwork):
+    def model(self, x, y=None, *, num_data=None):
+        return super().model(x, None if y is None else y + 1, num_data=num_data)
+
+
+@pytest.mark.parametrize("change", ["forward", "model", "hook", "hook of the head"])
+def test_networks_that_are_overridden_go_by_the_model(change):
+    torch.manual_seed(0)
+    kind = {"forward": Warmer, "model": Shifted}.get(change, MixtureDensityNetwork)
+    network = bayesianize(kind(2, 1, n_components=2, hidden_dim=3).double(), layers="head")
+    x, y = torch.randn(20, 2, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    if "hook" in change:
+        part = network if change == "hook" else network.head
+        part.register_forward_hook(lambda _, inputs, mixture: mixture.temper(2.0))
+    with undisturbed(network):
+        rows, weights = rows_of(network, x, y), starting_weights(network)
+        target = _target(network, rows)
+        assert isinstance(target, _Model)
+        model = poutine.condition(network.model, data=weights)
+        assert_close(target(weights), poutine.trace(model).get_trace(x, y).log_prob_sum())
+    with pytest.raises(ValueError, match="expected model and forward of MixtureDensityNetwork"):
+        laplace(network, x, y, progress=False)
 
 
 def test_starting_weights_outside_the_support():
