@@ -134,8 +134,8 @@ def fit(
             returns True. The network then has its current weights, not the averages that the history is about.
         checkpoint: File to write the whole state to, every ``checkpoint_every`` epochs and at the end.
         checkpoint_every: Epochs from one checkpoint to the next.
-        resume: Go on from the checkpoint, if there is one, bit for bit as if the run had not stopped. Network, data
-            and settings must be those of that run.
+        resume: Go on from the checkpoint, if there is one, bit for bit as if the run had not stopped. Network,
+            objective, data and settings must be those of that run; types, attributes and hooks of all parts count.
         seed: Seed of split, start, batches and noise; by default one is drawn from torch's generator. Apart from
             that the generators stay as they were.
         progress: Show a progress bar.
@@ -147,6 +147,7 @@ def fit(
 
     Warns:
         CollapseWarning: If components died: they explain less than a thousandth of the rows each.
+        UserWarning: If the checkpoint does not tell whether some part is the same; it is named.
 
     >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
     >>> result = fit(MixtureDensityNetwork(1, 1), x, x**2, max_epochs=2, seed=0, progress=False)
