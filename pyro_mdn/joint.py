@@ -66,7 +66,7 @@ class LogJoint:
         self.network, self.y = network, rows.y
         self.priors = _independent_priors(network, rows)
         values = starting_weights(network)
-        self.start = {name: values[name].detach().clone() for name in self.priors}
+        self.start = {name: values[name] for name in self.priors}
         names = latent_names(network)
         self.in_head = all(names[site].startswith("head.") for site in self.start)
         self.inputs = self._features(rows.x) if self.in_head else rows.x
@@ -200,7 +200,7 @@ def _latent_sites(network: MixtureDensityNetwork, rows: Rows, weights: Weights) 
 
 def _independent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Distribution]:
     """Prior of each weight, in the order of the model."""
-    start = {name: value.detach().clone().requires_grad_() for name, value in starting_weights(network).items()}
+    start = {name: value.requires_grad_() for name, value in starting_weights(network).items()}
     sites = _latent_sites(network, rows, start)
     if sites.keys() != start.keys():
         raise UnusualModelError(f"network: expected the latent sites {sorted(start)}, got {sorted(sites)}")

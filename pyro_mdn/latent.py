@@ -98,11 +98,12 @@ class fan_in_normal:
 def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
     """Values that the latent parameters had before they became so, by the name of their site.
 
-    ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides.
+    ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides. The values are copies:
+    some guides train the tensors that they start from. Call it anew for each guide.
     """
     buffers = dict(network.named_buffers())
     names = latent_names(network).items()
-    return {site: buffers[f"{name}_start"] for site, name in names if f"{name}_start" in buffers}
+    return {site: buffers[f"{name}_start"].clone() for site, name in names if f"{name}_start" in buffers}
 
 
 def latent_names(network: MixtureDensityNetwork) -> dict[str, str]:
@@ -134,7 +135,8 @@ class _OfModule:
     name: str
 
     def __call__(self, module: nn.Module) -> Any:
-        return self.make(self.name, starting_value(module, self.name.rpartition(".")[2]))
+        # A copy: guides may train the tensors of a prior that they start from.
+        return self.make(self.name, starting_value(module, self.name.rpartition(".")[2]).detach().clone())
 
 
 @dataclass(frozen=True)

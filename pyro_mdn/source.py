@@ -93,7 +93,7 @@ def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any
     with evaluating(network):
         draws = draw_weights(network, posterior, inputs, num_samples or 1000)
     warn_if_nonlinear(network, posterior)
-    return draws
+    return {name: value.clone() for name, value in draws.items()}  # those of AutoDelta are its parameters
 
 
 def _method(network: Any, mixture: GaussianMixture, posterior: Any) -> str:

@@ -373,7 +373,7 @@ def test_priors_that_are_refused():
 
 def test_a_density_that_is_not_finite():
     network, x, y = make(noise=Diagonal())
-    starting_weights(network)["head.linear.bias"].fill_(math.inf)
+    network.head.linear.bias_start.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="finite joint density"):
         laplace(network, x, y, progress=False)
 

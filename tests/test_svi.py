@@ -11,12 +11,16 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    AutoStructured,
+    init_to_mean,
+    init_to_value,
 )
 from torch import nn
 from torch.testing import assert_close
@@ -30,6 +34,7 @@ from pyro_mdn import (
     posterior_predictive,
     scores,
     starting_weights,
+    to_inference_data,
 )
 from pyro_mdn.bayesian import draw_weights
 
@@ -102,6 +107,65 @@ def test_classes_of_guides_start_from_the_trained_network(guide):
     assert scores.log_score(pooled, y).mean() < trained + 0.3
     medians = draw_weights(network, result.guide, x, 200)["backbone.0.weight"].mean(0)
     assert torch.corrcoef(torch.stack([medians.flatten(), start["backbone.0.weight"].flatten()]))[0, 1] > 0.8
+
+
+def sharing(*modules):
+    """Names of tensors that have memory in common with those of another of these modules."""
+    named = [(i, n, t) for i, m in enumerate(modules) for n, t in [*m.named_parameters(), *m.named_buffers()]]
+    owners = {}
+    for i, name, tensor in named:
+        owners.setdefault(tensor.untyped_storage().data_ptr(), []).append((i, name))
+    return [names for names in owners.values() if len({i for i, _ in names}) > 1]
+
+
+def structured(model, **settings):
+    return AutoStructured(model, conditionals="delta", dependencies={}, **settings)
+
+
+def around(name, value):
+    return dist.Normal(value, 1.0).to_event(value.ndim)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta, AutoDiagonalNormal, AutoMultivariateNormal, structured])
+@pytest.mark.parametrize("start", ["starting weights", "mean of the prior"])
+def test_no_guide_trains_the_network_or_another_guide(guide, start):
+    network = bayesianize(MixtureDensityNetwork(2, 1, 2, 4), prior=around)
+    x, y = torch.randn(30, 2), torch.randn(30, 1)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    guides = []
+    for _ in range(2):
+        with pyro.get_param_store().scope():
+            init = init_to_mean if start != "starting weights" else init_to_value(values=starting_weights(network))
+            guides.append(guide(network.model, init_loc_fn=init))
+            svi = SVI(network.model, guides[-1], pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+            svi.step(x, y)
+            svi.step(x, y)
+    assert_close(dict(network.state_dict()), before, rtol=0, atol=0)
+    assert not sharing(network, *guides)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoDelta])
+def test_a_second_training_is_the_first_again(guide):
+    network = bayesianize(MixtureDensityNetwork(2, 1, 2, 4))
+    x, y = torch.randn(30, 2), torch.randn(30, 1)
+    settings = {"guide": guide, "initialize": False, "max_epochs": 3, "seed": 0, "progress": False}
+    first = fit(network, x, y, **settings).guide
+    learned = {name: value.clone() for name, value in first.state_dict().items()}
+    second = fit(network, x, y, **settings).guide
+    assert_close(dict(second.state_dict()), learned, rtol=0, atol=0)
+    assert_close(dict(first.state_dict()), learned, rtol=0, atol=0)
+    assert not sharing(network, first, second)
+
+
+def test_draws_for_arviz_stay_where_the_guide_goes_on():
+    network = bayesianize(MixtureDensityNetwork(2, 1, 2, 4), layers="head.linear.bias")
+    x, y = torch.randn(30, 2), torch.randn(30, 1)
+    guide = fit(network, x, y, guide=AutoDelta, max_epochs=1, progress=False).guide
+    bias = guide.median()["head.linear.bias"].clone()
+    drawn = to_inference_data(network, y, x=x, posterior=guide, num_samples=3)["posterior"]["head.linear.bias"]
+    with torch.no_grad():
+        guide.head.linear.bias += 1
+    assert_close(torch.tensor(drawn.values), bias.expand(1, 3, -1))
 
 
 def test_an_untrained_network_is_initialized_first():
