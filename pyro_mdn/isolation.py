@@ -14,8 +14,9 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.runtime import am_i_wrapped
+from torch import nn
 
-__all__ = ["isolated", "own_generators", "own_store", "seeded", "unvalidated"]
+__all__ = ["isolated", "own_generators", "own_store", "require_owned", "seeded", "unvalidated"]
 
 _PROCESS = threading.RLock()
 
@@ -32,6 +33,14 @@ def own_store() -> Iterator[None]:
     """Have Pyro's parameter store empty inside."""
     with _PROCESS, pyro.get_param_store().scope():
         yield
+
+
+def require_owned(module: nn.Module) -> None:
+    """Raise a ``ValueError`` if the parameter store has parameters that are not the module's: nothing trains those."""
+    if store := pyro.get_param_store():
+        owned = {id(parameter) for parameter in module.parameters()}
+        if strangers := [name for name, p in store.named_parameters() if id(p) not in owned]:
+            raise ValueError(f"guide: expected a module that owns its parameters, got pyro.param for {strangers}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.checks import require_numbers
 from pyro_mdn.head import starting_value
-from pyro_mdn.isolation import own_generators
+from pyro_mdn.isolation import own_generators, own_store
 from pyro_mdn.network import MixtureDensityNetwork
 
 __all__ = ["bayesianize", "fan_in_normal", "latent_names", "site_name", "starting_weights"]
@@ -70,12 +70,13 @@ def bayesianize(
                 expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
                 got = f"{tuple(shape)} and {dtype}, and batch shape {tuple(distribution.batch_shape)}"
                 raise ValueError(f"prior: expected {expected}, got {got}")
-    for part in sorted({name.split(".")[0] for name in names if "." in name}):
-        # As a whole: parts that are put in again one by one change their order in nn.Sequential.
-        to_pyro_module_(child := network.get_submodule(part))
-        setattr(network, part, child)
-    for name in names:
-        _make_latent(network, name, make)
+    with own_store():  # Pyro takes from it what has the name of a part that is put in again
+        for part in sorted({name.split(".")[0] for name in names if "." in name}):
+            # As a whole: parts that are put in again one by one change their order in nn.Sequential.
+            to_pyro_module_(child := network.get_submodule(part))
+            setattr(network, part, child)
+        for name in names:
+            _make_latent(network, name, make)
     return network
 
 

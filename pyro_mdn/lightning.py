@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_mdn.checks import require_numbers
 from pyro_mdn.data import Rows
-from pyro_mdn.isolation import own_store
+from pyro_mdn.isolation import own_store, require_owned
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.optimization import (
     FINAL_NOISE,
@@ -46,8 +46,8 @@ class LightningObjective(LightningModule):
     ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's parameter store stays as it was.
 
     Args:
-        objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. A guide
-            in it has been set up by a first call.
+        objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. Where
+            there is a guide in it, call the objective once before: that sets the guide up.
         lr: Largest learning rate.
         weight_decay: Decoupled decay of the weight matrices; by default that of ``fit`` for the number of rows of
             the training loader's data set.
@@ -105,7 +105,9 @@ class LightningObjective(LightningModule):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N, ...)``."""
         with own_store():
-            return self.objective(x, y)
+            losses = self.objective(x, y)
+            require_owned(self.objective)
+        return losses
 
     def on_train_start(self) -> None:
         """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import pyro
 import torch
 from pyro.distributions.util import is_validation_enabled
-from pyro.nn import PyroModule, pyro_method
+from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
@@ -122,7 +122,7 @@ class MixtureDensityNetwork(PyroModule):
     def _context(self) -> AbstractContextManager[Any]:
         if am_i_wrapped():
             return self._pyro_context
-        return self._drawing() if self.latent else nullcontext()
+        return self._drawing() if self.__dict__["_pyro_samples"] or _has_pyro_modules(self) else nullcontext()
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -181,7 +181,6 @@ class MixtureDensityNetwork(PyroModule):
         """
         return self(x).temper(temperature).sample(sample_shape)
 
-    @pyro_method
     def model(self, x: Tensor, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
         """Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
 
@@ -191,16 +190,17 @@ class MixtureDensityNetwork(PyroModule):
                 entry that is NaN was not observed.
             num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
         """
-        # Weights are global, so the network is evaluated outside the plate.
-        mixture = self.forward(x)
-        self._check_batch(x)
-        size = len(x) if num_data is None else num_data
-        if size < len(x):
-            raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
-        obs = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
-        # A given subsample spares the plate a permutation of the whole data.
-        with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
-            return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
+        with self._context():
+            # Weights are global, so the network is evaluated outside the plate.
+            mixture = self.forward(x)
+            self._check_batch(x)
+            size = len(x) if num_data is None else num_data
+            if size < len(x):
+                raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
+            obs = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
+            # A given subsample spares the plate a permutation of the whole data.
+            with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
+                return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, y: Tensor) -> None:
@@ -403,6 +403,12 @@ def _is_latent(module: nn.Module | None) -> bool:
     return module is not None and (
         bool(module.__dict__.get("_pyro_samples")) or any(map(_is_latent, module._modules.values()))
     )
+
+
+def _has_pyro_modules(module: nn.Module) -> bool:
+    """Whether parts of a module register their parameters, or draw them."""
+    parts = (part for part in module._modules.values() if part is not None)
+    return any(isinstance(part, PyroModule) or _has_pyro_modules(part) for part in parts)
 
 
 def _require_single_weights(network: MixtureDensityNetwork, error: Exception) -> None:

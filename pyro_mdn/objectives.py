@@ -15,7 +15,7 @@ from pyro_mdn import scores
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, log_density_at, require_sites
-from pyro_mdn.isolation import isolated, unvalidated
+from pyro_mdn.isolation import isolated, own_generators, own_store, require_owned, unvalidated
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.vectorized import OwnParameters, over_draws
 
@@ -148,6 +148,8 @@ class NegativeElbo(nn.Module):
     by Monte Carlo with pathwise gradients; its mean over rows times N is minus the ELBO of a minibatch. In evaluation
     mode it is the first term alone, the score of held-out rows under draws from the guide.
 
+    Pyro's parameter store stays as it was: all that is trained are parameters of this module.
+
     Args:
         network: Network with latent weights. One without has no second term.
         guide: Guide of ``network.model``; an AutoGuide is set up by the first call.
@@ -157,8 +159,8 @@ class NegativeElbo(nn.Module):
         kl_warmup: Steps over which :math:`\beta` grows from 0 to that (Bowman et al., 2016).
 
     Raises:
-        ValueError: If a count is not positive or, when called, if the guide has other sites than the model or draws
-            from a distribution without pathwise gradients.
+        ValueError: If a count is not positive or, when called, if the guide has other sites than the model, draws
+            from a distribution without pathwise gradients, or has parameters in Pyro's store alone.
 
     References:
         Kingma & Welling (2014), Auto-encoding variational Bayes.
@@ -193,8 +195,11 @@ class NegativeElbo(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N,)``."""
-        draws, log_q = self.draw(x, y)
-        losses, log_prior = self.score(draws, x, y)
+        with own_store():
+            draws, log_q = self.draw(x, y)
+            losses, log_prior = self.score(draws, x, y)
+            if not self.step:
+                self._require_owned(x, y)
         if not self.training or not draws:
             return losses.mean(0)
         self.step += 1
@@ -204,6 +209,14 @@ class NegativeElbo(nn.Module):
     def draw(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Draws at all sites of the guide, ``(S, ...)`` by name, and their log-density, ``(S,)``."""
         return draw_from(self.guide, self.num_particles, x, y, num_data=self._num_data(x), pathwise=True)
+
+    @torch.no_grad()
+    def _require_owned(self, x: Tensor, y: Tensor) -> None:
+        """Raise a ``ValueError`` if a parameter would not be trained; under vmap, none gets to the store."""
+        with own_generators():
+            for part in (self.guide, self.network.model):
+                poutine.trace(part).get_trace(x, y, num_data=self._num_data(x))
+        require_owned(self)
 
     def _num_data(self, x: Tensor) -> int:
         """Rows in the whole of the data; of those held out there may be more."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, Rows, Streamed
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.fingerprint import described
-from pyro_mdn.isolation import isolated, seeded
+from pyro_mdn.isolation import isolated, require_owned, seeded
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -266,10 +265,7 @@ class _Plan:
             losses = self.objective.eval()(rows.x, rows.y)
         if losses.shape[: rows.leading] != rows.x.shape[: rows.leading]:
             raise ValueError(f"objective: expected one loss for each of {len(rows)} rows, got {tuple(losses.shape)}")
-        trained = {id(parameter) for parameter in self.objective.parameters()}
-        strangers = [name for name, p in pyro.get_param_store().named_parameters() if id(p) not in trained]
-        if strangers:
-            raise ValueError(f"guide: expected a module that owns its parameters, got pyro.param for {strangers}")
+        require_owned(self.objective)
 
     def loop(self, batches: Batches, held_out: Rows | Streamed | None) -> Loop:
         """Loop at its start, scalers and components set from the data."""

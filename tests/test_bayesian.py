@@ -269,6 +269,17 @@ def test_calls_leave_the_parameter_store_alone():
     assert not list(pyro.get_param_store())
 
 
+def test_bayesianize_leaves_the_parameter_store_alone():
+    with pyro.get_param_store().scope():
+        mine = pyro.param("backbone.mine", torch.ones(2))
+        network = make()
+        poutine.trace(network.model).get_trace(*data())
+        before = list(pyro.get_param_store())
+        bayesianize(network, layers=["backbone.0", "head.linear.bias"])
+        assert list(pyro.get_param_store()) == before
+        assert pyro.param("backbone.mine") is mine
+
+
 def test_copies_and_files():
     network = bayesianize(make(), layers="head")
     with pytest.raises(ValueError, match="latent"):

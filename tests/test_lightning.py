@@ -9,13 +9,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroSample
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_mdn import MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, WeightedSum, fit
+from pyro_mdn import MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, WeightedSum, bayesianize, fit
 from pyro_mdn.lightning import LightningObjective
 from pyro_mdn.optimization import FINAL_NOISE, INPUT_NOISE, TARGET_NOISE, default_weight_decay, fading
 
@@ -208,6 +209,46 @@ def test_the_parameter_store_stays_as_it_was():
         assert not any(torch.equal(a, b) for a, b in zip(before, objective.parameters(), strict=True))
         assert list(pyro.get_param_store().keys()) == ["backbone.weight"]
         assert pyro.param("backbone.weight") is kept
+
+
+def test_two_trainings_share_no_guide():
+    """Their sites have the same names, and the networks are not of one size."""
+    x, y = fork(50)
+    posteriors = []
+    for width in (8, 4):
+        latent = MixtureDensityNetwork(1, 1, 2, width)
+        latent.initialize_(x, y)
+        objective = NegativeElbo(bayesianize(latent), AutoNormal(latent.model), num_data=50)
+        objective(x, y)
+        posteriors.append(objective)
+    assert not list(pyro.get_param_store())
+    first, second = posteriors
+    trainer().fit(LightningObjective(first, weight_decay=0.0), loader(x, y))
+    learned = {name: value.clone() for name, value in first.state_dict().items()}
+    trainer().fit(LightningObjective(second, weight_decay=0.0), loader(x, y))
+    assert_close(dict(first.state_dict()), learned, rtol=0, atol=0)
+
+
+class OfPyro(nn.Module):
+    """An objective around an ELBO of Pyro."""
+
+    def __init__(self, network, guide):
+        super().__init__()
+        self.network, self.guide = network, guide
+
+    def forward(self, x, y):
+        loss = Trace_ELBO().differentiable_loss(self.network.model, self.guide, x, y)
+        return (loss / len(x)).expand(len(x))
+
+
+def test_parameters_in_the_store_alone_are_refused():
+    def guide(x, y=None):
+        pyro.sample("head.linear.bias", pyro.distributions.Normal(pyro.param("loc", torch.zeros(6)), 0.1).to_event(1))
+
+    latent = bayesianize(MixtureDensityNetwork(1, 1, 2, 4), layers="head.linear.bias")
+    module = LightningObjective(OfPyro(latent, guide), weight_decay=0.0)
+    with pytest.raises(ValueError, match=r"expected a module that owns its parameters, got pyro.param for \['loc'\]"):
+        trainer().fit(module, loader(*fork(50)))
 
 
 # Bad settings

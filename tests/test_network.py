@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
@@ -430,6 +431,17 @@ def test_plain_calls_leave_the_parameter_store_alone():
     second.sample(GOOD_X)
     assert not torch.equal(*losses)
     assert not torch.equal(*means)
+    assert first.model(GOOD_X).shape == GOOD_Y.shape
+    assert not list(pyro.get_param_store())
+
+
+def test_plain_calls_leave_the_parameter_store_alone_with_parts_of_pyro():
+    backbone = PyroModule[nn.Sequential](PyroModule[nn.Linear](3, 4), PyroModule[nn.Tanh]())
+    network = MixtureDensityNetwork(3, 2, 2, 4, backbone=backbone)
+    for method in (network, network.model, network.raw, network.sample):
+        method(GOOD_X)
+    network.loss(GOOD_X, GOOD_Y)
+    network.initialize_(GOOD_X, GOOD_Y)
     assert not list(pyro.get_param_store())
 
 

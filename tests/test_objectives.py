@@ -206,7 +206,26 @@ def test_guide_without_latent_weights_trains_by_likelihood():
         assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-def test_guides_whose_parameters_would_not_be_trained_are_refused():
+@pytest.mark.parametrize("num_particles", [1, 3])
+@pytest.mark.parametrize("layers", ["head", "head.linear.bias"])
+def test_an_elbo_has_a_store_of_its_own(layers, num_particles):
+    """What another network and its guide left there under the same names is neither read nor written."""
+    x, y = data()
+    with pyro.get_param_store().scope():
+        other = bayesianize(MixtureDensityNetwork(1, 1, 3, 8), layers=layers)
+        left = AutoNormal(other.model)
+        Trace_ELBO().differentiable_loss(other.model, left, x, y)
+        before = {name: value.clone() for name, value in pyro.get_param_store().items()}
+        network = bayesianize(MixtureDensityNetwork(1, 1, 2, 4), layers=layers)
+        objective = NegativeElbo(network, AutoNormal(network.model), 40, num_particles=num_particles)
+        for _ in range(2):
+            assert objective(x, y).isfinite().all()
+        assert_close(dict(pyro.get_param_store().items()), before, rtol=0, atol=0)
+        assert {id(p) for p in objective.parameters()}.isdisjoint({id(p) for p in [*left.parameters()]})
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_guides_whose_parameters_would_not_be_trained_are_refused(num_particles):
     network = linear_network()
 
     def guide(x, y=None, num_data=None):
@@ -214,8 +233,11 @@ def test_guides_whose_parameters_would_not_be_trained_are_refused():
         pyro.sample("backbone.weight", dist.Normal(loc, 0.1).to_event(2))
 
     before = copy.deepcopy(network.state_dict())
-    with pytest.raises(ValueError, match=r"guide: expected a module that owns its parameters, got .*'loc'"):
-        fit(network, *data(), guide=guide, progress=False)
+    message = r"guide: expected a module that owns its parameters, got .*'loc'"
+    with pytest.raises(ValueError, match=message):
+        fit(network, *data(), guide=guide, num_particles=num_particles, progress=False)
+    with pytest.raises(ValueError, match=message):
+        NegativeElbo(network, guide, 40, num_particles=num_particles)(*data())
     assert all(torch.equal(t, before[name]) for name, t in network.state_dict().items())
     assert not list(pyro.get_param_store())
 
