@@ -20,7 +20,7 @@ from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense, is_described_by_raw
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
-from pyro_mdn.isolation import isolated, own_generators
+from pyro_mdn.isolation import KeepFrozen, isolated, own_generators
 from pyro_mdn.latent import latent_names, site_name
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -121,7 +121,8 @@ def draw_weights(
         predicted = expected.pop("y")
         if callable(posterior) and not isinstance(posterior, MCMC):
             if isinstance(posterior, AutoGuide) and posterior.prototype_trace is None:
-                posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
+                with KeepFrozen():
+                    posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
             with pyro.get_param_store().scope(learned):
                 draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
             return _of_network("guide", network, expected, draws)
@@ -140,7 +141,7 @@ def _learned_elsewhere(guide: Any) -> Any:
     """
     parts = [part for part in guide.modules() if isinstance(part, PyroModule)] if isinstance(guide, nn.Module) else []
     leaves = [(part, leaf.removesuffix("_unconstrained")) for part in parts for leaf in part._parameters]
-    own = {part._pyro_get_fullname(leaf) for part, leaf in leaves}
+    own = {f"{part._pyro_name}.{leaf}".removeprefix(".") for part, leaf in leaves}
     state: dict[str, Any] = dict(pyro.get_param_store().get_state())
     return {kind: {name: value for name, value in held.items() if name not in own} for kind, held in state.items()}
 

@@ -13,7 +13,7 @@ from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoMultivariateNorm
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_mdn.isolation import unvalidated
+from pyro_mdn.isolation import KeepFrozen, unvalidated
 from pyro_mdn.vectorized import OwnParameters, over_draws
 
 __all__ = ["LaplaceGuide", "draw_from", "latent_sites", "log_density_at", "require_sites"]
@@ -40,12 +40,13 @@ def draw_from(
         ValueError: If a site has no pathwise gradients, but must have them, or torch.vmap cannot handle the guide.
     """
     if isinstance(guide, AutoGuide) and guide.prototype_trace is None:
-        guide(*args, **kwargs)
+        with KeepFrozen():
+            guide(*args, **kwargs)
     posterior = guide.get_posterior(*args, **kwargs) if isinstance(guide, AutoContinuous) and size > 1 else None
     names: list[str] = []
 
     def draw(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        with _Auxiliary(given.get("latent")):
+        with KeepFrozen(), _Auxiliary(given.get("latent")):
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
         sites = latent_sites(trace)
         if pathwise:

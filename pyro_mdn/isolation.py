@@ -9,14 +9,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import nn
 
-__all__ = ["isolated", "own_generators", "own_store", "require_owned", "seeded", "unvalidated"]
+__all__ = ["KeepFrozen", "isolated", "own_generators", "own_store", "require_owned", "seeded", "unvalidated"]
 
 _PROCESS = threading.RLock()
 
@@ -33,6 +35,15 @@ def own_store() -> Iterator[None]:
     """Have Pyro's parameter store empty inside."""
     with _PROCESS, pyro.get_param_store().scope():
         yield
+
+
+class KeepFrozen(Messenger):
+    """Keep frozen parameters out of Pyro's parameter store, which makes all that it takes require a gradient."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        _, *initial = msg["args"]
+        if initial and isinstance(initial[0], nn.Parameter) and not initial[0].requires_grad:
+            msg["value"], msg["stop"] = initial[0], True  # nor may a handler outside take it for one to train
 
 
 def require_owned(module: nn.Module) -> None:

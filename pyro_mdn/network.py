@@ -21,7 +21,7 @@ from pyro_mdn import kernels, serialization
 from pyro_mdn.checks import all_finite, is_count
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead
-from pyro_mdn.isolation import own_generators, own_store
+from pyro_mdn.isolation import KeepFrozen, own_generators, own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 
@@ -121,12 +121,17 @@ class MixtureDensityNetwork(PyroModule):
 
     def _context(self) -> AbstractContextManager[Any]:
         if am_i_wrapped():
-            return self._pyro_context
+            return self._making_statements()
         return self._drawing() if self.__dict__["_pyro_samples"] or _has_pyro_modules(self) else nullcontext()
 
     @contextmanager
+    def _making_statements(self) -> Iterator[None]:
+        with KeepFrozen(), self._pyro_context:
+            yield
+
+    @contextmanager
     def _drawing(self) -> Iterator[None]:
-        with own_store(), self._pyro_context:
+        with own_store(), self._making_statements():
             yield
 
     def raw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

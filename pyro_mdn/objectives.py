@@ -15,7 +15,7 @@ from pyro_mdn import scores
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, log_density_at, require_sites
-from pyro_mdn.isolation import isolated, own_generators, own_store, require_owned, unvalidated
+from pyro_mdn.isolation import KeepFrozen, isolated, own_generators, own_store, require_owned, unvalidated
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.vectorized import OwnParameters, over_draws
 
@@ -213,7 +213,7 @@ class NegativeElbo(nn.Module):
     @torch.no_grad()
     def _require_owned(self, x: Tensor, y: Tensor) -> None:
         """Raise a ``ValueError`` if a parameter would not be trained; under vmap, none gets to the store."""
-        with own_generators():
+        with own_generators(), KeepFrozen():
             for part in (self.guide, self.network.model):
                 poutine.trace(part).get_trace(x, y, num_data=self._num_data(x))
         require_owned(self)

@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 from contextlib import contextmanager
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -278,6 +279,86 @@ def test_bayesianize_leaves_the_parameter_store_alone():
         bayesianize(network, layers=["backbone.0", "head.linear.bias"])
         assert list(pyro.get_param_store()) == before
         assert pyro.param("backbone.mine") is mine
+
+
+def by_svi(network, x, y):
+    SVI(network.model, AutoNormal(network.model), Adam({"lr": 0.1}), Trace_ELBO()).step(x, y)
+
+
+def by_an_optimizer_of_torch(network, x, y):
+    guide = AutoNormal(network.model)
+    Trace_ELBO()(network.model, guide)(x, y).backward()
+    trained = [p for p in [*network.parameters(), *guide.parameters()] if p.requires_grad]
+    torch.optim.Adam(trained, lr=0.1).step()
+
+
+def fitted(network, x, y, **settings):
+    fit(network, x, y, guide=AutoNormal, max_epochs=2, progress=False, initialize=False, **settings)
+
+
+def by_nuts(network, x, y):
+    MCMC(NUTS(network.model, max_tree_depth=2), 2, 1, disable_progbar=True).run(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:.*was not registered in the param store:UserWarning")
+@pytest.mark.parametrize("layers", ["backbone.2.bias", ["head.linear.weight", "backbone.0.bias"]])
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda network, x, y: network(x),
+        lambda network, x, y: network.loss(x, y),
+        lambda network, x, y: network.model(x, y),
+        lambda network, x, y: Larger(network)(x, y),
+        lambda network, x, y: posterior_predictive(network, AutoNormal(network.model), x, 3),
+        lambda network, x, y: laplace(network, x, y, max_iter=2, progress=False),
+        lambda network, x, y: fit_mcmc(network, x, y, num_samples=1, warmup_steps=1, max_tree_depth=1, progress=False),
+        by_nuts,
+        by_svi,
+        by_an_optimizer_of_torch,
+        fitted,
+        partial(fitted, num_particles=3),
+    ],
+)
+def test_what_is_frozen_stays_frozen(layers, use, local):
+    """Some weights of a part are latent, some are trained, and some are neither."""
+    if local and use is by_svi:
+        pytest.skip("Pyro's SVI has no parameters of modules' own")
+    with pyro.get_param_store().scope(), pyro.settings.context(module_local_params=local):
+        network, (x, y) = make(), data()
+        for name in ("backbone.0.weight", "backbone.2.weight", "head.linear.bias"):
+            network.get_parameter(name).requires_grad_(False)
+        bayesianize(network, layers=layers)
+        before = {name: (p.requires_grad, p.detach().clone()) for name, p in network.named_parameters()}
+        use(network, x, y)
+    trains = use in (by_svi, by_an_optimizer_of_torch, fitted) or isinstance(use, partial)
+    for name, p in network.named_parameters():
+        requires_grad, value = before[name]
+        assert p.requires_grad == requires_grad, name
+        assert torch.equal(p, value) != (requires_grad and trains), name
+
+
+class HalfFrozen(PyroModule):
+    """A guide of the bias of the head whose scale is not to be learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(9, dtype=torch.float64))
+        self.log_scale = nn.Parameter(torch.full((9,), -2.0, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, x, y=None, num_data=None):
+        pyro.sample("head.linear.bias", dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("num_particles", [1, 3])
+def test_what_is_frozen_in_a_guide_stays_frozen(num_particles):
+    network, (x, y), guide = bayesianize(make(), layers="head.linear.bias"), data(), HalfFrozen()
+    posterior_predictive(network, guide, x, num_particles)
+    assert not guide.log_scale.requires_grad
+    fit(network, x, y, guide=guide, max_epochs=2, num_particles=num_particles, progress=False)
+    assert not guide.log_scale.requires_grad
+    assert_close(guide.log_scale, torch.full_like(guide.log_scale, -2.0), rtol=0, atol=0)
+    assert guide.loc.abs().max() > 0
 
 
 def test_copies_and_files():

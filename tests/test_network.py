@@ -437,12 +437,14 @@ def test_plain_calls_leave_the_parameter_store_alone():
 
 def test_plain_calls_leave_the_parameter_store_alone_with_parts_of_pyro():
     backbone = PyroModule[nn.Sequential](PyroModule[nn.Linear](3, 4), PyroModule[nn.Tanh]())
+    backbone[0].weight.requires_grad_(False)
     network = MixtureDensityNetwork(3, 2, 2, 4, backbone=backbone)
     for method in (network, network.model, network.raw, network.sample):
         method(GOOD_X)
     network.loss(GOOD_X, GOOD_Y)
     network.initialize_(GOOD_X, GOOD_Y)
     assert not list(pyro.get_param_store())
+    assert not backbone[0].weight.requires_grad
 
 
 def test_head_alone_is_a_component():
