@@ -19,6 +19,7 @@ __all__ = [
     "is_differentiated",
     "is_hooked",
     "is_plain",
+    "is_recorded",
     "is_traced",
     "require_counts",
     "require_numbers",
@@ -77,19 +78,24 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() & high.isfinite())
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether a compiler, a transform of ``torch.func`` or forward mode looks on, or a tensor has a class of its own.
+def is_recorded() -> bool:
+    """Whether a compiler or ``torch.jit`` records operations, to run them on other numbers without this code."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
-    No branch may depend on numbers then, and derivatives are those of the operations. Pyro follows what a value
-    depends on by a class of tensors, and torch has one for tensors that are spread over devices; neither sees into a
-    ``torch.autograd.Function``, nor what is added in place.
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether a compiler, ``torch.jit``, a transform of ``torch.func`` or forward mode looks on.
+
+    No branch may depend on numbers then, and derivatives are those of the operations. So it is with tensors of a class
+    of their own: Pyro follows what a value depends on by one, torch has one for tensors that are spread over devices,
+    and neither sees into a ``torch.autograd.Function``, nor what is added in place.
 
     >>> from pyro.ops.provenance import ProvenanceTensor
     >>> is_traced(torch.ones(1)), is_traced(torch.ones(1), ProvenanceTensor(torch.ones(1), frozenset("z")))
     (False, True)
     """
     return (
-        torch.compiler.is_compiling()
+        is_recorded()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0  # of ``dual_level``
         or any(type(tensor) not in _PLAIN for tensor in tensors)

@@ -20,8 +20,9 @@ from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, take_component
 
-__all__ = ["MixtureDensity", "check_dims", "has_missing", "log_density"]
+__all__ = ["MixtureDensity", "check_dims", "complete_when_run", "has_missing", "log_density"]
 
+_COMPLETE = "value: expected complete points under {}, got NaN for missing ones"
 _FEW = 16  # so many comparisons are quicker than a search
 
 
@@ -186,7 +187,7 @@ class MixtureDensity(dist.MixtureSameFamily):
             return self._origin.log_density(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_log_prob)[0]
-        return log_density(self.logits, self.locs, self.covariance, value, normalize=False)
+        return log_density(self.logits, self.locs, self.covariance, complete_when_run(value), normalize=False)
 
     def component_log_prob(self, value: Tensor) -> Tensor:
         r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
@@ -400,18 +401,35 @@ def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
 
 
 def has_missing(value: Tensor) -> bool:
-    """Whether an entry is NaN; taken as no under compilation, where control flow must not depend on data.
+    """Whether an entry is NaN; no under compilation, where control flow must not depend on data.
+
+    What is compiled raises a ``RuntimeError`` where an entry is NaN at run time. On a GPU an error would end the
+    process: densities are NaN there.
 
     Raises:
-        ValueError: If one is under ``torch.vmap``, for the same reason.
+        ValueError: If one is under ``torch.vmap`` or ``torch.jit``, for the same reason.
     """
     if torch.compiler.is_compiling():
+        if value.is_cpu and not torch._C._are_functorch_transforms_active():
+            torch._assert_async(~value.isnan().any(), _COMPLETE.format("torch.compile"))
         return False
     whole, mapped = value, False
     while functorch.is_functorch_wrapped_tensor(whole):
         mapped |= functorch.is_batchedtensor(whole)
         whole = functorch.get_unwrapped(whole)
     missing = math.isnan(whole.sum().item()) and bool(whole.isnan().any())  # the sum is quicker, and NaN if any is
-    if missing and mapped:
-        raise ValueError("value: expected complete points under torch.vmap, got NaN for missing ones")
+    if missing and (mapped or torch.jit.is_tracing()):  # pyright: ignore[reportPrivateImportUsage]
+        raise ValueError(_COMPLETE.format("torch.vmap" if mapped else "torch.jit"))
     return missing
+
+
+def complete_when_run(value: Tensor) -> Tensor:
+    """Give a value back; what ``torch.jit`` traces then raises a ``RuntimeError`` where an entry is NaN at run time.
+
+    A trace leaves out what nothing depends on: what is checked is a part of a sum.
+    """
+    if not torch.jit.is_tracing() or not value.is_cpu:  # pyright: ignore[reportPrivateImportUsage]
+        return value
+    has_missing(value)  # an error that names its caller, for the numbers that are there already
+    check = torch.ops.aten._functional_assert_async.msg
+    return value + check(~value.isnan().any(), _COMPLETE.format("torch.jit"), value.new_zeros(()))

@@ -46,7 +46,8 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     """What a linear layer ``(C,)``, ``(C, H)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
-    return torch.addmm(bias.unsqueeze(-1), weight, features.T)
+    # Expanded here: what torch.jit makes of a product cannot broadcast its first argument.
+    return torch.addmm(bias.unsqueeze(-1).expand(-1, len(features)), weight, features.T)
 
 
 def layer_log_density(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
 from pyro_mdn.checks import all_finite, is_count
+from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.isolation import KeepFrozen, own_generators, own_store
@@ -172,7 +173,8 @@ class MixtureDensityNetwork(PyroModule):
         """
         with self._context():
             features = self.features(x)
-            return -self.head.log_prob(features, self.targets(y, features.shape[:-1], replicated=replicated))
+            y = self.targets(y, features.shape[:-1], replicated=replicated)
+            return -self.head.log_prob(features, complete_when_run(y))
 
     @torch.no_grad()
     def sample(self, x: Tensor, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:

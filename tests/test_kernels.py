@@ -404,6 +404,15 @@ def test_logarithms_of_pairs_are_those_of_each(dim, unit):
     assert_close(grad, 1 / factors.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_logarithms_of_pairs_are_not_traced(unit):
+    """What was in range when it was traced may not be later."""
+    factors = draw(4, 3, 1000).float().detach()
+    traced = torch.jit.trace(kernels.sum_logs, (factors,))
+    assert_close(traced(unit * factors), (unit * factors).double().log().sum(0).float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("unit", [1e-25, 1e25])
 def test_densities_in_units_whose_square_is_out_of_range(unit):
     scale, value = torch.full((3000, 1, D), unit), unit * torch.randn(3000, D)  # enough for pairs of logarithms

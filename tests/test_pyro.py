@@ -1,11 +1,25 @@
 """The network and its mixtures inside Pyro: models of ours and of the user's own, under every kind of inference."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, SVI, JitTrace_ELBO, Predictive, Trace_ELBO, TraceEnum_ELBO, config_enumerate
+from pyro.infer import (
+    MCMC,
+    NUTS,
+    SVI,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from pyro.optim import Adam
@@ -247,8 +261,77 @@ def test_steps_compiled_by_pyro_are_those_that_are_not(noise):
         torch.manual_seed(0)
         svi = SVI(MixtureDensityNetwork(2, 2, 3, 8, noise=noise).model, empty_guide, Adam({"lr": 0.01}), elbo)
         losses.append([svi.step(x, y) for _ in range(4)])
-    assert_close(losses[1], losses[0])
+    assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     assert losses[0][3] < losses[0][0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
+@pytest.mark.parametrize("elbo", [JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO])
+@pytest.mark.parametrize("of_user", [False, True])
+def test_missing_targets_are_not_compiled_by_pyro(elbo, of_user):
+    """Which entries are missing would be what it was in the first step."""
+    x, y = data()
+    missing = y.masked_fill(torch.eye(N, 2, dtype=torch.bool), math.nan)
+    network = MixtureDensityNetwork(2, 2, 3, 8)
+    model = Offset(network) if of_user else network.model
+    guide = AutoNormal(model) if of_user else empty_guide
+
+    def steps():
+        return SVI(model, guide, Adam({"lr": 0.01}), elbo(ignore_jit_warnings=True))
+
+    message = r"expected complete points under torch\.jit, got NaN for missing ones"
+    with pytest.raises(ValueError, match=message):
+        steps().step(x, missing)
+    svi = steps()
+    svi.step(x, y)
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        svi.step(x, missing)
+    assert math.isfinite(svi.step(x, y))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_missing_targets_of_traced_losses_are_refused():
+    x, y = data()
+    missing = y.masked_fill(torch.eye(N, 2, dtype=torch.bool), math.nan)
+    network = frozen(MixtureDensityNetwork(2, 2, 3, 8))
+    for function in (lambda x, y: network.loss(x, y), lambda x, y: network(x).log_prob(y)):
+        traced = torch.jit.trace(function, (x, y))
+        assert_close(traced(x, y + 1), function(x, y + 1))
+        with pytest.raises(RuntimeError, match=r"expected complete points under torch\.jit"):
+            traced(x, missing)
+    functions = [
+        lambda y: network.loss(x, y),
+        lambda y: network(x).component_log_prob(y),
+        lambda y: network(x).condition(y[:, 1:], [1]).mean,
+    ]
+    for function in functions:
+        with pytest.raises(ValueError, match=r"expected complete points under torch\.jit"):
+            torch.jit.trace(function, (missing,))
+
+
+class Moved(Offset):
+    """The latent offset is one of the inputs."""
+
+    def forward(self, x, y=None):
+        offset = pyro.sample("offset", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("y", self.network(x + offset), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_nuts_compiled_by_pyro_draws_as_it_does_otherwise(network):
+    x, y = data()
+    model = Moved(frozen(network))
+    draws = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        settings = {"jit_compile": compiled, "ignore_jit_warnings": True, "max_tree_depth": 2}
+        mcmc = MCMC(NUTS(model, step_size=0.1, adapt_step_size=False, **settings), 4, 4, disable_progbar=True)
+        mcmc.run(x, y)
+        draws.append(mcmc.get_samples()["offset"])
+    assert_close(draws[1], draws[0], rtol=1e-3, atol=1e-3)
+    assert draws[0].std(0).min() > 0
 
 
 @pytest.mark.parametrize("layers", ["head", "all"])

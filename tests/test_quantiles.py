@@ -82,6 +82,18 @@ def test_extreme_quantiles():
     assert_close(mixture.cdf(y[2:]), q[2:], rtol=1e-10, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_quantiles_take_the_steps_that_they_need():
+    def quantile(locs, scale, q):
+        return GaussianMixture(torch.zeros(2).double(), locs, DiagonalCovariance(scale), validate_args=False).icdf(q)
+
+    easy = [[0.0], [1.0]], [[1.0], [1.0]], [0.5]
+    traced = torch.jit.trace(quantile, tuple(torch.tensor(values, dtype=torch.float64) for values in easy))
+    hard = [[0.0], [50.0]], [[1.0], [0.01]], [0.49999]
+    y = traced(*(torch.tensor(values, dtype=torch.float64) for values in hard))
+    assert_straddles(univariate([0.5, 0.5], [0.0, 50.0], [1.0, 0.01]), y, 0.49999, 1e-12)
+
+
 def test_a_component_of_weight_zero_does_not_count():
     mixture = univariate([1.0, 0.0], [0.0, 1e9], [1.0, 1.0])
     assert_close(mixture.icdf(0.975).item(), stats.norm.ppf(0.975))

@@ -521,6 +521,23 @@ def test_missing_targets_are_not_compiled():
         fit(MixtureDensityNetwork(1, 2), x, y, compile=True, **QUICK)
 
 
+@pytest.mark.parametrize("of", ["loss", "log_prob", "component_log_prob", "condition"])
+def test_missing_targets_are_not_compiled_by_users(of):
+    torch.compiler.reset()
+    with unvalidated():
+        net, x, y = MixtureDensityNetwork(1, 2, 2, 4), torch.randn(6, 1), torch.randn(6, 2)
+        functions = {
+            "loss": net.loss,
+            "log_prob": lambda x, y: net(x).log_prob(y),
+            "component_log_prob": lambda x, y: net(x).component_log_prob(y),
+            "condition": lambda x, y: net(x).condition(y[:, :1], [0]).mean,
+        }
+        compiled = torch.compile(functions[of], backend="aot_eager")
+        assert_close(compiled(x, y), functions[of](x, y))
+        with pytest.raises(RuntimeError, match=r"expected complete points under torch\.compile, got NaN"):
+            compiled(x, y.masked_fill(torch.eye(6, 2, dtype=torch.bool), math.nan))
+
+
 # What a reader of the documentation relies on
 
 
