@@ -411,7 +411,7 @@ def has_missing(value: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         if value.is_cpu and not torch._C._are_functorch_transforms_active():
-            torch._assert_async(~value.isnan().any(), _COMPLETE.format("torch.compile"))
+            torch.ops.aten._assert_async.msg(~value.isnan().any(), _COMPLETE.format("torch.compile"))
         return False
     whole, mapped = value, False
     while functorch.is_functorch_wrapped_tensor(whole):

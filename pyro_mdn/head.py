@@ -3,6 +3,9 @@ r"""The last layer: features in, mixture out."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,7 +20,7 @@ from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import Diagonal, NoiseModel
 from pyro_mdn.raw import ChannelMixture, RawMixture, log_unit, split_channels
 
-__all__ = ["MixtureHead", "starting_value"]
+__all__ = ["MixtureHead", "exact_buffers", "single_at_least", "starting_value"]
 
 
 class MixtureHead(nn.Module):
@@ -26,7 +29,7 @@ class MixtureHead(nn.Module):
     .. math:: p(y \mid h) = \sum_k w_k(h) \, \mathcal{N}(y \mid \mu_k(h), \Sigma_k(h))
 
     The layer works in standardised units; the buffers ``shift`` and ``scale`` hold the units of y
-    (0 and 1 until :meth:`initialize_` is called).
+    (0 and 1 until :meth:`initialize_` is called), in single precision also where weights have less.
 
     Args:
         in_features: Width of the features.
@@ -69,8 +72,9 @@ class MixtureHead(nn.Module):
         self.sizes = [n_components, n_components * dim_out, n_noise - learned_here]
         self.linear = nn.Linear(in_features, sum(self.sizes))
         self.raw_noise = nn.Parameter(torch.empty(learned_here)) if learned_here else None
-        self.register_buffer("shift", torch.zeros(dim_out))
-        self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out))
+        single = single_at_least(torch.get_default_dtype())
+        self.register_buffer("shift", torch.zeros(dim_out, dtype=single))
+        self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out, dtype=single))
         self._start_anywhere()
 
     def reset_parameters(self) -> None:
@@ -81,6 +85,10 @@ class MixtureHead(nn.Module):
     def _start_anywhere(self) -> None:
         shape = self.n_components, self.dim_out
         self._start(torch.zeros(self.n_components), torch.randn(shape), torch.ones(shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with exact_buffers(self, "shift", "scale"):
+            return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Describe the head in a module's printout."""
@@ -167,7 +175,8 @@ class MixtureHead(nn.Module):
             channels: What the layer gives.
             raw_noise: Channels ``(C', *batch)`` (broadcast) of noise that does not depend on the features, if any.
         """
-        return split_channels(self.noise, self.n_components, self.dim_out, _accumulated(channels), raw_noise)
+        noise = None if raw_noise is None else _accumulated(raw_noise)
+        return split_channels(self.noise, self.n_components, self.dim_out, _accumulated(channels), noise)
 
     @torch.no_grad()
     def initialize_(self, y: Tensor) -> None:
@@ -210,9 +219,25 @@ def _is_exact(features: Tensor, weight: Tensor) -> bool:
     return exact and not torch.is_autocast_enabled(features.device.type)
 
 
+def single_at_least(dtype: torch.dtype) -> torch.dtype:
+    """Give single precision for less of it, and this precision otherwise."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def exact_buffers(module: nn.Module, *names: str) -> Iterator[None]:
+    """Keep buffers in single precision at least while a module is converted: rounded units are other units."""
+    before = {name: module._buffers[name] for name in names}
+    yield
+    for name, exact in before.items():
+        converted = module._buffers[name]
+        if exact is not None and converted is not None and converted.dtype.itemsize < 4:
+            module._buffers[name] = exact.to(converted.device, torch.float32)
+
+
 def _accumulated(channels: Tensor) -> Tensor:
     """Single precision at least, whatever autocast made of the layer."""
-    return channels.to(torch.promote_types(channels.dtype, torch.float32))
+    return channels.to(single_at_least(channels.dtype))
 
 
 def starting_value(module: nn.Module, name: str) -> Tensor:

@@ -44,6 +44,7 @@ class LightningObjective(LightningModule):
     ``gradient_clip_val=1.0`` is what ``fit`` has. Targets on a grid get no noise of their own here. A Lightning
     checkpoint holds the settings and all tensors, but not the network as an object:
     ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's parameter store stays as it was.
+    With ``precision="bf16-true"`` weights are in bfloat16; scalers, targets and densities stay in single precision.
 
     Args:
         objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. Where
@@ -109,6 +110,16 @@ class LightningObjective(LightningModule):
             require_owned(self.objective)
         return losses
 
+    def setup(self, stage: str) -> None:
+        """Take batches as they are where the Trainer would round them; the network rounds what it has standardised."""
+        plugin = self.trainer.precision_plugin
+        if plugin.convert_input(torch.zeros((), dtype=torch.float32)).dtype.itemsize < 4:
+            vars(plugin)["convert_input"] = _as_it_is
+
+    def teardown(self, stage: str) -> None:
+        """Have the Trainer round batches again."""
+        vars(self.trainer.precision_plugin).pop("convert_input", None)
+
     def on_train_start(self) -> None:
         """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""
         network = self.network
@@ -123,7 +134,7 @@ class LightningObjective(LightningModule):
         x, y = (blur(v, scale, fade, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
         loss = rows.weigh(self(x, y)).mean()
         self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(rows))
-        count = torch.tensor(float(len(rows)), device=loss.device)
+        count = loss.new_tensor(float(len(rows)))
         return loss * count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -150,6 +161,10 @@ class LightningObjective(LightningModule):
             return default_weight_decay(len(self.trainer.train_dataloader.dataset))  # pyright: ignore[reportOptionalMemberAccess]
         except (AttributeError, TypeError) as error:
             raise ValueError("weight_decay: expected a number, since the number of training rows is unknown") from error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _networks(objective: nn.Module) -> list[MixtureDensityNetwork]:

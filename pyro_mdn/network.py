@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
 from numbers import Integral
@@ -21,7 +21,7 @@ from pyro_mdn import kernels, serialization
 from pyro_mdn.checks import all_finite, is_count
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
-from pyro_mdn.head import MixtureHead
+from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
 from pyro_mdn.isolation import KeepFrozen, own_generators, own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
@@ -35,7 +35,8 @@ class MixtureDensityNetwork(PyroModule):
     .. math:: p(y \mid x) = \sum_{k=1}^K w_k(x) \, \mathcal{N}(y \mid \mu_k(x), \Sigma_k(x))
 
     Inputs and outputs are standardised inside, by buffers that :meth:`initialize_` sets; every mixture, density
-    and sample is in the units of y.
+    and sample is in the units of y. ``bfloat16()`` and ``half()`` convert the weights: these buffers, and densities,
+    have single precision at least.
 
     Args:
         dim_in: Width of the inputs or, for a backbone that takes more than a vector, their shape.
@@ -62,6 +63,7 @@ class MixtureDensityNetwork(PyroModule):
 
     input_shape: tuple[int, ...]
     hidden_dim: tuple[int, ...]
+    weight_dtype: torch.dtype
     backbone: nn.Module
     head: MixtureHead
     x_shift: Tensor
@@ -87,8 +89,15 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
         self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
         self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
-        self.register_buffer("x_shift", torch.zeros(self.input_shape))
-        self.register_buffer("x_scale", torch.ones(self.input_shape))
+        self.weight_dtype = torch.get_default_dtype()
+        single = single_at_least(self.weight_dtype)
+        self.register_buffer("x_shift", torch.zeros(self.input_shape, dtype=single))
+        self.register_buffer("x_scale", torch.ones(self.input_shape, dtype=single))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.weight_dtype = fn(self.x_shift.new_empty(0, dtype=self.weight_dtype)).dtype
+        with exact_buffers(self, "x_shift", "x_scale"):
+            return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
         with own_generators():  # torch's layers look at their weights, which are draws where they are latent
@@ -261,8 +270,7 @@ class MixtureDensityNetwork(PyroModule):
     def features(self, x: Tensor) -> Tensor:
         """What the backbone makes of inputs x, ``(*batch, hidden_dim)``."""
         batch_shape = self.check_inputs(x)
-        shift = self.x_shift
-        features = self.backbone(((x - shift) / self.x_scale).to(shift.dtype))
+        features = self.backbone(((x - self.x_shift) / self.x_scale).to(self.weight_dtype))
         n = features.ndim - 1 if isinstance(features, Tensor) else -1
         if n < min(1, len(batch_shape)) or features.shape != (*batch_shape[:n], self.hidden_dim[-1]):
             expected = f"features (*batch, {self.hidden_dim[-1]}) for x of shape {tuple(x.shape)}"

@@ -192,6 +192,26 @@ def test_mixed_precision():
     assert abs(loss["bf16-mixed"] - loss["32-true"]) < 0.05
 
 
+def test_true_half_precision_rounds_neither_units_nor_targets():
+    """Rounded to bfloat16, targets around 5000 would be multiples of 32."""
+    x, y = fork(201)
+    x, y = 300 + x, 5000 + 5 * y
+    loss = {}
+    for precision in ("32-true", "bf16-true"):
+        losses, trained = Losses(), network(x, y)
+        module = LightningObjective(NegativeLogLikelihood(trained), weight_decay=0.1, **NO_NOISE)
+        run = trainer(losses, precision=precision, max_epochs=60)
+        run.fit(module, loader(x, y), loader(x, y))
+        scalers = trained.x_shift, trained.x_scale, trained.head.shift, trained.head.scale
+        assert all(scaler.dtype == torch.float32 for scaler in scalers)
+        assert_close(trained.head.shift, y.mean(0))
+        loss[precision] = trained.loss(x, y).mean().item()
+        assert losses.epochs[-1] == pytest.approx(loss[precision], abs=0.1)
+    assert all(p.dtype == torch.bfloat16 for p in trained.parameters())
+    assert abs(loss["bf16-true"] - loss["32-true"]) < 0.1
+    assert run.precision_plugin.convert_input(x).dtype == torch.bfloat16
+
+
 def test_the_parameter_store_stays_as_it_was():
     """Also with a backbone that registers itself, and with a guide."""
     x, y = fork(50)

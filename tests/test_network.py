@@ -15,6 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_mdn import (
+    DeepEnsemble,
     Diagonal,
     Fixed,
     Full,
@@ -22,7 +23,10 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     MixtureHead,
+    bayesianize,
+    posterior_predictive,
     serialization,
+    starting_weights,
 )
 
 
@@ -92,6 +96,45 @@ def test_start_survives_fewer_points_than_components(y):
     network = MixtureDensityNetwork(1, 1, n_components=8)
     network.initialize_(torch.randn(len(y), 1), y)
     assert network.loss(torch.randn(len(y), 1), y).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_leave_the_units_exact(name, dtype, tmp_path):
+    x, y = 1e4 + torch.randn(50, 3), 5000 + 5 * torch.randn(50, 2)
+    network = MixtureDensityNetwork(3, 2, 3, 8, noise=NOISE[name])
+    network.initialize_(x, y)
+    units = [t.clone() for t in (network.x_shift, network.x_scale, network.head.shift, network.head.scale)]
+    expected = network.loss(x, y)
+    network.to(dtype).to("cpu")
+    assert all(p.dtype == dtype for p in network.parameters())
+    network.save(tmp_path / "network")
+    for found in (network, copy.deepcopy(network), MixtureDensityNetwork.load(tmp_path / "network")):
+        assert_close([found.x_shift, found.x_scale, found.head.shift, found.head.scale], units, rtol=0, atol=0)
+        assert_close(found.loss(x, y), expected, rtol=0.02, atol=0.05)
+        assert_close(-found(x).log_prob(y), expected, rtol=0.02, atol=0.05)
+    ensemble = DeepEnsemble([network, network]).to(dtype)
+    assert_close(-ensemble(x).log_prob(y), expected, rtol=0.02, atol=0.05)
+    posterior = {name: value.unsqueeze(0) for name, value in starting_weights(bayesianize(network)).items()}
+    assert_close(-posterior_predictive(network, posterior, x).log_prob(y)[0], expected, rtol=0.02, atol=0.05)
+    assert {t.dtype for t in network.double().state_dict().values()} == {torch.float64}
+    network.to(dtype)
+    assert (network.weight_dtype, network.x_shift.dtype, network.head.scale.dtype) == (dtype, *[torch.float32] * 2)
+
+
+def test_networks_made_in_half_precision_have_exact_units():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        network = MixtureDensityNetwork(3, 2, 2, 4)
+    finally:
+        torch.set_default_dtype(before)
+    x, y = 1e4 + torch.randn(50, 3), 5000 + 5 * torch.randn(50, 2)
+    network.initialize_(x, y)
+    assert network.head.linear.weight.dtype == torch.bfloat16
+    assert_close(network.head.shift, y.mean(0))
+    assert_close(network.x_shift, x.mean(0))
+    assert network.loss(x, y).mean() < 8
 
 
 @pytest.mark.parametrize("constant", [0.0, 7.0, 0.1, 0.7, 12.34, -1e9])
