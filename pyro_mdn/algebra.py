@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import kernels, reduction
+from pyro_mdn.checks import is_differentiated
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance
 from pyro_mdn.density import MixtureDensity, check_dims, has_missing
@@ -125,13 +126,21 @@ class MixtureAlgebra(MixtureDensity):
         Args:
             temperature: :math:`\tau > 0`; below 1 the mixture is more cautious, above 1 more adventurous.
 
+        Raises:
+            ValueError: If the temperature is not positive, or if its root over- or underflows in the mixture's dtype.
+
         References:
             Ha & Schmidhuber (2018), World Models.
         """
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        scale = self.locs.new_full((1,), math.sqrt(temperature))
-        return self._new(self.logits / temperature, self.locs, self.covariance.affine(scale))
+        root, limits = math.sqrt(temperature), torch.finfo(self.locs.dtype)
+        if not limits.tiny <= root <= limits.max:
+            raise ValueError(f"temperature: expected a number with a root in {self.locs.dtype}, got {temperature}")
+        scale = self.locs.new_full((1,), root)
+        # The largest logit stays 0, however small the temperature.
+        logits = (self.logits - self.logits.detach().amax(-1, keepdim=True)) / scale / scale
+        return self._new(logits, self.locs, self.covariance.affine(scale))
 
     def pool(self, dim: int, weights: Tensor | None = None) -> Self:
         r"""Average the density over batch dimension ``dim``: exactly one mixture of S·K components.
@@ -140,7 +149,9 @@ class MixtureAlgebra(MixtureDensity):
 
         Args:
             dim: Batch dimension to fold into the components.
-            weights: Weights :math:`a_s \ge 0`, shape ``(S,)``, normalised here; by default all equal.
+            weights: Weights :math:`a_s \ge 0`, shape ``(S,)``, normalised here; by default all equal. Their gradient
+                is right at 0 too: a weight of 0 that is differentiated is taken as the square root of the smallest
+                number of its dtype.
 
         Raises:
             ValueError: If there is no such batch dimension, nothing along it, or the weights do not fit it.
@@ -181,9 +192,13 @@ class MixtureAlgebra(MixtureDensity):
         else:
             pull, covariance = _precision_weighted(left.covariance, right.covariance, apart)
         peak = left.locs + pull
-        log_scale = _at(left, peak) + _at(right, peak) - _at(left._with(peak, covariance), peak)
-        logits = left.logits + right.logits + log_scale
-        return Product(self._new(logits, peak, covariance), logits.logsumexp(-1))
+        sides = left.covariance.whiten(pull), right.covariance.whiten(peak - right.locs)
+        whitened = torch.cat(torch.broadcast_tensors(*sides), -1)
+        half_log_det = left.covariance.half_log_det() + right.covariance.half_log_det() - covariance.half_log_det()
+        log_weights = left.logits + right.logits
+        logits = log_weights + kernels.relative_log_density(whitened, half_log_det)
+        log_density = kernels.normal_log_density(whitened, half_log_det) + 0.5 * self.dim * math.log(2 * math.pi)
+        return Product(self._new(logits, peak, covariance), (log_weights + log_density).logsumexp(-1))
 
     def _paired(self, axis: int, count: int) -> Self:
         """Repeat each component ``count`` times in turn (axis 1), or all components one after another (axis 0)."""
@@ -254,12 +269,6 @@ class MixtureAlgebra(MixtureDensity):
         return VarianceSplit(self.covariance_matrix.mean(dim % n), epistemic)
 
 
-def _at(mixture: MixtureDensity, points: Tensor) -> Tensor:
-    """Log-density of each component at a point of its own, ``(*batch, K)``."""
-    whitened = mixture.covariance.whiten(points - mixture.locs)
-    return kernels.normal_log_density(whitened, mixture.covariance.half_log_det())
-
-
 def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> tuple[Tensor, FullCovariance]:
     """Pull of the mean from the left one, and covariance, of products of Gaussians ``apart`` from each other."""
     roots = torch.broadcast_tensors(left.precision_tril(), right.precision_tril())
@@ -275,6 +284,11 @@ def _log_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
         raise ValueError("dim: expected mixtures along it, got none")
     if weights is None:
         return like.new_full((size,), -math.log(size))
-    if weights.shape != (size,) or not bool((weights >= 0).all()) or not 0 < float(weights.sum()) < math.inf:
+    total = weights.detach().sum()
+    if weights.shape != (size,) or not bool((weights >= 0).all() & (total > 0) & total.isfinite()):
         raise ValueError(f"weights: expected {size} finite numbers, none negative and not all zero")
-    return kernels.normalize_logits(weights.to(like).log())
+    weights = weights.to(like)
+    if is_differentiated(weights):  # a logarithm has no gradient at 0
+        least = math.sqrt(torch.finfo(weights.dtype).tiny)
+        weights = weights + (least - weights.detach()).clamp(min=0)
+    return kernels.normalize_logits(weights.log())

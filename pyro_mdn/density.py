@@ -207,7 +207,12 @@ class MixtureDensity(dist.MixtureSameFamily):
         return kernels.channels_last(kernels.shares(kernels.channels_first(joint, 1)), 1)
 
     def _joint_log_prob(self, value: Tensor) -> Tensor:
-        return self.logits + self.component_log_prob(value)
+        """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
+        self._check_value(value)
+        if has_missing(value):
+            return self._by_pattern(value, type(self)._observed_joint_log_prob)[0]
+        whitened = self.covariance.whiten(self.locs - value.unsqueeze(-2))
+        return self.logits + kernels.relative_log_density(whitened, self.covariance.half_log_det())
 
     def _check_value(self, value: Tensor) -> None:
         if value.ndim == 0 or value.shape[-1] != self.dim:
@@ -226,6 +231,9 @@ class MixtureDensity(dist.MixtureSameFamily):
         if not observed:
             return (torch.zeros_like(self.logits),)
         return (self.marginal(observed).component_log_prob(value),)
+
+    def _observed_joint_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:
+        return (self.marginal(observed)._joint_log_prob(value) if observed else self.logits,)
 
     def _by_pattern(
         self, value: Tensor, function: Callable[[Self, Tensor, list[int]], tuple[Tensor, ...]]

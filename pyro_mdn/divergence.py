@@ -1,4 +1,8 @@
-r"""Kullback-Leibler divergence between mixtures, which has no closed form: an approximation and an estimate."""
+r"""Kullback-Leibler divergence between mixtures, which has no closed form: an approximation and an estimate.
+
+``torch.distributions.kl_divergence`` takes single components only, for which it is exact. For others it raises
+``NotImplementedError``, and Pyro's ``TraceMeanField_ELBO`` estimates the term from draws.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,14 @@ from pyro_mdn.mixture import GaussianMixture
 __all__ = ["kl_monte_carlo", "kl_variational_approximation"]
 
 
-@register_kl(GaussianMixture, GaussianMixture)
 def kl_variational_approximation(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     r"""Variational approximation of :math:`\mathrm{KL}(p \Vert q)` in nats, shape ``(*batch,)``; no bound of it.
 
     .. math:: \sum_k w_k \log \frac{\sum_{k'} w_{k'} e^{-\mathrm{KL}(p_k \Vert p_{k'})}}
               {\sum_l v_l e^{-\mathrm{KL}(p_k \Vert q_l)}}
 
-    Exact for one component each, and zero for equal mixtures. ``torch.distributions.kl_divergence`` gives this.
+    Exact for one component each, and zero for equal mixtures. It may be negative elsewhere, so it is not what
+    ``torch.distributions.kl_divergence`` gives.
 
     Raises:
         ValueError: If the numbers of outputs differ.
@@ -46,6 +50,14 @@ def kl_monte_carlo(p: GaussianMixture, q: GaussianMixture, *, num_samples: int =
     draws = p.rsample((num_samples,))
     ratio = p.log_prob(draws) - q.log_prob(draws)
     return ratio.mean(0), ratio.std(0) / math.sqrt(num_samples)
+
+
+@register_kl(GaussianMixture, GaussianMixture)
+def _kl_of_single_components(p: GaussianMixture, q: GaussianMixture) -> Tensor:
+    if p.n_components > 1 or q.n_components > 1:
+        got = f"{p.n_components} and {q.n_components}: kl_monte_carlo and kl_variational_approximation take any number"
+        raise NotImplementedError(f"kl_divergence: expected mixtures of one component, got {got}")
+    return kl_variational_approximation(p, q)
 
 
 def _component_kl(p: GaussianMixture, q: GaussianMixture) -> Tensor:

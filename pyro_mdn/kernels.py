@@ -39,6 +39,7 @@ __all__ = [
     "negligible",
     "normal_log_density",
     "normalize_logits",
+    "relative_log_density",
     "shares",
     "split_channels",
     "sum_logs",
@@ -154,6 +155,19 @@ def normal_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
     """Gaussian log-density ``(*batch, K)`` from a whitened residual ``(*batch, K, D)`` and ½ log det Σ."""
     constant = 0.5 * math.log(2 * math.pi) * whitened.shape[-1]
     return -0.5 * sum_outputs(whitened.square()) - half_log_det - constant
+
+
+def relative_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
+    """Compute :func:`normal_log_density` up to a constant that is common to all components.
+
+    Far from all components, where squares overflow, the result is still finite for the nearest one.
+    """
+    # A unit of about the root of the largest number. It is a power of two, and 1 at least, so that nothing is rounded.
+    size = whitened.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1)
+    unit = torch.exp2((0.5 * size.log2()).floor())
+    squares = sum_outputs((whitened / unit).square())
+    farther = squares - squares.detach().amin(-1, keepdim=True)
+    return farther * (-0.5 * unit.squeeze(-1).square()) - half_log_det
 
 
 # Log-densities of mixtures

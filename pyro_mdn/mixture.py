@@ -213,7 +213,8 @@ class GaussianMixture(MixtureAlgebra):
             locs = self.locs[..., d] + shift
             outputs.append(choose(d, logits, locs, scale))
             standardized = (outputs[-1].unsqueeze(-1) - locs) / scale
-            logits = kernels.normalize_logits(logits - 0.5 * standardized.square() - scale.log())
+            density = kernels.relative_log_density(standardized.unsqueeze(-1), scale.log())
+            logits = kernels.normalize_logits(logits + density)
             residuals.append(outputs[-1].unsqueeze(-1) - self.locs[..., d])
         return torch.stack(outputs, -1)
 

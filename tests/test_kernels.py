@@ -37,6 +37,7 @@ CALLS = {
     kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
     kernels.normalize_logits: lambda: (draw(5, 3),),
     kernels.shares: lambda: (draw(3, 5),),
+    kernels.relative_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
     kernels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
     kernels.sum_logs: lambda: (draw(5, 3, 4),),
     kernels.sum_outputs: lambda: (draw(5, 3, 4),),

@@ -6,9 +6,10 @@ import torch
 from cases import BATCH_SHAPES, DIM, NOISE, dense, make_head, make_mixture
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, IsotropicCovariance
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, FullCovariance, GaussianMixture, IsotropicCovariance
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 every_batch = pytest.mark.parametrize("batch_shape", BATCH_SHAPES.values(), ids=BATCH_SHAPES)
@@ -209,6 +210,39 @@ def test_sampling_needs_no_gradient_and_no_component_of_weight_zero():
     assert y.max() < 50
 
 
+@pytest.mark.parametrize("distance", [1e10, 1e18])
+def test_weights_far_from_all_components_are_those_of_the_nearest(distance):
+    """In single precision squares overflow there; the same parameters in double precision tell what is right."""
+    scale, correlation = torch.tensor([1.0, 1.5, 0.7]), torch.eye(3)
+    correlation[0, 1] = correlation[1, 0] = 1 - 1e-6
+    covariance = FullCovariance.from_matrix(scale.square()[:, None, None] * correlation)
+    single = GaussianMixture(torch.tensor([0.2, 0.3, 0.5]).log().requires_grad_(), torch.eye(3), covariance)
+    double = GaussianMixture(single.logits.double(), single.locs.double(), covariance.map(lambda t, n: t.double()))
+    y = distance * torch.tensor([1.0, -1.0, 0.5])
+    missing = torch.tensor([[1.0, -1.0, math.nan], [math.nan, math.nan, math.nan]]) * distance
+    pairs = [
+        (single.condition(y[:2], [0, 1]).logits.exp(), double.condition(y[:2].double(), [0, 1]).logits.exp()),
+        (single.responsibilities(y), double.responsibilities(y.double())),
+        (single.responsibilities(missing), double.responsibilities(missing.double())),
+        (single.rosenblatt(y), double.rosenblatt(y.double())),
+    ]
+    for got, expected in pairs:
+        assert_close(got.double(), expected)
+        (gradient,) = torch.autograd.grad(got.square().sum(), single.logits, retain_graph=True)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=str)
+def test_product_of_mixtures_far_apart_has_weights(noise):
+    left, right = make_mixture(noise), make_mixture(noise).affine(1e23, 1.3)
+    single = [
+        GaussianMixture(m.logits.float(), m.locs.float(), m.covariance.map(lambda t, n: t.float()))
+        for m in (left, right)
+    ]
+    expected = left.product(right).mixture.logits.exp()
+    assert_close(single[0].product(single[1]).mixture.logits.exp().double(), expected, rtol=1e-3, atol=1e-3)
+
+
 # Closed forms
 
 
@@ -272,6 +306,22 @@ def test_pooled_density_is_the_mean_density(noise, dim, weighted):
     assert_close(pooled.log_prob(y), (densities * probs).sum(-1).log(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pooling_has_gradients_at_weights_of_zero(dtype):
+    r""":math:`\partial \log p(y) / \partial a_s = p_s(y) / p(y) - 1`, for weights that add up to 1."""
+    locs = torch.tensor([[[0.0]], [[1.0]], [[2.0]]], dtype=dtype)
+    mixture = GaussianMixture(torch.zeros(3, 1, dtype=dtype), locs, DiagonalCovariance(torch.ones(1, 1, dtype=dtype)))
+    weights = torch.tensor([0.0, 0.5, 0.5], dtype=dtype, requires_grad=True)
+    pooled, y = mixture.pool(0, weights), torch.tensor([0.3], dtype=dtype)
+    densities = stats.norm.pdf(0.3, [0.0, 1.0, 2.0])
+    expected = densities / densities[1:].mean() - 1  # 0.877, 0.537, -0.537
+    (gradient,) = torch.autograd.grad(pooled.log_prob(y), weights, retain_graph=True)
+    assert_close(gradient, torch.tensor(expected, dtype=dtype))
+    (gradient,) = torch.autograd.grad(pooled.mean, weights)
+    assert_close(gradient, torch.tensor([-1.5, -0.5, 0.5], dtype=dtype))
+    assert mixture.pool(0, weights.detach()).logits[0] == -math.inf
+
+
 @every_noise
 def test_expand_repeats(noise):
     mixture = make_mixture(noise, (3,))
@@ -290,6 +340,23 @@ def test_temperature(noise):
     assert_close(tempered.mixture_distribution.probs, (4 * mixture.logits).softmax(-1))
     assert_close(tempered.covariance.matrix(), 0.25 * mixture.covariance.matrix())
     assert_close(tempered.locs, mixture.locs)
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-60, 1e39])
+def test_temperatures_out_of_range_of_single_precision(temperature):
+    logits = torch.tensor([0.1, 0.7, -math.inf, 0.5], requires_grad=True)
+    mixture = GaussianMixture(logits, torch.zeros(4, 1), IsotropicCovariance(torch.ones(1)))
+    tempered = mixture.temper(temperature)
+    expected = [0.0, 1.0, 0.0, 0.0] if temperature < 1 else [1 / 3, 1 / 3, 0.0, 1 / 3]
+    assert_close(tempered.logits.exp(), torch.tensor(expected))
+    assert_close(tempered.covariance.stddev(), torch.full((1, 1), math.sqrt(temperature)))
+    assert torch.autograd.grad(tempered.logits[1], logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1e-100, 1e100])
+def test_temperatures_without_a_root_are_refused(temperature):
+    with pytest.raises(ValueError, match=r"temperature: expected a number with a root in torch\.float32, got 1e"):
+        two_components().temper(temperature)
 
 
 @given(st.permutations(range(DIM)), st.integers(1, DIM - 1), st.integers(0, 2**31))
