@@ -105,7 +105,7 @@ class FullCovariance(Covariance):
         return self.scale_tril().square().sum(-1)
 
     def stddev(self) -> Tensor:
-        return _norm(self.scale_tril())
+        return kernels.norm(self.scale_tril())
 
     def matrix(self) -> Tensor:
         scale_tril = self.scale_tril()
@@ -173,12 +173,6 @@ def plus(one: Covariance, other: Covariance) -> Covariance:
         return DiagonalCovariance(torch.hypot(one.stddev(), other.stddev()))
     shape = torch.broadcast_shapes(one.batch_shape, other.batch_shape)
     return FullCovariance.from_root(torch.cat([c.expand(shape).root() for c in (one, other)], -1))
-
-
-def _norm(rows: Tensor) -> Tensor:
-    """Euclidean norm along the last axis, of rows that are not zero; no square over- or underflows."""
-    largest = rows.detach().abs().amax(-1, keepdim=True)
-    return largest.squeeze(-1) * (rows / largest).square().sum(-1).sqrt()
 
 
 def _require_square(matrix: Tensor, name: str) -> None:
@@ -254,7 +248,7 @@ class LowRankCovariance(Covariance):
         return self.factor.square().sum(-1) + self.scale.square()
 
     def stddev(self) -> Tensor:
-        return _norm(torch.cat([self.factor, self.scale.unsqueeze(-1)], -1))
+        return kernels.norm(torch.cat([self.factor, self.scale.unsqueeze(-1)], -1))
 
     def matrix(self) -> Tensor:
         return self.factor @ self.factor.mT + self.scale.square().diag_embed()

@@ -305,8 +305,11 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     @property
     def stddev(self) -> Tensor:
-        """Standard deviation of each output, shape ``(*batch, D)``."""
-        return self.variance.sqrt()
+        """Standard deviation of each output, shape ``(*batch, D)``, also where the variance over- or underflows."""
+        deviation = self._deviation()
+        parts = torch.stack([self.covariance.stddev().expand(deviation.shape), deviation], -1)
+        weighted = (0.5 * self.logits).exp()[..., None, None] * parts
+        return kernels.norm(weighted.movedim(-3, -2).flatten(-2))
 
     @property
     def covariance_matrix(self) -> Tensor:

@@ -92,10 +92,10 @@ def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> 
 
 def _finest(mixture: GaussianMixture) -> Tensor:
     """Smallest standard deviation of an output, given the other if there are two, of components that matter."""
-    variance, log_det = mixture.covariance.variance(), 2 * mixture.covariance.half_log_det()
-    conditional = (log_det - variance.log().sum(-1)).exp() * variance.min(-1).values
+    stddev, half_log_det = mixture.covariance.stddev(), mixture.covariance.half_log_det()
+    conditional = (half_log_det - stddev.log().sum(-1)).exp() * stddev.min(-1).values
     matter = mixture.logits.exp() > 0.05 / mixture.n_components
-    return conditional.expand(mixture.logits.shape).masked_fill(~matter, math.inf).min(-1).values.sqrt()
+    return conditional.expand(mixture.logits.shape).masked_fill(~matter, math.inf).min(-1).values
 
 
 def cell_density(mixture: GaussianMixture, grid: Tensor) -> Tensor:

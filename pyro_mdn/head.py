@@ -193,9 +193,7 @@ class MixtureHead(nn.Module):
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
         if bool(y.isinf().any() | y.isnan().all(0).any()):
             raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
-        shift, scale = kernels.location_and_scale(y.cpu())
-        if self.noise.common_unit:
-            scale = scale.square().mean(0, keepdim=True).sqrt()
+        shift, scale = kernels.location_and_scale(y.cpu(), common_unit=self.noise.common_unit)
         self.shift.copy_(shift)
         self.scale.copy_(scale)
         self._start(*_clusters(_filled((y.cpu() - shift) / scale), self.n_components))

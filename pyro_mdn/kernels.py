@@ -37,6 +37,7 @@ __all__ = [
     "low_rank_project",
     "mixture_log_density",
     "negligible",
+    "norm",
     "normal_log_density",
     "normalize_logits",
     "relative_log_density",
@@ -102,15 +103,30 @@ def constant(value: float, dtype: torch.dtype) -> Tensor:
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
-def location_and_scale(rows: Tensor) -> tuple[Tensor, Tensor]:
+def norm(rows: Tensor) -> Tensor:
+    """Euclidean norm along the last axis; no square over- or underflows, and its gradient at 0 is 0."""
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    largest = largest.masked_fill(largest == 0, 1.0)
+    return largest.squeeze(-1) * (rows / largest).norm(dim=-1)
+
+
+def location_and_scale(rows: Tensor, *, common_unit: bool = False) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1.
 
     NaN are left out.
+
+    Args:
+        rows: The data.
+        common_unit: One scale, of shape ``(1,)``, for all columns: the root mean square over those that are not
+            constant, and 1 if all are.
     """
     location = rows.double().nanmean(0)
     scale = (rows.double() - location).square().nanmean(0).sqrt()
-    rounding = 4 * torch.finfo(rows.dtype).eps * rows.nan_to_num().abs().amax(0)
-    return location, torch.where(scale > rounding, scale, 1.0)
+    varies = scale > 4 * torch.finfo(rows.dtype).eps * rows.nan_to_num().abs().amax(0)
+    if common_unit:
+        varying = scale[varies]
+        scale, varies = varying.square().mean().sqrt().reshape(1), varies.any()
+    return location, torch.where(varies, scale, 1.0)
 
 
 def normalize_logits(logits: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class NoiseModel(ABC):
     Attributes:
         tied: Whether all components share one covariance.
         homoscedastic: Whether the covariance is the same for every input.
-        common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y.
+        common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y. It is
+            the root mean square of the standard deviations of the outputs that are not constant in the data.
     """
 
     tied: bool
@@ -104,6 +105,9 @@ class Diagonal(_Learned):
 @dataclass(frozen=True, kw_only=True)
 class Isotropic(_Learned):
     r"""One standard deviation for all outputs: :math:`\Sigma_k = \sigma_k^2 I`, in the units of y.
+
+    All outputs have one standardised unit: the root mean square of the standard deviations of those that are not
+    constant in the data. A constant output has the same :math:`\sigma_k` as the others.
 
     Args:
         tied: One covariance for all components.

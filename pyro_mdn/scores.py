@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.special import erf, erfcx, log_ndtr
 
+from pyro_mdn import kernels
 from pyro_mdn.mixture import GaussianMixture
 
 __all__ = [
@@ -52,8 +53,8 @@ def observed_mean(values: Tensor) -> Estimate:
     if not bool((count > 0).all()):
         raise ValueError("y: expected an observed entry in each column, got none in one")
     mean = values.nanmean(0)
-    squares = (values - mean).square().masked_fill(~observed, 0.0).sum(0)
-    return Estimate(mean, (squares / (count - 1) / count).sqrt())
+    deviation = (values - mean).masked_fill(~observed, 0.0)
+    return Estimate(mean, kernels.norm(deviation.movedim(0, -1)) / ((count - 1) * count).to(values.dtype).sqrt())
 
 
 def log_score(mixture: GaussianMixture, y: Tensor) -> Tensor:
@@ -201,9 +202,10 @@ def energy_score(mixture: GaussianMixture, y: Tensor, *, num_samples: int = 1000
         raise ValueError(f"num_samples: expected 2 at least, got {num_samples}")
     sample_shape = (num_samples, *(1,) * max(0, y.ndim - 1 - len(mixture.batch_shape)))
     first, second = mixture.rsample(sample_shape), mixture.rsample(sample_shape)
-    to_target = 0.5 * ((first - y).norm(dim=-1) + (second - y).norm(dim=-1))
-    scores = to_target - 0.5 * (first - second).norm(dim=-1)
-    return Estimate(scores.mean(0), scores.std(0) / math.sqrt(num_samples))
+    to_target = 0.5 * (kernels.norm(first - y) + kernels.norm(second - y))
+    scores = to_target - 0.5 * kernels.norm(first - second)
+    deviation = (scores - scores.mean(0)).movedim(0, -1)
+    return Estimate(scores.mean(0), kernels.norm(deviation) / math.sqrt(num_samples * (num_samples - 1)))
 
 
 def pinball(mixture: GaussianMixture, y: Tensor, q: float) -> Tensor:

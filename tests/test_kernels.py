@@ -34,6 +34,7 @@ CALLS = {
     kernels.log_sum_exp: lambda: (draw(3, 5),),
     kernels.low_rank_capacitance: lambda: (draw(5, 3, 4, 2),),
     kernels.low_rank_project: lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
+    kernels.norm: lambda: (draw(5, 3, 4),),
     kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
     kernels.normalize_logits: lambda: (draw(5, 3),),
     kernels.shares: lambda: (draw(3, 5),),

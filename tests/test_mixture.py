@@ -156,6 +156,20 @@ def test_moments_agree_with_dense_torch(noise, batch_shape):
     assert_close(mixture.covariance_matrix.diagonal(dim1=-2, dim2=-1), mixture.variance)
 
 
+def test_gradients_of_standard_deviations():
+    logits, locs = torch.randn(2, 3).double().requires_grad_(), torch.randn(2, 3, 2).double().requires_grad_()
+    scale = (torch.rand(2, 3, 2).double() + 0.5).requires_grad_()
+
+    def stddev(logits, locs, scale):
+        return GaussianMixture(logits, locs, DiagonalCovariance(scale)).stddev
+
+    assert torch.autograd.gradcheck(stddev, (logits, locs, scale))
+    absent = logits.detach().index_fill(1, torch.tensor([1]), -math.inf).requires_grad_()
+    (gradient,) = torch.autograd.grad(stddev(absent, locs, scale).sum(), absent)
+    (expected,) = torch.autograd.grad(stddev(logits[:, [0, 2]], locs[:, [0, 2]], scale[:, [0, 2]]).sum(), logits)
+    assert_close(gradient, expected)
+
+
 @every_noise
 def test_samples_have_the_moments(noise):
     """Within 5 Monte Carlo standard errors, for first and all second moments."""

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import numpy as np
 import pyro
@@ -20,6 +21,7 @@ from pyro_mdn import (
     Fixed,
     Full,
     GaussianMixture,
+    Isotropic,
     LowRank,
     MixtureDensityNetwork,
     MixtureHead,
@@ -147,6 +149,34 @@ def test_constant_columns_are_harmless(constant, dtype):
         network.initialize_(x, torch.full((50, 1), constant, dtype=dtype))
         assert network.x_scale[-1] == network.head.scale == 1
         assert network.loss(x, torch.full((50, 1), constant, dtype=dtype)).max() < 10
+
+
+@pytest.mark.parametrize("noise", [Isotropic(), Fixed(1e-4)], ids=str)
+@pytest.mark.parametrize("unit", [1e-6, 1e-3, 1e6])
+def test_constant_outputs_are_not_in_the_common_unit(noise, unit):
+    """The unit is that of the outputs that vary: one of them, two of different size, or none."""
+    y = torch.randn(50, 3) * torch.tensor([1.0, 3.0, 1.0]) * unit
+    y[:, 2] = 7.0
+    y[::7, 1] = math.nan
+    network = MixtureDensityNetwork(1, 3, noise=noise)
+    scales = [np.nanstd(column) for column in y.double().numpy().T]
+    network.initialize_(torch.randn(50, 1), y)
+    assert network.head.scale.item() == pytest.approx(math.hypot(*scales[:2]) / math.sqrt(2), rel=1e-5)
+    network = MixtureDensityNetwork(1, 2, noise=noise)
+    network.initialize_(torch.randn(50, 1), y[:, ::2])
+    assert network.head.scale.item() == pytest.approx(scales[0], rel=1e-5)
+    network.initialize_(torch.randn(50, 1), torch.full((50, 2), 7.0))
+    assert network.head.scale.tolist() == [1.0]
+
+
+def test_a_constant_output_leaves_the_deviation_of_the_other():
+    """Isotropic noise fits the output that varies, whose deviation is a thousandth of one."""
+    x, y = torch.zeros(500, 1), torch.full((500, 2), 7.0)
+    y[:, 0] = 1e-3 * torch.randn(500)
+    network = MixtureDensityNetwork(1, 2, n_components=1, noise=Isotropic(min_scale=0.1), hidden_dim=4)
+    network.initialize_(x, y)
+    assert network(x[:1]).covariance.stddev().max() < 1e-3 + 1e-6
+    assert (network(x[:1]).mean[0, 1] - 7).abs() < 1e-3
 
 
 def test_initialize_leaves_the_global_generator_in_charge():

@@ -287,6 +287,18 @@ def test_uncertainty_split():
     assert legend(ax) == list(shown)
 
 
+def test_moments_in_small_units():
+    """In single precision, where their squares underflow."""
+    x, mixture, _ = along(2)
+    single = mixture._new(mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float()))
+    small = single.affine(0.0, 1e-25)
+    for one, other in [(single, small), (single.marginal(0), small.marginal(0))]:
+        assert np.allclose(grids._finest(other) * 1e25, grids._finest(one), rtol=1e-4)
+        draws = [m.expand((3, ROWS)) for m in (one, other)]
+        lines = [plots.plot_uncertainty_split(draw, x).lines[0].get_ydata() for draw in draws]
+        assert np.allclose(lines[1] * 1e25, lines[0], rtol=1e-4)
+
+
 # Axes and inputs
 
 

@@ -17,6 +17,7 @@ from pyro_mdn.scores import (
     interval_log_score,
     interval_score,
     log_score,
+    observed_mean,
     pinball,
     pit,
 )
@@ -220,8 +221,33 @@ def test_scores_and_quantiles_in_any_unit(noise, unit):
         value = function(scaled, y * unit)
         assert_close(value.double() / unit, function(mixture, y.double()), rtol=tolerance, atol=tolerance)
     assert_close(scaled.cdf(y * unit).double(), mixture.cdf(y.double()), rtol=1e-4, atol=1e-6)
+    assert_close(scaled.stddev.double() / unit, mixture.stddev, rtol=1e-4, atol=0)
     got = interval_log_score(scaled, y * unit, 0.1 * unit).double()
     assert_close(got, interval_log_score(mixture, y.double(), 0.1), rtol=1e-4, atol=1e-4)
+
+
+@every_noise
+@pytest.mark.parametrize("unit", [2.0**-80, 2.0**64])
+def test_energy_scores_in_any_unit(noise, unit):
+    """In single precision, where squares over- and underflow; powers of two leave the same draws."""
+    mixture = make_mixture(noise)
+    single = GaussianMixture(
+        mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float())
+    )
+    y, got = observed(mixture).float(), []
+    for scale in (1.0, unit):
+        torch.manual_seed(0)
+        locs = single.locs.clone().requires_grad_()
+        value, error = energy_score(single._with(locs, single.covariance).affine(0.0, scale), y * scale)
+        (gradient,) = torch.autograd.grad(value.sum() / scale, locs)
+        got.append((value / scale, error / scale, gradient))
+    for one, other in zip(*got, strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_standard_errors_in_small_units():
+    values = torch.randn(50, 2)
+    assert_close(observed_mean(values * 1e-25).standard_error * 1e25, observed_mean(values).standard_error)
 
 
 @pytest.mark.parametrize("y", [-4.0, 0.5, 3.0])
