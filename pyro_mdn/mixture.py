@@ -13,6 +13,7 @@ from pyro_mdn import kernels, reduction, univariate
 from pyro_mdn.algebra import MixtureAlgebra
 from pyro_mdn.checks import is_differentiated
 from pyro_mdn.correlated import plus
+from pyro_mdn.shortest import shortest_tails
 
 __all__ = ["GaussianMixture"]
 
@@ -84,7 +85,7 @@ class GaussianMixture(MixtureAlgebra):
         Args:
             mass: Probability inside, in (0, 1).
             kind: ``"central"`` leaves equal tails; ``"shortest"`` is the shortest single interval, which contains
-                the points of highest density if there is one mode.
+                the points of highest density if there is one mode. All local minima of the width are compared.
 
         Raises:
             ValueError: If the mass is not in (0, 1) or the kind is unknown.
@@ -93,25 +94,26 @@ class GaussianMixture(MixtureAlgebra):
         if kind not in ("central", "shortest"):
             raise ValueError(f"kind: expected 'central' or 'shortest', got {kind!r}")
         outside = 1 - mass
-        left = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
+        left = right = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
         if kind == "shortest":
-            left = univariate.minimize_bracketed(lambda p: self._upper(outside - p) - self.icdf(p), left, outside)
-            left = self._follow_shortest(left, outside)
-        return self.icdf(left), self._upper(outside - left)
+            left, right = shortest_tails(outside, *self._univariate())
+            left = self._follow_shortest(left, right)
+            right = right + (left.detach() - left)
+        return self.icdf(left), self._upper(right)
 
     def _upper(self, tail: Tensor) -> Tensor:
         """Point with probability ``tail`` above it, for each output."""
         logits, locs, scale = self._univariate()
         return -univariate.mixture_quantile(tail, logits, -locs, scale)
 
-    def _follow_shortest(self, left: Tensor, outside: float) -> Tensor:
+    def _follow_shortest(self, left: Tensor, right: Tensor) -> Tensor:
         """Give the probabilities below shortest intervals their derivatives: the density is the same at both ends."""
         parameters = self._univariate()
         if not is_differentiated(*parameters):
             return left
 
-        def equation(left: Tensor) -> tuple[Tensor, Tensor]:
-            ends = self.icdf(left), self._upper(outside - left)
+        def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
+            ends = self.icdf(tail), self._upper(right + (left - tail))
             (low, bend_low), (high, bend_high) = (univariate.log_density_by_level(end, *parameters) for end in ends)
             slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
             # Two shortest intervals that become one: there are no derivatives.

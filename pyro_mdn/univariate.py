@@ -13,7 +13,6 @@ from pyro_mdn.kernels import log_sum_exp
 __all__ = [
     "follow_root",
     "log_density_by_level",
-    "minimize_bracketed",
     "mixture_cdf",
     "mixture_log_density",
     "mixture_quantile",
@@ -112,20 +111,3 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
             break
         point, last = proposal, (proposal - point).abs()
     return torch.where(tail > 0, point, -math.inf).masked_fill(logits.isnan().any(-1), math.nan)
-
-
-def minimize_bracketed(
-    function: Callable[[Tensor], Tensor], like: Tensor, end: float, grid: int = 64, steps: int = 40
-) -> Tensor:
-    """Minimise elementwise over (0, end): the best of a grid, then golden sections around it (Kiefer, 1953)."""
-    with torch.no_grad():
-        points = [torch.full_like(like, end * (i + 0.5) / grid) for i in range(grid)]
-        values = torch.stack([function(p) for p in points])
-        best = torch.stack(points).take_along_dim(values.argmin(0, keepdim=True), 0).squeeze(0)
-        low, high = (best - end / grid).clamp(min=0), (best + end / grid).clamp(max=end)
-        ratio = (math.sqrt(5) - 1) / 2
-        for _ in range(steps):
-            inner, outer = high - ratio * (high - low), low + ratio * (high - low)
-            closer = function(inner) < function(outer)
-            low, high = torch.where(closer, low, inner), torch.where(closer, outer, high)
-        return (low + high) / 2

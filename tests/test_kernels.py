@@ -60,7 +60,7 @@ CALLS = {
 }
 ELSEWHERE = {"Whitening", "channels_first", "channels_last", "mixture_log_density", "differentiable_gradients"}
 ELSEWHERE |= {"density_backward", "density_by_autograd", "density_forward"}
-ELSEWHERE |= {"constant", "negligible", "with_channels", "follow_root", "minimize_bracketed"}
+ELSEWHERE |= {"constant", "negligible", "with_channels", "follow_root"}
 
 # Each with the channels of its factors, for D outputs.
 WHITENINGS = {
@@ -123,15 +123,6 @@ def test_channels_first_and_last_are_views_and_inverses():
     assert first.shape == (4, 3, 2, 5)
     assert first.data_ptr() == tensor.data_ptr()
     assert torch.equal(kernels.channels_last(first, 2), tensor)
-
-
-def test_minimum_of_a_function_with_two_valleys():
-    found = univariate.minimize_bracketed(
-        lambda p: (p - 0.2) ** 2 * (p - 0.7) ** 2 - 0.01 * p, torch.zeros(3).double(), 1.0
-    )
-    grid = torch.linspace(0, 1, 100_001, dtype=torch.float64)
-    best = grid[((grid - 0.2) ** 2 * (grid - 0.7) ** 2 - 0.01 * grid).argmin()]
-    assert_close(found, best.expand(3), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4])

@@ -16,6 +16,7 @@ ORDER = [
     "kernels",
     "layer",
     "univariate",
+    "shortest",
     "whitening",
     "covariance",
     "correlated",

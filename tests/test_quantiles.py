@@ -135,6 +135,65 @@ def test_intervals_hold_their_mass_and_the_shortest_is_shortest(noise, mass):
         assert (mixture.icdf(left + mass) - mixture.icdf(left) >= short_upper - short_lower - 1e-9).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "locs", "scales", "mass", "expected"),
+    [
+        ([0.0874, 0.1125, 0.8001], [-8.79, 5.31, 7.05], [0.24, 0.08, 0.12], 0.8, [6.5897, 7.5103]),
+        ([12, 5, 1, 1, 6], [-3.0, -5.0, -5.0, -2.0, 3.0], [0.2, 0.5, 0.4, 0.8, 0.8], 0.5, [-3.5808, -1.9304]),
+        # A spike in a broad component, a mode beside a gap, and an interval over a gap.
+        ([0.98, 0.02], [0.0, 1.0], [1.0, 0.01], 0.01, None),
+        ([0.5, 0.3, 0.2], [0.0, 10.0, 1e4], [1.0, 0.1, 0.1], 0.29, None),
+        ([0.5, 0.5], [0.0, 1e3], [1.0, 0.1], 0.6, None),
+        ([0.3, 0.0, 0.7], [0.0, 5.0, 9.0], [1.0, 0.01, 2.0], 0.7, None),
+    ],
+)
+def test_shortest_interval_among_many_local_minima(weights, locs, scales, mass, expected, dtype):
+    mixture = univariate(weights, locs, scales, dtype=dtype)
+    lower, upper = mixture.interval(mass, kind="shortest")
+    exact = univariate(weights, locs, scales)
+    assert_close(
+        (upper - lower).item(), least_width(exact, mass), rtol=1e-8 if dtype == torch.float64 else 1e-4, atol=0
+    )
+    assert_close((exact.cdf(upper.double()) - exact.cdf(lower.double())).item(), mass, rtol=1e-4, atol=0)
+    if expected:
+        assert_close([lower.item(), upper.item()], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_components", [2, 5, 10, 50])
+@pytest.mark.parametrize("mass", [0.01, 0.2, 0.5, 0.8, 0.99])
+def test_shortest_interval_of_random_mixtures(n_components, mass):
+    """Components of sizes that differ a hundredfold, some apart and some together."""
+    spread = 10 ** torch.linspace(-1, 2, 3).double()[:, None, None]
+    locs = spread * torch.randn(3, n_components, 1).double()
+    scale = 10 ** (2 * torch.rand(3, n_components, 1).double() - 1.5)
+    mixture = GaussianMixture(2 * torch.randn(3, n_components).double(), locs, DiagonalCovariance(scale))
+    lower, upper = mixture.interval(mass, kind="shortest")
+    for row in range(3):
+        assert (upper - lower)[row].item() <= least_width(mixture._pick(torch.tensor([row])), mass) * (1 + 1e-8)
+
+
+def least_width(mixture, mass):
+    """Width of the shortest interval of one mixture, from lower and upper ends all over every component."""
+    steps = torch.linspace(-8.5, 8.5, 1000 // mixture.n_components + 60).double()
+    points = (mixture.locs.reshape(-1, 1) + mixture.covariance.stddev().reshape(-1, 1) * steps).reshape(-1, 1)
+    left = torch.cat([mixture.cdf(points), mixture.cdf(points) - mass])
+    for _ in range(3):  # then between the neighbours of the best
+        left = left[(left > 0) & (left < 1 - mass)].sort().values
+        width = (mixture.icdf((left + mass).unsqueeze(-1)) - mixture.icdf(left.unsqueeze(-1))).flatten()
+        best = int(width.argmin())
+        ends = left[max(best - 2, 0)].item(), left[min(best + 2, len(left) - 1)].item()
+        left = torch.linspace(*ends, 100).double()
+    return width.min().item()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3)], ids=str)
+def test_shortest_intervals_of_any_batch(shape):
+    mixture = make_mixture(Diagonal(), shape)
+    lower, upper = mixture.interval(0.7, kind="shortest")
+    assert lower.shape == upper.shape == (*mixture.batch_shape, DIM)
+
+
 @pytest.mark.parametrize("kind", ["central", "shortest"])
 @pytest.mark.parametrize("mass", [0.99999, 1 - 1e-8])
 def test_intervals_of_nearly_all_mass_are_symmetric_in_single_precision(kind, mass):
