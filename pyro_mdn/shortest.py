@@ -122,7 +122,8 @@ def _basins(ends: _Ends) -> tuple[Tensor, _Ends, _Ends, _Ends]:
     last = (ends.tail < math.inf).sum(-1)[rows] - 1
     # Two neighbours on each side, since widths are interpolated.
     picks = ((columns - 2).clamp(min=0), torch.minimum(columns + 2, last), columns)
-    return rows, *(_Ends(*(t[rows, pick].double() for t in ends)) for pick in picks)
+    lowest, highest, start = (_Ends(*(t[rows, pick].double() for t in ends)) for pick in picks)
+    return rows, lowest, highest, start
 
 
 def _refine(
