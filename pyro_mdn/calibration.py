@@ -17,7 +17,7 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor
 
-from pyro_mdn.checks import require_counts
+from pyro_mdn.checks import require_counts, unmasked
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.scores import observed_mean
 
@@ -140,7 +140,7 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     >>> uniformity_p_value(torch.linspace(0, 1, 200)) > 0.99, uniformity_p_value(torch.linspace(0, 0.8, 200)) < 1e-6
     (True, True)
     """
-    u = torch.as_tensor(pit, device="cpu").detach().double().flatten().numpy()
+    u = torch.as_tensor(unmasked(pit), device="cpu").detach().double().flatten().numpy()
     u = u[~np.isnan(u)]
     if not len(u) or not ((u >= 0) & (u <= 1)).all():
         raise ValueError(f"pit: expected numbers in [0, 1], one at least, got {len(u)} with some outside")

@@ -6,10 +6,12 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.masked import is_masked_tensor
 from torch.nn.modules import module as torch_module
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "is_traced",
     "require_counts",
     "require_numbers",
+    "require_range",
+    "unmasked",
 ]
 
 
@@ -81,6 +85,47 @@ def all_finite(tensor: Tensor) -> bool:
 def is_recorded() -> bool:
     """Whether a compiler or ``torch.jit`` records operations, to run them on other numbers without this code."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+def require_range(columns: Tensor, name: str, dtype: torch.dtype) -> None:
+    """Raise a ``ValueError`` unless ``dtype`` can hold how far apart the numbers of each column ``(N, ...)`` are.
+
+    Below its range they would all become zero, and pass for a constant. Variances are computed in float64, which sets
+    limits of its own. Entries that are NaN are left out.
+
+    >>> require_range(torch.tensor([[1e-60], [2e-60]], dtype=torch.float64), "y", torch.float32)
+    Traceback (most recent call last):
+    ValueError: y: expected columns whose range is within that of torch.float32, got one of 1e-60
+    """
+    missing = columns.isnan()
+    low, high = (columns.masked_fill(missing, fill) for fill in (math.inf, -math.inf))
+    span = high.amax(0).double() - low.amin(0).double()
+    own, squared = torch.finfo(dtype), torch.finfo(torch.float64)
+    least, most = max(own.tiny, squared.tiny**0.5), min(own.max, squared.max**0.5)
+    beyond = span[(span > 0) & (span < least) | (span > most)]
+    if len(beyond):
+        raise ValueError(f"{name}: expected columns whose range is within that of {dtype}, got one of {beyond[0]:.3g}")
+
+
+def unmasked(values: Any) -> Any:
+    """NaN in place of what a mask hides, and a conversion would bring to light; what has no mask comes as it is.
+
+    Masks are those of NumPy, and of ``torch.masked``.
+
+    >>> unmasked(np.ma.masked_equal([1, -999], -999)), unmasked([1, -999])
+    (array([ 1., nan]), [1, -999])
+    """
+    if is_masked_tensor(values):
+        return values.to_tensor(math.nan)
+    if isinstance(values, list | tuple) and any(isinstance(row, np.ma.MaskedArray) for row in values):
+        values = np.ma.array(values)
+    if not isinstance(values, np.ma.MaskedArray):
+        return values
+    if not np.ma.is_masked(values):
+        return values.data
+    if values.dtype.kind == "M":
+        return values.filled(np.datetime64("NaT"))
+    return (values.astype(np.float64) if values.dtype.kind in "biu" else values).filled(np.nan)
 
 
 def is_traced(*tensors: Tensor) -> bool:

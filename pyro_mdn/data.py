@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
+from pyro_mdn.checks import unmasked
 from pyro_mdn.isolation import own_generators
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 
@@ -331,18 +332,20 @@ def held_out_count(validation: Any, size: int) -> int:
 
 
 def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
+    value = unmasked(value)
     if not isinstance(value, Tensor):
-        array = value if isinstance(value, np.ma.MaskedArray) else np.asarray(value)
+        array = np.asarray(value)
         if not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
         dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-        value = torch.tensor(np.ascontiguousarray(np.ma.filled(array, np.nan), dtype), device="cpu")
+        value = torch.tensor(np.ascontiguousarray(array, dtype), device="cpu")
     return value.detach().to(device)
 
 
 def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
+    weight = unmasked(weight)
     if not isinstance(weight, Tensor):
         array = np.asarray(weight)
         if not np.issubdtype(array.dtype, np.number):

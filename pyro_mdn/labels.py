@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyro_mdn.checks import unmasked
+
 if TYPE_CHECKING:
     from xarray import Dataset
 
@@ -105,8 +107,8 @@ def as_array(values: Any, name: str) -> Array:
 
 
 def to_numpy(values: Any) -> Array:
-    """Array of a tensor on any device, with or without gradients, or of whatever NumPy takes."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    """Array of a tensor on any device, with or without gradients, or of what NumPy takes; NaN where it is masked."""
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(unmasked(values))
 
 
 def by_chain(values: Array, chains: int) -> Array:

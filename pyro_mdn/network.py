@@ -18,7 +18,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
-from pyro_mdn.checks import all_finite, is_count
+from pyro_mdn.checks import all_finite, is_count, require_range
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
@@ -248,8 +248,9 @@ class MixtureDensityNetwork(PyroModule):
         """Check data as a whole, without a pass over them all, and return the targets as vectors ``(*batch, D)``.
 
         Raises:
-            ValueError: If shapes, dtypes or devices do not agree, if there are no data, or if some are not finite; a
-                target may be NaN where it was not observed, but not a whole column.
+            ValueError: If shapes, dtypes or devices do not agree, if there are no data, if some are not finite, or if
+                the range of a column is beyond that of the network's precision; a target may be NaN where it was not
+                observed, but not a whole column.
         """
         batch_shape = self.check_inputs(x)
         self._check_batch(x)
@@ -265,6 +266,8 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(
                 f"y: expected an observed target in each column, got none in {unobserved.nonzero().flatten().tolist()}"
             )
+        require_range(x.reshape(-1, *self.input_shape), "x", self.x_shift.dtype)
+        require_range(y.reshape(-1, self.dim_out), "y", self.x_shift.dtype)
         return y
 
     def features(self, x: Tensor) -> Tensor:

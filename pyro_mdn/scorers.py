@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import scores
+from pyro_mdn.checks import unmasked
 from pyro_mdn.mixture import GaussianMixture
 
 try:
@@ -145,7 +146,7 @@ def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tenso
     Raises:
         ValueError: If they are not numbers, infinite, or of another shape than ``(size, dim)``.
     """
-    array = check_array(y, input_name="y", **TARGETS)
+    array = check_array(unmasked(y), input_name="y", **TARGETS)
     columns = torch.tensor(array, device="cpu").reshape(len(array), -1)
     if size is not None and columns.shape != (size, dim):
         raise ValueError(f"y: expected shape {(size, dim)} as the prediction has it, got {array.shape}")
@@ -160,7 +161,7 @@ def as_weight(sample_weight: Any, size: int) -> Tensor:
     """
     if sample_weight is None:
         return torch.ones(size, dtype=torch.float64, device="cpu")
-    array = check_array(sample_weight, input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True})
+    array = check_array(unmasked(sample_weight), input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True})
     if array.shape != (size,):
         raise ValueError(f"sample_weight: expected shape ({size},), got {array.shape}")
     if array.min() < 0 or array.max() <= 0:

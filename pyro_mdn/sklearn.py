@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.checks import is_count, require_counts
+from pyro_mdn.checks import is_count, require_counts, require_range, unmasked
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.isolation import seeded
 from pyro_mdn.loop import FitResult
@@ -144,15 +144,15 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
         Args:
             X: Inputs ``(N, n_features)``: finite numbers, not sparse.
-            y: Targets ``(N,)`` or ``(N, D)``. An entry that is NaN was not observed: its row counts with the density
-                of its other entries.
+            y: Targets ``(N,)`` or ``(N, D)``. An entry that is NaN or masked was not observed: its row counts with
+                the density of its other entries. (Neither X nor weights may be masked.)
             sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. A row of weight 0 is left out.
 
         Raises:
             ValueError: If the data or a setting are not usable. (TypeError: X is sparse.)
         """
         checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
-        X, y = validate_data(self, X, y, **checks)
+        X, y = validate_data(self, unmasked(X), unmasked(y), **checks)
         check_consistent_length(X, y)
         rows, targets = torch.tensor(X, device="cpu"), as_targets(y)
         weight = None if sample_weight is None else as_weight(sample_weight, len(rows))
@@ -161,10 +161,12 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             network = self._build(rows.shape[1], targets.shape[1])
         counted = ~targets.isnan().all(-1) if weight is None else ~targets.isnan().all(-1) & (weight > 0)
         shifts = [_center(values[counted]) for values in (rows, targets)]
-        centered = [(v - s).to(_DTYPES[self.dtype]) for v, s in zip((rows, targets), shifts, strict=True)]
+        centered = [v - s for v, s in zip((rows, targets), shifts, strict=True)]
+        for values, name in zip(centered, ("X", "y"), strict=True):
+            require_range(values, name, _DTYPES[self.dtype])
         self.result_ = fit(
             network,
-            *centered,
+            *(values.to(_DTYPES[self.dtype]) for values in centered),
             sample_weight=weight,
             validation=self.validation,
             max_epochs=self.max_epochs,
@@ -189,7 +191,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             ValueError: If X is not usable. (NotFittedError, also a ValueError: if there was no ``fit``.)
         """
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=np.float64)
+        X = validate_data(self, unmasked(X), reset=False, dtype=np.float64)
         with torch.no_grad():
             return self.network_(torch.tensor(X, device="cpu"))
 
@@ -265,7 +267,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """Coefficient of determination R² of the predicted means, over the observed rows; the mean over outputs."""
         mean = self.predict_distribution(X).mean
         target = as_targets(y, *mean.shape)
-        weight = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        weight = None if sample_weight is None else as_weight(sample_weight, len(mean)).numpy()
         values = []
         for column, predicted in zip(target.T, mean.T, strict=True):
             seen = ~column.isnan().numpy()

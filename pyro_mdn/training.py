@@ -93,7 +93,8 @@ def fit(
         x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers. Or a
             ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
-            was not observed: its row counts with the density of its other entries.
+            or masked was not observed: its row counts with the density of its other entries. (Neither x nor weights
+            may be masked.)
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
             by default :class:`NegativeLogLikelihood`, over cells where targets are on a grid.
         guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. An AutoGuide, or a module

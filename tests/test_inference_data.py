@@ -230,6 +230,10 @@ def test_missing_targets_stay_out():
     assert 5 not in joint.coords["obs_id_joint"]
     expected = network(x).log_prob(y).detach()
     assert_close(values(data, "log_likelihood", "joint")[0, 0], torch.cat([expected[:5], expected[6:]]))
+    masked = np.ma.masked_array(y.nan_to_num(nan=-9999.0).numpy(), y.isnan().numpy())
+    assert data["observed_data"].equals(to_inference_data(network, masked, x)["observed_data"])
+    with pytest.raises(ValueError, match="x: expected finite numbers"):
+        to_inference_data(network, y, np.ma.masked_array(x.numpy(), y.isnan().numpy()[:, :1].repeat(x.shape[1], 1)))
 
 
 # Files

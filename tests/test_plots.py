@@ -12,7 +12,7 @@ from cases import make_mixture
 from scipy import integrate
 
 from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, grids, plots, scores, uncertainty
-from pyro_mdn.calibration import ecdf_band
+from pyro_mdn.calibration import ecdf_band, uniformity_p_value
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -241,6 +241,21 @@ def test_transforms_and_their_band():
     assert vertices[:, 1].max() == pytest.approx((upper - points[1:-1]).max())
     styles = {line.get_linestyle() for line in lines}
     assert len(styles) == 2  # told apart without colours
+
+
+def test_masks_hide_from_figures():
+    _, mixture, y = along(2)
+    hidden = np.arange(ROWS)[:, None] < [5, 0]
+    masked = np.ma.masked_array(np.where(hidden, 1e6, y), hidden)
+    missing = np.where(hidden, np.nan, y)
+    curves = [plots.plot_calibration(mixture, part).lines[1].get_ydata() for part in (masked, missing)]
+    assert np.array_equal(*curves)
+    u = scores.pit(mixture, y).numpy()[:, 0]
+    bands = [plots.plot_pit(part).lines[1].get_ydata() for part in (np.ma.masked_array(u, u > 0.5), u[u <= 0.5])]
+    assert np.array_equal(*bands)
+    assert uniformity_p_value(np.ma.masked_array(u, u > 0.5)) == uniformity_p_value(u[u <= 0.5])
+    with pytest.raises(ValueError, match="x: expected finite values"):
+        plots.plot_predictive_intervals(mixture, np.ma.masked_array(np.arange(ROWS), np.arange(ROWS) == 3))
 
 
 def test_too_narrow_predictions_leave_the_band():

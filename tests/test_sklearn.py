@@ -221,6 +221,27 @@ def test_missing_targets_are_marginalised(double):
     assert math.isfinite(partly.score(X, Y))
 
 
+def test_masks_are_honoured_or_refused(double):
+    hidden = np.arange(80) % 4 == 0
+    y = np.ma.masked_array(np.where(hidden, -9999.0, Y1), hidden)
+    missing = np.where(hidden, np.nan, Y1)
+    np.testing.assert_array_equal(regressor().fit(X, y).predict(X), regressor().fit(X, missing).predict(X))
+    counts = np.ma.masked_array(np.where(hidden, -9999, Y1.round().astype(int)), hidden)
+    rounded = np.where(hidden, np.nan, Y1.round())
+    np.testing.assert_array_equal(regressor().fit(X, counts).predict(X), regressor().fit(X, rounded).predict(X))
+    model = regressor().fit(X, Y1)
+    for score in (model.score, model.r2_score, partial(neg_crps, model), partial(neg_interval_score, model)):
+        assert score(X, y) == score(X, missing)
+        with pytest.raises(ValueError, match="sample_weight contains NaN"):
+            score(X, Y1, np.ma.masked_array(WEIGHT, hidden))
+    with pytest.raises(ValueError, match="sample_weight contains NaN"):
+        regressor().fit(X, Y1, np.ma.masked_array(WEIGHT, hidden))
+    masked = np.ma.masked_array(X, np.broadcast_to(hidden[:, None], X.shape))
+    for call in (lambda: regressor().fit(masked, Y1), lambda: model.predict(masked), lambda: model.score(masked, Y1)):
+        with pytest.raises(ValueError, match="Input X contains NaN"):
+            call()
+
+
 # Scores
 
 
@@ -431,6 +452,9 @@ def test_bad_settings(settings, message):
         (X, np.where(Y1 > 1, np.inf, Y1), None, "y contains infinity"),
         (X, np.full(80, np.nan), None, "y: expected an observed target in each column, got none in"),
         (X, np.where([True, False], Y, np.nan), None, "y: expected an observed target in each column, got none in"),
+        (X, 1e-60 * Y1, None, r"y: expected columns whose range is within that of torch.float32, got one of \S+e-60"),
+        (X, 1e39 * Y1, None, r"y: expected columns whose range is within that of torch.float32, got one of \S+e\+39"),
+        (X * [1, 1, 1e-60], Y1, None, r"X: expected columns whose range is within that of torch.float32"),
         (X, Y1[:-1], None, "inconsistent numbers of samples"),
         (X, Y[..., None], None, "Found array with dim 3"),
         (np.full((80, 3), "a"), Y1, None, "could not convert string to float"),

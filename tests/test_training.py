@@ -12,10 +12,13 @@ import torch
 from pyro.nn import PyroModule
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.masked import masked_tensor
 from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_mdn import (
     CollapseWarning,
+    DeepEnsemble,
     Diagonal,
     FitResult,
     Fixed,
@@ -27,6 +30,7 @@ from pyro_mdn import (
     fit,
 )
 from pyro_mdn.isolation import unvalidated
+from pyro_mdn.loop import copied
 from pyro_mdn.optimization import AveragedWeights, FusedAdamW
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
@@ -596,6 +600,54 @@ def test_what_numpy_masks_is_missing():
     assert states_equal(a, b)
     with pytest.raises(ValueError, match="x: expected finite numbers"):
         fit(network(), np.ma.masked_array(x, mask), y, **QUICK)
+    with pytest.raises(ValueError, match="sample_weight: expected finite numbers"):
+        fit(network(), x, y, sample_weight=np.ma.masked_array(np.ones(50), mask[:, 0]), **QUICK)
+    with pytest.raises(ValueError, match="sample_weight: expected finite numbers"):
+        fit(network(), x, y, sample_weight=np.ma.masked_array(np.ones(50, dtype=int), mask[:, 0]), **QUICK)
+    with pytest.raises(ValueError, match="x: expected finite numbers"):
+        fit(network(), x, y, **{**QUICK, "validation": (np.ma.masked_array(x, mask), y)})
+
+
+def test_rows_that_are_masked_one_by_one():
+    x, y = (tensor.numpy() for tensor in fork(50))
+    mask = np.arange(50)[:, None] % 3 == 0
+    a, b = network(), network()
+    fit(a, x, [np.ma.masked_array(*row) for row in zip(np.where(mask, 1e6, y), mask, strict=True)], **QUICK)
+    fit(b, x, np.where(mask, np.float32(np.nan), y), **QUICK)
+    assert states_equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_what_torch_masks_is_missing():
+    x, y = fork(50)
+    mask = torch.arange(50).unsqueeze(1) % 3 == 0
+    a, b = network(), network()
+    fit(a, x, masked_tensor(y.masked_fill(mask, 1e6), ~mask), **QUICK)
+    fit(b, x, y.masked_fill(mask, torch.nan), **QUICK)
+    assert states_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", ["below", "above"])
+@pytest.mark.parametrize("which", ["x", "y"])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_ranges_beyond_the_precision_are_refused(dtype, unit, which, ensemble):
+    """Training would be on zeros, or on an infinite scale; a single number that is tiny is no fault."""
+    exponents = {"below": (-60, -200), "above": (39, 200)}[unit]
+    factor = 10.0 ** exponents[dtype == torch.float64]
+    data = dict(zip("xy", (tensor.double() for tensor in fork(50)), strict=True))
+    untouched = MixtureDensityNetwork(1, 1).to(dtype)
+    before = copied(untouched.state_dict())
+    model = DeepEnsemble([untouched] * 2) if ensemble else untouched
+    faulty = {**data, which: data[which] * factor}
+    with pytest.raises(ValueError, match=rf"{which}: expected .* in|{which}: expected columns whose range is within"):
+        fit(model, **faulty, **QUICK)
+    with pytest.raises(ValueError, match=rf"{which}: expected"):
+        fit(model, DataLoader(TensorDataset(*faulty.values()), 10), **QUICK)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in untouched.state_dict().items())
+    small = data[which].clone()
+    small[0] *= 1e-60
+    assert fit(model, **{**data, which: small}, **QUICK).best_loss < math.inf
 
 
 def test_weights_in_bfloat16_are_averaged_in_more_digits():
