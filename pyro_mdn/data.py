@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
 from pyro_mdn.checks import unmasked
@@ -33,9 +34,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs, targets and, if they are weighted, weights of some rows.
+    """Inputs, targets and, unless all count alike, weights of some rows.
+
+    An entry of the targets is what has a vector of its own: a row or, of a sequence, a step.
 
     Attributes:
+        weight: Weights of the rows ``(N,)``, or of their entries ``(N, ...)``.
         leading: Dimensions of x and y before those of one row.
     """
 
@@ -51,29 +55,71 @@ class Rows:
         return Rows(self.x[index], self.y[index], None if self.weight is None else self.weight[index])
 
     def informative(self) -> Rows:
-        """Rows that count: those of a positive weight and with an observed target; weights of mean 1."""
-        useful = ~self.y.isnan().flatten(1).all(1)
-        if self.weight is not None:
-            useful &= self.weight > 0
-        if not bool(useful.any()):
+        """Rows that count, of which there has to be one; their weights have a mean of 1."""
+        rows = self.counted()
+        if not len(rows):
             raise ValueError("x, y: expected rows of positive weight with a target, got none")
-        rows = self if bool(useful.all()) else self[useful]
-        return rows if rows.weight is None else Rows(rows.x, rows.y, rows.weight / rows.weight.mean())
+        if rows.weight is None:
+            return rows
+        return Rows(rows.x, rows.y, rows.weight / rows.weight[rows.weight > 0].mean())
 
-    def joined(self, other: Rows) -> Rows:
-        """These rows and those of another; without weights, theirs count 1."""
-        weight = None
-        if self.weight is not None or other.weight is not None:
-            weight = torch.cat([r.x.new_ones(len(r)) if r.weight is None else r.weight for r in (self, other)])
-        return Rows(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), weight)
+    def counted(self) -> Rows:
+        """Rows that count, those of a positive weight and with an observed target; other entries get a weight of 0."""
+        observed = _observed(self.y)
+        if self.weight is None and bool(observed.all()):
+            return self
+        weight = self._where(observed)
+        useful = _aligned(weight, weight.shape[:1]) > 0
+        rows = Rows(self.x[useful], self.y[useful], weight[useful])
+        return Rows(rows.x, rows.y) if self.weight is None and bool((rows.weight == 1).all()) else rows
+
+    def masked(self) -> Rows:
+        """Have weights of the shape of y, 0 where it was not observed: losses may be of outputs, entries or rows."""
+        return Rows(self.x, self.y, self._where(~self.y.isnan()))
+
+    def _where(self, observed: Tensor) -> Tensor:
+        """Weights where something was observed, and 0 elsewhere."""
+        given = observed.to(torch.promote_types(self.x.dtype, torch.float32))
+        return given if self.weight is None else given * _aligned(self.weight, given.shape)
+
+    def num_counted(self) -> Tensor:
+        """Number of rows of positive weight."""
+        weights = self.weights(self.x.new_ones(self.x.shape[: self.leading]))
+        return (weights > 0).sum()
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """Rows of several parts; where others have weights, those without count 1. Shorter sequences are padded."""
+        given = [part.x.new_ones(part.y.shape[:-1]) if part.weight is None else part.weight for part in parts]
+        weight = _cat(given) if any(part.weight is not None for part in parts) else None
+        return Rows(_cat([part.x for part in parts]), _cat([part.y for part in parts], torch.nan), weight)
 
     def chunks(self, size: int) -> Iterator[Rows]:
         """Successive rows, ``size`` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
-    def weigh(self, losses: Tensor) -> Tensor:
-        """Multiply the losses of the rows ``(N, ...)`` by their weights."""
-        return losses if self.weight is None else losses * self.weight.reshape(-1, *(1,) * (losses.ndim - 1))
+    def weights(self, losses: Tensor) -> Tensor:
+        """Weights of the losses of rows or of their entries, ``(N, ...)``."""
+        if self.weight is None:
+            return torch.ones_like(losses)
+        return _aligned(self.weight, losses.shape).to(losses).expand_as(losses)
+
+    def totals(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses ``(N, ...)`` times their weights, and sum of the weights; for each member, if there are."""
+        weighted = losses if self.weight is None else losses * self.weights(losses)
+        total = weighted.flatten(self.leading - 1).sum(-1)
+        if self.weight is None:
+            return total, torch.full_like(total, losses.numel() / total.numel())
+        return total, self.weights(losses).flatten(self.leading - 1).sum(-1)
+
+    def row_weight(self, losses: Tensor) -> Tensor:
+        """Mean over the rows of the sum of their weights, for losses of some of the rows."""
+        shape = *self.x.shape[: self.leading], *losses.shape[self.leading :]
+        return self.totals(losses.new_zeros(()).expand(shape))[1] / len(self)
+
+    def targets_per_row(self) -> float:
+        """Mean number of observed entries of a row."""
+        return _observed(self.y).sum().item() / math.prod(self.y.shape[: self.leading])
 
     def digest(self) -> str:
         """Checksum of the contents."""
@@ -101,11 +147,6 @@ class InMemory:
     def num_rows(self) -> int:
         """Number of rows."""
         return len(self.rows)
-
-    @property
-    def num_targets(self) -> int:
-        """Number of target vectors: of rows, or of all steps of sequences."""
-        return self.rows.y[..., 0].numel()
 
     def __len__(self) -> int:
         return self.n_batches
@@ -153,23 +194,13 @@ class Streamed:
         sampler: Any = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
         return len(sampler)
 
-    @property
-    def num_targets(self) -> int:
-        """Number of target vectors, as far as it is known without reading them: of rows."""
-        return self.num_rows
-
     def __len__(self) -> int:
         return self.n_batches
 
     def __iter__(self) -> Iterator[Rows]:
         for batch in self.loader:
-            rows = self._rows(batch)
-            observed = ~rows.y.isnan()
-            observed = observed.flatten(1).any(1) if observed.ndim > 1 else observed
-            if bool(observed.all()):
+            if len(rows := self._rows(batch).counted()):
                 yield rows
-            elif bool(observed.any()):  # as of arrays, rows without a target are left out
-                yield rows[observed]
 
     def head(self, size: int) -> Rows:
         """Rows of the first batches, ``size`` of them or a few more."""
@@ -179,8 +210,10 @@ class Streamed:
             count += len(batch)
             if count >= size:
                 break
-        x, y = torch.cat([b.x for b in batches]), torch.cat([b.y for b in batches])
-        return Rows(x, self.network.check(x, y))
+        if not batches:
+            raise ValueError("x: expected rows of positive weight with a target, got a loader without")
+        rows = Rows.joined(batches)
+        return Rows(rows.x, self.network.check(rows.x, rows.y), rows.weight)
 
     def digest(self) -> str:
         """Size alone: a stream is not read for it."""
@@ -226,6 +259,25 @@ def default_batch_size(rows: int) -> int:
     (32, 156, 256)
     """
     return min(256, max(32, rows // 64))
+
+
+def _observed(y: Tensor) -> Tensor:
+    """Which entries of targets ``(..., D)`` have an output that was observed."""
+    return ~y.isnan().all(-1) if y.ndim > 1 else ~y.isnan()
+
+
+def _aligned(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Weights for losses of a shape: a loss of several entries weighs what the heaviest does."""
+    while weight.shape != shape[: weight.ndim]:
+        weight = weight.amax(-1)
+    return weight.reshape(*weight.shape, *(1,) * (len(shape) - weight.ndim))
+
+
+def _cat(parts: Sequence[Tensor], padding: float = 0.0) -> Tensor:
+    """Rows of several parts, whose sequences may be of different lengths."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat([*parts])
+    return pad_sequence([row for part in parts for row in part], batch_first=True, padding_value=padding)
 
 
 def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:

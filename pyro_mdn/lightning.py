@@ -27,6 +27,7 @@ from pyro_mdn.optimization import (
 
 try:
     from lightning.pytorch import LightningModule
+    from torchmetrics import Metric
 except ImportError as error:
     raise ImportError("pyro_mdn.lightning needs Lightning: pip install 'pyro-mdn[lightning]'") from error
 
@@ -37,8 +38,10 @@ class LightningObjective(LightningModule):
     r"""Lightning module that minimises an objective, with the optimiser, schedule and fading noise of ``fit``.
 
     The network has its scalers from ``network.initialize_(x, y)``, called before. Batches are ``(x, y)`` or
-    ``(x, y, weight)``. ``loss`` and ``validation_loss`` are logged once per epoch, as means over the rows of all
-    processes; so are gradients, also where processes have unequally many rows. Each process draws noise of its own.
+    ``(x, y, weight)``. ``loss`` and ``validation_loss`` are logged once per epoch, as weighted means over what was
+    observed of the rows of all processes; so are gradients, also where processes have unequally many rows. Only the
+    ratios of weights matter: they are divided by the mean weight of all rows trained on so far, which is part of a
+    Lightning checkpoint. Each process draws noise of its own.
 
     Clipping, early stopping, averaged weights and checkpoints are settings and callbacks of the ``Trainer``;
     ``gradient_clip_val=1.0`` is what ``fit`` has. Targets on a grid get no noise of their own here. A Lightning
@@ -51,7 +54,7 @@ class LightningObjective(LightningModule):
             there is a guide in it, call the objective once before: that sets the guide up.
         lr: Largest learning rate.
         weight_decay: Decoupled decay of the weight matrices; by default that of ``fit`` for the number of rows of
-            the training loader's data set.
+            the training loader's data set; of sequences, say it, since their steps are not counted.
         input_noise: Standard deviation of the noise on x at the start, in standardised units.
         target_noise: The same for y.
         final_noise: Share of the noise that is left at the end of the schedule.
@@ -97,6 +100,8 @@ class LightningObjective(LightningModule):
         self.input_noise, self.target_noise, self.final_noise = input_noise, target_noise, final_noise
         self.noise = (torch.zeros(()), torch.zeros(()))
         self.generator: torch.Generator | None = None
+        self.means = nn.ModuleDict({name: _Mean() for name in ("loss", "validation_loss")})
+        self.trained = torch.zeros(2)  # rows so far, and the sum of the weights of their losses
 
     @property
     def network(self) -> MixtureDensityNetwork:
@@ -120,6 +125,14 @@ class LightningObjective(LightningModule):
         """Have the Trainer round batches again."""
         vars(self.trainer.precision_plugin).pop("convert_input", None)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the mean weight comes from."""
+        checkpoint["trained"] = self.trained.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it over."""
+        self.trained = checkpoint.get("trained", self.trained)
+
     def on_train_start(self) -> None:
         """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""
         network = self.network
@@ -128,20 +141,32 @@ class LightningObjective(LightningModule):
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean loss of a batch with noise on it, so scaled that the mean over processes is that over all rows."""
+        """Mean loss of a batch with noise on it, so scaled that the mean over processes is that over all rows.
+
+        What was not observed counts neither in the mean nor as a row.
+        """
         rows = _as_rows(batch)
         fade = fading(self.trainer.global_step, self.steps, self.final_noise)
         x, y = (blur(v, scale, fade, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
-        loss = rows.weigh(self(x, y)).mean()
-        self.log("loss", loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=len(rows))
-        count = loss.new_tensor(float(len(rows)))
-        return loss * count / self.trainer.strategy.reduce(count.clone(), reduce_op="mean")
+        total, weight = self._log_mean("loss", rows, self(x, y))
+        counts = torch.stack([rows.num_counted().to(weight), weight])
+        counts = self.trainer.strategy.reduce(counts, reduce_op="mean")
+        self.trained = self.trained.to(counts) + counts
+        trained, weights = self.trained
+        expected = counts[0] * weights / trained.clamp(min=1)
+        return total / expected.masked_fill(expected == 0, 1.0)  # nothing was observed
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean loss of a held-out batch."""
         rows = _as_rows(batch)
-        loss = rows.weigh(self(rows.x, rows.y)).mean()
-        self.log("validation_loss", loss, prog_bar=True, sync_dist=True, batch_size=len(rows))
+        self._log_mean("validation_loss", rows, self(rows.x, rows.y))
+
+    def _log_mean(self, name: str, rows: Rows, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses and of their weights, whose ratio over an epoch is logged."""
+        total, weight = rows.totals(losses)
+        self.means[name].update(total.detach(), weight)
+        self.log(name, self.means[name], on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        return total, weight
 
     def configure_optimizers(self) -> Any:
         """AdamW with decay on weight matrices alone; a warm-up and a cosine over all steps of the Trainer."""
@@ -167,6 +192,25 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+class _Mean(Metric):
+    """Weighted mean over the batches of an epoch, and over processes; NaN stays NaN."""
+
+    total: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, weight: Tensor) -> None:
+        self.total += total
+        self.weight += weight
+
+    def compute(self) -> Tensor:
+        return self.total / self.weight
+
+
 def _networks(objective: nn.Module) -> list[MixtureDensityNetwork]:
     return [part for part in objective.modules() if isinstance(part, MixtureDensityNetwork)]
 
@@ -177,7 +221,7 @@ def _as_rows(batch: Any) -> Rows:
     x, _, *weight = batch
     if any(w.shape != (len(x),) for w in weight):
         raise ValueError(f"weight: expected shape ({len(x)},), got {tuple(weight[0].shape)}")
-    return Rows(*batch)
+    return Rows(*batch).masked()
 
 
 def _require_objective(objective: nn.Module) -> None:

@@ -34,7 +34,7 @@ class FitResult:
 
     Attributes:
         history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
-            validation) and ``lr``.
+            validation) and ``lr``. Losses are weighted means over what was observed: of rows, or of steps.
         best_epoch: Epoch whose averaged weights the network now has: that of the lowest validation loss; without
             validation, the last.
         best_loss: Their validation loss; without validation, the training loss.
@@ -110,6 +110,8 @@ class Loop:
         held_out: What to judge epochs by, if anything.
         units: Size of a standardised unit of x and of y.
         settings: The numbers.
+        row_weight: What the weights of a row's losses come to on average: losses are divided by it, so that their
+            mean is over what was observed, and only the ratios of weights matter.
         compiled: Whether to compile the objective.
 
     Attributes:
@@ -128,11 +130,13 @@ class Loop:
         units: tuple[Tensor, Tensor],
         settings: Settings,
         *,
+        row_weight: Tensor | float = 1.0,
         compiled: bool = False,
     ) -> None:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
         with unvalidated():  # torch.compile switches the validation of distributions off, for good
             self.losses = torch.compile(objective, dynamic=True) if compiled else objective
+        self.row_weight = row_weight
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
         self.least_noise: Tensor | None = None
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -211,18 +215,19 @@ class Loop:
     # Steps
 
     def _train(self, epoch: int) -> Tensor:
-        """Mean loss over one pass."""
+        """Mean loss over one pass, of what was observed."""
         self.objective.train()
         with unvalidated():  # what is wrong with the data shows in the losses
             return self._pass(epoch)
 
     def _pass(self, epoch: int) -> Tensor:
-        total, rows = torch.zeros((), device="cpu"), 0
+        total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
+        trained = 0
         for number, batch in enumerate(self.batches, start=1):
             buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
             try:
-                total = torch.add(total, self._step(batch), alpha=len(batch))
-                rows += len(batch)
+                sums = self._step(batch)
+                total, weight, trained = total + sums[0], weight + sums[1], trained + 1
             except FloatingPointError as error:
                 where = f"{error} in epoch {epoch}, batch {number} of {len(self.batches)}"
                 if not self.settings.skip_bad_batches:
@@ -231,21 +236,24 @@ class Loop:
                 for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
                     buffer.copy_(before)
                 self.result.skipped_batches += 1
-        if rows == 0:
+        if trained == 0:
             raise FloatingPointError(f"fit: no batch of epoch {epoch} has a finite loss and gradient")
-        return total / rows
+        return total / weight
 
     def _step(self, batch: Rows) -> Tensor:
+        """Change the weights; give the sum of the losses and that of their weights."""
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
         x = blur(batch.x, self.noise[0], fade)
         y = blur(batch.y, *self._target_noise(fade))
         self.optimizer.zero_grad()
-        loss = self._mean(batch.weigh(self._losses(x, y)))
+        total, weight = batch.totals(self._losses(x, y))
+        loss = total / (len(batch) * self.row_weight)
         (loss if loss.ndim == 0 else loss.sum()).backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Together: to look at a number is to wait for the device.
-        loss, norm = torch.stack([loss.detach().double(), self._norm(gradients).double()]).cpu()
+        numbers = total.detach(), weight, loss.detach(), self._norm(gradients)
+        total, weight, loss, norm = torch.stack([number.double() for number in numbers]).cpu()
         if not self._sound(loss):
             raise FloatingPointError(f"loss is {self._shown(loss)}")
         if not self._sound(norm):
@@ -255,17 +263,13 @@ class Loop:
         if step % _STEPS_TO_FLUSH == 0:
             self.optimizer.flush()
         self.average.update(step)
-        return loss
+        return torch.stack([total, weight])
 
     def _target_noise(self, fade: float) -> tuple[Tensor, float]:
         """Standard deviation of the noise on targets, and a factor on it."""
         if self.least_noise is None:
             return self.noise[1], fade
         return torch.maximum(fade * self.noise[1], self.least_noise), 1.0
-
-    def _mean(self, losses: Tensor) -> Tensor:
-        """Mean over rows: one number, or one for each of what is trained side by side."""
-        return losses.mean()
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Joint norm of the gradients: one, or one for each of what is trained side by side."""
@@ -297,12 +301,12 @@ class Loop:
         self.objective.eval()
         batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
         with self.average.swapped_in(), unvalidated():
-            total = count = torch.zeros((), dtype=torch.float64, device="cpu")
+            total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
             for batch in batches:
                 losses = self.objective(*self._off_grid(batch))
-                total = total + len(batch) * self._mean(batch.weigh(losses).double()).cpu()
-                count = count + len(batch) * self._mean(batch.weigh(torch.ones_like(losses)).double()).cpu()
-        return total / count
+                sums = torch.stack(batch.totals(losses.double())).cpu()
+                total, weight = total + sums[0], weight + sums[1]
+        return total / weight
 
     def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
         """Rows with the least noise on their targets, if there is any, and the same each time."""

@@ -32,12 +32,6 @@ class MemberRows(Rows):
         """Rows of one member."""
         return Rows(self.x[i], self.y[i], None if self.weight is None else self.weight[i])
 
-    def weigh(self, losses: Tensor) -> Tensor:
-        """Multiply the losses of the rows ``(M, N, ...)`` by their weights."""
-        if self.weight is None:
-            return losses
-        return losses * self.weight.reshape(*self.weight.shape, *(1,) * (losses.ndim - 2))
-
 
 class MemberBatches(InMemory):
     """Batches of rows in memory for each member of an ensemble: of its own rows, in its own order.
@@ -57,11 +51,6 @@ class MemberBatches(InMemory):
     def num_rows(self) -> int:
         """Number of rows of a member."""
         return self.positions.shape[1]
-
-    @property
-    def num_targets(self) -> int:
-        """Number of target vectors of a member: of rows, or of all steps of sequences."""
-        return self.num_rows * self.rows.y[0, ..., 0].numel()
 
     def __iter__(self) -> Iterator[Rows]:
         order = torch.rand(self.positions.shape, device=self.positions.device).argsort(1)
@@ -86,7 +75,7 @@ class SharedBatches:
 
     def __init__(self, batches: Streamed, size: int) -> None:
         self.batches, self.size = batches, size
-        self.num_rows, self.num_targets = batches.num_rows, batches.num_targets
+        self.num_rows = batches.num_rows
         self.digest, self.generators = batches.digest, batches.generators
 
     def __len__(self) -> int:
@@ -142,5 +131,5 @@ def _shared(data: Rows | Streamed, size: int) -> MemberRows | SharedBatches:
 
 def shared(rows: Rows, size: int) -> MemberRows:
     """Have all members of an ensemble look at the same rows."""
-    weight = None if rows.weight is None else rows.weight.expand(size, -1)
+    weight = None if rows.weight is None else rows.weight.expand(size, *rows.weight.shape)
     return MemberRows(rows.x.expand(size, *rows.x.shape), rows.y.expand(size, *rows.y.shape), weight)

@@ -20,9 +20,6 @@ class MemberLoop(Loop):
 
     matrix_dim = 3
 
-    def _mean(self, losses: Tensor) -> Tensor:
-        return losses.flatten(1).mean(1)
-
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         return torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients]).sum(0).sqrt()
 

@@ -222,6 +222,8 @@ class MixtureDensityNetwork(PyroModule):
     def initialize_(self, x: Tensor, y: Tensor) -> None:
         """Set the scalers from data, and spread the components over the targets.
 
+        Where nothing was observed, as at the padding of sequences, inputs do not count either.
+
         Args:
             x: Inputs ``(*batch, dim_in)``. A column that is constant is only shifted.
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. Entries may be NaN.
@@ -230,6 +232,9 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If :meth:`check` does; nothing is changed then.
         """
         y = self.check(x, y)
+        observed = ~y.isnan().all(-1)
+        if not bool(observed.all()):
+            x, y = x[observed], y[observed]
         shift, scale = kernels.location_and_scale(x.reshape(-1, *self.input_shape).cpu())
         self.head.initialize_(y.reshape(-1, self.dim_out))
         self.x_shift.copy_(shift)

@@ -36,7 +36,7 @@ FINAL_NOISE = 0.03
 STEPS = 9000
 
 
-def default_weight_decay(rows: int) -> float:
+def default_weight_decay(rows: float) -> float:
     """Pull of a fixed prior on the weights, which matters less the more rows there are: 20 over their number.
 
     >>> default_weight_decay(1000), default_weight_decay(5)

@@ -78,9 +78,7 @@ def neg_log_score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> 
     Raises:
         ValueError: If there is no distribution, or if the targets or weights are not usable.
     """
-    mixture, y = _observed(estimator, X, y)
-    losses = scores.log_score(mixture, y).masked_fill(y.isnan().all(-1), torch.nan)
-    return -_mean(losses, sample_weight)
+    return -_mean(scores.log_score(*_observed(estimator, X, y)), sample_weight)
 
 
 def neg_crps(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:

@@ -1,7 +1,11 @@
 r"""Proper scores and calibration: functions of a mixture and what was observed. Lower is better.
 
-Scores of single outputs have shape ``(*sample, *batch, D)``, joint ones ``(*sample, *batch)``. All are differentiable,
-so that a network can be trained on any of them (to first order: :func:`crps` has no second derivatives).
+Scores of single outputs have shape ``(*sample, *batch, D)``, joint ones ``(*sample, *batch)``. What was not observed,
+an entry of y that is NaN, has no score: it is NaN too, so that ``torch.nanmean`` and :func:`observed_mean` average over
+what was observed. Of vectors of which a part is missing, :func:`log_score` takes the density of the rest.
+
+All scores are differentiable, so that a network can be trained on any of them (to first order: :func:`crps` has no
+second derivatives).
 """
 
 from __future__ import annotations
@@ -58,8 +62,11 @@ def observed_mean(values: Tensor) -> Estimate:
 
 
 def log_score(mixture: GaussianMixture, y: Tensor) -> Tensor:
-    r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952)."""
-    return -mixture.log_prob(y)
+    r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952).
+
+    Entries of y that are NaN were not observed: the density is that of the others, and the score NaN if there are none.
+    """
+    return -mixture.log_prob(y).masked_fill(y.isnan().all(-1), torch.nan)
 
 
 class Comparison(NamedTuple):
@@ -104,7 +111,7 @@ def compare(predictions: Mapping[str, GaussianMixture], y: Tensor) -> dict[str, 
         if y.ndim != 2 or pooled.batch_shape != y.shape[:1] or pooled.dim != y.shape[1]:
             expected = f"batch shape ({', '.join(map(str, y.shape[:1]))},) or (S, N) for y of shape {tuple(y.shape)}"
             raise ValueError(f"predictions[{name!r}]: expected {expected}, got {tuple(mixture.batch_shape)}")
-        losses[name] = log_score(pooled, y).double().masked_fill(y.isnan().all(-1), torch.nan)
+        losses[name] = log_score(pooled, y).double()
     order = sorted(losses, key=lambda name: observed_mean(losses[name]).value.item())
     best = losses[order[0]]
     numbers = {name: (*observed_mean(losses[name]), *observed_mean(losses[name] - best)) for name in order}

@@ -138,7 +138,7 @@ class EnsembleTrainee(Trainee):
 
 @torch.no_grad()
 def component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float]:
-    """Mean responsibility of each component for the rows."""
+    """Mean responsibility of each component for what was observed of the rows."""
     with evaluating(network):
-        parts = [network(part.x).responsibilities(part.y) for part in rows.chunks(1024)]
-    return torch.cat([part.flatten(0, -2) for part in parts]).double().mean(0).tolist()
+        shares = [network(part.x).responsibilities(part.y)[~part.y.isnan().all(-1)] for part in rows.chunks(1024)]
+    return torch.cat(shares).double().mean(0).tolist()

@@ -91,7 +91,8 @@ def fit(
             its own split, order, noise, early stopping and best epoch, on the default loss or one that the objective
             says for each member; without ``guide`` and ``refit``. ``FitResult.members`` has the result of each.
         x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers. Or a
-            ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``.
+            ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``; scalers,
+            start and mean weight are those of its first 10 000 rows.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             or masked was not observed: its row counts with the density of its other entries. (Neither x nor weights
             may be masked.)
@@ -114,7 +115,7 @@ def fit(
         lr: Largest learning rate; by default 0.02.
         weight_decay: Decoupled decay of the weight matrices (Loshchilov & Hutter, 2019); by default 20 over the
             number of training rows (0.5 at most; all steps of a sequence count), since a prior on the weights
-            matters less the more data there are.
+            matters less the more data there are. Steps without a target do not count.
         input_noise: Standard deviation of the noise on x at the start, in standardised units; by default 0.1.
         target_noise: The same for y; by default 0.1. Unless it is 0, targets on a grid (values of five rows or more
             each) stand for their cells, since a density could grow there without bound: by the default objective,
@@ -186,14 +187,16 @@ def fit(
                     initialize = False
                 counts = {"num_particles": num_particles, "kl_warmup": math.ceil(kl_warmup * max_epochs * len(batches))}
                 objective = NegativeElbo(network, guide, batches.num_rows, **counts)
-            cell = trainee.cell(batches.head(_ROWS_TO_START)) * (target_noise != 0)
+            rows = batches.head(_ROWS_TO_START)
+            cell = trainee.cell(rows) * (target_noise != 0)
             objective = trainee.objective(objective, cell if bool(cell.any()) else None)
+            targets = batches.num_rows * rows.targets_per_row()
             regularized = not any(isinstance(part, NegativeElbo) for part in objective.modules())
             settings = Settings(
                 max_epochs=max_epochs,
                 patience=int(patience or math.ceil(max_epochs / 4)),
                 lr=float(lr),
-                weight_decay=_default(weight_decay, regularized * default_weight_decay(batches.num_targets)),
+                weight_decay=_default(weight_decay, regularized * default_weight_decay(targets)),
                 input_noise=_default(input_noise, regularized * INPUT_NOISE),
                 target_noise=_default(target_noise, regularized * TARGET_NOISE),
                 final_noise=float(final_noise),
@@ -202,14 +205,14 @@ def fit(
                 autocast=autocast,
             )
             plan = _Plan(trainee, objective, settings, root, cell, initialize, compile, counts_rows=guide is not None)
-            plan.set_up(batches)
+            losses = plan.set_up(batches)
             if checkpoint is not None:
                 saved.require(plan.describe(batches, held_out, refit=refit), plan.described)
             start = saved.tensors("start") or copied(objective.state_dict())
-            loop = plan.loop(batches, held_out)
+            loop = plan.loop(batches, held_out, losses)
             saved.restore(loop)
         run = _Run(plan, callbacks, progress)
-        result = run.twice(loop, saved, start) if refit else run(loop, saved)
+        result = run.twice(loop, losses, saved, start) if refit else run(loop, saved)
         result.guide = guide
         if regularized:
             trainee.summarize(result, batches.head(_ROWS_TO_START))
@@ -259,16 +262,20 @@ class _Plan:
         """Describe what the modules compute that are trained."""
         return described(network=self.trainee.module, objective=self.objective)
 
-    def set_up(self, batches: Batches) -> None:
-        """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained."""
+    def set_up(self, batches: Batches) -> Tensor:
+        """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained.
+
+        Gives the losses of some rows.
+        """
         rows = batches.head(_ROWS_TO_START)[:2]
         with torch.no_grad():
             losses = self.objective.eval()(rows.x, rows.y)
         if losses.shape[: rows.leading] != rows.x.shape[: rows.leading]:
             raise ValueError(f"objective: expected one loss for each of {len(rows)} rows, got {tuple(losses.shape)}")
         require_owned(self.objective)
+        return losses
 
-    def loop(self, batches: Batches, held_out: Rows | Streamed | None) -> Loop:
+    def loop(self, batches: Batches, held_out: Rows | Streamed | None, losses: Tensor) -> Loop:
         """Loop at its start, scalers and components set from the data."""
         rows = batches.head(_ROWS_TO_START)
         trainee = self.trainee
@@ -278,8 +285,8 @@ class _Plan:
             trainee.initialize_(rows, blur(rows.y, least))
         if self.counts_rows and isinstance(self.objective, NegativeElbo):
             self.objective.num_data = batches.num_rows
-        units = trainee.units(rows)
-        loop = trainee.loop(self.objective, batches, held_out, units, self.settings, compiled=self.compiled)
+        more = {"row_weight": rows.row_weight(losses), "compiled": self.compiled}
+        loop = trainee.loop(self.objective, batches, held_out, trainee.units(rows), self.settings, **more)
         loop.least_noise = least if bool(least.any()) and not over_cells else None
         return loop
 
@@ -311,7 +318,7 @@ class _Run:
             save()
         return result
 
-    def twice(self, loop: Loop, checkpoint: Checkpoint, start: Mapping[str, Tensor]) -> FitResult:
+    def twice(self, loop: Loop, losses: Tensor, checkpoint: Checkpoint, start: Mapping[str, Tensor]) -> FitResult:
         """Search for the best epoch, then start again and train on all rows up to it."""
         checkpoint.forget_second()
         result = self(loop, checkpoint, beside={f"start.{name}": tensor for name, tensor in start.items()})
@@ -322,8 +329,8 @@ class _Run:
         torch.manual_seed(self.plan.seed)
         try:
             objective.load_state_dict(start)
-            everything = InMemory(batches.rows.joined(held_out), math.ceil(batches.num_rows / len(batches)))
-            second, again = checkpoint.second(), self.plan.loop(everything, None)
+            everything = InMemory(Rows.joined([batches.rows, held_out]), math.ceil(batches.num_rows / len(batches)))
+            second, again = checkpoint.second(), self.plan.loop(everything, None, losses)
             second.restore(again)
             refitted = self(again, second, epochs=result.best_epoch)
         except BaseException:

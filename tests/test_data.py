@@ -158,6 +158,93 @@ def test_columns_of_nothing(entry, message):
     assert states_equal(untouched, network())
 
 
+# Sequences
+
+
+def padded(n=60, steps=8):
+    """Sequences of different lengths, with x = -999 and no target behind their ends, and what was observed as rows."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, steps, 2, generator=generator)
+    y = x.square() + 0.1 * torch.randn(x.shape, generator=generator)
+    seen = torch.arange(steps) < torch.randint(1, steps + 1, (n, 1), generator=generator)
+    y[:, 0, 1] = math.nan  # the other output was observed
+    return x.masked_fill(~seen.unsqueeze(-1), -999.0), y.masked_fill(~seen.unsqueeze(-1), math.nan), seen
+
+
+def test_scalers_and_components_are_those_of_what_was_observed():
+    x, y, seen = padded()
+    sequences, rows = network(), network()
+    for trained, part in ((sequences, (x, y)), (rows, (x[seen], y[seen]))):
+        torch.manual_seed(0)
+        trained.initialize_(*part)
+    assert states_equal(sequences, rows)
+    assert_close(sequences.x_shift, x[seen].mean(0))
+    assert_close(sequences.x_scale, x[seen].std(0, correction=0))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["arrays", "loader", "ensemble", "ensemble, loader"])
+def test_sequences_train_as_the_rows_that_were_observed(kind, weighted):
+    """Decay, losses and what components explain: nothing of the padding is in them."""
+    (x, y, seen), (held_x, held_y, held) = padded(), padded(20)
+    weight = torch.rand(60) + 0.5 if weighted else None
+    calm = {"input_noise": 0.0, "target_noise": 0.0, "max_epochs": 20, "seed": 0, "progress": False}
+    start = network()
+    start.initialize_(x[seen], y[seen])
+
+    def trained(x, y, weight, validation):
+        model = DeepEnsemble([start] * 2) if kind.startswith("ensemble") else copy.deepcopy(start)
+        settings = {**calm, "initialize": False, "validation": validation}
+        if x.ndim == 2 or not kind.endswith("loader"):
+            return fit(model, x, y, sample_weight=weight, batch_size=1000, **settings)
+        return fit(model, DataLoader([(x, y) if weight is None else (x, y, weight)], batch_size=None), **settings)
+
+    sequences = trained(x, y, weight, (held_x, held_y))
+    of_rows = None if weight is None else weight.unsqueeze(1).expand(seen.shape)[seen]
+    rows = trained(x[seen], y[seen], of_rows, (held_x[held], held_y[held]))
+    for name in ("loss", "validation_loss"):
+        got, expected = ([row[name] for row in result.history] for result in (sequences, rows))
+        assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert_close(sequences.component_weights, rows.component_weights, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "loader", "ensemble", "padded by batch"])
+def test_logged_losses_are_means_over_what_was_observed(kind):
+    """Also where batches have different shares of it."""
+    x, y, seen = padded()
+    order = seen.sum(1).argsort()
+    x, y, seen = x[order], y[order], seen[order]
+    trained = network()
+    trained.initialize_(x, y)
+    expected = trained.loss(x, y)[seen].mean().item()
+    still = {"lr": 1e-12, "weight_decay": 0.0, "input_noise": 0.0, "target_noise": 0.0, "initialize": False, **QUICK}
+    source, settings = (x, y), {"batch_size": 7, "validation": 0.0}
+    if kind == "loader":
+        source, settings = (DataLoader(Pairs(x, y), 7),), {"validation": DataLoader(Pairs(x, y), 9)}
+    if kind == "padded by batch":
+        longest = [int(part.sum(1).max()) for part in seen.split(7)]
+        parts = zip(x.split(7), y.split(7), longest, strict=True)
+        source = (DataLoader([(a[:, :length], b[:, :length]) for a, b, length in parts], batch_size=None),)
+        settings = {}
+    model = DeepEnsemble([trained] * 2) if kind == "ensemble" else trained
+    for row in fit(model, *source, **settings, **still).history:
+        assert row["loss"] == pytest.approx(expected, abs=1e-4)
+        assert settings.keys() != {"validation"} or row["validation_loss"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_what_a_row_weighs():
+    """Losses of steps count one by one; those of whole sequences, as an ELBO has them, once each."""
+    x, y, seen = padded()
+    rows = Rows(x, y).informative()
+    assert rows.row_weight(torch.zeros(2, 8)) == pytest.approx(seen.sum().item() / 60)
+    assert rows.row_weight(torch.zeros(2)) == 1
+    weighted = Rows(x, y, 1000 * torch.arange(60.0)).informative()
+    assert len(weighted) == 59
+    assert weighted.row_weight(torch.zeros(2, 8)) / weighted.row_weight(torch.zeros(2)) == pytest.approx(
+        (seen.sum(1) * torch.arange(60)).sum().item() / torch.arange(60).sum().item()
+    )
+
+
 # Data sets and loaders
 
 
@@ -192,13 +279,15 @@ def test_a_loader_trains_with_validation_of_the_callers_own():
     assert math.isnan(fit(network(), loader, **QUICK).history[0]["validation_loss"])
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("own_generator", [False, True])
-def test_a_loader_resumes_bit_for_bit(tmp_path, own_generator):
+def test_a_loader_resumes_bit_for_bit(tmp_path, own_generator, weighted):
     x, y = data()
+    rows = (x, y, torch.rand(200)) if weighted else (x, y)
 
     def loader():
         generator = torch.Generator().manual_seed(5) if own_generator else None
-        return DataLoader(Pairs(x, y), batch_size=40, shuffle=True, generator=generator)
+        return DataLoader(Pairs(*rows), batch_size=40, shuffle=True, generator=generator)
 
     def stop(result):
         if len(result.history) == 2:
@@ -301,6 +390,37 @@ def test_weights_are_ratios(unit):
     fit(b, x, y, sample_weight=weight, **QUICK)
     for one, other in zip(a.parameters(), b.parameters(), strict=True):
         assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.parametrize("kind", ["loader", "dataset"])
+def test_weights_of_loaders_are_ratios(kind, ensemble):
+    x, y = data()
+    weight = torch.rand(200)
+
+    def trained(unit):
+        torch.manual_seed(0)
+        trained = DeepEnsemble(network(), 2) if ensemble else network()
+        source = Pairs(x, y, unit * weight)
+        return trained, fit(trained, DataLoader(source, batch_size=40) if kind == "loader" else source, **QUICK)
+
+    (plain, expected), (scaled, result) = trained(1.0), trained(1024.0)
+    assert states_equal(scaled, plain)
+    assert repr(result.history) == repr(expected.history)
+
+
+def test_weights_of_loaders_are_those_of_arrays():
+    x, y = data()
+    weight = torch.rand(200)
+    weight[::3] = 0.0
+    y[::3] = 1e6  # as if it were not there
+    settings = {"input_noise": 0.0, "target_noise": 0.0, "initialize": False, **QUICK, "max_epochs": 10}
+    a, b = network(), network()
+    settings |= {"validation": 0, "weight_decay": 0.1}
+    expected = fit(a, x, y, sample_weight=weight, batch_size=200, **settings)
+    result = fit(b, DataLoader(Pairs(x, y, 1000 * weight), batch_size=200), **settings)
+    got, losses = ([row["loss"] for row in r.history] for r in (result, expected))
+    assert_close(got, losses, rtol=1e-4, atol=1e-4)
 
 
 class Endless(IterableDataset):

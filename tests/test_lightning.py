@@ -140,11 +140,56 @@ def test_weights_multiply_the_losses():
     x, y = fork(50)
     weight = torch.rand(50)
     objective, losses = NegativeLogLikelihood(network(x, y)), Losses()
-    objective.network.loss(x, y).mul(weight).mean().backward()
+    objective.network.loss(x, y).mul(weight / weight.mean()).mean().backward()
     expected = [p.grad.clone() for p in objective.parameters()]
     module = LightningObjective(objective, weight_decay=0.0, **NO_NOISE)
     trainer(losses, max_steps=1).fit(module, loader(x, y, weight))
     assert_close(losses.gradients, expected)
+
+
+def test_only_ratios_of_weights_matter():
+    """Batches have other mean weights than all the rows: what counts is the mean of what was trained on so far."""
+    x, y = fork(50)
+    gradients = {}
+    for unit in (1.0, 1000.0):
+        objective, losses = NegativeLogLikelihood(network(x, y)), Losses()
+        module = LightningObjective(objective, weight_decay=0.0, lr=1e-12, **NO_NOISE)
+        batches = loader(x, y, unit * torch.arange(50.0), size=25)
+        run = trainer(losses, max_epochs=1, gradient_clip_val=None)
+        run.fit(module, batches, batches)
+        gradients[unit] = losses.gradients
+        expected = (objective.network.loss(x, y) * torch.arange(50.0)).sum() / torch.arange(50.0).sum()
+        for name in ("loss", "validation_loss"):
+            assert_close(run.callback_metrics[name], expected, rtol=1e-4, atol=1e-4)
+    assert_close(gradients[1.0], gradients[1000.0], rtol=1e-4, atol=1e-6)
+    # Row 0 has no weight, and is no row.
+    weight = torch.arange(25.0, 50.0) / (torch.arange(50.0).sum() / 49)
+    objective.zero_grad()
+    objective.network.loss(x[25:], y[25:]).mul(weight).mean().backward()
+    assert_close(gradients[1.0], [p.grad for p in objective.parameters()], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_padded_sequences_count_by_what_was_observed(flat):
+    """Losses and gradients; also where a batch has nothing, and where targets come without their last axis."""
+    x, y = fork(80)
+    x, y = x.reshape(16, 5, 1), y.reshape(16, 5, 1)
+    seen = torch.arange(5) < torch.arange(16).unsqueeze(1) % 6
+    seen[8:] = False
+    trained = network(x[seen], y[seen])
+    y = y.masked_fill(~seen.unsqueeze(-1), torch.nan)
+    expected = trained.loss(x, y)[seen].mean()
+    rows = x.masked_fill(~seen.unsqueeze(-1), -999.0), y.squeeze(-1) if flat else y
+    run, losses = trainer(max_epochs=1), Losses()
+    module = LightningObjective(NegativeLogLikelihood(trained), weight_decay=0.0, lr=1e-12, **NO_NOISE)
+    run.fit(module, loader(*rows, size=4), loader(*rows, size=8))
+    for name in ("loss", "validation_loss"):
+        assert_close(run.callback_metrics[name], expected.detach(), rtol=1e-4, atol=1e-4)
+    settings = {"max_steps": 1, "gradient_clip_val": None}
+    trainer(losses, **settings).fit(LightningObjective(module.objective, weight_decay=0.0, **NO_NOISE), loader(*rows))
+    trained = network(x[seen], y[seen])
+    trained.loss(x, y)[seen].mean().backward()
+    assert_close(losses.gradients, [p.grad for p in trained.parameters()], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("objective", [NegativeLogLikelihood, lambda n: WeightedSum([NegativeLogLikelihood(n)], [2.0])])
@@ -166,13 +211,15 @@ def test_checkpoint_gives_the_network_again(objective, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, weighted):
     x, y = fork(50)
+    rows = (x, y, torch.arange(50.0)) if weighted else (x, y)
     results = []
     for path in (None, tmp_path / "epoch=3.ckpt"):
         every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
         module = LightningObjective(NegativeLogLikelihood(network(x, y)), weight_decay=0.1, **NO_NOISE)
-        trainer(every, max_epochs=8, enable_checkpointing=True).fit(module, loader(x, y, size=25), ckpt_path=path)
+        trainer(every, max_epochs=8, enable_checkpointing=True).fit(module, loader(*rows, size=25), ckpt_path=path)
         results.append(module.network.loss(x, y))
     assert torch.equal(*results)
 

@@ -22,6 +22,17 @@ from pyro_mdn.scores import (
     pit,
 )
 
+EVERY = {
+    "coverage": lambda m, y: coverage(m, y, 0.9),
+    "crps": crps,
+    "dawid_sebastiani": dawid_sebastiani,
+    "energy": lambda m, y: energy_score(m, y, num_samples=20_000).value,
+    "interval": lambda m, y: interval_score(m, y, 0.9),
+    "interval_log": lambda m, y: interval_log_score(m, y, 0.1),
+    "log": log_score,
+    "pinball": lambda m, y: pinball(m, y, 0.3),
+    "pit": pit,
+}
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 
 
@@ -102,6 +113,29 @@ def test_energy_score_of_many_targets_at_once():
     value, _ = energy_score(mixture, y, num_samples=4000)
     assert value.shape == (2, 5)
     assert (value[0] != value[1]).all()
+
+
+@pytest.mark.parametrize("score", EVERY.values(), ids=EVERY)
+def test_what_was_not_observed_has_no_score(score):
+    """So that a mean over padded sequences is that over the steps that were observed."""
+    logits, locs, scale = torch.randn(2, 4, 3), torch.randn(2, 4, 3, 2), torch.rand(2, 4, 3, 2) + 0.5
+    y, seen = torch.randn(2, 4, 2), torch.tensor([[True, True, True, False], [True, False, False, False]])
+    padded = y.masked_fill(~seen.unsqueeze(-1), torch.nan)
+    values = score(GaussianMixture(logits, locs, DiagonalCovariance(scale)), padded)
+    expected = score(GaussianMixture(logits[seen], locs[seen], DiagonalCovariance(scale[seen])), y[seen])
+    assert values[~seen].isnan().all()
+    assert_close(values.nanmean(), expected.mean(), rtol=0.2 if score is EVERY["energy"] else 1e-5, atol=1e-6)
+    assert_close(values[seen], expected, rtol=0.2 if score is EVERY["energy"] else 1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_mean_over_what_was_observed():
+    locs = torch.randn(5, 3, 2, dtype=torch.float64, requires_grad=True)
+    mixture = GaussianMixture(torch.zeros(5, 3).double(), locs, DiagonalCovariance(torch.ones(5, 3, 2).double()))
+    y = torch.randn(5, 2, dtype=torch.float64)
+    y[1], y[2, 0] = torch.nan, torch.nan
+    (gradient,) = torch.autograd.grad(log_score(mixture, y).nanmean(), locs)
+    (expected,) = torch.autograd.grad(-mixture.log_prob(y).sum() / 4, locs)
+    assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
