@@ -16,7 +16,7 @@ from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
-from pyro_mdn.training import CollapseWarning, fit
+from pyro_mdn.training import CollapseWarning, MissingTargetsWarning, fit
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "IsotropicCovariance",
     "LowRank",
     "LowRankCovariance",
+    "MissingTargetsWarning",
     "MixtureDensityNetwork",
     "MixtureHead",
     "NegativeElbo",

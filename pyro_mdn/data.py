@@ -22,14 +22,24 @@ from pyro_mdn.network import MixtureDensityNetwork, evaluating
 __all__ = [
     "Batches",
     "InMemory",
+    "MissingTargetsWarning",
     "Rows",
     "Streamed",
     "as_rows",
     "default_batch_size",
+    "few_missing",
+    "gaps_in",
     "grid_spacing",
     "held_out_count",
     "prepare",
 ]
+
+
+_FEW = 0.05
+
+
+class MissingTargetsWarning(UserWarning):
+    """So few targets are NaN that an operation may have made them, such as the logarithm of a negative number."""
 
 
 @dataclass(frozen=True)
@@ -137,10 +147,11 @@ class InMemory:
     Args:
         rows: The rows.
         batch_size: Rows in a batch at most; by default 1/64 of all, but 32 at least and 256 at most.
+        gaps: What :func:`gaps_in` says of the data that the rows were chosen from, if they were.
     """
 
-    def __init__(self, rows: Rows, batch_size: int | None = None) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, batch_size: int | None = None, gaps: Tensor | None = None) -> None:
+        self.rows, self.gaps = rows, gaps_in(rows.y) if gaps is None else gaps
         self.n_batches = math.ceil(len(rows) / (batch_size or default_batch_size(len(rows))))
 
     @property
@@ -174,6 +185,7 @@ class Streamed:
     def __init__(self, network: MixtureDensityNetwork, loader: DataLoader) -> None:
         self.network, self.loader = network, loader
         self.counted = 0
+        self.gaps = torch.zeros(3, network.dim_out, dtype=torch.int64, device="cpu")  # of the rows of the last pass
         self.flat: bool | None = None  # whether targets (N, ...) stand for (N, ..., 1)
         try:
             self.n_batches = len(loader)
@@ -198,8 +210,12 @@ class Streamed:
         return self.n_batches
 
     def __iter__(self) -> Iterator[Rows]:
+        self.gaps = torch.zeros_like(self.gaps)
         for batch in self.loader:
-            if len(rows := self._rows(batch).counted()):
+            rows = self._rows(batch)
+            if rows.y.shape[-1] == self.network.dim_out:  # else it is refused where it is used
+                self.gaps = self.gaps + gaps_in(rows.y)
+            if len(rows := rows.counted()):
                 yield rows
 
     def head(self, size: int) -> Rows:
@@ -259,6 +275,26 @@ def default_batch_size(rows: int) -> int:
     (32, 156, 256)
     """
     return min(256, max(32, rows // 64))
+
+
+def gaps_in(y: Tensor) -> Tensor:
+    """Count the entries of targets ``(N, ..., D)`` that are NaN, those that are no padding, and what is none; ``(3, D)``.
+
+    Padding are the steps of sequences that have no output at all.
+
+    >>> gaps_in(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [1.0, 2.0]])).tolist()
+    [[1, 2], [1, 2], [3, 3]]
+    """
+    missing = y.isnan().reshape(-1, y.shape[-1])
+    steps = missing[~missing.all(1)] if y.ndim > 2 else missing
+    return torch.stack([missing.sum(0), steps.sum(0), torch.full_like(missing.sum(0), len(steps))]).cpu()
+
+
+def few_missing(gaps: Tensor) -> str | None:
+    """Say in which outputs so few entries are missing that it may be an accident; None if in none."""
+    few = (gaps[1] > 0) & (gaps[1] < _FEW * gaps[2])
+    counts = [f"{gaps[1, i]} of {gaps[2, i]} in output {i}" for i in few.nonzero().flatten().tolist()]
+    return ", ".join(counts) or None
 
 
 def _observed(y: Tensor) -> Tensor:
@@ -332,12 +368,16 @@ def prepare(
         if y is not None or weight is not None:
             raise ValueError("y, sample_weight: expected None beside a data set or loader, which has them")
         return _prepare_stream(network, x, validation, batch_size)
-    rows = as_rows(network, x, y, weight).informative()
+    rows = as_rows(network, x, y, weight)
+    gaps = gaps_in(rows.y)
+    if unmasked(y) is not y:
+        gaps[1] = 0  # a mask is no accident
+    rows = rows.informative()
     held_out = _given(network, validation)
     if held_out is None and (n := held_out_count(validation, len(rows))):
         order = torch.randperm(len(rows), device=rows.x.device)
         rows, held_out = rows[order[n:]], rows[order[:n]]
-    return InMemory(rows, batch_size), held_out
+    return InMemory(rows, batch_size, gaps), held_out
 
 
 def _prepare_stream(

@@ -41,6 +41,8 @@ class FitResult:
         stopped_early: Whether the validation loss had stopped improving, or a callback had enough, before the
             last epoch.
         interrupted: Whether Ctrl-C ended the training.
+        unobserved: Entries of y that were not observed, NaN or masked, by output: of all data given but those of
+            ``validation=(x, y)``, or of what the last pass over a loader read.
         skipped_batches: Batches whose loss or gradient was not finite, where these are skipped.
         seconds: Wall-clock time, with that of earlier runs that this one resumed.
         component_weights: Share of the training rows that each component explains, ``K`` numbers; see
@@ -57,6 +59,7 @@ class FitResult:
     best_loss: float = math.inf
     stopped_early: bool = False
     interrupted: bool = False
+    unobserved: list[int] = field(default_factory=list)
     skipped_batches: int = 0
     seconds: float = 0.0
     component_weights: list[float] = field(default_factory=list)
@@ -193,6 +196,9 @@ class Loop:
 
     def _epoch(self, epoch: int) -> None:
         loss = self._train(epoch)
+        self.result.unobserved = self.batches.gaps[0].tolist()
+        if epoch == 1 and any(self.result.unobserved):
+            logger.info("fit: %s entries of y, by output, were not observed", self.result.unobserved)
         monitored = self._evaluate()
         if self.held_out is not None and not self._sound(monitored):
             raise FloatingPointError(f"fit: validation loss is {self._shown(monitored)} after epoch {epoch}")

@@ -40,10 +40,13 @@ class MemberBatches(InMemory):
         rows: All rows.
         positions: Where the rows of each member are, ``(M, N)``.
         batch_size: Rows in a batch of a member, as for :class:`InMemory`.
+        gaps: As for :class:`InMemory`.
     """
 
-    def __init__(self, rows: Rows, positions: Tensor, batch_size: int | None = None) -> None:
-        super().__init__(rows, batch_size)
+    def __init__(
+        self, rows: Rows, positions: Tensor, batch_size: int | None = None, gaps: Tensor | None = None
+    ) -> None:
+        super().__init__(rows, batch_size, gaps)
         self.positions = positions
         self.n_batches = math.ceil(self.num_rows / (batch_size or default_batch_size(self.num_rows)))
 
@@ -77,6 +80,11 @@ class SharedBatches:
         self.batches, self.size = batches, size
         self.num_rows = batches.num_rows
         self.digest, self.generators = batches.digest, batches.generators
+
+    @property
+    def gaps(self) -> Tensor:
+        """What :func:`pyro_mdn.data.gaps_in` says of the rows of the last pass."""
+        return self.batches.gaps
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -122,7 +130,7 @@ def prepare_members(
     if bootstrap:
         drawn = torch.randint(positions.shape[1], positions.shape, device=positions.device)
         positions = positions.gather(1, drawn)
-    return MemberBatches(rows, positions, batch_size), for_each
+    return MemberBatches(rows, positions, batch_size, batches.gaps), for_each
 
 
 def _shared(data: Rows | Streamed, size: int) -> MemberRows | SharedBatches:

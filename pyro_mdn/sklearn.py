@@ -152,6 +152,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             ValueError: If the data or a setting are not usable. (TypeError: X is sparse.)
         """
         checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
+        masked = unmasked(y) is not y
         X, y = validate_data(self, unmasked(X), unmasked(y), **checks)
         check_consistent_length(X, y)
         rows, targets = torch.tensor(X, device="cpu"), as_targets(y)
@@ -164,9 +165,11 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         centered = [v - s for v, s in zip((rows, targets), shifts, strict=True)]
         for values, name in zip(centered, ("X", "y"), strict=True):
             require_range(values, name, _DTYPES[self.dtype])
+        inputs, outputs = (values.to(_DTYPES[self.dtype]) for values in centered)
         self.result_ = fit(
             network,
-            *(values.to(_DTYPES[self.dtype]) for values in centered),
+            inputs,
+            np.ma.masked_invalid(outputs.numpy()) if masked else outputs,
             sample_weight=weight,
             validation=self.validation,
             max_epochs=self.max_epochs,

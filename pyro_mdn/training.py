@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
-from pyro_mdn.data import Batches, InMemory, Rows, Streamed
+from pyro_mdn.data import Batches, InMemory, MissingTargetsWarning, Rows, Streamed, few_missing
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.fingerprint import described
 from pyro_mdn.isolation import isolated, require_owned, seeded
@@ -38,7 +39,7 @@ from pyro_mdn.optimization import (
 )
 from pyro_mdn.trainee import CollapseWarning, EnsembleTrainee, NetworkTrainee, Trainee
 
-__all__ = ["CollapseWarning", "fit"]
+__all__ = ["CollapseWarning", "MissingTargetsWarning", "fit"]
 
 _ROWS_TO_START = 10_000
 
@@ -149,6 +150,9 @@ def fit(
     Warns:
         CollapseWarning: If components died: they explain less than a thousandth of the rows each.
         UserWarning: If the checkpoint does not tell whether some part is the same; it is named.
+        MissingTargetsWarning: If so few entries of an output are NaN, less than one in twenty, that an operation may
+            have made them. Padding of sequences is not meant, nor what a mask says. ``FitResult.unobserved`` has the
+            numbers in any case.
 
     >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
     >>> result = fit(MixtureDensityNetwork(1, 1), x, x**2, max_epochs=2, seed=0, progress=False)
@@ -211,6 +215,9 @@ def fit(
             start = saved.tensors("start") or copied(objective.state_dict())
             loop = plan.loop(batches, held_out, losses)
             saved.restore(loop)
+        if few := few_missing(batches.gaps):
+            text = f"fit: of y, {few} are NaN and count as not observed; mask them by numpy.ma if that is meant"
+            warnings.warn(text, MissingTargetsWarning, stacklevel=2)
         run = _Run(plan, callbacks, progress)
         result = run.twice(loop, losses, saved, start) if refit else run(loop, saved)
         result.guide = guide

@@ -1,6 +1,7 @@
 """What fit can be fed: weights, missing targets, data sets, loaders."""
 
 import copy
+import logging
 import math
 from contextlib import nullcontext
 
@@ -11,8 +12,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pyro_mdn import DeepEnsemble, Diagonal, Full, MixtureDensityNetwork, fit
+from pyro_mdn import DeepEnsemble, Diagonal, Full, MissingTargetsWarning, MixtureDensityNetwork, fit
 from pyro_mdn.data import InMemory, Rows, Streamed, grid_spacing, prepare
+from pyro_mdn.sklearn import MDNRegressor
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 
@@ -156,6 +158,60 @@ def test_columns_of_nothing(entry, message):
     with pytest.raises(ValueError, match=message):
         fit(untouched, x, y, **QUICK)
     assert states_equal(untouched, network())
+
+
+@pytest.mark.parametrize("kind", ["arrays", "loader", "ensemble"])
+def test_entries_that_were_not_observed_are_counted(kind, caplog):
+    """By output, rows without any included, those held out too."""
+    x, y = data()
+    y[:50, 0], y[40:60] = math.nan, math.nan
+    model = DeepEnsemble(network(), 2) if kind == "ensemble" else network()
+    with caplog.at_level(logging.INFO, logger="pyro_mdn"):
+        result = fit(model, *((DataLoader(Pairs(x, y), 40),) if kind == "loader" else (x, y)), **QUICK)
+    assert result.unobserved == [60, 20]
+    assert caplog.text.count("fit: [60, 20] entries of y, by output, were not observed") == 1
+    caplog.clear()
+    assert fit(model, *data(), **QUICK).unobserved == [0, 0]
+    assert "observed" not in caplog.text
+
+
+@pytest.mark.parametrize("convert", [lambda y: y, lambda y: y.numpy(), lambda y: pd.DataFrame(y.numpy())])
+@pytest.mark.parametrize("kind", ["arrays", "loader", "dataset", "ensemble", "one output", "sequences"])
+def test_a_few_targets_that_are_nan_are_told_of(kind, convert):
+    """As the logarithm of a negative number is, in one column or in the only one."""
+    x, y = data()
+    y = y.abs() + 0.1
+    y[7, 1] = -1.0
+    x, y, expected = x, y.log(), "1 of 200 in output 1"
+    model = network()
+    if kind == "ensemble":
+        model = DeepEnsemble(model, 2)
+    if kind == "one output":
+        model, y, expected = MixtureDensityNetwork(2, 1, 2, 8), y[:, 1:], "1 of 200 in output 0"
+    if kind == "sequences":
+        x, y, seen = padded()
+        y[:, 0], y[3, 0, 1] = y[:, 0].nan_to_num(nan=0.0), math.nan
+        expected, convert = f"1 of {seen.sum()} in output 1", lambda y: y
+    source = (x, convert(y))
+    if kind in ("loader", "dataset"):
+        source = (DataLoader(Pairs(x, y), 40) if kind == "loader" else Pairs(x, y),)
+        expected = "1 of 1[0-9]+ in output 1" if kind == "dataset" else expected
+    with pytest.warns(MissingTargetsWarning, match=f"fit: of y, {expected} are NaN and count as not observed") as told:
+        fit(model, *source, **{**QUICK, "seed": 1})
+    assert [warning.filename for warning in told] == [__file__]
+
+
+def test_missing_targets_that_are_meant_are_not_told_of():
+    """Many of them, masks, and padding: warnings are errors here."""
+    x, y = data()
+    many = y.index_fill(0, torch.arange(20), math.nan)
+    fit(network(), x, many, **QUICK)
+    few = np.ma.masked_array(y.numpy(), np.arange(400).reshape(200, 2) == 7)
+    fit(network(), x, few, **QUICK)
+    MDNRegressor(max_epochs=2).fit(x, few)
+    steps = torch.randn(60, 8, 1)
+    steps[:3, -2:] = math.nan
+    fit(MixtureDensityNetwork(2, 1, 2, 8), torch.randn(60, 8, 2), steps, **QUICK)
 
 
 # Sequences
