@@ -125,7 +125,7 @@ def unmasked(values: Any) -> Any:
         return values.data
     if values.dtype.kind == "M":
         return values.filled(np.datetime64("NaT"))
-    return (values.astype(np.float64) if values.dtype.kind in "biu" else values).filled(np.nan)
+    return np.ma.filled(values.astype(np.float64) if values.dtype.kind in "biu" else values, np.nan)
 
 
 def is_traced(*tensors: Tensor) -> bool:

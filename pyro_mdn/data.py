@@ -94,8 +94,7 @@ class Rows:
 
     def num_counted(self) -> Tensor:
         """Number of rows of positive weight."""
-        weights = self.weights(self.x.new_ones(self.x.shape[: self.leading]))
-        return (weights > 0).sum()
+        return (self.weights(self.x.new_ones(self.x.shape[: self.leading])) > 0).sum()
 
     @staticmethod
     def joined(parts: Sequence[Rows]) -> Rows:
@@ -116,11 +115,12 @@ class Rows:
 
     def totals(self, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses ``(N, ...)`` times their weights, and sum of the weights; for each member, if there are."""
-        weighted = losses if self.weight is None else losses * self.weights(losses)
-        total = weighted.flatten(self.leading - 1).sum(-1)
+        first = self.leading - 1
         if self.weight is None:
+            total = losses.flatten(first).sum(-1)
             return total, torch.full_like(total, losses.numel() / total.numel())
-        return total, self.weights(losses).flatten(self.leading - 1).sum(-1)
+        weights = self.weights(losses)
+        return (losses * weights).flatten(first).sum(-1), weights.flatten(first).sum(-1)
 
     def row_weight(self, losses: Tensor) -> Tensor:
         """Mean over the rows of the sum of their weights, for losses of some of the rows."""
@@ -278,7 +278,7 @@ def default_batch_size(rows: int) -> int:
 
 
 def gaps_in(y: Tensor) -> Tensor:
-    """Count the entries of targets ``(N, ..., D)`` that are NaN, those that are no padding, and what is none; ``(3, D)``.
+    """Count what is NaN in targets ``(N, ..., D)``, what of it is no padding, and what is no padding: ``(3, D)``.
 
     Padding are the steps of sequences that have no output at all.
 

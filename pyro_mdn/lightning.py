@@ -101,7 +101,7 @@ class LightningObjective(LightningModule):
         self.noise = (torch.zeros(()), torch.zeros(()))
         self.generator: torch.Generator | None = None
         self.means = nn.ModuleDict({name: _Mean() for name in ("loss", "validation_loss")})
-        self.trained = torch.zeros(2)  # rows so far, and the sum of the weights of their losses
+        self.trained = torch.zeros(2, device="cpu")  # rows so far, and the sum of the weights of their losses
 
     @property
     def network(self) -> MixtureDensityNetwork:
@@ -164,8 +164,9 @@ class LightningObjective(LightningModule):
     def _log_mean(self, name: str, rows: Rows, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the losses and of their weights, whose ratio over an epoch is logged."""
         total, weight = rows.totals(losses)
-        self.means[name].update(total.detach(), weight)
-        self.log(name, self.means[name], on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
+        mean: Any = self.means[name]
+        mean.update(total.detach(), weight)
+        self.log(name, mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(rows))
         return total, weight
 
     def configure_optimizers(self) -> Any:
@@ -201,7 +202,7 @@ class _Mean(Metric):
     def __init__(self) -> None:
         super().__init__()
         for name in ("total", "weight"):
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), device="cpu"), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, weight: Tensor) -> None:
         self.total += total
