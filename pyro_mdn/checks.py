@@ -177,8 +177,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of this module runs hooks, its own or those of all modules."""
-    own = any(map(module.__dict__.get, _HOOKS))
-    return own or any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # as torch itself checks
+    return bool(  # as torch itself checks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
