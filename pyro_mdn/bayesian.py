@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_mdn.checks import require_counts
-from pyro_mdn.dense import dense_raw, is_dense, is_described_by_raw
+from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
 from pyro_mdn.isolation import KeepFrozen, isolated, own_generators
@@ -185,7 +185,7 @@ def _mixtures(
         weights = sum(value[0].numel() for value in draws.values())
         chunk_size = max(1, _ELEMENTS // (weights + rows * (2 * sum(network.hidden_dim) + 4 * sum(network.head.sizes))))
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-        if center is None and not is_described_by_raw(network):
+        if center is None and not network.is_described_by_raw:
 
             def call(weights: dict[str, Tensor]) -> GaussianMixture:
                 with OwnParameters(), poutine.condition(data=weights):

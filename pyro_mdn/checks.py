@@ -20,8 +20,10 @@ __all__ = [
     "is_count",
     "is_differentiated",
     "is_hooked",
+    "is_inherited",
     "is_plain",
     "is_recorded",
+    "is_subclassed",
     "is_traced",
     "require_counts",
     "require_numbers",
@@ -143,8 +145,13 @@ def is_traced(*tensors: Tensor) -> bool:
         is_recorded()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0  # of ``dual_level``
-        or any(type(tensor) not in _PLAIN for tensor in tensors)
+        or is_subclassed(*tensors)
     )
+
+
+def is_subclassed(*tensors: Tensor) -> bool:
+    """Whether one of these has a class of its own."""
+    return any(type(tensor) not in _PLAIN for tensor in tensors)
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -173,6 +180,12 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     False
     """
     return type(module) in (kind, PyroModule[kind]) and "forward" not in module.__dict__ and not is_hooked(module)
+
+
+def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
+    """Whether a module has these methods from a class, neither overridden nor replaced."""
+    kept = all(getattr(type(module), name) is getattr(kind, name) for name in names)
+    return kept and module.__dict__.keys().isdisjoint(names)
 
 
 def is_hooked(module: nn.Module) -> bool:

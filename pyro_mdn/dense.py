@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_mdn.checks import is_hooked, is_plain
+from pyro_mdn.checks import is_inherited, is_plain
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.network import FirstLinear, MixtureDensityNetwork
 
-__all__ = ["dense_raw", "is_dense", "is_described_by_raw", "is_inherited"]
+__all__ = ["dense_raw", "is_dense"]
 
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
@@ -34,19 +34,6 @@ def is_dense(network: MixtureDensityNetwork) -> bool:
         and all(name in linear or is_plain(layer, nn.GELU) for name, layer in layers.items())
         and all({f"{name}.weight", f"{name}.bias"} <= names for name in linear)
     )
-
-
-def is_described_by_raw(network: MixtureDensityNetwork) -> bool:
-    """Whether ``network(x)`` is what its head makes of its raw outputs: no hook and no other ``forward`` has a say."""
-    head = network.head
-    own = is_inherited(network, MixtureDensityNetwork, "__call__", "forward")
-    return own and is_inherited(head, MixtureHead, "forward") and not (is_hooked(network) or is_hooked(head))
-
-
-def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
-    """Whether a module has these methods from a class, neither overridden nor replaced."""
-    kept = all(getattr(type(module), name) is getattr(kind, name) for name in names)
-    return kept and module.__dict__.keys().isdisjoint(names)
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -77,7 +77,9 @@ class MixtureDensity(dist.MixtureSameFamily):
         self.logits = logits if logits.shape[:-1] == batch_shape else logits.expand(*batch_shape, -1)
         self.locs = locs if locs.shape[:-2] == batch_shape else locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
-        torch.distributions.Distribution.__init__(self, batch_shape, locs.shape[-1:], validate_args)
+        torch.distributions.Distribution.__init__(
+            self, torch.Size(batch_shape), torch.Size(locs.shape[-1:]), validate_args
+        )
 
     @classmethod
     def deferred(cls, origin: Origin) -> Self:

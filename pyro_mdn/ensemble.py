@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from pyro_mdn import serialization
 from pyro_mdn.checks import require_counts
-from pyro_mdn.dense import dense_raw, is_dense, is_described_by_raw
+from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.isolation import isolated
 from pyro_mdn.mixture import GaussianMixture
@@ -94,7 +94,7 @@ class DeepEnsemble(nn.Module):
         """
         self.stacked.check_inputs(x)
         tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
-        if not is_described_by_raw(self.stacked):
+        if not self.stacked.is_described_by_raw:
             return self._called(x, tensors, shared=True)
         raw = self._raw(x, tensors, shared=True)
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
@@ -115,7 +115,7 @@ class DeepEnsemble(nn.Module):
         if not self.stacked.check_inputs(x) or len(x) != self.size:
             raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
-        if not is_described_by_raw(self.stacked):
+        if not self.stacked.is_described_by_raw:
             mixture = self._called(x, tensors, shared=False)
             self._require_targets(y, mixture.batch_shape, replicated=replicated)
             return -mixture.log_prob(y)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -96,11 +96,11 @@ class MixtureHead(nn.Module):
 
     def forward(self, features: Tensor) -> GaussianMixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
-        if self.raw_noise is not None or self.noise.whitening is None or is_traced(features, self.linear.bias):
+        if self.raw_noise is not None or self.noise.whitening is None:
             return self.mixture(self.raw(features), self.shift, self.scale)
         # Clones, because the mixture stays as it is when the units change.
         predicted = self._predicted(features, self.shift.clone(), self.scale.clone())
-        return GaussianMixture.deferred(predicted)
+        return predicted.mixture() if is_traced(predicted.channels) else GaussianMixture.deferred(predicted)
 
     def _predicted(self, features: Tensor, shift: Tensor, scale: Tensor) -> ChannelMixture:
         return ChannelMixture(self.noise, self.n_components, self.dim_out, self.channels(features), shift, scale)
@@ -204,6 +204,9 @@ class MixtureHead(nn.Module):
         if self.noise.tied:
             scale = scale.square().mean(0, keepdim=True).sqrt()
         bias = starting_value(self.linear, "bias")
+        if not isinstance(bias, Tensor):
+            expected = "expected a layer with a bias, which the components start from"
+            raise ValueError(f"head.linear: {expected}, got {type(self.linear).__name__}: replace it after initialize_")
         raw = self.noise.start(scale).T.flatten().to(bias)
         if self.sizes[-1] != len(raw):
             starting_value(self, "raw_noise").copy_(raw)
@@ -238,10 +241,10 @@ def _accumulated(channels: Tensor) -> Tensor:
     return channels.to(single_at_least(channels.dtype))
 
 
-def starting_value(module: nn.Module, name: str) -> Tensor:
-    """Parameter of a module or, where it is latent, the buffer with the value that inference starts from."""
+def starting_value(module: nn.Module, name: str) -> Any:
+    """Parameter of a module or, where it is latent, the buffer that inference starts from; ``None`` if neither is."""
     value = module._buffers.get(f"{name}_start")
-    return getattr(module, name) if value is None else value
+    return getattr(module, name, None) if value is None else value
 
 
 def _filled(y: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
+from pyro_mdn.checks import is_inherited
 from pyro_mdn.data import Rows, as_rows
-from pyro_mdn.dense import is_described_by_raw, is_inherited
 from pyro_mdn.guides import log_density_at
 from pyro_mdn.isolation import isolated, own_generators
 from pyro_mdn.latent import latent_names, starting_weights
@@ -61,7 +61,7 @@ class LogJoint:
     """
 
     def __init__(self, network: MixtureDensityNetwork, rows: Rows) -> None:
-        if not (is_described_by_raw(network) and is_inherited(network, MixtureDensityNetwork, "model", "raw")):
+        if not (network.is_described_by_raw and is_inherited(network, MixtureDensityNetwork, "model", "raw")):
             raise UnusualModelError("network: expected model and forward of MixtureDensityNetwork, without hooks on it")
         self.network, self.y = network, rows.y
         self.priors = _independent_priors(network, rows)

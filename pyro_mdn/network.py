@@ -18,7 +18,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
-from pyro_mdn.checks import all_finite, is_count, require_range
+from pyro_mdn.checks import all_finite, is_count, is_hooked, is_inherited, require_range
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
@@ -150,6 +150,12 @@ class MixtureDensityNetwork(PyroModule):
             return self.head.raw(self.features(x))
 
     @property
+    def is_described_by_raw(self) -> bool:
+        """Whether a call gives what the head makes of :meth:`raw`: no hook and no other ``forward`` has a say."""
+        own = is_inherited(self, MixtureDensityNetwork, "__call__", "forward")
+        return own and is_inherited(self.head, MixtureHead, "forward") and not (is_hooked(self) or is_hooked(self.head))
+
+    @property
     def latent(self) -> bool:
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
         return _is_latent(self)
@@ -169,6 +175,9 @@ class MixtureDensityNetwork(PyroModule):
     def loss(self, x: Tensor, y: Tensor, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
 
+        That of the mixture that a call gives, which is not built unless a hook or a ``forward`` of your own may
+        change it.
+
         Args:
             x: Inputs ``(*batch, dim_in)``.
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. An entry that is NaN was
@@ -180,6 +189,9 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is infinite or
                 one of x NaN.
         """
+        if not self.is_described_by_raw:
+            mixture = self(x)
+            return -mixture.log_prob(complete_when_run(self.targets(y, mixture.batch_shape, replicated=replicated)))
         with self._context():
             features = self.features(x)
             y = self.targets(y, features.shape[:-1], replicated=replicated)
@@ -208,7 +220,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         with self._context():
             # Weights are global, so the network is evaluated outside the plate.
-            mixture = self.forward(x)
+            mixture = self(x)
             self._check_batch(x)
             size = len(x) if num_data is None else num_data
             if size < len(x):

@@ -106,9 +106,13 @@ class ChannelMixture:
         density = channel_log_density(whitening, self.n_components, width, self.channels, value)
         return density - log_unit(self.noise, self.dim, self.scale)
 
+    def mixture(self, *, validate_args: bool | None = None) -> GaussianMixture:
+        """Mixture in the units of y."""
+        return self._raw().mixture(validate_args=validate_args)
+
     def parameters(self) -> tuple[Tensor, Tensor, Covariance]:
         """Normalised log-weights, locations and covariances in the units of y."""
-        mixture = self._raw().mixture(validate_args=False)
+        mixture = self.mixture(validate_args=False)
         return mixture.logits, mixture.locs, mixture.covariance
 
     def is_moderate(self) -> bool:

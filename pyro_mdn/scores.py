@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.special import erf, erfcx, log_ndtr
 
 from pyro_mdn import kernels
+from pyro_mdn.checks import is_subclassed
 from pyro_mdn.mixture import GaussianMixture
 
 __all__ = [
@@ -142,12 +143,20 @@ def crps(mixture: GaussianMixture, y: Tensor) -> Tensor:
     distance = (weights * _mean_absolute(y.unsqueeze(-2) - locs, scale)).sum(-2)
     # Squares of scales in a unit of their size, a power of two, neither over- nor underflow.
     unit = torch.exp2(scale.detach().amax(-2, keepdim=True).log2().round())
-    spread = _HalfSpread.apply(weights, locs / unit, (scale / unit).square())[0]
+    spread = _half_spread(weights, locs / unit, (scale / unit).square())
     return distance - spread * unit.squeeze(-2)
 
 
+def _half_spread(weights: Tensor, locs: Tensor, variance: Tensor) -> Tensor:
+    """Half of E|Y - Y'|, ``(*batch, D)``, from parameters ``(*batch, K, D)``."""
+    if is_subclassed(weights, locs, variance):  # derivatives by hand would be lost on them
+        distances = [_against_all(k, weights, locs, variance)[0] for k in range(locs.shape[-2])]
+        return 0.5 * (weights * torch.stack(distances, -2)).sum(-2)
+    return _HalfSpread.apply(weights, locs, variance)[0]
+
+
 class _HalfSpread(torch.autograd.Function):
-    """Half of E|Y - Y'|, one component against all at a time, so that memory stays O(N·K·D).
+    """The same, one component against all at a time, so that memory stays O(N·K·D).
 
     The gradients are sums over the same pairs, and are taken along: with respect to weights, locations and variances.
     """

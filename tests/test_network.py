@@ -1,5 +1,7 @@
 import copy
 import math
+import pickle
+import warnings
 
 import numpy as np
 import pyro
@@ -13,6 +15,9 @@ from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from pyro_mdn import (
@@ -69,6 +74,245 @@ def test_loss_is_the_negative_log_density_in_the_units_of_y(name):
     x, y = torch.randn(50, 3, dtype=torch.float64), 100 + 7 * torch.randn(50, 4, dtype=torch.float64)
     network.initialize_(x, y)
     assert_close(network.loss(x, y), -network(x).log_prob(y))
+
+
+# Layers of the head that compute something else than a plain one: each with the plain one that it equals.
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Adapted(nn.Module):
+    """A layer and a product of two thin ones beside it (Hu et al., 2022)."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, rank = base, 2
+        self.down, self.up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def doubled(head):
+    plain, head.linear = head.linear, Doubled(head.linear.in_features, head.linear.out_features)
+    head.linear.load_state_dict(plain.state_dict())
+    return 2 * plain.weight, 2 * plain.bias
+
+
+def adapted(head):
+    head.linear = layer = Adapted(head.linear)
+    return layer.base.weight + layer.up.weight @ layer.down.weight, layer.base.bias + layer.up.bias
+
+
+def hooked(head):
+    head.linear.register_forward_hook(lambda layer, inputs, output: output + 0.1)
+    return head.linear.weight, head.linear.bias + 0.1
+
+
+def pruned(head):
+    prune.random_unstructured(head.linear, "weight", 0.5)
+    return head.linear.weight_orig * head.linear.weight_mask, head.linear.bias
+
+
+def weight_normed(head):
+    weight = head.linear.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(head.linear)
+    return weight, head.linear.bias
+
+
+def parametrized(head):
+    weight = head.linear.weight.detach().clone()
+    nn.utils.parametrizations.weight_norm(head.linear)
+    return weight, head.linear.bias
+
+
+def replaced(head):
+    plain = head.linear.forward
+    head.linear.forward = lambda x: plain(1.5 * x)
+    return 1.5 * head.linear.weight, head.linear.bias
+
+
+LAYERS = [doubled, adapted, hooked, pruned, weight_normed, parametrized, replaced]
+
+
+@pytest.mark.parametrize("noise", [Full(), Diagonal(homoscedastic=True), Fixed(0.5)], ids=str)
+@pytest.mark.parametrize("change", LAYERS)
+def test_the_layer_of_a_head_is_called(change, noise):
+    x, y = torch.randn(40, 2), torch.randn(40, 2)
+    changed = MixtureDensityNetwork(2, 2, 10, 8, noise=noise)
+    changed.initialize_(x, y)
+    plain = copy.deepcopy(changed)
+    weight, bias = change(changed.head)
+    with torch.no_grad():
+        plain.head.linear.weight.copy_(weight)
+        plain.head.linear.bias.copy_(bias)
+    assert_close(changed.loss(x, y), plain.loss(x, y))
+    assert_close(changed(x).log_prob(y), plain(x).log_prob(y))
+    assert_close(changed(x).locs, plain(x).locs)
+    optimizer = torch.optim.SGD(changed.parameters(), 1e-3)
+    for _ in range(3):  # old weights are made anew by each call
+        optimizer.zero_grad()
+        changed.loss(x, y).mean().backward()
+        optimizer.step()
+    assert all(parameter.grad is not None for parameter in changed.parameters())
+
+
+def test_spectral_norm_of_a_head_is_trained():
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(9, 2), torch.randn(9, 2)
+    nn.utils.spectral_norm(network.head.linear)
+    network.loss(x, y).mean().backward()
+    assert network.head.linear.weight_orig.grad.norm() > 0
+    network.eval()
+    assert_close(network.loss(x, y), -network(x).log_prob(y))
+
+
+def test_a_quantised_network_has_a_loss():
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(9, 2), torch.randn(9, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and told of in two ways
+        quantised = torch.ao.quantization.quantize_dynamic(network, {nn.Linear})
+    assert_close(quantised.loss(x, y), -quantised(x).log_prob(y))
+    assert_close(quantised.loss(x, y), network.loss(x, y), rtol=0.1, atol=0.1)
+
+
+def test_components_need_a_layer_with_a_bias_to_start_from():
+    network = MixtureDensityNetwork(1, 1)
+    network.head.linear = Adapted(network.head.linear)
+    with pytest.raises(ValueError, match=r"head.linear: expected a layer with a bias.*, got Adapted"):
+        network.initialize_(torch.randn(9, 1), torch.randn(9, 1))
+
+
+class Shifted(MixtureDensityNetwork):
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
+def shifted():
+    return Shifted(2, 2, noise=Full())
+
+
+def with_hook_before():
+    network = MixtureDensityNetwork(2, 2, noise=Full())
+    network.register_forward_pre_hook(lambda network, args: (args[0] + 1,))
+    return network
+
+
+def with_hook_after():
+    network = MixtureDensityNetwork(2, 2, noise=Full())
+    network.register_forward_hook(lambda network, args, mixture: mixture.affine(1.0, 2.0))
+    return network
+
+
+def with_hook_of_head():
+    network = MixtureDensityNetwork(2, 2, noise=Full())
+    network.head.register_forward_pre_hook(lambda head, args: (2 * args[0],))
+    return network
+
+
+@pytest.mark.parametrize("make", [shifted, with_hook_before, with_hook_after, with_hook_of_head])
+def test_loss_and_model_are_those_of_a_call(make):
+    network, x, y = make(), torch.randn(9, 2), torch.randn(9, 2)
+    y[0, 1] = math.nan
+    plain = MixtureDensityNetwork(2, 2, noise=Full())
+    plain.load_state_dict(network.state_dict())
+    expected = network(x).log_prob(y)
+    assert_close(-network.loss(x, y), expected)
+    assert (expected - plain(x).log_prob(y)).abs().min() > 1e-3
+    trace = poutine.trace(network.model).get_trace(x, y)
+    trace.compute_log_prob()
+    assert_close(trace.nodes["y"]["log_prob"], expected)
+    assert_close(-network.loss(x, torch.stack([y, y]), replicated=True), torch.stack([expected, expected]))
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("noise", [Full(), LowRank(1), Diagonal(homoscedastic=True), Fixed(0.5)], ids=str)
+def test_a_network_whose_weights_are_spread_over_devices(noise, one_process):
+    network, x, y = MixtureDensityNetwork(2, 2, noise=noise), torch.randn(9, 2), torch.randn(9, 2)
+    spread = fully_shard(copy.deepcopy(network), mesh=one_process)
+    losses, expected = spread.loss(x, y), network.loss(x, y)
+    assert_close(losses, expected)
+    losses.mean().backward()
+    expected.mean().backward()
+    for shards, whole in zip(spread.parameters(), network.parameters(), strict=True):
+        assert_close(shards.grad.full_tensor(), whole.grad)
+    assert_close(-spread(x).log_prob(y), expected)
+
+
+# Mixtures whose parameters are built when they are asked for
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_what_is_trained_later_does_not_reach_a_mixture(name):
+    x, y = torch.randn(30, 2), torch.randn(30, 4)
+    network = MixtureDensityNetwork(2, 4, 3, 8, noise=NOISE[name])
+    network.initialize_(x, y)
+    expected = network(x).mean.detach().clone(), network(x).log_prob(y).detach().clone()
+    mixture = network(x)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1)
+    network.initialize_(2 * x, 3 * y + 1)
+    assert_close((mixture.mean, mixture.log_prob(y)), expected)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_parameters_have_the_graph_of_the_call_wherever_they_are_asked_for(context):
+    network, x = MixtureDensityNetwork(2, 2), torch.randn(5, 2)
+    mixture = network(x)
+    with context():
+        shown = mixture.mean
+        constant = network(x)
+    assert mixture.locs.requires_grad
+    assert not shown.requires_grad
+    assert not constant.locs.requires_grad
+    assert not constant.mean.requires_grad
+    (gradient,) = torch.autograd.grad(mixture.mean.sum(), network.head.linear.weight)
+    assert gradient.norm() > 0
+
+
+def test_mixtures_of_a_network_are_pickled_and_copied():
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
+    with torch.no_grad():
+        mixture = network(x)
+    for same in (pickle.loads(pickle.dumps(mixture)), copy.deepcopy(mixture), copy.copy(mixture)):
+        assert_close((same.log_prob(y), same.mean), (mixture.log_prob(y), mixture.mean))
+
+
+@pytest.mark.parametrize("noise", [Full(), LowRank(1), Diagonal(), Isotropic()], ids=str)
+@pytest.mark.parametrize("broken", [math.nan, math.inf, 1e30])
+def test_parameters_beyond_the_precision_are_refused(noise, broken):
+    network = MixtureDensityNetwork(2, 2, noise=noise)
+    network.head.scale.fill_(1e15)
+    with torch.no_grad():
+        network.head.linear.bias[5:7] = broken  # of locations
+    with pytest.raises(ValueError, match="locs: expected finite numbers"):
+        network(torch.randn(3, 2))
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e-12, 1.0, 1e12, 1e25])
+def test_parameters_in_any_unit_are_valid(unit):
+    network, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2)
+    x = torch.randn(5, 2)
+    expected = network(x).log_prob(y)
+    network.head.scale.fill_(unit)
+    assert_close(network(x).log_prob(unit * y), expected - 2 * math.log(unit))
+
+
+def test_points_of_another_precision_keep_it():
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
+    assert network(x).log_prob(y.double()).dtype == torch.float64
+    assert_close(network(x).log_prob(y.double()).float(), network(x).log_prob(y))
 
 
 def test_density_does_not_depend_on_the_units():
@@ -314,11 +558,6 @@ def test_changed_hidden_layers_are_asked_for(tmp_path, change):
         MixtureDensityNetwork.load(path)
     again = MixtureDensityNetwork.load(path, backbone=copy.deepcopy(network.backbone))
     assert_close(again.loss(x, y), network.loss(x, y), rtol=0, atol=0)
-
-
-class Doubled(nn.Linear):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,11 +1,13 @@
 """The network and its mixtures inside Pyro: models of ours and of the user's own, under every kind of inference."""
 
+import functools
 import math
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import NOISE, make_head
 from pyro import poutine
 from pyro.infer import (
     MCMC,
@@ -16,12 +18,16 @@ from pyro.infer import (
     JitTraceGraph_ELBO,
     JitTraceMeanField_ELBO,
     Predictive,
+    RenyiELBO,
+    ReweightedWakeSleep,
     Trace_ELBO,
     TraceEnum_ELBO,
+    TraceGraph_ELBO,
     config_enumerate,
 )
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
+from pyro.ops.provenance import ProvenanceTensor, detach_provenance, get_provenance
 from pyro.optim import Adam
 from torch.testing import assert_close
 
@@ -35,6 +41,7 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     bayesianize,
+    scores,
 )
 
 N = 12
@@ -214,6 +221,95 @@ def test_sequences_belong_to_the_event():
     site = poutine.trace(network.model).get_trace(x, y).nodes["y"]
     assert (site["fn"].batch_shape, site["fn"].event_shape) == ((N,), (7, 2))
     assert_close(site["fn"].log_prob(y), -network.loss(x, y).sum(-1))
+
+
+# What depends on a draw without a pathwise gradient, TraceGraph_ELBO follows by a class of tensors.
+
+TRACKED = {
+    "log_prob": lambda mixture, y: mixture.log_prob(y),
+    "incomplete": lambda mixture, y: mixture.log_prob(torch.where(torch.arange(4) == 1, math.nan, y)),
+    "component_log_prob": lambda mixture, y: mixture.component_log_prob(y),
+    "responsibilities": lambda mixture, y: mixture.responsibilities(y),
+    "affine": lambda mixture, y: mixture.affine(1.0, 2.0).log_prob(y),
+    "matrix": lambda mixture, y: mixture.affine(matrix=torch.eye(4).double() + 0.1).log_prob(y),
+    "marginal": lambda mixture, y: mixture.marginal([2, 0]).log_prob(y[:, :2]),
+    "condition": lambda mixture, y: mixture.condition(y[:, :2], [0, 3]).log_prob(y[:, 2:]),
+    "pool": lambda mixture, y: mixture.pool(0).log_prob(y[0]),
+    "product": lambda mixture, y: mixture.product(mixture).log_normalizer,
+    "temper": lambda mixture, y: mixture.temper(2.0).log_prob(y),
+    "moments": lambda mixture, y: mixture.mean + mixture.stddev + mixture.covariance_matrix.sum(-1),
+    "cdf": lambda mixture, y: mixture.cdf(y),
+    "icdf": lambda mixture, y: mixture.icdf(0.3),
+    "interval": lambda mixture, y: mixture.interval(0.8)[0],
+    "shortest": lambda mixture, y: mixture.interval(0.8, kind="shortest")[1],
+    "rsample": lambda mixture, y: mixture.rsample(),
+    "rosenblatt": lambda mixture, y: mixture.rosenblatt(y),
+    "modes": lambda mixture, y: mixture.modes(),
+    "crps": scores.crps,
+    "energy_score": lambda mixture, y: scores.energy_score(mixture, y, num_samples=5).value,
+    "interval_log_score": lambda mixture, y: scores.interval_log_score(mixture, y, 0.5),
+}
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("operation", TRACKED)
+def test_what_pyro_tracks_is_kept_with_its_gradients(operation, noise):
+    head, results = make_head(NOISE[noise]), []
+    features, y = torch.randn(5, 6).double(), torch.randn(5, 4).double()
+    for tracked in (False, True):
+        leaf = features.clone().requires_grad_()
+        torch.manual_seed(0)
+        given = ProvenanceTensor(1 * leaf, frozenset("z")) if tracked else 1 * leaf
+        result = TRACKED[operation](head(given), y)
+        assert get_provenance(result) == frozenset("z" * tracked)
+        result = detach_provenance(result)
+        weights = [leaf, *head.parameters()]
+        gradients = torch.autograd.grad(result.sum(), weights, allow_unused=True) if result.requires_grad else ()
+        results.append((result, [g for g in gradients if g is not None]))
+    assert_close(results[1], results[0], rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+ELBOS = {
+    "Trace_ELBO": Trace_ELBO,
+    "TraceGraph_ELBO": TraceGraph_ELBO,
+    "TraceEnum_ELBO": TraceEnum_ELBO,
+    "RenyiELBO": RenyiELBO,
+    "ReweightedWakeSleep": functools.partial(ReweightedWakeSleep, vectorize_particles=False),
+    "JitTraceGraph_ELBO": functools.partial(JitTraceGraph_ELBO, ignore_jit_warnings=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*no sample sites configured for enumeration:UserWarning")
+@pytest.mark.parametrize("elbo", ELBOS)
+@pytest.mark.parametrize("of", ["input", "affine", "loss", "crps"])
+def test_gradients_below_a_draw_without_a_pathwise_gradient(network, elbo, of):
+    x, y = torch.randn(N, 2), torch.randn(N, 2)
+    even, always = dist.Bernoulli(torch.tensor(0.5)), dist.Bernoulli(torch.tensor(1.0))
+
+    def density(z):
+        if of == "loss":
+            return -network.loss(x + z, y)
+        if of == "crps":
+            return -scores.crps(network(x + z), y)
+        return (network(x + z) if of == "input" else network(x).affine(z, 1.0)).log_prob(y)
+
+    def model():
+        z = pyro.sample("z", even)
+        if of in ("loss", "crps"):
+            pyro.factor("score", density(z).sum())
+            return
+        with pyro.plate("rows", N):
+            pyro.sample("y", network(x + z) if of == "input" else network(x).affine(z, 1.0), obs=y)
+
+    def guide():
+        pyro.sample("z", always)  # it is 1, so that there is one right gradient
+
+    weights = [p for p in network.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(-density(1.0).sum(), weights, allow_unused=True)
+    ELBOS[elbo]().loss_and_grads(model, guide)
+    for weight, gradient in zip(weights, expected, strict=True):
+        assert_close(torch.zeros_like(weight) if weight.grad is None else weight.grad, gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_a_mixture_as_a_guide_recovers_a_bimodal_posterior():
