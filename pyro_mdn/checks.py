@@ -80,6 +80,8 @@ def all_finite(tensor: Tensor) -> bool:
     >>> all_finite(torch.tensor([1.0, math.nan]))
     False
     """
+    if math.isfinite(tensor.detach().sum().item()):  # the quicker question, which all but always answers it
+        return True
     low, high = bounds(tensor)
     return bool(low.isfinite() & high.isfinite())
 
@@ -151,10 +153,11 @@ def is_traced(*tensors: Tensor) -> bool:
 
 def is_subclassed(*tensors: Tensor) -> bool:
     """Whether one of these has a class of its own."""
-    return any(type(tensor) not in _PLAIN for tensor in tensors)
-
-
-_PLAIN = (Tensor, nn.Parameter)
+    for tensor in tensors:  # looked at before every density: a generator would take four times as long
+        kind = type(tensor)
+        if kind is not Tensor and kind is not nn.Parameter:
+            return True
+    return False
 
 
 def is_differentiated(*tensors: Tensor) -> bool:

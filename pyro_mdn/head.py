@@ -116,10 +116,10 @@ class MixtureHead(nn.Module):
         expected = (*features.shape[:-1], self.dim_out)
         if not y.is_floating_point() or y.shape[-len(expected) :] != expected:
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
-        whitening = self.noise.whitening
-        if whitening is None or self.raw_noise is not None:
+        if self.raw_noise is not None:
             return self.log_density(self.raw(features), y, self.shift, self.scale)
-        if y.ndim > features.ndim or not self._is_quicker_as_one(features) or has_missing(y):
+        whitening = self.noise.whitening if self._is_quicker_as_one(features) else None
+        if whitening is None or y.ndim > features.ndim or has_missing(y):
             return self._predicted(features, self.shift, self.scale).log_density(y)
         weight, bias = self.linear.weight, self.linear.bias
         value = ((y - self.shift) / self.scale).to(weight.dtype)
@@ -159,11 +159,11 @@ class MixtureHead(nn.Module):
         if features.ndim < 1 or features.shape[-1] != self.in_features:
             raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
         flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
-        if is_plain(self.linear, nn.Linear):
+        if is_plain(linear := self.linear, nn.Linear):
             # The bias first: guides and files of draws have latent weights in the order in which they are looked up.
-            channels = layer_channels(self.linear.bias, self.linear.weight, flat)
+            channels = layer_channels(linear.bias, linear.weight, flat)
         else:
-            channels = self.linear(flat).T.contiguous()
+            channels = linear(flat).T.contiguous()
         if features.ndim != 2:
             channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         return _accumulated(channels)

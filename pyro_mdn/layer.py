@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_mdn.checks import is_traced
+from pyro_mdn.checks import is_recorded, is_traced
 from pyro_mdn.kernels import (
     Whitening,
     channels_first,
@@ -46,8 +46,10 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     """What a linear layer ``(C,)``, ``(C, H)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
-    # Expanded here: what torch.jit makes of a product cannot broadcast its first argument.
-    return torch.addmm(bias.unsqueeze(-1).expand(-1, len(features)), weight, features.T)
+    rows, columns = weight.shape
+    if rows > columns and not is_traced(bias, weight, features) and not torch.is_autocast_enabled(weight.device.type):
+        return _LayerChannels.apply(bias, weight, features)
+    return _product(bias, weight, features)
 
 
 def layer_log_density(
@@ -87,6 +89,39 @@ def _layer_by_autograd(
     whitening: Whitening, n_components: int, width: int, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> Tensor:
     return _channels_by_autograd(whitening, n_components, width, layer_channels(bias, weight, features), value)
+
+
+def _product(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
+    bias = bias.unsqueeze(-1)
+    if is_recorded():  # what torch.jit makes of a product cannot broadcast its first argument
+        bias = bias.expand(-1, len(features))
+    return torch.addmm(bias, weight, features.T)
+
+
+class _LayerChannels(torch.autograd.Function):
+    """The product above. With many channels autograd takes a third longer over the gradient of the features."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, features)
+        return _product(bias, weight, features)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        weight, features = ctx.saved_tensors
+        return _layer_gradients(grad_outputs[0], weight, features, ctx.needs_input_grad)
+
+
+def _layer_gradients(
+    gradient: Tensor, weight: Tensor, features: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients with respect to the bias, the weight and the features, from that with respect to the channels."""
+    for_bias, for_weight, for_features = needed
+    return (
+        gradient.sum(1) if for_bias else None,
+        gradient @ features if for_weight else None,
+        (weight.T @ gradient).T if for_features else None,  # quicker than gradient.T @ weight
+    )
 
 
 class _ChannelLogDensity(torch.autograd.Function):
@@ -167,19 +202,14 @@ class _LayerLogDensity(torch.autograd.Function):
             again = _layer_by_autograd, ctx.settings, (weight, bias, features, value)
             return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
         for_weight, for_bias, for_features, for_value = ctx.needs_input_grad[3:]
+        needed = for_bias, for_weight, for_features
         # The gradient takes the memory of the channels, so that another backward pass needs these anew.
         gradient, saved = ctx.once or _layer_forward(ctx.settings, weight, bias, features, value)[1]
         ctx.once = None
         grad_locs = _backward(ctx.settings, value.shape[-1], grad, saved, gradient)
-        return (
-            None,
-            None,
-            None,
-            gradient @ features if for_weight else None,
-            gradient.sum(1) if for_bias else None,
-            (weight.T @ gradient).T if for_features else None,  # quicker than gradient.T @ weight
-            channels_last(-grad_locs.sum(1), 1) if for_value else None,
-        )
+        grad_bias, grad_weight, grad_features = _layer_gradients(gradient, weight, features, needed)
+        grad_value = channels_last(-grad_locs.sum(1), 1) if for_value else None
+        return None, None, None, grad_weight, grad_bias, grad_features, grad_value
 
 
 _Settings = tuple[Whitening, int, int]
@@ -208,7 +238,7 @@ def _layer_forward(
     settings: _Settings, weight: Tensor, bias: Tensor, features: Tensor, value: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Sequence[Tensor]]]:
     """Log-density; channels, and what :func:`_backward` takes beside them."""
-    channels = layer_channels(bias, weight, features)
+    channels = _product(bias, weight, features)
     log_density, saved = _forward(settings, channels, _points(value))
     return log_density, (channels, saved)
 

@@ -152,8 +152,9 @@ class MixtureDensityNetwork(PyroModule):
     @property
     def is_described_by_raw(self) -> bool:
         """Whether a call gives what the head makes of :meth:`raw`: no hook and no other ``forward`` has a say."""
+        head: Any = self._modules["head"]  # as an attribute, Pyro would look at it for microseconds
         own = is_inherited(self, MixtureDensityNetwork, "__call__", "forward")
-        return own and is_inherited(self.head, MixtureHead, "forward") and not (is_hooked(self) or is_hooked(self.head))
+        return own and is_inherited(head, MixtureHead, "forward") and not (is_hooked(self) or is_hooked(head))
 
     @property
     def latent(self) -> bool:
@@ -290,13 +291,19 @@ class MixtureDensityNetwork(PyroModule):
     def features(self, x: Tensor) -> Tensor:
         """What the backbone makes of inputs x, ``(*batch, hidden_dim)``."""
         batch_shape = self.check_inputs(x)
-        features = self.backbone(((x - self.x_shift) / self.x_scale).to(self.weight_dtype))
+        shift, scale = self._units()
+        features = self.backbone(((x - shift) / scale).to(self.weight_dtype))
         n = features.ndim - 1 if isinstance(features, Tensor) else -1
         if n < min(1, len(batch_shape)) or features.shape != (*batch_shape[:n], self.hidden_dim[-1]):
             expected = f"features (*batch, {self.hidden_dim[-1]}) for x of shape {tuple(x.shape)}"
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"backbone: expected {expected}, got {got}")
         return features
+
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """Scalers of x; Pyro takes microseconds over an attribute of its modules."""
+        buffers: Any = self._buffers
+        return buffers["x_shift"], buffers["x_scale"]
 
     def _check_batch(self, x: Tensor) -> None:
         if x.ndim == len(self.input_shape):
@@ -305,7 +312,7 @@ class MixtureDensityNetwork(PyroModule):
     def check_inputs(self, x: Tensor) -> torch.Size:
         """Batch shape of the inputs."""
         n = len(self.input_shape)
-        _require_float(x, "x", self.x_shift.device)
+        _require_float(x, "x", self._units()[0].device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(f"x: expected shape (*batch, {expected}), got {tuple(x.shape)}")
@@ -319,7 +326,7 @@ class MixtureDensityNetwork(PyroModule):
         Raises:
             ValueError: If shape, dtype or device does not fit or, when Pyro validates, if a value is infinite.
         """
-        _require_float(y, "y", self.x_shift.device)
+        _require_float(y, "y", self._units()[0].device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
@@ -442,8 +449,10 @@ def _is_latent(module: nn.Module | None) -> bool:
 
 def _has_pyro_modules(module: nn.Module) -> bool:
     """Whether parts of a module register their parameters, or draw them."""
-    parts = (part for part in module._modules.values() if part is not None)
-    return any(isinstance(part, PyroModule) or _has_pyro_modules(part) for part in parts)
+    for part in module._modules.values():  # asked at every call, so that it has to be quick
+        if part is not None and (isinstance(part, PyroModule) or (part._modules and _has_pyro_modules(part))):
+            return True
+    return False
 
 
 def _require_single_weights(network: MixtureDensityNetwork, error: Exception) -> None:
@@ -499,7 +508,8 @@ def _require_finite(value: Tensor, name: str, dtype: torch.dtype | None = None) 
 
 
 def _require_no_infinity(y: Tensor, dtype: torch.dtype | None = None) -> None:
-    if bool((y if dtype is None else y.to(dtype)).isinf().any()):
+    y = y if dtype is None else y.to(dtype)
+    if not all_finite(y) and bool(y.isinf().any()):
         raise ValueError(f"y: expected finite numbers, or NaN for missing ones, got Inf{_within(dtype)}")
 
 

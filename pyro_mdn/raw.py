@@ -2,7 +2,7 @@ r"""Raw outputs of a head, and the mixture that they describe in the units of y.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ def log_unit(noise: NoiseModel, dim: int, scale: Tensor) -> Tensor:
     return dim * logs if noise.common_unit else logs
 
 
-@dataclass(frozen=True, eq=False)
-class RawMixture:
+class RawMixture(NamedTuple):
     """Mixture in unconstrained numbers, and the units of y in which they are meant.
 
     Attributes:
@@ -67,8 +66,7 @@ class RawMixture:
         return self.noise.build(self.factors, self.locs.shape[-1], self.scale)
 
 
-@dataclass(frozen=True, eq=False)
-class ChannelMixture:
+class ChannelMixture(NamedTuple):
     """The same in one tensor of channels, from which densities are quickest.
 
     Attributes:
