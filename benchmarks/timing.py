@@ -162,8 +162,18 @@ def machine():
     }
 
 
+def path_of(out):
+    """A path, or that of a name among the results; those of a GPU have names of their own."""
+    return Path(out) if "/" in str(out) else RESULTS / f"{out}{'_gpu' * GPU}.json"
+
+
+def read(out):
+    """What :func:`write` wrote."""
+    return json.loads(path_of(out).read_text())
+
+
 def write(out, results):
-    """Results to a file, or by name among the others; those of a GPU have names of their own."""
-    path = Path(out) if "/" in str(out) else RESULTS / f"{out}{'_gpu' * GPU}.json"
+    """Results to a file, or by name among the others."""
+    path = path_of(out)
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -187,8 +187,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
     """Whether a module has these methods from a class, neither overridden nor replaced."""
-    kept = all(getattr(type(module), name) is getattr(kind, name) for name in names)
-    return kept and module.__dict__.keys().isdisjoint(names)
+    return all(getattr(type(module), n) is getattr(kind, n) and n not in module.__dict__ for n in names)
 
 
 def is_hooked(module: nn.Module) -> bool:

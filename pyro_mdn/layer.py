@@ -46,8 +46,8 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     """What a linear layer ``(C,)``, ``(C, H)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
-    rows, columns = weight.shape
-    if rows > columns and not is_traced(bias, weight, features) and not torch.is_autocast_enabled(weight.device.type):
+    many = weight.shape[0] > weight.shape[-1]
+    if many and not is_traced(bias, weight, features) and not torch.is_autocast_enabled(weight.device.type):
         return _LayerChannels.apply(bias, weight, features)
     return _product(bias, weight, features)
 

@@ -186,7 +186,7 @@ def _against_all(k: int, weights: Tensor, locs: Tensor, variance: Tensor) -> tup
     """Weighted sums over all components of E|Y_k - Y_l| and of its derivatives, ``(*batch, D)`` each."""
     apart, scale = locs[..., k, None, :] - locs, (variance[..., k, None, :] + variance).sqrt()
     ratio = apart / scale
-    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
+    density = kernels.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
     slope = erf(math.sqrt(0.5) * ratio)
     distance = 2 * scale * density + apart * slope
     return (weights * distance).sum(-2), (weights * slope).sum(-2), (weights * density / scale).sum(-2)
@@ -195,7 +195,7 @@ def _against_all(k: int, weights: Tensor, locs: Tensor, variance: Tensor) -> tup
 def _mean_absolute(shift: Tensor, scale: Tensor) -> Tensor:
     """E|shift + scale Z| for standard normal Z."""
     ratio = shift / scale
-    density = (-0.5 * ratio.square()).exp() / math.sqrt(2 * math.pi)
+    density = kernels.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
     return 2 * scale * density + shift * erf(math.sqrt(0.5) * ratio)
 
 

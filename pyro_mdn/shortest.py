@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_mdn import univariate
+from pyro_mdn import kernels, univariate
 
 __all__ = ["shortest_tails"]
 
@@ -93,7 +93,7 @@ def _tails(points: Tensor, weights: Tensor, locs: Tensor, scale: Tensor) -> tupl
         passed.addcmul_(standardized >= 0, weight)
         total = total + weight
         tail.addcmul_(standardized.abs().erfc_().copysign_(standardized), weight, value=0.5)
-        density.addcmul_(standardized.square_().neg_().exp_(), height[:, k, None])
+        density.addcmul_(kernels.exp(standardized.square_().neg_()), height[:, k, None])
     return passed - tail, total - passed + tail, density
 
 

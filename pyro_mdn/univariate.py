@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.special import erfc, ndtri
 
 from pyro_mdn.checks import is_differentiated, is_recorded
-from pyro_mdn.kernels import log_sum_exp
+from pyro_mdn.kernels import exp, log_sum_exp
 
 __all__ = [
     "follow_root",
@@ -98,7 +98,7 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
     tolerance = eps * (4 - 2 * tail.log())  # what rounding leaves of a cdf that low
     for _ in range(max_steps):
         standardized = (point.unsqueeze(-1) - locs) * precision
-        cdf, density = (half_weight * erfc(-standardized)).sum(-1), (height * (-standardized.square()).exp()).sum(-1)
+        cdf, density = (half_weight * erfc(-standardized)).sum(-1), (height * exp(-standardized.square())).sum(-1)
         excess = (cdf / tail).log()
         too_high = excess >= 0
         low, high = torch.where(too_high, low, point), torch.where(too_high, point, high)

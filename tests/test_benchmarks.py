@@ -38,10 +38,11 @@ def test_benchmark_runs(name, tmp_path):
         ("missing", None, "docs/training.md"),
         ("posterior", "ratios", "docs/uncertainty.md"),
         ("diabetes", "summary", "docs/sklearn.md"),
+        ("log_prob", None, "docs/performance.md"),
         *[
             (name, "rows", "docs/performance.md")
             for name in COMMANDS
-            if name not in {"uci", "ablation", "missing", "posterior", "diabetes"}
+            if name not in {"uci", "ablation", "missing", "posterior", "diabetes", "log_prob"}
         ],
     ],
 )

@@ -28,6 +28,7 @@ def draw(*shape):
 
 CALLS = {
     kernels.cat_channels: lambda: (draw(5, 3, 2), draw(5, 3, 4)),
+    kernels.exp: lambda: (draw(5, 3),),
     kernels.gram_schmidt: lambda: (draw(2, 4, 3, 5),),
     kernels.location_and_scale: lambda: (draw(5, 3),),
     kernels.logits_gradient: lambda: (draw(3, 5), draw(3, 5).log_softmax(0)),

@@ -38,6 +38,27 @@ def test_gradients_are_those_of_layer_and_density_apart(noise):
     assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [H - 2, H + 20])  # autograd's gradients, and ours
+def test_channels_are_those_of_a_linear_layer(rows):
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(rows,), (rows, H), (N, H)]]
+
+    def linear(bias, weight, features):
+        return torch.nn.functional.linear(features, weight, bias).T
+
+    results = [
+        [c := f(*tensors), *torch.autograd.grad(c.square().sum(), tensors)] for f in (layer.layer_channels, linear)
+    ]
+    assert_close(*results)
+    assert torch.autograd.gradcheck(layer.layer_channels, tensors)
+    assert torch.autograd.gradgradcheck(layer.layer_channels, tensors)
+    assert_close(torch.func.vmap(layer.layer_channels)(*(torch.stack([t, t]) for t in tensors))[1], results[1][0])
+    bias, weight, features = (t.detach().float().requires_grad_() for t in tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.layer_channels(bias, weight, features).sum().backward()
+    assert_close(bias.grad, torch.full((rows,), float(N)))
+
+
 @every_noise
 def test_a_graph_that_is_kept_gives_the_same_again(noise):
     settings, tensors = arguments(noise)
