@@ -202,15 +202,20 @@ RIVALS = {
 
 def wines(n, d):
     """Features ``(n, 64)`` of what is known of each wine, and targets ``(n, d)``, standardised."""
-    with np.load(Path(__file__).parent / "data" / "uci" / "wine-quality-red.npz") as arrays:
-        table = torch.tensor(np.concatenate([arrays["x"], arrays["y"].reshape(-1, 1)], 1), dtype=torch.float32)
-    table = (table - table.mean(0)) / table.std(0)
+    table = wine_table()
     targets, known = table[:, :8], table[:, 8:]
     rows = torch.randint(len(table), (2, n))
     y = torch.cat([targets[rows[0]], targets[rows[1]]], 1)[:, :d]
     x = torch.cat([known[rows[0]], known[rows[1]]], 1)
     # As hidden layers would: a random one is enough for weights that are trained behind it.
     return nn.functional.gelu(x @ torch.randn(x.shape[1], WIDTH)), y
+
+
+def wine_table():
+    """Eleven measurements of each of 1599 wines, and its quality, standardised."""
+    with np.load(Path(__file__).parent / "data" / "uci" / "wine-quality-red.npz") as arrays:
+        table = torch.tensor(np.concatenate([arrays["x"], arrays["y"].reshape(-1, 1)], 1), dtype=torch.float32)
+    return (table - table.mean(0)) / table.std(0)
 
 
 def through_layer(prepare, weights, n, k, d):
