@@ -1,7 +1,7 @@
-r"""Shortest interval of given probability under a univariate mixture: a search that is global.
+r"""Shortest interval of given probability under a univariate mixture.
 
-The width as a function of the probability below the interval has many local minima, at which the density is the same at
-both ends. All of them are found first, on a grid that follows every component; Newton's method refines each.
+The width as a function of the probability below the interval has many local minima. The density is the same at both ends
+of each. A grid that follows every component finds them, and Newton's method refines those that may be the shortest.
 """
 
 from __future__ import annotations
