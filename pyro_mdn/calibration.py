@@ -1,4 +1,4 @@
-r"""Calibration: whether predictive distributions say how often what happens, and how sharp they are.
+r"""Calibration: whether predicted probabilities match observed frequencies, and how sharp predictions are.
 
 Transforms :math:`u = F(y)` by the predictive distribution (:func:`pyro_mdn.scores.pit`) are uniform if it is right,
 and so are those by ``mixture.rosenblatt``, for all outputs jointly.

@@ -165,7 +165,7 @@ def require_positive(scale: Tensor, name: str) -> None:
     """Raise ``ValueError`` unless all of ``scale`` is positive and finite."""
     low, high = bounds(scale)
     if not bool((low > 0) & high.isfinite()):
-        raise ValueError(f"{name}: expected positive finite numbers, got some that are not")
+        raise ValueError(f"{name}: expected positive finite numbers, got {low.item():.3g} to {high.item():.3g}")
 
 
 @dataclass(frozen=True, eq=False)

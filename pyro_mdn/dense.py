@@ -53,7 +53,7 @@ def dense_raw(
     """
     n, size = x.ndim - 1, max(len(x), *(len(tensor) for tensor in tensors.values()))
     shift, scale = (_aligned(tensors[name], n) for name in ("x_shift", "x_scale"))
-    inputs = ((x - shift) / scale).to(network.weight_dtype)
+    inputs = ((x - shift) / scale).to(tensors["head.linear.weight"].dtype)
     inputs = inputs.reshape(max(len(x), len(shift)), x.shape[1:-1].numel(), x.shape[-1])
     step = chunk_size or size
     weight = tensors["head.linear.weight"]

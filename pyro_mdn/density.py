@@ -15,7 +15,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
-from pyro_mdn.checks import all_finite, bounds
+from pyro_mdn.checks import all_finite, bounds, is_recorded
 from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, take_component
@@ -185,11 +185,21 @@ class MixtureDensity(dist.MixtureSameFamily):
             ValueError: If the shape does not fit.
         """
         self._check_value(value)
-        if self._origin is not None and value.dtype == self._origin.dtype:
-            return self._origin.log_density(value)
+        if self._is_quickest_from_origin(value):
+            return self._origin.log_density(value)  # pyright: ignore[reportOptionalMemberAccess]
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_log_prob)[0]
         return log_density(self.logits, self.locs, self.covariance, complete_when_run(value), normalize=False)
+
+    def _is_quickest_from_origin(self, value: Tensor) -> bool:
+        """Whether to have the density without the parameters: once, for one point each, while none is built or set."""
+        origin, built = self._origin, self.__dict__
+        if origin is None or "logits" in built or "locs" in built or "covariance" in built or "_asked" in built:
+            return False
+        if is_recorded():  # what runs later must look at its own points
+            return False
+        self._asked = True  # whoever asks again may ask a hundred times
+        return value.dtype == origin.dtype and value.shape[:-1] == self.batch_shape
 
     def component_log_prob(self, value: Tensor) -> Tensor:
         r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
@@ -226,7 +236,7 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     def _observed_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:
         if not observed:
-            return (0 * self.logits.logsumexp(-1),)  # with gradients, which are 0
+            return (0 * self.logits.logsumexp(-1),)  # not a constant, so that the result keeps a graph
         return (self.marginal(observed).log_prob(value),)
 
     def _observed_component_log_prob(self, value: Tensor, observed: list[int]) -> tuple[Tensor]:

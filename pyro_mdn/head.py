@@ -130,7 +130,7 @@ class MixtureHead(nn.Module):
 
     def _is_quicker_as_one(self, features: Tensor) -> bool:
         """Whether layer and density may be one function, and are quicker that way: with many channels."""
-        many = sum(self.sizes) > self.in_features and is_plain(self.linear, nn.Linear)
+        many = sum(self.sizes) > self.in_features and _is_affine(self.linear)
         return many and _is_exact(features, self.linear.weight)
 
     def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class MixtureHead(nn.Module):
         if features.ndim < 1 or features.shape[-1] != self.in_features:
             raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
         flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
-        if is_plain(linear := self.linear, nn.Linear):
+        if _is_affine(linear := self.linear):
             # The bias first: guides and files of draws have latent weights in the order in which they are looked up.
             channels = layer_channels(linear.bias, linear.weight, flat)
         else:
@@ -212,6 +212,11 @@ class MixtureHead(nn.Module):
             starting_value(self, "raw_noise").copy_(raw)
             raw = raw[:0]
         bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+
+
+def _is_affine(layer: nn.Module) -> bool:
+    """Whether a layer is a plain linear one, with a bias."""
+    return is_plain(layer, nn.Linear) and layer._parameters.get("bias", layer) is not None
 
 
 def _is_exact(features: Tensor, weight: Tensor) -> bool:

@@ -1,7 +1,7 @@
-r"""Isolation: what belongs to the whole process, as it was after code that needs it otherwise.
+r"""Temporarily change process-wide state, and restore it afterwards.
 
-Those are Pyro's parameter store and its handlers, the validation of distributions and the generators of torch. One
-thread at a time has them otherwise; another that would waits.
+That is Pyro's parameter store and handlers, the validation of distributions, and the random generators of torch. A lock
+lets one thread at a time change this state; others wait.
 """
 
 from __future__ import annotations

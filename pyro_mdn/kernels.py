@@ -87,7 +87,8 @@ def sum_outputs(tensor: Tensor) -> Tensor:
 def sum_logs(factors: Tensor) -> Tensor:
     """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
     half = len(factors) // 2
-    # Of few numbers the logarithms take no longer than looking at them; elsewhere one must not look.
+    # For small tensors, checking the range costs as much as the logarithms. On GPUs and under tracing we cannot branch
+    # on values.
     if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced(factors):
         pairs = factors[:half] * factors[half : 2 * half]
         (low, high), limits = bounds(pairs), torch.finfo(pairs.dtype)
@@ -107,8 +108,8 @@ def constant(value: float, dtype: torch.dtype) -> Tensor:
 def norm(rows: Tensor) -> Tensor:
     """Euclidean norm along the last axis; no square over- or underflows, and its gradient at 0 is 0."""
     largest = rows.detach().abs().amax(-1, keepdim=True)
-    largest = largest.masked_fill(largest == 0, 1.0)
-    return largest.squeeze(-1) * (rows / largest).norm(dim=-1)
+    unit = largest.masked_fill((largest == 0) | (largest == math.inf), 1.0)
+    return unit.squeeze(-1) * (rows / unit).norm(dim=-1)
 
 
 def location_and_scale(rows: Tensor, *, common_unit: bool = False) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,6 @@ class MixtureDensityNetwork(PyroModule):
 
     input_shape: tuple[int, ...]
     hidden_dim: tuple[int, ...]
-    weight_dtype: torch.dtype
     backbone: nn.Module
     head: MixtureHead
     x_shift: Tensor
@@ -89,13 +88,11 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
         self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
         self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
-        self.weight_dtype = torch.get_default_dtype()
-        single = single_at_least(self.weight_dtype)
+        single = single_at_least(torch.get_default_dtype())
         self.register_buffer("x_shift", torch.zeros(self.input_shape, dtype=single))
         self.register_buffer("x_scale", torch.ones(self.input_shape, dtype=single))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.weight_dtype = fn(self.x_shift.new_empty(0, dtype=self.weight_dtype)).dtype
         with exact_buffers(self, "x_shift", "x_scale"):
             return super()._apply(fn, recurse)
 
@@ -192,7 +189,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         if not self.is_described_by_raw:
             mixture = self(x)
-            return -mixture.log_prob(complete_when_run(self.targets(y, mixture.batch_shape, replicated=replicated)))
+            return -mixture.log_prob(self.targets(y, mixture.batch_shape, replicated=replicated))
         with self._context():
             features = self.features(x)
             y = self.targets(y, features.shape[:-1], replicated=replicated)
@@ -299,6 +296,15 @@ class MixtureDensityNetwork(PyroModule):
             got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(f"backbone: expected {expected}, got {got}")
         return features
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Precision of the weights, and of what the backbone is given; scalers have single precision at least."""
+        linear: Any = self._modules["head"]._modules["linear"]  # pyright: ignore[reportOptionalMemberAccess]
+        weight = linear._parameters.get("weight", linear._buffers.get("weight_start"))
+        if weight is None:  # a layer of the user's, or one whose weight is computed
+            weight = next(linear.parameters(), self._units()[0])
+        return weight.dtype
 
     def _units(self) -> tuple[Tensor, Tensor]:
         """Scalers of x; Pyro takes microseconds over an attribute of its modules."""

@@ -16,7 +16,7 @@ from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, log_density_at, require_sites
 from pyro_mdn.isolation import KeepFrozen, isolated, own_generators, own_store, require_owned, unvalidated
-from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.vectorized import OwnParameters, over_draws
 
 __all__ = [
@@ -186,6 +186,7 @@ class NegativeElbo(nn.Module):
         self.num_data, self.num_particles = num_data, num_particles
         self.kl_weight, self.kl_warmup = kl_weight, kl_warmup
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._is_owned = False
 
     def extra_repr(self) -> str:
         """Describe the estimate in a module's printout."""
@@ -198,7 +199,7 @@ class NegativeElbo(nn.Module):
         with own_store():
             draws, log_q = self.draw(x, y)
             losses, log_prior = self.score(draws, x, y)
-            if not self.step:
+            if not self._is_owned:
                 self._require_owned(x, y)
         if not self.training or not draws:
             return losses.mean(0)
@@ -213,10 +214,11 @@ class NegativeElbo(nn.Module):
     @torch.no_grad()
     def _require_owned(self, x: Tensor, y: Tensor) -> None:
         """Raise a ``ValueError`` if a parameter would not be trained; under vmap, none gets to the store."""
-        with own_generators(), KeepFrozen():
+        with own_generators(), KeepFrozen(), evaluating(self):  # no statistics of a backbone's are to count rows twice
             for part in (self.guide, self.network.model):
                 poutine.trace(part).get_trace(x, y, num_data=self._num_data(x))
         require_owned(self)
+        self._is_owned = True
 
     def _num_data(self, x: Tensor) -> int:
         """Rows in the whole of the data; of those held out there may be more."""

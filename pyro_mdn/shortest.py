@@ -1,7 +1,7 @@
 r"""Shortest interval of given probability under a univariate mixture.
 
-The width as a function of the probability below the interval has many local minima. The density is the same at both ends
-of each. A grid that follows every component finds them, and Newton's method refines those that may be the shortest.
+The width as a function of the probability below the interval has many local minima. The density is the same at both
+ends of each. A grid that follows every component finds them. Newton's method refines those that may be the shortest.
 """
 
 from __future__ import annotations

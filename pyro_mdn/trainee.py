@@ -51,7 +51,7 @@ class Trainee(ABC):
 
     @abstractmethod
     def targets(self, rows: Rows) -> Tensor:
-        """Targets that stand for all."""
+        """Representative targets (the rows of member 0, for an ensemble)."""
 
     def cell(self, rows: Rows) -> Tensor:
         """Size of the cells of targets on a grid, ``(D,)``; 0 for outputs that are on none."""

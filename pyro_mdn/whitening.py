@@ -30,9 +30,9 @@ __all__ = [
 def positive(raw: Tensor, least: float) -> Tensor:
     """Softplus, and no less than ``least``."""
     scale = softplus(raw)
-    if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+    if is_traced(raw):
         return scale + least  # what is differentiated from a trace must not change
-    return scale.add_(least if is_traced(raw) else constant(least, scale.dtype))
+    return scale.add_(constant(least, scale.dtype))
 
 
 class DiagonalWhitening(Whitening):

@@ -311,6 +311,59 @@ def test_parameters_in_any_unit_are_valid(unit):
     assert_close(network(x).log_prob(unit * y), expected - 2 * math.log(unit))
 
 
+@pytest.mark.parametrize("first", ["nothing", "mean", "log_prob"])
+def test_parameters_that_are_set_are_those_of_the_density(first):
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
+    mixture = network(x)
+    if first != "nothing":
+        _ = mixture.mean if first == "mean" else mixture.log_prob(y)
+    expected = mixture.affine(3.0, 1.0).log_prob(y)
+    mixture = network(x)
+    mixture.locs = mixture.locs + 3.0
+    assert_close(mixture.log_prob(y), expected)
+
+
+def test_a_density_that_is_asked_for_again_has_its_parameters_built_once():
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
+    mixture = network(x)
+    first = mixture.log_prob(y)
+    assert "locs" not in vars(mixture)
+    assert_close(mixture.log_prob(y), first)
+    assert "locs" in vars(mixture)
+    samples = network(x)
+    assert_close(samples.log_prob(torch.stack([y, y])), torch.stack([first, first]))
+    assert "locs" in vars(samples)
+
+
+def test_a_layer_of_a_head_needs_no_bias():
+    network, x, y = MixtureDensityNetwork(2, 2, 10, 8, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
+    plain = copy.deepcopy(network)
+    network.head.linear = nn.Linear(8, network.head.linear.out_features, bias=False)
+    plain.head.linear.weight.data.copy_(network.head.linear.weight)
+    plain.head.linear.bias.data.zero_()
+    assert_close(network.loss(x, y), plain.loss(x, y))
+    assert_close(network(x).log_prob(y), plain.loss(x, y).neg())
+
+
+@pytest.mark.parametrize("change", ["call", "assign", "parts"])
+def test_precision_is_that_of_the_weights_there_are(change):
+    network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
+    expected = network(x).log_prob(y)
+    tensors = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    if change == "call":
+        mixture = torch.func.functional_call(network, tensors, (x.double(),))
+    elif change == "assign":
+        network.load_state_dict(tensors, assign=True)
+        mixture = network(x.double())
+    else:
+        network.backbone.bfloat16()
+        network.head.bfloat16()
+        assert_close(network(x).log_prob(y), expected, rtol=0.2, atol=0.2)
+        return
+    assert mixture.locs.dtype == torch.float64
+    assert_close(mixture.log_prob(y.double()).float(), expected)
+
+
 def test_points_of_another_precision_keep_it():
     network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
     assert network(x).log_prob(y.double()).dtype == torch.float64

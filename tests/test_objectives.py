@@ -151,6 +151,21 @@ def test_warm_up_of_the_divergence():
     assert_close(torch.stack(divergence), torch.tensor([0.25, 0.5, 0.75, 1.0, 1.0, 1.0]), rtol=1e-3, atol=1e-3)
 
 
+def test_an_elbo_calls_the_network_once_for_each_step():
+    calls = []
+    backbone = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.GELU())
+    network = bayesianize(MixtureDensityNetwork(2, 1, 2, 8, backbone=backbone), layers="head")
+    objective = NegativeElbo(network, AutoNormal(network.model), 40)
+    x, y = torch.randn(40, 2), torch.randn(40, 1)
+    objective.eval()(x, y)  # sets the guide up
+    for _ in range(2):
+        objective.train()(x, y)
+    assert backbone[1].num_batches_tracked == 2
+    backbone.register_forward_hook(lambda *_: calls.append(1))
+    objective.train()(x, y)
+    assert len(calls) == 1
+
+
 def test_svi_recovers_the_exact_posterior():
     """Conjugate linear regression: mean and deviation of the weight within a tenth of a posterior deviation."""
     x, y = data()
