@@ -126,6 +126,11 @@ def test_channels_first_and_last_are_views_and_inverses():
     assert torch.equal(kernels.channels_last(first, 2), tensor)
 
 
+def test_norms_of_what_is_not_finite():
+    rows = torch.tensor([[3.0, 4.0], [math.inf, 1.0], [math.nan, 1.0], [3e30, 4e30], [0.0, 0.0]])
+    assert_close(kernels.norm(rows), torch.tensor([5.0, math.inf, math.nan, 5e30, 0.0]), equal_nan=True)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_dependent_columns_of_a_low_rank_factor_cost_no_digits(size):
     torch.manual_seed(0)
