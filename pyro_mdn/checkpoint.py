@@ -52,7 +52,7 @@ class Checkpoint:
             if config.get("kind") != "checkpoint":
                 raise ValueError(f"{path}: expected a checkpoint, got another file of this library")
             self.run, self._progress = config["run"], config["progress"]
-            self._modules, self._changing = config.get("modules", {}), {*config.get("changing", ())}
+            self._modules, self._changing = config.get("described", {}), {*config.get("changing", ())}
 
     def require(self, run: Mapping[str, Any], describe: Callable[[], dict[str, str]]) -> None:
         """Name the run; a ``ValueError`` that says what differs if the file is of another one.
@@ -74,7 +74,11 @@ class Checkpoint:
         self.run, self._modules, self._describe = dict(run), self._modules or modules, describe
 
     def _warn_if_unsure(self, modules: Mapping[str, str]) -> None:
-        unsure = incomparable(modules) if self._modules else ["network and objective: the file does not describe them"]
+        unsure = (
+            incomparable(modules)
+            if self._modules
+            else ["network and objective: the file does not describe them in a way known here"]
+        )
         if unsure:
             warnings.warn(f"{self.path}: cannot tell whether this is the same as in that run: {unsure}", stacklevel=4)
 
@@ -111,7 +115,7 @@ class Checkpoint:
             return
         progress, tensors = loop.state()
         self._changing |= {*differing(self._modules, self._describe())}
-        modules = {"modules": self._modules, "changing": sorted(self._changing)}
+        modules = {"described": self._modules, "changing": sorted(self._changing)}
         config = {"kind": "checkpoint", "run": self.run, **modules, "progress": progress}
         try:
             serialization.write_tensors(self.path, config, {**tensors, **beside})

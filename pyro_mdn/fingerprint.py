@@ -11,7 +11,7 @@ import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ def described(*, hooks: bool = True, buffers: bool = True, code: bool = True, **
 
     There is an entry for each submodule, with its type and the order of its parts, and for each attribute, tensor and
     hook. A function or a class counts by its name, or by its code and what it closes over where the name does not lead
-    to it for certain: in ``__main__``, or where it is local. A tensor that is neither parameter nor buffer counts by
+    to it for certain: in ``__main__``, or where it is local. Of the global variables that code reads, functions and
+    classes count, and no other values. A tensor that is neither parameter nor buffer counts by
     its values. Left out are weights, modes, devices, states of generators, and caches: cached properties, and
     attributes with ``cache`` in their name. A counter, or another state, does not count where it is a buffer.
 
@@ -71,6 +72,15 @@ _OPAQUE = "object that cannot be compared"
 _LONGEST = 200
 
 
+_WRAPPED = property | staticmethod | classmethod
+
+
+class _Used(NamedTuple):
+    """What code finds among the global variables."""
+
+    value: Any
+
+
 class _Writer:
     """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
 
@@ -92,11 +102,20 @@ class _Writer:
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
         for leaf, value in _attributes(module):
             yield f"{name}.{leaf}", _short(self.text(value))
+        if self.code:
+            yield from self._definitions(name, type(module))
         for kind in self.hooks:
             if hooks := module.__dict__.get(kind):
                 yield f"{name}.{kind}", _short(self._listed(hooks.values()))
         for leaf, part in module._modules.items():
             yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
+
+    def _definitions(self, name: str, kind: type) -> Iterator[tuple[str, str]]:
+        """Each member of classes that count by their code, so that the one that differs has a name."""
+        for base in kind.__mro__:
+            if not _leads_to(base) and base.__flags__ & _ON_HEAP and not base.__module__.startswith(_MADE_BY):
+                for leaf, member in _members(base):
+                    yield f"{name}: {base.__name__}.{leaf}", _sealed(self.text(member))
 
     def _registered(self, name: str, tensor: Tensor | None, module: nn.Module, leaf: str) -> str:
         if tensor is None:
@@ -116,6 +135,8 @@ class _Writer:
 
     def text(self, value: Any) -> str:
         """Text for any value."""
+        if isinstance(value, _Used):
+            return self._used(value.value)
         if type(value) in _PLAIN:
             return repr(value)
         if (place := self.places.get(id(value))) is not None:
@@ -178,8 +199,7 @@ class _Writer:
             return kind.__qualname__
         if _leads_to(kind) or not kind.__flags__ & _ON_HEAP:
             return f"{kind.__module__}.{kind.__qualname__}"
-        members = [(k, v) for k, v in vars(kind).items() if k not in _OF_CLASSES and not k.startswith("_abc_")]
-        code = self._pairs((name, self.text(member)) for name, member in members)
+        code = self._pairs((name, self.text(member)) for name, member in _members(kind))
         return f"{kind.__name__}{self._listed(kind.__bases__)} {_sealed(code)}"
 
     def _function(self, function: types.FunctionType) -> str:
@@ -187,10 +207,20 @@ class _Writer:
             return function.__qualname__
         if _leads_to(function):
             return f"{function.__module__}.{function.__qualname__}"
-        used = [function.__globals__[name] for name in _globals(function.__code__) if name in function.__globals__]
         cells = [_content(cell) for cell in function.__closure__ or ()]
-        parts = [function.__code__, function.__defaults__, function.__kwdefaults__, cells, used]
+        parts = [function.__code__, function.__defaults__, function.__kwdefaults__, cells, _used(function)]
         return f"{function.__name__} {_sealed(self._listed(parts))}"
+
+    def _used(self, value: Any) -> str:
+        """A function or class that code finds among the global variables: of a class, only what it can do."""
+        if not isinstance(value, type) or _leads_to(value) or id(value) in self.active:
+            return self.text(value)
+        self.active.append(id(value))
+        members = [(name, m) for name, m in _members(value) if isinstance(m, types.FunctionType | _WRAPPED)]
+        bases, code = map(_Used, value.__bases__), self._pairs((name, self.text(m)) for name, m in members)
+        text = f"{value.__name__}{self._listed(bases)} {_sealed(code)}"
+        self.active.pop()
+        return text
 
     def _code(self, code: types.CodeType) -> str:
         parts = [code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_argcount, code.co_flags]
@@ -237,9 +267,10 @@ _WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
     (types.FunctionType, _Writer._function),
     (types.MethodType | types.BuiltinFunctionType, _Writer._method),
     (types.CodeType, _Writer._code),
-    (property | staticmethod | classmethod, _Writer._wrapped),
+    (_WRAPPED, _Writer._wrapped),
     (types.ModuleType, lambda _, value: value.__name__),
 ]
+_MADE_BY = ("pyro.nn.", parametrize.__name__)  # classes that these make of others
 _ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_CLASSES = {*vars(type("", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
@@ -292,6 +323,28 @@ def _globals(code: types.CodeType) -> list[str]:
     """Names of the global variables that code reads, sorted."""
     inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _globals(const)]
     return sorted({*inner, *(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")})
+
+
+def _used(function: types.FunctionType) -> list[_Used]:
+    """Functions and classes among the global variables that a function reads.
+
+    Other values belong to the program, such as its arguments or its data; what a module takes of them is in its
+    attributes.
+    """
+    found = [function.__globals__.get(name) for name in _globals(function.__code__)]
+    return [_Used(value) for value in found if _is_code(value)]
+
+
+def _is_code(value: Any) -> bool:
+    """Whether a value is a function or a class, and no method of an object."""
+    owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
+    unbound = owner is None or isinstance(owner, types.ModuleType | type)
+    return isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and unbound
+
+
+def _members(kind: type) -> list[tuple[str, Any]]:
+    """What a class itself defines."""
+    return [(k, v) for k, v in vars(kind).items() if k not in _OF_CLASSES and not k.startswith("_abc_")]
 
 
 def _content(cell: types.CellType) -> Any:

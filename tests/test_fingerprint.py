@@ -24,8 +24,6 @@ from torch.nn.utils import prune
 
 from pyro_mdn.fingerprint import described, differing, incomparable
 
-SLOPE = 0.1
-
 
 class Mode(enum.Enum):
     SOFT = 1
@@ -212,11 +210,36 @@ def test_functions_of_notebooks_count_by_their_code():
         assert not differing(*(described(f=Part(cell[name]), code=False) for cell in (first, second)))
 
 
-def test_globals_of_lambdas_count(monkeypatch):
-    a = described(f=Part(lambda x: x * SLOPE))
-    monkeypatch.setitem(globals(), "SLOPE", 0.5)
-    assert a != described(f=Part(lambda x: x * SLOPE))
-    assert described(f=Part(lambda x: x * SLOPE)) == described(f=Part(lambda x: x * SLOPE))
+GLOBALS = """
+class Options:
+    resume = {resume}
+
+def act(x):
+    return x {sign} 1
+
+class Backbone(Module):
+    def __init__(self):
+        super(Backbone, self).__init__()
+        self.width = width
+
+    def forward(self, x):
+        return act(x) if Options.resume or args else act(x) + 1
+"""
+
+
+def cell(*, sign="+", resume=False, width=8, **values):
+    """A module of a class of a notebook."""
+    names = {"__name__": "__main__", "Module": nn.Module, "width": width, "args": None, **values}
+    exec(GLOBALS.format(sign=sign, resume=resume), names)
+    return names["Backbone"]()
+
+
+def test_of_globals_functions_count_and_values_do_not():
+    for other in (cell(args=["--resume"]), cell(args=torch.ones(3)), cell(args=threading.Lock()), cell(resume=True)):
+        assert alike(cell(), other)
+        assert not incomparable(described(f=other))
+    assert differing(described(f=cell()), described(f=cell(sign="-"))) == ["f", "f: Backbone.forward"]
+    assert differing(described(f=cell()), described(f=cell(width=9))) == ["f.width"]
 
 
 def test_bound_methods_are_those_of_their_module():

@@ -204,6 +204,29 @@ def test_settings_of_every_kind_are_of_the_run(tmp_path, change):
         fit(other, x, y, objective=another, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
 
 
+SCRIPT = """
+class Backbone(Sequential):
+    def __init__(self):
+        super().__init__(Linear(1, args["width"]), GELU())
+
+    def forward(self, x):
+        return {factor} * super(Backbone, self).forward(x)
+"""
+
+
+def test_a_script_may_have_other_arguments_when_it_resumes(tmp_path):
+    def scripted(factor=1, **arguments):
+        names = {"__name__": "__main__", **vars(nn), "args": {"width": 8, **arguments}}
+        exec(SCRIPT.format(factor=factor), names)
+        return network(backbone=names["Backbone"]())
+
+    (x, y), path = data(), tmp_path / "run"
+    fit(scripted(), x, y, checkpoint=path, **SETTINGS)
+    fit(scripted(resume=True), x, y, checkpoint=path, resume=True, **SETTINGS)
+    with pytest.raises(ValueError, match=r"this run, .*backbone: Backbone\.forward.*of another"):
+        fit(scripted(2), x, y, checkpoint=path, resume=True, **SETTINGS)
+
+
 @pytest.mark.parametrize("same", ["new", "used"])
 @pytest.mark.parametrize("refit", [False, True])
 def test_what_training_changes_is_no_setting(tmp_path, refit, same):
@@ -223,10 +246,12 @@ def test_files_and_objects_that_cannot_be_compared_are_named(tmp_path):
     (x, y), path = data(), tmp_path / "run"
     fit(network(), x, y, checkpoint=path, **SETTINGS)
     config, tensors = serialization.read_tensors(path)
-    del config["modules"], config["changing"]  # a file of an earlier version
-    serialization.write_tensors(path, {**config, "run": {**config["run"], "network": "", "objective": ""}}, tensors)
-    with pytest.warns(UserWarning, match="cannot tell whether .*the file does not describe them"):
-        fit(network(), x, y, checkpoint=path, resume=True, **SETTINGS)
+    del config["described"], config["changing"]
+    others = {"network": "", "objective": ""}, {}
+    for older, run in zip(({}, {"modules": {"network": "Other()"}, "changing": []}), others, strict=True):
+        serialization.write_tensors(path, {**config, **older, "run": {**config["run"], **run}}, tensors)
+        with pytest.warns(UserWarning, match="cannot tell whether .*the file does not describe them"):
+            fit(network(), x, y, checkpoint=path, resume=True, **SETTINGS)
     path.unlink()
     locked = tempered(1.0)
     locked.lock = threading.Lock()
