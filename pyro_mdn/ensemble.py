@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Sequence
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from pyro_mdn.network import MixtureDensityNetwork, warn_if_unlike
 from pyro_mdn.vectorized import mixtures_over_draws, over_draws
 
 __all__ = ["DeepEnsemble"]
+
+M = TypeVar("M", bound=nn.Module | None)
 
 
 class DeepEnsemble(nn.Module):
@@ -44,6 +47,9 @@ class DeepEnsemble(nn.Module):
         ValueError: If the size is not positive, if networks have latent weights, if they differ in more than the
             values of their tensors (types, attributes, hooks), if layers share tensors, or if a layer has no
             ``reset_parameters`` to initialise it anew.
+
+    Warns:
+        UserWarning: If networks have attributes that cannot be compared, such as a lock; those of the first are used.
 
     References:
         Lakshminarayanan, Pritzel & Blundell (2017), Simple and scalable predictive uncertainty estimation using deep
@@ -76,6 +82,8 @@ class DeepEnsemble(nn.Module):
             if not members or size not in (None, len(members)):
                 raise ValueError(f"size: expected one network at least, and as many as size={size}, got {len(members)}")
         self.stacked, self.size, self.bootstrap = _stack(members), len(members), bootstrap
+        if not isinstance(network, MixtureDensityNetwork):
+            _warn_if_unsure(members)
 
     def extra_repr(self) -> str:
         """Describe the ensemble in a module's printout."""
@@ -131,7 +139,7 @@ class DeepEnsemble(nn.Module):
 
     def member(self, i: int) -> MixtureDensityNetwork:
         """Member number i as a network of its own: a copy."""
-        network = copy.deepcopy(self.stacked)
+        network = _copied(self.stacked)
         _set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
         return network
 
@@ -207,7 +215,7 @@ class DeepEnsemble(nn.Module):
         config, tensors = serialization.read_tensors(path)
         if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
             raise ValueError(f"{path}: expected an ensemble, got another file of this library")
-        network = MixtureDensityNetwork.from_config(config["ensemble"], str(path), backbone=copy.deepcopy(backbone))
+        network = MixtureDensityNetwork.from_config(config["ensemble"], str(path), backbone=_copied(backbone))
         network.to(tensors["head.linear.weight"].dtype)
         ensemble = cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
         serialization.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
@@ -229,7 +237,7 @@ class _Raw(nn.Module):
 
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
     """Copy of a network with fresh weights, but for frozen ones; the head keeps its start."""
-    network = copy.deepcopy(network)
+    network = _copied(network)
     frozen = [(p, p.detach().clone()) for p in network.parameters() if not p.requires_grad]
     for name, part in network.named_modules():
         own = list(part.parameters(recurse=False))
@@ -260,10 +268,37 @@ def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
         every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
         if len({id(tensor) for _, tensor in every}) != len(every):
             raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
-    stacked = copy.deepcopy(members[0])
+    stacked = _copied(members[0])
     states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
     _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})
     return stacked
+
+
+def _warn_if_unsure(members: Sequence[MixtureDensityNetwork]) -> None:
+    """Warn if networks that are not one and the same have attributes that cannot be compared."""
+    names = incomparable(described(network=members[0], buffers=False))
+    if names and any(member is not members[0] for member in members):
+        text = f"network: cannot tell whether these agree in all networks, and use those of the first: {names}"
+        warnings.warn(text, stacklevel=3)
+
+
+def _copied(network: M) -> M:
+    """Copy of a module. Attributes that cannot be copied, such as a lock, are shared with it."""
+    try:
+        return copy.deepcopy(network)
+    except Exception:  # whatever an attribute's own code raises
+        parts = ("_modules", "_parameters", "_buffers")
+        modules = [] if network is None else network.modules()
+        values = [value for part in modules for name, value in vars(part).items() if name not in parts]
+        return copy.deepcopy(network, {id(value): value for value in values if not _can_be_copied(value)})
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except Exception:  # whatever its own code raises
+        return False
+    return True
 
 
 def _require_alike(first: MixtureDensityNetwork, member: MixtureDensityNetwork) -> None:
@@ -277,8 +312,6 @@ def _require_alike(first: MixtureDensityNetwork, member: MixtureDensityNetwork) 
     if names := sorted({name for name, *_ in _tensors(member) ^ _tensors(first)}):
         kinds = "one shape, dtype and requires_grad"
         raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {names}")
-    if first is not member and (names := incomparable(a)):
-        raise ValueError(f"network: expected attributes that can be compared, got others for {names}")
 
 
 def _tensors(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:

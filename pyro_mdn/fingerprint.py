@@ -26,7 +26,9 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["described", "differing", "incomparable"]
 
 
-def described(*, hooks: bool = True, buffers: bool = True, code: bool = True, **modules: nn.Module) -> dict[str, str]:
+def described(
+    *, hooks: bool = True, buffers: bool = True, code: bool = True, values: bool = True, **modules: nn.Module
+) -> dict[str, str]:
     """Describe what modules compute, apart from their weights, in words that are the same in every process.
 
     There is an entry for each submodule, with its type and the order of its parts, and for each attribute, tensor and
@@ -34,13 +36,17 @@ def described(*, hooks: bool = True, buffers: bool = True, code: bool = True, **
     to it for certain: in ``__main__``, or where it is local. Of the global variables that code reads, functions and
     classes count, and no other values. A tensor that is neither parameter nor buffer counts by
     its values. Left out are weights, modes, devices, states of generators, and caches: cached properties, and
-    attributes with ``cache`` in their name. A counter, or another state, does not count where it is a buffer.
+    attributes with ``cache`` in their name. Of a class that declares its ``_settings``, what was attached besides is
+    left out too. A counter, or another state, does not count where it is a buffer.
 
     Args:
         hooks: Whether hooks count.
         buffers: Whether the values of buffers that are not persistent count.
         code: Whether modules and code of functions and classes count, or their qualified names alone. These are the
             same for a program that defines a class and another that imports it.
+        values: Whether the values of attributes are written as they are, or as digests, for a file: an attribute may
+            be a secret. Numbers and names that torch and this library declare as settings of their modules are
+            written in either case.
         modules: Modules by name. Where one contains another, or shares a tensor with it, the text says so.
 
     >>> described(layer=nn.LeakyReLU(0.1))["layer.negative_slope"]
@@ -54,7 +60,7 @@ def described(*, hooks: bool = True, buffers: bool = True, code: bool = True, **
             places.setdefault(id(part), path)
             for leaf, tensor in _tensors(part):
                 places.setdefault(id(tensor), f"{path}.{leaf}")
-    writer = _Writer(places, hooks, buffers, code)
+    writer = _Writer(places, hooks, buffers, code, values)
     return {entry: text for name, module in modules.items() for entry, text in writer.entries(name, module)}
 
 
@@ -70,6 +76,7 @@ def incomparable(description: Mapping[str, str]) -> list[str]:
 
 _OPAQUE = "object that cannot be compared"
 _LONGEST = 200
+_DEEPEST = 50  # the same in every process, while the stack of Python may be used up sooner or later
 
 
 _WRAPPED = property | staticmethod | classmethod
@@ -84,8 +91,8 @@ class _Used(NamedTuple):
 class _Writer:
     """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
 
-    def __init__(self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool) -> None:
-        self.places, self.buffers, self.code = places, buffers, code
+    def __init__(self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool) -> None:
+        self.places, self.buffers, self.code, self.values = places, buffers, code, values
         self.hooks = _HOOKS if hooks else ()
         self.active: list[int] = []
         self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
@@ -101,12 +108,13 @@ class _Writer:
         for leaf, tensor in _tensors(module):
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
         for leaf, value in _attributes(module):
-            yield f"{name}.{leaf}", _short(self.text(value))
+            yield f"{name}.{leaf}", self._value(value, in_words=self.values or _is_setting(type(module), leaf))
         if self.code:
             yield from self._definitions(name, type(module))
         for kind in self.hooks:
             if hooks := module.__dict__.get(kind):
-                yield f"{name}.{kind}", _short(self._listed(hooks.values()))
+                texts = [self._value(hook, in_words=self.values) for hook in hooks.values()]
+                yield f"{name}.{kind}", _short(f"[{', '.join(texts)}]")
         for leaf, part in module._modules.items():
             yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
 
@@ -116,6 +124,15 @@ class _Writer:
             if not _leads_to(base) and base.__flags__ & _ON_HEAP and not base.__module__.startswith(_MADE_BY):
                 for leaf, member in _members(base):
                     yield f"{name}: {base.__name__}.{leaf}", _sealed(self.text(member))
+
+    def _value(self, value: Any, *, in_words: bool) -> str:
+        """An attribute; in place of one that is nested too deep, that it cannot be compared."""
+        try:
+            text = self.text(value)
+        except RecursionError:
+            self.active.clear()
+            text = _OPAQUE
+        return _short(text) if in_words or _is_code(value) else f"{type(value).__qualname__} {_sealed(text)}"
 
     def _registered(self, name: str, tensor: Tensor | None, module: nn.Module, leaf: str) -> str:
         if tensor is None:
@@ -143,6 +160,8 @@ class _Writer:
             return f"the same as {place}"
         if id(value) in self.active:
             return f"what is {len(self.active) - self.active.index(id(value))} above"
+        if len(self.active) == _DEEPEST:
+            return _OPAQUE
         if id(value) not in self.texts:
             self.active.append(id(value))
             write = next((write for kind, write in _WRITERS if isinstance(value, kind)), _Writer._object)
@@ -191,8 +210,8 @@ class _Writer:
     # Code
 
     def _type(self, kind: type) -> str:
-        if issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]:
-            return f"PyroModule[{self.text(kind.__bases__[0])}]"
+        if (plain := _plain_class(kind)) is not kind:
+            return f"PyroModule[{self.text(plain)}]"
         if kind.__module__ == parametrize.__name__ and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
             return f"Parametrized[{self.text(kind.__bases__[0])}]"  # by its parts; torch makes a class for each module
         if not self.code:
@@ -293,8 +312,28 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         of_pyro = name in ("_pyro_params", "_pyro_samples") and not value
         of_guide = isinstance(module, AutoGuide) and (name in _OF_GUIDES or name.startswith("_"))
         derived = isinstance(value, Tensor) and _is_derived(module, name, value)
-        if not (of_torch or of_pyro or of_guide or derived or _is_cache(kind, name)):
+        if not (_is_attached(kind, name) or of_torch or of_pyro or of_guide or derived or _is_cache(kind, name)):
             yield name, value
+
+
+def _plain_class(kind: type) -> type:
+    """The class that ``PyroModule[...]`` made another of, or the class itself."""
+    is_made = issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]
+    return kind.__bases__[0] if is_made else kind
+
+
+def _is_setting(kind: type, name: str) -> bool:
+    """Whether the class itself, of torch or of this library, declares an attribute as one of its settings."""
+    constants = [
+        vars(base).get("__constants__", ()) for base in kind.__mro__ if base.__module__.startswith("torch.nn.")
+    ]
+    return name in vars(_plain_class(kind)).get("_settings", ()) or any(name in names for names in constants)
+
+
+def _is_attached(kind: type, name: str) -> bool:
+    """Whether a user attached something to a module of a class that reads its own settings alone."""
+    read = _is_setting(kind, name) or name.startswith("_pyro_") or hasattr(kind, name)  # a method that was replaced
+    return "_settings" in vars(_plain_class(kind)) and not read
 
 
 def _is_derived(module: nn.Module, name: str, tensor: Tensor) -> bool:

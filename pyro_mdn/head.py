@@ -47,6 +47,8 @@ class MixtureHead(nn.Module):
     GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
     """
 
+    _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise")  # for fingerprints
+
     noise: NoiseModel
     in_features: int
     dim_out: int

@@ -61,6 +61,8 @@ class MixtureDensityNetwork(PyroModule):
     (torch.Size([5]), torch.Size([5, 1]))
     """
 
+    _settings = ("input_shape", "hidden_dim", "weight_dtype")  # for fingerprints
+
     input_shape: tuple[int, ...]
     hidden_dim: tuple[int, ...]
     backbone: nn.Module
@@ -369,7 +371,7 @@ class MixtureDensityNetwork(PyroModule):
             "hidden_dim": list(self.hidden_dim),
             "noise": serialization.noise_to_config(self.head.noise),
             "custom_backbone": self.custom_backbone,
-            "structure": described(network=self, buffers=False, code=False),
+            "structure": described(network=self, buffers=False, code=False, values=False),
         }
 
     @classmethod
@@ -417,10 +419,13 @@ def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], so
 
     Files of earlier versions do not say how it was built.
     """
-    now = described(network=network, buffers=False, code=False)
-    then = config.get("structure", {})
-    if lost := [f"{name}: {text}, now {now.get(name)}" for name, text in then.items() if text != now.get(name)]:
-        warnings.warn(f"{source}: expected a network built like the one saved; {'; '.join(lost)}", stacklevel=3)
+    # Files of earlier versions have all values in words.
+    now, in_words = (described(network=network, buffers=False, code=False, values=values) for values in (False, True))
+    then = config.get("structure", {}).items()
+    lost = [(name, text) for name, text in then if text not in (now.get(name), in_words.get(name))]
+    if lost:
+        told = "; ".join(f"{name}: {text}, now {now.get(name)}" for name, text in lost)
+        warnings.warn(f"{source}: expected a network built like the one saved; {told}", stacklevel=3)
 
 
 def _require_backbone(source: str, custom: Any, backbone: nn.Module | None, structure: Mapping[str, str]) -> None:

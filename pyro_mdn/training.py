@@ -267,7 +267,7 @@ class _Plan:
 
     def described(self) -> dict[str, str]:
         """Describe what the modules compute that are trained."""
-        return described(network=self.trainee.module, objective=self.objective)
+        return described(network=self.trainee.module, objective=self.objective, values=False)
 
     def set_up(self, batches: Batches) -> Tensor:
         """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained.

@@ -1,6 +1,7 @@
 """Deep ensembles: members side by side are what they would be alone."""
 
 import copy
+import functools
 import math
 import threading
 
@@ -595,8 +596,53 @@ def test_a_hook_that_not_all_have_is_refused():
     b.backbone[2].register_forward_hook(doubled)
     with pytest.raises(ValueError, match=r"for network\.backbone\.2\._forward_hooks"):
         DeepEnsemble([a, b])
-    with pytest.raises(ValueError, match="attributes that can be compared"):
-        DeepEnsemble([MixtureDensityNetwork(3, 1, 4, 8, backbone=Activated(threading.Lock())) for _ in range(2)])
+
+
+UNCOMPARABLE = {
+    "lock": threading.Lock(),
+    "generator": (i for i in range(3)),
+    "nested too deep": functools.reduce(lambda inner, _: [inner], range(5000), []),
+}
+
+
+@pytest.mark.parametrize("kind", UNCOMPARABLE)
+def test_attributes_that_cannot_be_compared_are_named_and_shared(kind, tmp_path):
+    def backbone():
+        module = nn.Sequential(nn.Linear(3, 8), nn.GELU())
+        module.odd = UNCOMPARABLE[kind]
+        return module
+
+    members = [MixtureDensityNetwork(3, 1, 4, 8, backbone=backbone()) for _ in range(2)]
+    with pytest.warns(UserWarning, match=r"cannot tell whether .*network\.backbone\.odd"):
+        ensemble = DeepEnsemble(members)
+    x, y = data()
+    expected = torch.stack([network.loss(x, y) for network in members])
+    assert_close(-ensemble.members(x).log_prob(y), expected)
+    assert ensemble.member(1).backbone.odd is members[0].backbone.odd
+    ensemble.save(tmp_path / "ensemble")
+    again = DeepEnsemble.load(tmp_path / "ensemble", backbone=backbone())
+    assert_close(-again.members(x).log_prob(y), expected)
+    assert DeepEnsemble(members[0], 2).stacked.backbone.odd is members[0].backbone.odd
+
+
+def test_notes_on_networks_are_no_part_of_their_architecture():
+    members = networks(2)
+    for i, network in enumerate(members):
+        network.seed, network.head.lock = i, threading.Lock()
+    assert DeepEnsemble(members).size == 2
+    members[1].forward = members[0].forward
+    with pytest.raises(ValueError, match=r"for network\.forward"):
+        DeepEnsemble(members)
+
+
+def test_settings_of_own_networks_are_part_of_their_architecture():
+    class Own(MixtureDensityNetwork):
+        pass
+
+    members = [Own(3, 1, 4, 8) for _ in range(2)]
+    members[0].power, members[1].power = 1, 2
+    with pytest.raises(ValueError, match=r"got 1 and 2 for network\.power"):
+        DeepEnsemble(members)
 
 
 def test_networks_that_were_trained_apart_are_of_one_architecture():

@@ -1,4 +1,5 @@
 import copy
+import functools
 import math
 import pickle
 import warnings
@@ -647,6 +648,57 @@ def test_what_no_file_holds_is_named(tmp_path):
     network.save(path)
     with pytest.warns(UserWarning, match=r"network\.head\.linear: Doubled\(\), now Linear"):
         MixtureDensityNetwork.load(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_notes_on_a_network_are_not_in_its_file(tmp_path):
+    network, path = MixtureDensityNetwork(3, 1, 2, 4), tmp_path / "noted.safetensors"
+    network.note, network.head.deep = "my run", functools.reduce(lambda inner, _: [inner], range(5000), [])
+    network.save(path)
+    assert_close(MixtureDensityNetwork.load(path).state_dict(), network.state_dict(), rtol=0, atol=0)
+    assert b"note" not in path.read_bytes()
+
+
+def test_files_hold_no_values_of_attributes(tmp_path):
+    """But digests: another value is named when the file is read."""
+    secret, path = "hf_secret", tmp_path / "secret.safetensors"
+
+    def backbone(value):
+        module = nn.Sequential(nn.Linear(3, 8), nn.ELU(0.5))
+        module.token = module[1].tokens = value
+        module[0].inner = Doubled(4, 4)
+        module[0].inner.token = [value]
+        module.register_forward_hook(functools.partial(unchanged, value))
+        return module
+
+    MixtureDensityNetwork(3, 1, hidden_dim=8, backbone=backbone(secret)).save(path)
+    assert secret.encode() not in path.read_bytes()
+    with pytest.warns(UserWarning, match="expected a network built like the one saved") as told:
+        MixtureDensityNetwork.load(path, backbone=backbone("other"))
+    (message,) = [str(warning.message) for warning in told]
+    assert all(name in message for name in ("backbone.token: str", "backbone.1.tokens: str", "backbone._forward_hooks"))
+    assert "alpha" not in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MixtureDensityNetwork.load(path, backbone=backbone(secret))
+
+
+def unchanged(_value, *args):
+    return args[-1]
+
+
+def test_files_with_all_values_in_words_can_be_read(tmp_path):
+    network, path = MixtureDensityNetwork(8, 1, 2, 8, backbone=nn.Sequential(nn.Linear(8, 8))), tmp_path / "earlier"
+    network.backbone.power = 2
+    config = network.config()
+    config["structure"]["network.backbone.power"] = "2"
+    serialization.write_tensors(path, config, network.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MixtureDensityNetwork.load(path, backbone=network.backbone)
+    network.backbone.power = 3
+    with pytest.warns(UserWarning, match=r"network\.backbone\.power: 2, now"):
+        MixtureDensityNetwork.load(path, backbone=network.backbone)
 
 
 @pytest.mark.filterwarnings("error")
