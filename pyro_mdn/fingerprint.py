@@ -210,8 +210,8 @@ class _Writer:
     # Code
 
     def _type(self, kind: type) -> str:
-        if (plain := _plain_class(kind)) is not kind:
-            return f"PyroModule[{self.text(plain)}]"
+        if (plain := _plain_class(kind)) is not kind:  # which parameters are latent is an attribute
+            return self.text(plain)
         if kind.__module__ == parametrize.__name__ and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
             return f"Parametrized[{self.text(kind.__bases__[0])}]"  # by its parts; torch makes a class for each module
         if not self.code:

@@ -3,6 +3,7 @@ r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -106,14 +107,6 @@ class MixtureDensityNetwork(PyroModule):
     def dim_out(self) -> int:
         """Number of outputs D."""
         return self.head.dim_out
-
-    @property
-    def custom_backbone(self) -> bool:
-        """Whether the backbone is another than the hidden layers of these widths, apart from weights and hooks."""
-        with torch.device("meta"):
-            usual = _mlp([*self.input_shape, *self.hidden_dim])
-        structures = (described(backbone=backbone, hooks=False, buffers=False) for backbone in (self.backbone, usual))
-        return bool(differing(*structures))
 
     @property
     def n_components(self) -> int:
@@ -370,7 +363,7 @@ class MixtureDensityNetwork(PyroModule):
             "n_components": self.n_components,
             "hidden_dim": list(self.hidden_dim),
             "noise": serialization.noise_to_config(self.head.noise),
-            "custom_backbone": self.custom_backbone,
+            "custom_backbone": _is_custom(self.backbone, [*self.input_shape, *self.hidden_dim]),
             "structure": described(network=self, buffers=False, code=False, values=False),
         }
 
@@ -419,10 +412,10 @@ def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], so
 
     Files of earlier versions do not say how it was built.
     """
-    # Files of earlier versions have all values in words.
+    # Files of earlier versions have all values in words, and name the classes that Pyro makes of others.
     now, in_words = (described(network=network, buffers=False, code=False, values=values) for values in (False, True))
-    then = config.get("structure", {}).items()
-    lost = [(name, text) for name, text in then if text not in (now.get(name), in_words.get(name))]
+    then = {name: re.sub(r"^PyroModule\[(.+?)\]", r"\1", text) for name, text in config.get("structure", {}).items()}
+    lost = [(name, text) for name, text in then.items() if text not in (now.get(name), in_words.get(name))]
     if lost:
         told = "; ".join(f"{name}: {text}, now {now.get(name)}" for name, text in lost)
         warnings.warn(f"{source}: expected a network built like the one saved; {told}", stacklevel=3)
@@ -481,6 +474,14 @@ def _require_single_weights(network: MixtureDensityNetwork, error: Exception) ->
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
     layers = [(nn.Linear if i else FirstLinear)(a, b) for i, (a, b) in enumerate(pairwise(widths))]
     return nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
+
+
+def _is_custom(backbone: nn.Module, widths: Sequence[int]) -> bool:
+    """Whether a backbone is another than the hidden layers of these widths, apart from weights and hooks."""
+    with torch.device("meta"):
+        usual = _mlp(widths)
+    structures = (described(backbone=module, hooks=False, buffers=False) for module in (backbone, usual))
+    return bool(differing(*structures))
 
 
 class FirstLinear(nn.Linear):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule
+from pyro.nn.module import to_pyro_module_
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -648,6 +649,21 @@ def test_what_no_file_holds_is_named(tmp_path):
     network.save(path)
     with pytest.warns(UserWarning, match=r"network\.head\.linear: Doubled\(\), now Linear"):
         MixtureDensityNetwork.load(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("earlier", [False, True])
+def test_hidden_layers_of_pyro_are_the_usual_ones(tmp_path, earlier):
+    network, path = MixtureDensityNetwork(3, 1, 2, [4, 4]), tmp_path / "pyro.safetensors"
+    to_pyro_module_(network.backbone)
+    config = network.config()
+    backbone = copy.deepcopy(network.backbone) if earlier else None
+    if earlier:
+        config["custom_backbone"] = True
+        config["structure"]["network.backbone"] = "PyroModule[Sequential](0, 1, 2, 3)"
+    serialization.write_tensors(path, config, network.state_dict())
+    again = MixtureDensityNetwork.load(path, backbone=backbone)
+    assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("error")
