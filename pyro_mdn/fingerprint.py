@@ -108,7 +108,8 @@ class _Writer:
         for leaf, tensor in _tensors(module):
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
         for leaf, value in _attributes(module):
-            yield f"{name}.{leaf}", self._value(value, in_words=self.values or _is_setting(type(module), leaf))
+            plain = type(value) in _PLAIN | _CONTAINERS and _is_setting(type(module), leaf)
+            yield f"{name}.{leaf}", self._value(value, in_words=self.values or plain)
         if self.code:
             yield from self._definitions(name, type(module))
         for kind in self.hooks:

@@ -1,6 +1,7 @@
 """Checkpoints: a run that was killed goes on bit for bit; what is damaged or foreign is refused."""
 
 import copy
+import dataclasses
 import errno
 import logging
 import os
@@ -202,6 +203,19 @@ def test_settings_of_every_kind_are_of_the_run(tmp_path, change):
     fit(first, x, y, objective=objective, checkpoint=tmp_path / "run", **SETTINGS)
     with pytest.raises(ValueError, match="expected a checkpoint of this run"):
         fit(other, x, y, objective=another, checkpoint=tmp_path / "run", resume=True, **SETTINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Named(Diagonal):
+    name: str = ""
+
+
+def test_checkpoints_hold_no_values_of_attributes(tmp_path):
+    (x, y), path, secret = data(), tmp_path / "run", "hf_secret"
+    objective = tempered(1.0, noise=Named(name=secret))
+    objective.token = secret
+    fit(objective.network, x, y, objective=objective, checkpoint=path, **SETTINGS)
+    assert secret.encode() not in path.read_bytes()
 
 
 SCRIPT = """
