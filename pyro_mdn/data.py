@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
 from pyro_mdn.checks import unmasked
@@ -49,7 +48,7 @@ class Rows:
     An entry of the targets is what has a vector of its own: a row or, of a sequence, a step.
 
     Attributes:
-        weight: Weights of the rows ``(N,)``, or of their entries ``(N, ...)``.
+        weight: Weights of the rows ``(N,)``, or of the shape of y: 0 where it was not observed.
         leading: Dimensions of x and y before those of one row.
     """
 
@@ -74,23 +73,21 @@ class Rows:
         return Rows(rows.x, rows.y, rows.weight / rows.weight[rows.weight > 0].mean())
 
     def counted(self) -> Rows:
-        """Rows that count, those of a positive weight and with an observed target; other entries get a weight of 0."""
-        observed = _observed(self.y)
-        if self.weight is None and bool(observed.all()):
+        """Rows that count, those of a positive weight and with an observed target; what else is missing weighs 0."""
+        if self.weight is None and not bool(self.y.isnan().any()):
             return self
-        weight = self._where(observed)
-        useful = _aligned(weight, weight.shape[:1]) > 0
-        rows = Rows(self.x[useful], self.y[useful], weight[useful])
-        return Rows(rows.x, rows.y) if self.weight is None and bool((rows.weight == 1).all()) else rows
+        rows = self.masked()
+        weight: Any = rows.weight
+        rows = rows[_aligned(weight, weight.shape[:1]) > 0]
+        complete = self.weight is None and not bool(rows.y.isnan().any())
+        return Rows(rows.x, rows.y) if complete else rows
 
     def masked(self) -> Rows:
         """Have weights of the shape of y, 0 where it was not observed: losses may be of outputs, entries or rows."""
-        return Rows(self.x, self.y, self._where(~self.y.isnan()))
-
-    def _where(self, observed: Tensor) -> Tensor:
-        """Weights where something was observed, and 0 elsewhere."""
-        given = observed.to(torch.promote_types(self.x.dtype, torch.float32))
-        return given if self.weight is None else given * _aligned(self.weight, given.shape)
+        observed = (~self.y.isnan()).to(torch.promote_types(self.x.dtype, torch.float32))
+        return Rows(
+            self.x, self.y, observed if self.weight is None else observed * _aligned(self.weight, observed.shape)
+        )
 
     def num_counted(self) -> Tensor:
         """Number of rows of positive weight."""
@@ -99,16 +96,28 @@ class Rows:
     @staticmethod
     def joined(parts: Sequence[Rows]) -> Rows:
         """Rows of several parts; where others have weights, those without count 1. Shorter sequences are padded."""
-        given = [part.x.new_ones(part.y.shape[:-1]) if part.weight is None else part.weight for part in parts]
-        weight = _cat(given) if any(part.weight is not None for part in parts) else None
-        return Rows(_cat([part.x for part in parts]), _cat([part.y for part in parts], torch.nan), weight)
+        if all(part.y.ndim > 2 for part in parts):
+            steps = max(part.y.shape[1] for part in parts)
+            parts = [part._padded(steps) for part in parts]
+        x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+        if all(part.weight is None for part in parts):
+            return Rows(x, y)
+        weights: Any = [part.masked().weight for part in parts]
+        return Rows(x, y, torch.cat(weights))
+
+    def _padded(self, steps: int) -> Rows:
+        """Sequences of so many steps: to shorter ones are added some of x = 0 without a target."""
+        if (more := steps - self.y.shape[1]) == 0:
+            return self
+        rows: Any = self.masked()
+        return Rows(_longer(rows.x, more, 0.0), _longer(rows.y, more, torch.nan), _longer(rows.weight, more, 0.0))
 
     def chunks(self, size: int) -> Iterator[Rows]:
         """Successive rows, ``size`` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def weights(self, losses: Tensor) -> Tensor:
-        """Weights of the losses of rows or of their entries, ``(N, ...)``."""
+        """Weights of losses of rows, entries or outputs: of the shape of y up to some dimension."""
         if self.weight is None:
             return torch.ones_like(losses)
         return _aligned(self.weight, losses.shape).to(losses).expand_as(losses)
@@ -120,7 +129,8 @@ class Rows:
             total = losses.flatten(first).sum(-1)
             return total, torch.full_like(total, losses.numel() / total.numel())
         weights = self.weights(losses)
-        return (losses * weights).flatten(first).sum(-1), weights.flatten(first).sum(-1)
+        counted = torch.where(weights > 0, losses, 0)  # that of a missing target may be NaN
+        return (counted * weights).flatten(first).sum(-1), weights.flatten(first).sum(-1)
 
     def row_weight(self, losses: Tensor) -> Tensor:
         """Mean over the rows of the sum of their weights, for losses of some of the rows."""
@@ -309,11 +319,9 @@ def _aligned(weight: Tensor, shape: Sequence[int]) -> Tensor:
     return weight.reshape(*weight.shape, *(1,) * (len(shape) - weight.ndim))
 
 
-def _cat(parts: Sequence[Tensor], padding: float = 0.0) -> Tensor:
-    """Rows of several parts, whose sequences may be of different lengths."""
-    if len({part.shape[1:] for part in parts}) == 1:
-        return torch.cat([*parts])
-    return pad_sequence([row for part in parts for row in part], batch_first=True, padding_value=padding)
+def _longer(sequences: Tensor, more: int, padding: float) -> Tensor:
+    """Sequences ``(N, T, ...)`` with further steps."""
+    return torch.cat([sequences, sequences.new_full((len(sequences), more, *sequences.shape[2:]), padding)], 1)
 
 
 def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:

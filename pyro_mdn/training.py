@@ -98,7 +98,9 @@ def fit(
             or masked was not observed: its row counts with the density of its other entries. (Neither x nor weights
             may be masked.)
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
-            by default :class:`NegativeLogLikelihood`, over cells where targets are on a grid.
+            by default :class:`NegativeLogLikelihood`, over cells where targets are on a grid. Losses may also be of
+            steps or outputs, in the shape of the targets ``(N, ..., D)`` up to some dimension: those count that have
+            an observed target in their place.
         guide: Guide of ``network.model``, for SVI: the objective is :class:`NegativeElbo`. An AutoGuide, or a module
             that owns its parameters; or a class of AutoGuides, such as ``AutoNormal``, of which one is made that
             starts from the weights that the network had. It comes back in the result. By default there is no

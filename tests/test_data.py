@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_mdn import DeepEnsemble, Diagonal, Full, MissingTargetsWarning, MixtureDensityNetwork, fit
 from pyro_mdn.data import InMemory, Rows, Streamed, grid_spacing, prepare
+from pyro_mdn.scores import log_score
 from pyro_mdn.sklearn import MDNRegressor
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
@@ -299,6 +300,75 @@ def test_what_a_row_weighs():
     assert weighted.row_weight(torch.zeros(2, 8)) / weighted.row_weight(torch.zeros(2)) == pytest.approx(
         (seen.sum(1) * torch.arange(60)).sum().item() / torch.arange(60).sum().item()
     )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_padding_of_joined_sequences_does_not_count(weighted):
+    """It weighs nothing, on either side and whether or not others have weights."""
+    x, y = torch.randn(4, 7, 2), torch.randn(4, 7, 2)
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0]) if weighted else None
+    short = Rows(x[:, :3], y[:, :3], weight)
+    for parts, each in [((Rows(x, y), short), (7, 3)), ((short, Rows(x, y)), (3, 7))]:
+        rows = Rows.joined(parts)
+        of = [(weight if weighted and steps == 3 else torch.ones(4)) * steps for steps in each]
+        total, sums = rows.totals(torch.ones(8, 7))
+        assert_close((total, sums), (torch.cat(of).sum(),) * 2)
+        assert rows.row_weight(torch.zeros(8, 7)) == pytest.approx(torch.cat(of).mean().item())
+        assert rows.targets_per_row() == 5
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        Rows.joined([Rows(torch.ones(2, 3), torch.ones(2, 1)), Rows(torch.ones(2, 4), torch.ones(2, 1))])
+
+
+def test_rows_of_refit_have_their_own_lengths():
+    """The mean loss that is logged is over the steps of both parts."""
+    generator = torch.Generator().manual_seed(0)
+    x, held_x = torch.randn(20, 7, 1, generator=generator), torch.randn(20, 3, 1, generator=generator)
+    trained = MixtureDensityNetwork(1, 1, 2, 8)
+    trained.initialize_(x, x.sin())
+    expected = torch.cat([trained.loss(v, v.sin()).flatten() for v in (x, held_x)]).mean().item()
+    still = {"lr": 1e-12, "weight_decay": 0.0, "input_noise": 0.0, "target_noise": 0.0, "initialize": False, **QUICK}
+    result = fit(trained, x, x.sin(), validation=(held_x, held_x.sin()), refit=True, **still)
+    assert result.refit_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+class LogScore(torch.nn.Module):
+    """Losses of NaN where nothing was observed."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, y):
+        return log_score(self.network(x), y)
+
+
+def test_losses_of_padding_may_be_nan():
+    """They count as little as finite ones do, also in the gradient."""
+    x, y, seen = padded()
+    losses = [torch.where(seen, x.sum(-1), value).requires_grad_() for value in (math.nan, 7.0)]
+    for loss in losses:
+        total, weight = Rows(x, y).informative().totals(loss)
+        assert_close((total, weight), (x.sum(-1)[seen].sum(), seen.sum().float()))
+        total.backward()
+        assert_close(loss.grad, seen.float())
+    a, b = network(), network()
+    fit(a, x, y, objective=LogScore(a), target_noise=0.0, **QUICK)
+    fit(b, x, y, target_noise=0.0, **QUICK)
+    assert all(torch.isfinite(parameter).all() for parameter in a.parameters())
+    for one, other in zip(a.parameters(), b.parameters(), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (3, 4), (3, 4, 2), (3, 2, 2)])
+def test_losses_count_by_what_was_observed_in_their_place(shape):
+    """Of rows, entries or outputs: the same for rows that were chosen and rows that were not, as Lightning has them."""
+    y = torch.randn(3, *shape[1:] or (2,))
+    y.flatten(1)[0, 0] = math.nan
+    rows = Rows(torch.randn(*y.shape[:-1], 5), y)
+    for n in range(1, y.ndim + 1):
+        seen = ~y.isnan().reshape(*y.shape[:n], -1).all(-1)
+        for counted in (rows.masked(), rows.counted(), Rows.joined([rows.masked()[:1], rows[1:]])):
+            assert_close(counted.totals(torch.ones(y.shape[:n])), (seen.sum().float(),) * 2)
 
 
 # Data sets and loaders

@@ -192,6 +192,36 @@ def test_padded_sequences_count_by_what_was_observed(flat):
     assert_close(losses.gradients, [p.grad for p in trained.parameters()], rtol=1e-3, atol=1e-4)
 
 
+class SquaredErrors(nn.Module):
+    """One loss for each output, 0 where it was not observed."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, y):
+        mean = self.network(x).mean
+        return (mean - torch.where(y.isnan(), mean.detach(), y)).square()
+
+
+def test_losses_of_outputs_have_the_mean_of_fit():
+    """It is over the outputs that were observed, some of which are missing where others are not."""
+    x = fork(40)[0]
+    y = torch.cat([x, x.square()], 1)
+    y[::4, 0], y[1::3, 1] = torch.nan, torch.nan
+    torch.manual_seed(0)
+    objective = SquaredErrors(MixtureDensityNetwork(1, 2, 3, 16))
+    objective.network.initialize_(x, y)
+    expected = (objective(x, y).sum() / (~y.isnan()).sum()).item()
+    still = {"lr": 1e-12, "weight_decay": 0.0, **NO_NOISE}
+    run = trainer(max_epochs=1)
+    run.fit(LightningObjective(objective, **still), loader(x, y, size=7))
+    assert run.callback_metrics["loss"].item() == pytest.approx(expected, rel=1e-4)
+    quiet = {"max_epochs": 1, "batch_size": 7, "validation": 0, "initialize": False, "progress": False}
+    result = fit(objective.network, x, y, objective=objective, **quiet, **still)
+    assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("objective", [NegativeLogLikelihood, lambda n: WeightedSum([NegativeLogLikelihood(n)], [2.0])])
 def test_checkpoint_gives_the_network_again(objective, tmp_path):
     x, y = fork(50)
