@@ -94,21 +94,31 @@ def is_recorded() -> bool:
 def require_range(columns: Tensor, name: str, dtype: torch.dtype) -> None:
     """Raise a ``ValueError`` unless ``dtype`` can hold how far apart the numbers of each column ``(N, ...)`` are.
 
-    Below its range they would all become zero, and pass for a constant. Variances are computed in float64, which sets
-    limits of its own. Entries that are NaN are left out.
+    Below its range they would all become zero, and pass for a constant; numbers that come in ``dtype``, or a coarser
+    one, lose nothing more by it. Variances are computed in float64, which sets limits of its own. Entries that are NaN
+    are left out.
 
     >>> require_range(torch.tensor([[1e-60], [2e-60]], dtype=torch.float64), "y", torch.float32)
     Traceback (most recent call last):
     ValueError: y: expected columns whose range is within that of torch.float32, got one of 1e-60
     """
-    missing = columns.isnan()
-    low, high = (columns.masked_fill(missing, fill) for fill in (math.inf, -math.inf))
-    span = high.amax(0).double() - low.amin(0).double()
+    low, high = _column_bounds(columns)
+    span = high.double() - low.double()
     own, squared = torch.finfo(dtype), torch.finfo(torch.float64)
-    least, most = max(own.tiny, squared.tiny**0.5), min(own.max, squared.max**0.5)
+    narrowed = torch.finfo(columns.dtype).tiny < own.tiny
+    least, most = max(narrowed * own.tiny, squared.tiny**0.5), min(own.max, squared.max**0.5)
     beyond = span[(span > 0) & (span < least) | (span > most)]
     if len(beyond):
         raise ValueError(f"{name}: expected columns whose range is within that of {dtype}, got one of {beyond[0]:.3g}")
+
+
+def _column_bounds(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest number of each column ``(N, ...)``, whatever else is NaN."""
+    low, high = columns.detach().aminmax(dim=0)
+    if not bool(low.isnan().any()):  # all but always, and in a single pass
+        return low, high
+    missing = columns.isnan()
+    return columns.masked_fill(missing, math.inf).amin(0), columns.masked_fill(missing, -math.inf).amax(0)
 
 
 def unmasked(values: Any) -> Any:

@@ -255,7 +255,7 @@ class MixtureDensityNetwork(PyroModule):
 
     @torch.no_grad()
     def check(self, x: Tensor, y: Tensor) -> Tensor:
-        """Check data as a whole, without a pass over them all, and return the targets as vectors ``(*batch, D)``.
+        """Check data as a whole, running the network on one row, and return the targets as vectors ``(*batch, D)``.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not agree, if there are no data, if some are not finite, or if

@@ -650,6 +650,23 @@ def test_ranges_beyond_the_precision_are_refused(dtype, unit, which, ensemble):
     assert fit(model, **{**data, which: small}, **QUICK).best_loss < math.inf
 
 
+def test_ranges_are_refused_for_what_the_conversion_takes_alone():
+    """A column that comes below the normal range, as softmax features may, trains as one that is all 0 or nearly so."""
+    x, y = fork(50)
+    x = torch.cat([x, 1e-39 * torch.rand(50, 1)], 1)
+    assert 0 < x[:, 1].amax() < torch.finfo(torch.float32).tiny
+    trained = MixtureDensityNetwork(2, 1, 2, 8)
+    assert math.isfinite(fit(trained, x, y, **QUICK).best_loss)
+    assert trained.loss(x, y).isfinite().all()
+    wide = MixtureDensityNetwork(2, 1, 2, 8).double()
+    assert math.isfinite(fit(wide, x.double(), y.double(), **QUICK).best_loss)
+    with pytest.raises(ValueError, match="x: expected columns whose range is within that of torch.float32"):
+        fit(MixtureDensityNetwork(2, 1, 2, 8), x.double(), y, **QUICK)
+    far = torch.tensor([[3e38], [torch.nan], [-3e38]]).expand(3, 1)
+    with pytest.raises(ValueError, match="y: expected columns whose range is within that of torch.float32"):
+        trained.check(torch.rand(3, 2), far)
+
+
 def test_weights_in_bfloat16_are_averaged_in_more_digits():
     parameter = torch.ones(3, dtype=torch.bfloat16)
     average = AveragedWeights([parameter])
