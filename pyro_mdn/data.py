@@ -224,7 +224,7 @@ class Streamed:
         for batch in self.loader:
             rows = self._rows(batch)
             if rows.y.shape[-1] == self.network.dim_out:  # else it is refused where it is used
-                self.gaps = self.gaps + gaps_in(rows.y)
+                self.gaps = self.gaps + _gaps(rows, batch[1])
             if len(rows := rows.counted()):
                 yield rows
 
@@ -298,6 +298,14 @@ def gaps_in(y: Tensor) -> Tensor:
     missing = y.isnan().reshape(-1, y.shape[-1])
     steps = missing[~missing.all(1)] if y.ndim > 2 else missing
     return torch.stack([missing.sum(0), steps.sum(0), torch.full_like(missing.sum(0), len(steps))]).cpu()
+
+
+def _gaps(rows: Rows, given: Any) -> Tensor:
+    """Count what is missing in targets as they were given: what a mask says is no accident."""
+    gaps = gaps_in(rows.y)
+    if unmasked(given) is not given:
+        gaps[1] = 0
+    return gaps
 
 
 def few_missing(gaps: Tensor) -> str | None:
@@ -377,9 +385,7 @@ def prepare(
             raise ValueError("y, sample_weight: expected None beside a data set or loader, which has them")
         return _prepare_stream(network, x, validation, batch_size)
     rows = as_rows(network, x, y, weight)
-    gaps = gaps_in(rows.y)
-    if unmasked(y) is not y:
-        gaps[1] = 0  # a mask is no accident
+    gaps = _gaps(rows, y)
     rows = rows.informative()
     held_out = _given(network, validation)
     if held_out is None and (n := held_out_count(validation, len(rows))):
@@ -432,11 +438,14 @@ def held_out_count(validation: Any, size: int) -> int:
 
 
 def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
-    value = unmasked(value)
+    given, value = value, unmasked(value)
+    if isinstance(value, Tensor) and value.dtype != given.dtype:  # NaN made it so
+        raise ValueError(f"{name}: expected floating point, got {given.dtype}")
     if not isinstance(value, Tensor):
         array = np.asarray(value)
-        if not np.issubdtype(array.dtype, np.floating):
-            raise ValueError(f"{name}: expected floating-point numbers, got dtype {array.dtype}")
+        kind = array.dtype if value is given else np.ma.asarray(given).dtype
+        if not np.issubdtype(kind, np.floating):
+            raise ValueError(f"{name}: expected floating-point numbers, got dtype {kind}")
         dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
         value = torch.tensor(np.ascontiguousarray(array, dtype), device="cpu")
     return value.detach().to(device)

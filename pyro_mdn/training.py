@@ -96,7 +96,7 @@ def fit(
             start and mean weight are those of its first 10 000 rows.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             or masked was not observed: its row counts with the density of its other entries. (Neither x nor weights
-            may be masked.)
+            may be masked. Integers are refused, masked or not.)
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
             by default :class:`NegativeLogLikelihood`, over cells where targets are on a grid. Losses may also be of
             steps or outputs, in the shape of the targets ``(N, ..., D)`` up to some dimension: those count that have
@@ -153,7 +153,8 @@ def fit(
         CollapseWarning: If components died: they explain less than a thousandth of the rows each.
         UserWarning: If the checkpoint does not tell whether some part is the same; it is named.
         MissingTargetsWarning: If so few entries of an output are NaN, less than one in twenty, that an operation may
-            have made them. Padding of sequences is not meant, nor what a mask says. ``FitResult.unobserved`` has the
+            have made them. Padding of sequences does not count, nor do targets that came with a mask, of ``numpy.ma``
+            or ``torch.masked`` (as batches of a loader may, of the latter). ``FitResult.unobserved`` has the
             numbers in any case.
 
     >>> x = torch.linspace(-1, 1, 100).unsqueeze(-1)
@@ -218,7 +219,8 @@ def fit(
             loop = plan.loop(batches, held_out, losses)
             saved.restore(loop)
         if few := few_missing(batches.gaps):
-            text = f"fit: of y, {few} are NaN and count as not observed; mask them by numpy.ma if that is meant"
+            meant = "mask them by numpy.ma" if isinstance(batches, InMemory) else "filter this warning"
+            text = f"fit: of y, {few} are NaN and count as not observed; {meant} if that is meant"
             warnings.warn(text, MissingTargetsWarning, stacklevel=2)
         run = _Run(plan, callbacks, progress)
         result = run.twice(loop, losses, saved, start) if refit else run(loop, saved)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.masked import masked_tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -200,6 +201,8 @@ def test_a_few_targets_that_are_nan_are_told_of(kind, convert):
     with pytest.warns(MissingTargetsWarning, match=f"fit: of y, {expected} are NaN and count as not observed") as told:
         fit(model, *source, **{**QUICK, "seed": 1})
     assert [warning.filename for warning in told] == [__file__]
+    meant = "filter this warning" if kind in ("loader", "dataset") else "mask them by numpy.ma"
+    assert str(told[0].message).endswith(f"; {meant} if that is meant")
 
 
 def test_missing_targets_that_are_meant_are_not_told_of():
@@ -213,6 +216,40 @@ def test_missing_targets_that_are_meant_are_not_told_of():
     steps = torch.randn(60, 8, 1)
     steps[:3, -2:] = math.nan
     fit(MixtureDensityNetwork(2, 1, 2, 8), torch.randn(60, 8, 2), steps, **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+def test_what_a_batch_masks_is_not_told_of():
+    """A NaN in another batch is."""
+    x, y = data()
+    mask = torch.arange(400).reshape(200, 2) != 7
+    hidden = (x, masked_tensor(torch.where(mask, y, 1e6), mask))
+    result = fit(network(), DataLoader([hidden], batch_size=None), **QUICK)
+    assert result.unobserved == [0, 1]
+    fit(network(), DataLoader(Pairs(*hidden), batch_size=40), **QUICK)
+    few = y.masked_fill(torch.arange(400).reshape(200, 2) == 8, math.nan)
+    with pytest.warns(MissingTargetsWarning, match="of y, 1 of 400 in output 0 are NaN"):
+        fit(network(), DataLoader([hidden, (x, few)], batch_size=None), **QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["numpy", "numpy, row by row", "torch", "loader"])
+def test_integers_are_refused_whatever_masks_they_have(kind, masked):
+    x, y = data()[0], torch.arange(400).reshape(200, 2)
+    hidden = (y == 7) & masked
+    array = np.ma.masked_array(y.numpy(), hidden.numpy())
+    of_torch = masked_tensor(y, ~hidden) if masked else y
+    source = {
+        "numpy": (x, array),
+        "numpy, row by row": (x, [*array] if masked else y.tolist()),
+        "torch": (x, of_torch),
+        "loader": (DataLoader([(x, of_torch)], batch_size=None),),
+    }[kind]
+    untouched = network()
+    with pytest.raises(ValueError, match=r"y: expected floating.point.*, got (dtype )?(torch\.)?int64"):
+        fit(untouched, *source, **QUICK)
+    assert states_equal(untouched, network())
 
 
 # Sequences

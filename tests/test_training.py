@@ -660,10 +660,10 @@ def test_ranges_are_refused_for_what_the_conversion_takes_alone():
     assert trained.loss(x, y).isfinite().all()
     wide = MixtureDensityNetwork(2, 1, 2, 8).double()
     assert math.isfinite(fit(wide, x.double(), y.double(), **QUICK).best_loss)
-    with pytest.raises(ValueError, match="x: expected columns whose range is within that of torch.float32"):
+    with pytest.raises(ValueError, match=r"x: expected columns whose range is within that of torch\.float32"):
         fit(MixtureDensityNetwork(2, 1, 2, 8), x.double(), y, **QUICK)
     far = torch.tensor([[3e38], [torch.nan], [-3e38]]).expand(3, 1)
-    with pytest.raises(ValueError, match="y: expected columns whose range is within that of torch.float32"):
+    with pytest.raises(ValueError, match=r"y: expected columns whose range is within that of torch\.float32"):
         trained.check(torch.rand(3, 2), far)
 
 
