@@ -130,7 +130,8 @@ def unmasked(values: Any) -> Any:
     (array([ 1., nan]), [1, -999])
     """
     if is_masked_tensor(values):
-        return (values if values.is_floating_point() else values.double()).to_tensor(math.nan)
+        floating: Any = values if values.is_floating_point() else values.double()
+        return floating.to_tensor(math.nan)
     if isinstance(values, list | tuple) and any(isinstance(row, np.ma.MaskedArray) for row in values):
         values = np.ma.array(values)
     if not isinstance(values, np.ma.MaskedArray):
