@@ -227,13 +227,11 @@ class Loop:
             return self._pass(epoch)
 
     def _pass(self, epoch: int) -> Tensor:
-        total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
-        trained = 0
+        sums: list[Tensor] = []
         for number, batch in enumerate(self.batches, start=1):
             buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
             try:
-                sums = self._step(batch)
-                total, weight, trained = total + sums[0], weight + sums[1], trained + 1
+                sums.append(self._step(batch))
             except FloatingPointError as error:
                 where = f"{error} in epoch {epoch}, batch {number} of {len(self.batches)}"
                 if not self.settings.skip_bad_batches:
@@ -242,8 +240,9 @@ class Loop:
                 for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
                     buffer.copy_(before)
                 self.result.skipped_batches += 1
-        if trained == 0:
+        if not sums:
             raise FloatingPointError(f"fit: no batch of epoch {epoch} has a finite loss and gradient")
+        total, weight = torch.stack(sums).sum(0)
         return total / weight
 
     def _step(self, batch: Rows) -> Tensor:
@@ -258,8 +257,9 @@ class Loop:
         (loss if loss.ndim == 0 else loss.sum()).backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Together: to look at a number is to wait for the device.
-        numbers = total.detach(), weight, loss.detach(), self._norm(gradients)
-        total, weight, loss, norm = torch.stack([number.double() for number in numbers]).cpu()
+        looked_at = total.detach(), weight, loss.detach(), self._norm(gradients)
+        numbers = torch.stack([number.double() for number in looked_at]).cpu()
+        loss, norm = numbers[2], numbers[3]
         if not self._sound(loss):
             raise FloatingPointError(f"loss is {self._shown(loss)}")
         if not self._sound(norm):
@@ -269,7 +269,7 @@ class Loop:
         if step % _STEPS_TO_FLUSH == 0:
             self.optimizer.flush()
         self.average.update(step)
-        return torch.stack([total, weight])
+        return numbers[:2]
 
     def _target_noise(self, fade: float) -> tuple[Tensor, float]:
         """Standard deviation of the noise on targets, and a factor on it."""

@@ -213,7 +213,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         with self._context():
             # Weights are global, so the network is evaluated outside the plate.
-            mixture = self(x)
+            mixture = nn.Module.__call__(self, x)  # a call, but for the context, which there is
             self._check_batch(x)
             size = len(x) if num_data is None else num_data
             if size < len(x):
