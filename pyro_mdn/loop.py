@@ -258,7 +258,7 @@ class Loop:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # Together: to look at a number is to wait for the device.
         looked_at = total.detach(), weight, loss.detach(), self._norm(gradients)
-        numbers = torch.stack([number.double() for number in looked_at]).cpu()
+        numbers = torch.stack(looked_at).cpu().double()
         loss, norm = numbers[2], numbers[3]
         if not self._sound(loss):
             raise FloatingPointError(f"loss is {self._shown(loss)}")

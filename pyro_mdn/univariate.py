@@ -36,8 +36,10 @@ def log_density_by_level(value: Tensor, logits: Tensor, locs: Tensor, scale: Ten
     """Log-density of a univariate mixture, and its derivative with respect to the cdf."""
     standardized = (value.unsqueeze(-1) - locs) / scale
     joint = logits - 0.5 * standardized.square() - scale.log()
-    log_density = joint.logsumexp(-1) - 0.5 * math.log(2 * math.pi)
-    slope = -(joint.softmax(-1) * standardized / scale).sum(-1)
+    total = joint.logsumexp(-1)
+    log_density = total - 0.5 * math.log(2 * math.pi)
+    share = exp(joint - total.unsqueeze(-1))  # quicker than a softmax over few components
+    slope = -(share * standardized / scale).sum(-1)
     return log_density, slope * (-log_density).exp()
 
 
