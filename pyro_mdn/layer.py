@@ -26,6 +26,8 @@ from pyro_mdn.kernels import (
 
 __all__ = ["channel_log_density", "layer_channels", "layer_log_density"]
 
+_MANY_ROWS = 512  # with fewer, autograd is as quick
+
 
 def channel_log_density(whitening: Whitening, n_components: int, width: int, channels: Tensor, value: Tensor) -> Tensor:
     """Log-density of a Gaussian mixture from the channels of a layer, shape ``(*batch,)``.
@@ -46,7 +48,7 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     """What a linear layer ``(C,)``, ``(C, H)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
-    many = weight.shape[0] > weight.shape[-1]
+    many = len(features) >= _MANY_ROWS and weight.shape[0] > weight.shape[-1]
     if many and not is_traced(bias, weight, features) and not torch.is_autocast_enabled(weight.device.type):
         return _LayerChannels.apply(bias, weight, features)
     return _product(bias, weight, features)
@@ -99,7 +101,7 @@ def _product(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
 
 
 class _LayerChannels(torch.autograd.Function):
-    """The product above. With many channels autograd takes a third longer over the gradient of the features."""
+    """The product above: with many rows and channels, autograd takes a third longer over the features' gradient."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
