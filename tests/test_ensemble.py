@@ -669,7 +669,7 @@ def test_refusals():
     other.backbone.weight = nn.Parameter(torch.randn(8, 4))
     stubborn = MixtureDensityNetwork(3, 1, 4, 8, backbone=Stubborn())
     for pair in [(make(), frozen), (make().double(), make()), (stubborn, other)]:
-        with pytest.raises(ValueError, match=r"one shape, dtype and requires_grad|torch.float64 and torch.float32"):
+        with pytest.raises(ValueError, match="one shape, dtype and requires_grad"):
             DeepEnsemble(pair)
     with pytest.raises(ValueError, match="latent"):
         DeepEnsemble([bayesianize(make())])
