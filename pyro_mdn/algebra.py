@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from pyro_mdn import kernels, reduction
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_differentiated
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance
@@ -37,7 +38,7 @@ class MixtureAlgebra(MixtureDensity):
 
     # Conditioning and maps
 
-    def condition(self, values: Tensor, dims: int | Sequence[int]) -> Self:
+    def condition(self, values: Any, dims: int | Sequence[int]) -> Self:
         r"""Distribution of the remaining outputs, in ascending order, given ``values`` at ``dims``.
 
         .. math:: w_k' \propto w_k \, \mathcal{N}(v \mid \mu_{k,G}, \Sigma_{k,GG}), \quad
@@ -57,7 +58,7 @@ class MixtureAlgebra(MixtureDensity):
             raise ValueError(f"dims: expected at least one of {self.dim} outputs to stay free, got all of them")
         ordered, n = self.marginal([*dims, *free]), len(dims)
         known = ordered.marginal(range(n))
-        known._check_value(values)
+        values = known.as_points(values, "values")
         if has_missing(values):
             return self._condition_on_observed(values, dims, free)
         logits = known._joint_log_prob(values)
@@ -78,7 +79,7 @@ class MixtureAlgebra(MixtureDensity):
         stored = iter(tensors)
         return self._new(logits, locs, form.map(lambda t, n: next(stored)))
 
-    def affine(self, shift: Tensor | float = 0.0, scale: Tensor | float = 1.0, *, matrix: Tensor | None = None) -> Self:
+    def affine(self, shift: Any = 0.0, scale: Any = 1.0, *, matrix: Any = None) -> Self:
         r"""Distribution of ``shift + scale * y``, elementwise, or of ``shift + matrix @ y``.
 
         Args:
@@ -99,9 +100,10 @@ class MixtureAlgebra(MixtureDensity):
         shift, scale = shift.unsqueeze(-2), scale.unsqueeze(-2)
         return self._with(torch.addcmul(shift, scale, self.locs), self.covariance.affine(scale))
 
-    def _map_linearly(self, shift: Tensor | float, scale: Tensor | float, matrix: Tensor) -> Self:
+    def _map_linearly(self, shift: Any, scale: Any, matrix: Any) -> Self:
         if not isinstance(scale, float | int) or scale != 1:
             raise ValueError("affine: expected a scale or a matrix, got both")
+        matrix = as_tensor(matrix, "matrix", self.locs.device)
         if matrix.ndim < 2 or matrix.shape[-1] != self.dim or not 0 < matrix.shape[-2] <= self.dim:
             raise ValueError(
                 f"matrix: expected shape (*batch, M, {self.dim}), M <= {self.dim}, got {tuple(matrix.shape)}"
@@ -113,8 +115,8 @@ class MixtureAlgebra(MixtureDensity):
             raise ValueError("matrix: expected finite numbers and full rank")
         return self._with(shift + (matrix @ self.locs.unsqueeze(-1)).squeeze(-1), covariance)
 
-    def _as_vector(self, value: Tensor | float, name: str, dim: int) -> Tensor:
-        value = torch.as_tensor(value, dtype=self.locs.dtype, device=self.locs.device)
+    def _as_vector(self, value: Any, name: str, dim: int) -> Tensor:
+        value = as_tensor(value, name, self.locs.device).to(self.locs)
         value = value.unsqueeze(-1) if value.ndim == 0 else value
         if value.shape[-1] not in (1, dim):
             raise ValueError(f"{name}: expected a last dimension of 1 or {dim}, got {tuple(value.shape)}")

@@ -34,7 +34,7 @@ _ELEMENTS = 2**22  # of intermediate results in one vectorised pass: beyond a ca
 def posterior_predictive(
     network: MixtureDensityNetwork,
     posterior: Any,
-    x: Tensor,
+    x: Any,
     num_samples: int | None = None,
     *,
     linearize: bool | None = None,
@@ -91,6 +91,7 @@ def posterior_predictive(
         with evaluating(posterior):
             return posterior.members(x, _spread(posterior.size, num_samples))
     with evaluating(network):
+        x = network.inputs(x)
         draws = draw_weights(network, posterior, x, num_samples)
         if linearize is None:
             warn_if_nonlinear(network, posterior)
@@ -107,10 +108,10 @@ def warn_if_nonlinear(network: MixtureDensityNetwork, posterior: Any) -> None:
 
 @torch.no_grad()
 def draw_weights(
-    network: MixtureDensityNetwork, posterior: Any, x: Tensor, num_samples: int | None = None
+    network: MixtureDensityNetwork, posterior: Any, x: Any, num_samples: int | None = None
 ) -> dict[str, Tensor]:
     """Draws of the latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
-    network.check_inputs(x)
+    x = network.inputs(x)
     learned = _learned_elsewhere(posterior)
     with isolated():
         if not network.latent:

@@ -17,7 +17,8 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor
 
-from pyro_mdn.checks import require_counts, unmasked
+from pyro_mdn.arrays import as_tensor
+from pyro_mdn.checks import require_counts
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.scores import observed_mean
 
@@ -48,7 +49,7 @@ class CoverageTable(NamedTuple):
 @torch.no_grad()
 def coverage_table(
     mixture: GaussianMixture,
-    y: Tensor,
+    y: Any,
     masses: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
     *,
     kind: Literal["central", "shortest"] = "central",
@@ -75,7 +76,7 @@ def coverage_table(
     """
     if not len(masses):
         raise ValueError("masses: expected one probability at least, got none")
-    _check_rows(mixture, y)
+    y = _as_rows(mixture, y)
     rows = []
     for mass in masses:
         lower, upper = mixture.interval(mass, kind=kind)
@@ -140,7 +141,7 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     >>> uniformity_p_value(torch.linspace(0, 1, 200)) > 0.99, uniformity_p_value(torch.linspace(0, 0.8, 200)) < 1e-6
     (True, True)
     """
-    u = torch.as_tensor(unmasked(pit), device="cpu").detach().double().flatten().numpy()
+    u = as_tensor(pit, "pit").detach().cpu().double().flatten().numpy()
     u = u[~np.isnan(u)]
     if not len(u) or not ((u >= 0) & (u <= 1)).all():
         raise ValueError(f"pit: expected numbers in [0, 1], one at least, got {len(u)} with some outside")
@@ -187,7 +188,10 @@ def _check_points(points: ArrayLike | None) -> Array:
     return z
 
 
-def _check_rows(mixture: GaussianMixture, y: Tensor) -> None:
+def _as_rows(mixture: GaussianMixture, y: Any) -> Tensor:
+    y = as_tensor(y, "y", mixture.locs.device)
+    y = y.unsqueeze(-1) if mixture.dim == 1 and y.shape == mixture.batch_shape else y
     if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
         expected = "a mixture of batch shape (N,) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
+    return y

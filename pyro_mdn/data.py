@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
+from pyro_mdn.arrays import as_tensor, describe
 from pyro_mdn.checks import unmasked
 from pyro_mdn.isolation import own_generators
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -239,15 +239,15 @@ class Streamed:
         if not batches:
             raise ValueError("x: expected rows of positive weight with a target, got a loader without")
         rows = Rows.joined(batches)
-        return Rows(rows.x, self.network.check(rows.x, rows.y), rows.weight)
+        return Rows(*self.network.check(rows.x, rows.y), rows.weight)
 
     def digest(self) -> str:
         """Size alone: a stream is not read for it."""
         return f"{self.num_rows} rows in {self.n_batches} batches"
 
     def _rows(self, batch: Any) -> Rows:
-        if not isinstance(batch, Sequence) or len(batch) not in (2, 3) or not all(isinstance(b, Tensor) for b in batch):
-            raise ValueError(f"x: expected batches (x, y) or (x, y, weight) of tensors, got {type(batch).__name__}")
+        if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) not in (2, 3):
+            raise ValueError(f"x: expected batches (x, y) or (x, y, weight), got {describe(batch)}")
         device = self.network.x_shift.device
         x, y, *weight = (
             _as_tensor(value, name, device) for value, name in zip(batch, ("x", "y", "weight"), strict=False)
@@ -361,11 +361,11 @@ def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, 
     Raises:
         ValueError: If they are not usable.
     """
-    device = network.x_shift.device
+    device, given = network.x_shift.device, (x, y)
     x, y = _as_tensor(x, f"{name}x", device), _as_tensor(y, f"{name}y", device)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
-    return Rows(x, network.check(x, y), _as_weight(weight, len(x), x, device))
+    return Rows(*network.check(x, y, given=given), _as_weight(weight, len(x), x, device))
 
 
 def prepare(
@@ -384,6 +384,8 @@ def prepare(
         if y is not None or weight is not None:
             raise ValueError("y, sample_weight: expected None beside a data set or loader, which has them")
         return _prepare_stream(network, x, validation, batch_size)
+    if y is None:
+        raise ValueError("y: expected targets beside x, got none")
     rows = as_rows(network, x, y, weight)
     gaps = _gaps(rows, y)
     rows = rows.informative()
@@ -438,29 +440,13 @@ def held_out_count(validation: Any, size: int) -> int:
 
 
 def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
-    given, value = value, unmasked(value)
-    if isinstance(value, Tensor) and value.dtype != given.dtype:  # NaN made it so
-        raise ValueError(f"{name}: expected floating point, got {given.dtype}")
-    if not isinstance(value, Tensor):
-        array = np.asarray(value)
-        kind = array.dtype if value is given else np.ma.asarray(given).dtype
-        if not np.issubdtype(kind, np.floating):
-            raise ValueError(f"{name}: expected floating-point numbers, got dtype {kind}")
-        dtype = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-        value = torch.tensor(np.ascontiguousarray(array, dtype), device="cpu")
-    return value.detach().to(device)
+    return as_tensor(value, name, device).detach().to(device)
 
 
 def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Tensor | None:
     if weight is None:
         return None
-    weight = unmasked(weight)
-    if not isinstance(weight, Tensor):
-        array = np.asarray(weight)
-        if not np.issubdtype(array.dtype, np.number):
-            raise ValueError(f"sample_weight: expected numbers, got dtype {array.dtype}")
-        weight = torch.tensor(np.ascontiguousarray(array), device="cpu")
-    weight = weight.detach().to(device, torch.float64)
+    weight = _as_tensor(weight, "sample_weight", device).to(torch.float64)
     if weight.shape != (rows,):
         raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):

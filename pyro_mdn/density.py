@@ -15,6 +15,7 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import all_finite, bounds, is_recorded
 from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
@@ -172,19 +173,20 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     # Density
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_prob(self, value: Any) -> Tensor:
         r"""Log-density in nats, all constants included, shape ``(*sample, *batch)``.
 
         .. math:: \log p(y) = \log \sum_k w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)
 
         Args:
-            value: Points y, shape ``(*sample, *batch, D)``. An entry that is NaN was not observed: the density is
-                that of the other entries, and 1 if there are none.
+            value: Points y, shape ``(*sample, *batch, D)``: a tensor, array, data frame or list. For D = 1,
+                ``(*batch,)`` is read as ``(*batch, 1)``. An entry that is NaN was not observed: the density is that
+                of the other entries, and 1 if there are none.
 
         Raises:
             ValueError: If the shape does not fit.
         """
-        self._check_value(value)
+        value = self.as_points(value)
         if self._is_quickest_from_origin(value):
             return self._origin.log_density(value)  # pyright: ignore[reportOptionalMemberAccess]
         if has_missing(value):
@@ -201,14 +203,14 @@ class MixtureDensity(dist.MixtureSameFamily):
         self._asked = True  # whoever asks again may ask a hundred times
         return value.dtype == origin.dtype and value.shape[:-1] == self.batch_shape
 
-    def component_log_prob(self, value: Tensor) -> Tensor:
+    def component_log_prob(self, value: Any) -> Tensor:
         r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
-        self._check_value(value)
+        value = self.as_points(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_component_log_prob)[0]
         return _component_log_density(self.locs, self.covariance, value)
 
-    def responsibilities(self, value: Tensor) -> Tensor:
+    def responsibilities(self, value: Any) -> Tensor:
         r"""Posterior probability of each component given ``value``, ``(*sample, *batch, K)``.
 
         .. math:: r_k = \frac{w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)}{p(y)}
@@ -220,17 +222,31 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     def _joint_log_prob(self, value: Tensor) -> Tensor:
         """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
-        self._check_value(value)
+        value = self.as_points(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_joint_log_prob)[0]
         whitened = self.covariance.whiten(self.locs - value.unsqueeze(-2))
         return self.logits + kernels.relative_log_density(whitened, self.covariance.half_log_det())
 
-    def _check_value(self, value: Tensor) -> None:
+    def as_points(self, value: Any, name: str = "value") -> Tensor:
+        """Convert points of any container to a tensor ``(*sample, *batch, D)``, as all methods do.
+
+        Args:
+            value: A tensor, array, data frame or nested lists. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
+            name: What to call it in errors.
+
+        Raises:
+            ValueError: If there is something else than numbers, or the shape does not fit.
+        """
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            value = as_tensor(value, name, self.locs.device)
         if value.ndim == 0 or value.shape[-1] != self.dim:
-            raise ValueError(f"value: expected shape (*batch, {self.dim}), got {tuple(value.shape)}")
+            if self.dim > 1 or value.shape != self.batch_shape:
+                raise ValueError(f"{name}: expected shape (*batch, {self.dim}), got {tuple(value.shape)}")
+            value = value.unsqueeze(-1)
         if self._validate_args:
             _broadcast(value.shape[:-1], self.batch_shape)
+        return value
 
     # Missing entries
 

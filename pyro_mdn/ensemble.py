@@ -6,13 +6,14 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn import serialization
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
@@ -89,18 +90,18 @@ class DeepEnsemble(nn.Module):
         """Describe the ensemble in a module's printout."""
         return f"size={self.size}, bootstrap={self.bootstrap}"
 
-    def forward(self, x: Tensor) -> GaussianMixture:
+    def forward(self, x: Any) -> GaussianMixture:
         """Average of the members' densities over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``."""
         return self.members(x).pool(0)
 
-    def members(self, x: Tensor, which: Tensor | slice = slice(None)) -> GaussianMixture:
+    def members(self, x: Any, which: Tensor | slice = slice(None)) -> GaussianMixture:
         """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
 
         Args:
             x: Inputs.
             which: Positions of the members, by default all.
         """
-        self.stacked.check_inputs(x)
+        x = self.stacked.inputs(x)
         tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
         if not self.stacked.is_described_by_raw:
             return self._called(x, tensors, shared=True)
@@ -108,7 +109,7 @@ class DeepEnsemble(nn.Module):
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return self.stacked.head.mixture(raw, shift, scale)
 
-    def loss(self, x: Tensor, y: Tensor, *, replicated: bool = False) -> Tensor:
+    def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.
 
         Args:
@@ -120,7 +121,8 @@ class DeepEnsemble(nn.Module):
         Raises:
             ValueError: If the shapes do not agree.
         """
-        if not self.stacked.check_inputs(x) or len(x) != self.size:
+        x, y = self.stacked.inputs(x), as_tensor(y, "y", self.stacked.x_shift.device)
+        if x.ndim == len(self.stacked.input_shape) or len(x) != self.size:
             raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
         if not self.stacked.is_described_by_raw:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.special import ndtri
 
-from pyro_mdn.labels import Array, as_array, to_numpy
+from pyro_mdn.arrays import Array, as_array, to_numpy
 from pyro_mdn.mixture import GaussianMixture
 
 __all__ = [

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_mdn.arrays import Array, as_array, to_numpy
 from pyro_mdn.checks import require_counts
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.isolation import seeded
-from pyro_mdn.labels import JOINT, Array, Labels, as_array, by_chain, to_numpy
+from pyro_mdn.labels import JOINT, Labels, by_chain
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.source import ENSEMBLE, POINT, Source, predict

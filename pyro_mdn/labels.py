@@ -3,21 +3,16 @@ r"""Labels: arrays of predictions as ``xarray`` data sets, with names of rows, i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from pyro_mdn.checks import unmasked
+from pyro_mdn.arrays import Array
 
 if TYPE_CHECKING:
     from xarray import Dataset
 
-__all__ = ["JOINT", "Array", "Labels", "as_array", "by_chain", "names_of", "to_numpy"]
-
-Array = NDArray[Any]
+__all__ = ["JOINT", "Labels", "by_chain", "names_of"]
 
 JOINT = "joint"
 """Name of the log-likelihood of all outputs together, where there are several."""
@@ -93,22 +88,6 @@ class Labels(NamedTuple):
     def _check(self, dim: str, size: int) -> None:
         if len(labels := self.coords.get(dim, range(size))) != size:
             raise ValueError(f"coords: expected {size} labels of {dim!r}, got {len(labels)}")
-
-
-def as_array(values: Any, name: str) -> Array:
-    """Numbers with a row for each observation, of any kind, as an array."""
-    array = to_numpy(values)
-    if array.dtype == object and hasattr(values, "to_numpy"):  # of pandas, with entries that are missing
-        with suppress(TypeError, ValueError):
-            array = values.to_numpy(dtype=float, na_value=np.nan)
-    if array.ndim == 0 or array.dtype.kind not in "fiub":
-        raise ValueError(f"{name}: expected numbers, a row for each observation, got {array.dtype} {array.shape}")
-    return array
-
-
-def to_numpy(values: Any) -> Array:
-    """Array of a tensor on any device, with or without gradients, or of what NumPy takes; NaN where it is masked."""
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(unmasked(values))
 
 
 def by_chain(values: Array, chains: int) -> Array:

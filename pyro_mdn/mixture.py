@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_mdn import kernels, reduction, univariate
 from pyro_mdn.algebra import MixtureAlgebra
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_differentiated
 from pyro_mdn.correlated import plus
 from pyro_mdn.shortest import shortest_tails
@@ -50,15 +51,15 @@ class GaussianMixture(MixtureAlgebra):
 
     # Quantiles, one output at a time
 
-    def cdf(self, value: Tensor) -> Tensor:
+    def cdf(self, value: Any) -> Tensor:
         r"""Marginal cumulative distribution of each output, shape ``(*sample, *batch, D)``.
 
         .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
         """
-        self._check_value(value)
+        value = self.as_points(value)
         return univariate.mixture_cdf(value, *self._univariate())
 
-    def icdf(self, value: Tensor | float) -> Tensor:
+    def icdf(self, value: Any) -> Tensor:
         """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
 
         Gradients are those of the implicit function, also with respect to ``value``.
@@ -69,7 +70,7 @@ class GaussianMixture(MixtureAlgebra):
         Raises:
             ValueError: If a probability is outside [0, 1] or the shape does not fit.
         """
-        q = torch.as_tensor(value, dtype=self.locs.dtype, device=self.locs.device)
+        q = as_tensor(value, "value", self.locs.device).to(self.locs)
         if not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         q = q.expand(torch.broadcast_shapes(q.shape, (*self.batch_shape, self.dim)))
@@ -138,13 +139,13 @@ class GaussianMixture(MixtureAlgebra):
         densities = self.log_prob(self.sample((num_samples,)))
         return densities.quantile(1 - mass, 0) if densities.numel() else densities[0]
 
-    def in_highest_density_region(self, value: Tensor, mass: float, *, num_samples: int = 10_000) -> Tensor:
+    def in_highest_density_region(self, value: Any, mass: float, *, num_samples: int = 10_000) -> Tensor:
         """Whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
         return self.log_prob(value) >= self.highest_density_threshold(mass, num_samples=num_samples)
 
     # Transport to and from independent uniforms
 
-    def rosenblatt(self, value: Tensor) -> Tensor:
+    def rosenblatt(self, value: Any) -> Tensor:
         r"""Conditional probability integral transforms, shape ``(*sample, *batch, D)``.
 
         .. math:: u_d = F(y_d \mid y_1, \dots, y_{d-1})
@@ -154,7 +155,7 @@ class GaussianMixture(MixtureAlgebra):
         References:
             Rosenblatt (1952), Remarks on a multivariate transformation.
         """
-        self._check_value(value)
+        value = self.as_points(value)
 
         def walk(d: int, *conditional: Tensor) -> Tensor:
             levels.append(univariate.mixture_cdf(value[..., d], *conditional))
@@ -164,12 +165,12 @@ class GaussianMixture(MixtureAlgebra):
         self._walk(walk)
         return torch.stack(levels, -1)
 
-    def inverse_rosenblatt(self, value: Tensor) -> Tensor:
+    def inverse_rosenblatt(self, value: Any) -> Tensor:
         """Points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``.
 
         Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
         """
-        self._check_value(value)
+        value = self.as_points(value)
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         value = value.expand(torch.broadcast_shapes(value.shape, (*self.batch_shape, self.dim)))

@@ -19,7 +19,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
-from pyro_mdn.checks import all_finite, is_count, is_hooked, is_inherited, require_range
+from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.checks import is_count, is_hooked, is_inherited, require_range
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
@@ -116,7 +117,7 @@ class MixtureDensityNetwork(PyroModule):
     # Outside Pyro's handlers a call is plain PyTorch: it does not touch the global parameter store, where another
     # network's weights may stand under the same names.
 
-    def __call__(self, x: Tensor) -> GaussianMixture:
+    def __call__(self, x: Any) -> GaussianMixture:
         """Mixture over y for inputs x, in the units of y; see :meth:`forward`."""
         with self._context():
             return nn.Module.__call__(self, x)
@@ -136,7 +137,7 @@ class MixtureDensityNetwork(PyroModule):
         with own_store(), self._making_statements():
             yield
 
-    def raw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def raw(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits, locations and noise for inputs x: what ``head.mixture`` makes a mixture of."""
         with self._context():
             return self.head.raw(self.features(x))
@@ -153,8 +154,13 @@ class MixtureDensityNetwork(PyroModule):
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
         return _is_latent(self)
 
-    def forward(self, x: Tensor) -> GaussianMixture:
+    def forward(self, x: Any) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
+
+        Its numbers are tensors with a graph, so that gradients can flow to the weights; :meth:`predict` gives arrays.
+
+        Args:
+            x: Inputs ``(*batch, dim_in)``: a tensor, array, data frame or nested lists of numbers.
 
         Raises:
             ValueError: If the shape, dtype or device of x does not fit or, when Pyro validates, if x is not finite.
@@ -165,7 +171,7 @@ class MixtureDensityNetwork(PyroModule):
             _require_single_weights(self, error)
             raise
 
-    def loss(self, x: Tensor, y: Tensor, *, replicated: bool = False) -> Tensor:
+    def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
 
         That of the mixture that a call gives, which is not built unless a hook or a ``forward`` of your own may
@@ -191,7 +197,7 @@ class MixtureDensityNetwork(PyroModule):
             return -self.head.log_prob(features, complete_when_run(y))
 
     @torch.no_grad()
-    def sample(self, x: Tensor, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
+    def sample(self, x: Any, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         r"""Draws of y given x, shape ``(*sample_shape, *batch, D)``.
 
         Args:
@@ -202,7 +208,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         return self(x).temper(temperature).sample(sample_shape)
 
-    def model(self, x: Tensor, y: Tensor | None = None, *, num_data: int | None = None) -> Tensor:
+    def model(self, x: Any, y: Any = None, *, num_data: int | None = None) -> Tensor:
         """Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
 
         Args:
@@ -213,6 +219,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         with self._context():
             # Weights are global, so the network is evaluated outside the plate.
+            x = self.inputs(x)
             mixture = nn.Module.__call__(self, x)  # a call, but for the context, which there is
             self._check_batch(x)
             size = len(x) if num_data is None else num_data
@@ -224,7 +231,7 @@ class MixtureDensityNetwork(PyroModule):
                 return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
 
     @torch.no_grad()
-    def initialize_(self, x: Tensor, y: Tensor) -> None:
+    def initialize_(self, x: Any, y: Any) -> None:
         """Set the scalers from data, and spread the components over the targets.
 
         Where nothing was observed, as at the padding of sequences, inputs do not count either.
@@ -236,7 +243,7 @@ class MixtureDensityNetwork(PyroModule):
         Raises:
             ValueError: If :meth:`check` does; nothing is changed then.
         """
-        y = self.check(x, y)
+        x, y = self.check(x, y)
         observed = ~y.isnan().all(-1)
         if not bool(observed.all()):
             x, y = x[observed], y[observed]
@@ -254,23 +261,29 @@ class MixtureDensityNetwork(PyroModule):
     # Checks
 
     @torch.no_grad()
-    def check(self, x: Tensor, y: Tensor) -> Tensor:
-        """Check data as a whole, running the network on one row, and return the targets as vectors ``(*batch, D)``.
+    def check(self, x: Any, y: Any, *, given: tuple[Any, Any] | None = None) -> tuple[Tensor, Tensor]:
+        """Check data as a whole, running the network on one row, and return them as tensors, y ``(*batch, D)``.
+
+        Args:
+            x: Inputs ``(*batch, dim_in)``.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
+            given: What x and y were converted from, whose names of rows and columns errors have.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not agree, if there are no data, if some are not finite, or if
                 the range of a column is beyond that of the network's precision; a target may be NaN where it was not
                 observed, but not a whole column.
         """
-        batch_shape = self.check_inputs(x)
+        given_x, given_y = given or (x, y)
+        x = self.inputs(x)
         self._check_batch(x)
         if x.numel() == 0:
             raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
         with self._context(), evaluating(self):
             features = self.features(x[:1])
-        y = self.targets(y, batch_shape[: features.ndim - 1])
-        _require_finite(x, "x", self.x_shift.dtype)
-        _require_no_infinity(y, self.x_shift.dtype)
+        y = self.targets(y, self._batch_shape(x)[: features.ndim - 1])
+        require_finite(x, "x", given_x, self.x_shift.dtype)
+        require_no_infinity(y, "y", given_y, self.x_shift.dtype)
         unobserved = y.isnan().reshape(-1, self.dim_out).all(0)
         if bool(unobserved.any()):
             raise ValueError(
@@ -278,11 +291,12 @@ class MixtureDensityNetwork(PyroModule):
             )
         require_range(x.reshape(-1, *self.input_shape), "x", self.x_shift.dtype)
         require_range(y.reshape(-1, self.dim_out), "y", self.x_shift.dtype)
-        return y
+        return x, y
 
-    def features(self, x: Tensor) -> Tensor:
+    def features(self, x: Any) -> Tensor:
         """What the backbone makes of inputs x, ``(*batch, hidden_dim)``."""
-        batch_shape = self.check_inputs(x)
+        x = self.inputs(x)
+        batch_shape = self._batch_shape(x)
         shift, scale = self._units()
         features = self.backbone(((x - shift) / scale).to(self.weight_dtype))
         n = features.ndim - 1 if isinstance(features, Tensor) else -1
@@ -310,30 +324,40 @@ class MixtureDensityNetwork(PyroModule):
         if x.ndim == len(self.input_shape):
             raise ValueError(f"x: expected a batch of inputs, got one of shape {tuple(x.shape)}")
 
-    def check_inputs(self, x: Tensor) -> torch.Size:
-        """Batch shape of the inputs."""
-        n = len(self.input_shape)
-        _require_float(x, "x", self._units()[0].device)
+    def _batch_shape(self, x: Tensor) -> torch.Size:
+        return x.shape[: x.ndim - len(self.input_shape)]
+
+    def inputs(self, x: Any) -> Tensor:
+        """Convert inputs of any container to a tensor ``(*batch, dim_in)`` on the device of the network.
+
+        Raises:
+            ValueError: If there is something else than numbers, if a tensor is on another device, if the shape does
+                not fit or, when Pyro validates, if a number is not finite.
+        """
+        n, given, x = len(self.input_shape), x, as_tensor(x, "x", device := self._units()[0].device)
+        _require_device(x, "x", device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(f"x: expected shape (*batch, {expected}), got {tuple(x.shape)}")
         if is_validation_enabled():
-            _require_finite(x, "x")
-        return x.shape[: x.ndim - n]
+            require_finite(x, "x", given)
+        return x
 
-    def targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
-        """Targets as vectors ``(*batch, D)``; if ``replicated``, perhaps with further dimensions to the left.
+    def targets(self, y: Any, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
+        """Convert targets of any container to ``(*batch, D)``; if ``replicated``, perhaps with further dimensions left.
 
         Raises:
-            ValueError: If shape, dtype or device does not fit or, when Pyro validates, if a value is infinite.
+            ValueError: If there is something else than numbers, if the shape or the device of a tensor does not fit
+                or, when Pyro validates, if a value is infinite.
         """
-        _require_float(y, "y", self._units()[0].device)
+        given, y = y, as_tensor(y, "y", device := self._units()[0].device)
+        _require_device(y, "y", device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         if is_validation_enabled():
-            _require_no_infinity(y)
+            require_no_infinity(y, "y", given)
         return y
 
     # Files
@@ -505,25 +529,6 @@ def _sizes(value: Any, name: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _require_float(value: Tensor, name: str, device: torch.device) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if not value.is_floating_point():
-        raise ValueError(f"{name}: expected floating point, got {value.dtype}")
+def _require_device(value: Tensor, name: str, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-
-
-def _require_finite(value: Tensor, name: str, dtype: torch.dtype | None = None) -> None:
-    if not all_finite(value if dtype is None else value.to(dtype)):
-        raise ValueError(f"{name}: expected finite numbers, got NaN or Inf{_within(dtype)}")
-
-
-def _require_no_infinity(y: Tensor, dtype: torch.dtype | None = None) -> None:
-    y = y if dtype is None else y.to(dtype)
-    if not all_finite(y) and bool(y.isinf().any()):
-        raise ValueError(f"y: expected finite numbers, or NaN for missing ones, got Inf{_within(dtype)}")
-
-
-def _within(dtype: torch.dtype | None) -> str:
-    return "" if dtype is None else f" in {dtype}"

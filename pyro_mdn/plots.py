@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from pyro_mdn import uncertainty
+from pyro_mdn.arrays import Array, as_array, to_numpy
 from pyro_mdn.density import check_dims
 from pyro_mdn.grids import PIXELS, along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
 from pyro_mdn.isolation import seeded
-from pyro_mdn.labels import Array, as_array, names_of, to_numpy
+from pyro_mdn.labels import names_of
 from pyro_mdn.mixture import GaussianMixture
 
 if TYPE_CHECKING:

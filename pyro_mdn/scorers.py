@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import scores
+from pyro_mdn.arrays import as_array, as_tensor, is_frame
 from pyro_mdn.checks import unmasked
 from pyro_mdn.mixture import GaussianMixture
 
@@ -32,6 +33,7 @@ __all__ = [
     "neg_crps",
     "neg_interval_score",
     "neg_log_score",
+    "plain",
     "predictive_distribution",
 ]
 
@@ -138,14 +140,26 @@ class Scorer(BaseEstimator):
     __call__ = score
 
 
+def plain(values: Any, name: str) -> Any:
+    """Give back values, without their mask, for the checks of scikit-learn.
+
+    Raises:
+        ValueError: If there are dates, which scikit-learn takes for numbers of nanoseconds, or if a column of a data
+            frame is no numbers: it is named.
+    """
+    if is_frame(values) or getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
+        as_array(values, name)
+    return unmasked(values)
+
+
 def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tensor:
     """Targets as a tensor ``(N, D)`` in float64; NaN for missing ones.
 
     Raises:
         ValueError: If they are not numbers, infinite, or of another shape than ``(size, dim)``.
     """
-    array = check_array(unmasked(y), input_name="y", **TARGETS)
-    columns = torch.tensor(array, device="cpu").reshape(len(array), -1)
+    array = check_array(plain(y, "y"), input_name="y", **TARGETS)
+    columns = as_tensor(array, "y").reshape(len(array), -1)
     if size is not None and columns.shape != (size, dim):
         raise ValueError(f"y: expected shape {(size, dim)} as the prediction has it, got {array.shape}")
     return columns
@@ -159,13 +173,15 @@ def as_weight(sample_weight: Any, size: int) -> Tensor:
     """
     if sample_weight is None:
         return torch.ones(size, dtype=torch.float64, device="cpu")
-    array = check_array(unmasked(sample_weight), input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True})
+    array = check_array(
+        plain(sample_weight, "sample_weight"), input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True}
+    )
     if array.shape != (size,):
         raise ValueError(f"sample_weight: expected shape ({size},), got {array.shape}")
     if array.min() < 0 or array.max() <= 0:
         got = "zero for all rows" if array.max() == 0 else f"{array.min()}"
         raise ValueError(f"sample_weight: expected numbers that are not negative, one positive at least, got {got}")
-    return torch.tensor(array, device="cpu")
+    return as_tensor(array, "sample_weight")
 
 
 def _observed(estimator: Any, X: Any, y: Any) -> tuple[GaussianMixture, Tensor]:

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.special import erf, erfcx, log_ndtr
 
 from pyro_mdn import kernels
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_subclassed
 from pyro_mdn.mixture import GaussianMixture
 
@@ -62,11 +63,12 @@ def observed_mean(values: Tensor) -> Estimate:
     return Estimate(mean, kernels.norm(deviation.movedim(0, -1)) / ((count - 1) * count).to(values.dtype).sqrt())
 
 
-def log_score(mixture: GaussianMixture, y: Tensor) -> Tensor:
+def log_score(mixture: GaussianMixture, y: Any) -> Tensor:
     r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952).
 
     Entries of y that are NaN were not observed: the density is that of the others, and the score NaN if there are none.
     """
+    y = mixture.as_points(y, "y")
     return -mixture.log_prob(y).masked_fill(y.isnan().all(-1), torch.nan)
 
 
@@ -80,7 +82,7 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare(predictions: Mapping[str, GaussianMixture], y: Tensor) -> dict[str, Comparison]:
+def compare(predictions: Mapping[str, GaussianMixture], y: Any) -> dict[str, Comparison]:
     """Compare predictions of held-out targets by their log scores, row by row; the best comes first.
 
     For single networks and small ensembles, where leave-one-out cross-validation by importance sampling has no
@@ -106,7 +108,7 @@ def compare(predictions: Mapping[str, GaussianMixture], y: Tensor) -> dict[str, 
     """
     if not predictions:
         raise ValueError("predictions: expected one at least, got none")
-    losses = {}
+    losses, y = {}, as_tensor(y, "y")
     for name, mixture in predictions.items():
         pooled = mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
         if y.ndim != 2 or pooled.batch_shape != y.shape[:1] or pooled.dim != y.shape[1]:
@@ -119,7 +121,7 @@ def compare(predictions: Mapping[str, GaussianMixture], y: Tensor) -> dict[str, 
     return {name: Comparison(*(number.item() for number in row)) for name, row in numbers.items()}
 
 
-def crps(mixture: GaussianMixture, y: Tensor) -> Tensor:
+def crps(mixture: GaussianMixture, y: Any) -> Tensor:
     r"""Continuous ranked probability score of each output, in its units, in closed form.
 
     .. math:: \mathrm{CRPS}(F, y) = E|Y - y| - \tfrac12 E|Y - Y'|
@@ -136,7 +138,7 @@ def crps(mixture: GaussianMixture, y: Tensor) -> Tensor:
     >>> crps(normal, torch.zeros(1))
     tensor([0.2337])
     """
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     locs = mixture.locs
     weights = mixture.logits.exp().unsqueeze(-1).expand(locs.shape)
     scale = mixture.covariance.stddev().expand(locs.shape)
@@ -199,7 +201,7 @@ def _mean_absolute(shift: Tensor, scale: Tensor) -> Tensor:
     return 2 * scale * density + shift * erf(math.sqrt(0.5) * ratio)
 
 
-def energy_score(mixture: GaussianMixture, y: Tensor, *, num_samples: int = 1000) -> Estimate:
+def energy_score(mixture: GaussianMixture, y: Any, *, num_samples: int = 1000) -> Estimate:
     r"""Energy score of all outputs jointly, in their units: the multivariate CRPS.
 
     .. math:: \mathrm{ES}(F, y) = E\lVert Y - y \rVert - \tfrac12 E\lVert Y - Y' \rVert
@@ -213,7 +215,7 @@ def energy_score(mixture: GaussianMixture, y: Tensor, *, num_samples: int = 1000
     if mixture.dim == 1:
         value = crps(mixture, y).squeeze(-1)
         return Estimate(value, torch.zeros_like(value))
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     if num_samples < 2:
         raise ValueError(f"num_samples: expected 2 at least, got {num_samples}")
     sample_shape = (num_samples, *(1,) * max(0, y.ndim - 1 - len(mixture.batch_shape)))
@@ -224,46 +226,46 @@ def energy_score(mixture: GaussianMixture, y: Tensor, *, num_samples: int = 1000
     return Estimate(scores.mean(0), kernels.norm(deviation) / math.sqrt(num_samples * (num_samples - 1)))
 
 
-def pinball(mixture: GaussianMixture, y: Tensor, q: float) -> Tensor:
+def pinball(mixture: GaussianMixture, y: Any, q: float) -> Tensor:
     r"""Quantile loss of each output at probability ``q``; Koenker & Bassett (1978).
 
     .. math:: (y - F^{-1}(q)) \, (q - 1\{y < F^{-1}(q)\})
     """
     if not 0 < q < 1:
         raise ValueError(f"q: expected a probability in (0, 1), got {q}")
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     error = y - mixture.icdf(q)
     return torch.maximum(q * error, (q - 1) * error)
 
 
 def interval_score(
-    mixture: GaussianMixture, y: Tensor, mass: float, *, kind: Literal["central", "shortest"] = "central"
+    mixture: GaussianMixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> Tensor:
     r"""Width of each output's interval, plus a penalty for missing it; Winkler (1972).
 
     .. math:: (u - l) + \tfrac{2}{\alpha} (l - y)_+ + \tfrac{2}{\alpha} (y - u)_+, \qquad \alpha = 1 - \text{mass}
     """
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     lower, upper = mixture.interval(mass, kind=kind)
     missed = (lower - y).clamp(min=0) + (y - upper).clamp(min=0)
     return upper - lower + 2 / (1 - mass) * missed
 
 
 def coverage(
-    mixture: GaussianMixture, y: Tensor, mass: float, *, kind: Literal["central", "shortest"] = "central"
+    mixture: GaussianMixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> Tensor:
     """Whether each output lies in its interval of probability ``mass``: 1 or 0, to be averaged; NaN if missing."""
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     lower, upper = mixture.interval(mass, kind=kind)
     return ((lower <= y) & (y <= upper)).to(mixture.locs.dtype).masked_fill(y.isnan(), torch.nan)
 
 
-def pit(mixture: GaussianMixture, y: Tensor) -> Tensor:
+def pit(mixture: GaussianMixture, y: Any) -> Tensor:
     """Probability integral transform of each output, exact: uniform if the mixture is right; Dawid (1984)."""
-    return mixture.cdf(y)
+    return mixture.cdf(mixture.as_points(y, "y"))
 
 
-def interval_log_score(mixture: GaussianMixture, y: Tensor, width: float) -> Tensor:
+def interval_log_score(mixture: GaussianMixture, y: Any, width: float) -> Tensor:
     r"""Negative log-probability, in nats, of the interval of that ``width`` around each output; never negative.
 
     .. math:: -\log\left( F(y + h/2) - F(y - h/2) \right)
@@ -275,7 +277,7 @@ def interval_log_score(mixture: GaussianMixture, y: Tensor, width: float) -> Ten
     """
     if not width > 0:
         raise ValueError(f"width: expected a positive number, got {width}")
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     scale = mixture.covariance.stddev()
     centre, half = (y.unsqueeze(-2) - mixture.locs) / scale, 0.5 * width / scale
     return -(mixture.logits.unsqueeze(-1) + _log_mass(centre, half.expand(centre.shape))).logsumexp(-2)
@@ -301,12 +303,12 @@ def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
     return torch.where(narrow, series, torch.where(aside, tail, difference))
 
 
-def dawid_sebastiani(mixture: GaussianMixture, y: Tensor) -> Tensor:
+def dawid_sebastiani(mixture: GaussianMixture, y: Any) -> Tensor:
     r"""Score of mean and covariance alone, shape ``(*sample, *batch)``; Dawid & Sebastiani (1999).
 
     .. math:: \log\det\Sigma + (y - \mu)^\top \Sigma^{-1} (y - \mu)
     """
-    mixture._check_value(y)
+    y = mixture.as_points(y, "y")
     gaussian = mixture.as_gaussian()
     whitened = gaussian.whiten((y - mixture.mean).unsqueeze(-2))
     return (2 * gaussian.half_log_det() + whitened.square().sum(-1)).squeeze(-1)

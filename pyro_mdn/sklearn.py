@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_count, require_counts, require_range, unmasked
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.isolation import seeded
@@ -26,6 +27,7 @@ from pyro_mdn.scorers import (
     neg_crps,
     neg_interval_score,
     neg_log_score,
+    plain,
     predictive_distribution,
 )
 from pyro_mdn.training import fit
@@ -153,9 +155,9 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
         masked = unmasked(y) is not y
-        X, y = validate_data(self, unmasked(X), unmasked(y), **checks)
+        X, y = validate_data(self, plain(X, "X"), plain(y, "y"), **checks)
         check_consistent_length(X, y)
-        rows, targets = torch.tensor(X, device="cpu"), as_targets(y)
+        rows, targets = as_tensor(X, "X"), as_targets(y)
         weight = None if sample_weight is None else as_weight(sample_weight, len(rows))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with seeded(seed):
@@ -194,9 +196,9 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             ValueError: If X is not usable. (NotFittedError, also a ValueError: if there was no ``fit``.)
         """
         check_is_fitted(self)
-        X = validate_data(self, unmasked(X), reset=False, dtype=np.float64)
+        X = validate_data(self, plain(X, "X"), reset=False, dtype=np.float64)
         with torch.no_grad():
-            return self.network_(torch.tensor(X, device="cpu"))
+            return self.network_(as_tensor(X, "X"))
 
     def predict(self, X: Any, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Mean of each output, ``(N, D)``; with ``return_std`` also its standard deviation."""

@@ -12,10 +12,10 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from pyro_mdn.arrays import Array, as_tensor, to_numpy
 from pyro_mdn.bayesian import draw_weights, posterior_predictive, warn_if_nonlinear
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide
-from pyro_mdn.labels import Array, as_array, to_numpy
 from pyro_mdn.mcmc import PosteriorSamples
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -82,7 +82,7 @@ def _inputs(network: Any, x: Any) -> Tensor:
         raise ValueError(f"predictive: expected {expected}, got {type(network).__name__}")
     if x is None:
         raise ValueError("x: expected the inputs that the network predicts from, got none")
-    return torch.tensor(as_array(x, "x"), device="cpu").to(next(network.buffers()))
+    return as_tensor(x, "x", next(network.buffers()).device)
 
 
 def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any:

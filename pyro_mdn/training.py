@@ -91,12 +91,12 @@ def fit(
         network: The network. Or a :class:`DeepEnsemble`: its members are trained in one vectorised pass, each with
             its own split, order, noise, early stopping and best epoch, on the default loss or one that the objective
             says for each member; without ``guide`` and ``refit``. ``FitResult.members`` has the result of each.
-        x: Inputs ``(N, ..., dim_in)``: a tensor, NumPy array or pandas frame of floating-point numbers. Or a
+        x: Inputs ``(N, ..., dim_in)``: numbers in a tensor, NumPy array, data frame or nested lists. Or a
             ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``; scalers,
             start and mean weight are those of its first 10 000 rows.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             or masked was not observed: its row counts with the density of its other entries. (Neither x nor weights
-            may be masked. Integers are refused, masked or not.)
+            may be masked.)
         objective: Module called as ``objective(x, y)`` that gives one loss per row, of which the network is a part;
             by default :class:`NegativeLogLikelihood`, over cells where targets are on a grid. Losses may also be of
             steps or outputs, in the shape of the targets ``(N, ..., D)`` up to some dimension: those count that have

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pyro_mdn"
 ORDER = [
     "checks",
+    "arrays",
     "isolation",
     "fingerprint",
     "triangles",

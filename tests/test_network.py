@@ -795,15 +795,14 @@ BAD_DATA = [
     (GOOD_X, torch.zeros(5), r"y: expected shape \(5, 2\) as x has it, got \(5,\)"),
     (GOOD_X, torch.zeros(1, 2), r"y: expected shape \(5, 2\)"),
     (torch.zeros(3), torch.zeros(4, 2), r"x: expected a batch of inputs|y: expected shape \(2,\)"),
-    (GOOD_X.long(), GOOD_Y, "x: expected floating point, got torch.int64"),
-    (GOOD_X, GOOD_Y.long(), "y: expected floating point, got torch.int64"),
-    (GOOD_X, GOOD_Y.to(torch.complex64), "y: expected floating point, got torch.complex64"),
-    (torch.full((5, 3), torch.nan), GOOD_Y, "x: expected finite numbers"),
-    (torch.full((5, 3), torch.inf), GOOD_Y, "x: expected finite numbers"),
-    (GOOD_X, torch.full((5, 2), -torch.inf), "y: expected finite numbers"),
+    (GOOD_X, GOOD_Y.to(torch.complex64), "y: expected numbers, got complex numbers"),
+    (torch.full((5, 3), torch.nan), GOOD_Y, "x: expected finite numbers, got nan in row 0, column 0, and 14 more"),
+    (torch.full((5, 3), torch.inf), GOOD_Y, "x: expected finite numbers, got inf in row 0"),
+    (GOOD_X, torch.full((5, 2), -torch.inf), "y: expected finite numbers, or NaN for missing ones, got -inf in row 0"),
     (GOOD_X.to("meta"), GOOD_Y, "x: expected device cpu, got meta"),
     (GOOD_X, GOOD_Y.to("meta"), "y: expected device cpu, got meta"),
-    ([[0.0] * 3] * 5, GOOD_Y, "x: expected a tensor, got list"),
+    ([["a"] * 3] * 5, GOOD_Y, "x: expected numbers, got text"),
+    (GOOD_X, None, "y: expected numbers, got NoneType"),
 ]
 
 

@@ -338,5 +338,5 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="num_samples: expected 2 at least"):
         energy_score(mixture, y, num_samples=1)
     for score in (crps, log_score, pit, dawid_sebastiani, energy_score):
-        with pytest.raises(ValueError, match=r"value: expected shape"):
+        with pytest.raises(ValueError, match=r"y: expected shape"):
             score(mixture, torch.zeros(5, 3))

@@ -276,7 +276,7 @@ def test_a_validation_loss_that_is_not_finite_is_named():
         (torch.zeros(5, 1), torch.zeros(5, 2), {}, "y: expected shape"),
         (np.zeros((5, 1), dtype=int), torch.zeros(5, 1), {}, "x: expected floating-point numbers, got dtype int"),
         (torch.zeros(5, 1), pd.Series(list("abcde")), {}, "y: expected floating-point numbers"),
-        (torch.zeros(5, 1, dtype=torch.long), torch.zeros(5, 1), {}, "x: expected floating point, got torch.int64"),
+        (torch.zeros(5, 1, dtype=torch.complex64), torch.zeros(5, 1), {}, "x: expected numbers, got complex numbers"),
         (torch.full((5, 1), math.nan), torch.zeros(5, 1), {}, "x: expected finite numbers"),
         (torch.zeros(5, 1), torch.full((5, 1), math.inf), {}, "y: expected finite numbers"),
         (

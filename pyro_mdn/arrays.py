@@ -1,0 +1,252 @@
+r"""Convert what users have, such as NumPy arrays, data frames, lists and tensors, to arrays and tensors of numbers.
+
+All entry points share this conversion, so that what :func:`pyro_mdn.fit` takes is taken everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pyro_mdn.checks import all_finite, unmasked
+
+__all__ = [
+    "Array",
+    "as_array",
+    "as_tensor",
+    "columns_of",
+    "describe",
+    "is_frame",
+    "require_finite",
+    "require_no_infinity",
+    "to_numpy",
+]
+
+Array = NDArray[Any]
+
+_INSTEAD = {
+    "M": "dates: give them as numbers, such as days since a date",
+    "m": "time spans: give them as numbers, such as seconds",
+    "U": "text: encode it as numbers, such as one column for each category",
+    "S": "bytes: encode them as numbers",
+    "c": "complex numbers: give their real and imaginary parts as two columns",
+}
+
+
+def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Convert numbers of any container to a floating-point tensor.
+
+    A tensor of floating point comes back as it is, on its own device and with its graph. Everything else is copied:
+    floating point keeps its precision (extended precision becomes float64); booleans and integers of up to 16 bits
+    become float32, wider ones float64, so that none below :math:`2^{53}` is rounded. What a mask hides, ``None`` and
+    ``pandas.NA`` become NaN.
+
+    Args:
+        values: A tensor, NumPy array, data frame or series (pandas or polars), or nested lists.
+        name: What to call it in errors.
+        device: Where to put what is no tensor; by default on the CPU.
+
+    Raises:
+        ValueError: If there is something else than numbers; a data frame's column is named.
+
+    >>> as_tensor([[1, 2], [3, None]], "x")
+    tensor([[1., 2.],
+            [3., nan]], dtype=torch.float64)
+    >>> as_tensor(["a"], "y")
+    Traceback (most recent call last):
+    ValueError: y: expected numbers, got text: encode it as numbers, such as one column for each category
+    """
+    if isinstance(values, Tensor):
+        return _floating(unmasked(values), name)
+    if isinstance(values, float | int):  # which compilers know how to trace
+        return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
+    array = _any_array(values, name)
+    dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else _float_for(array.dtype.kind, array.itemsize)
+    dtype = np.dtype(np.float64) if dtype.itemsize > 8 else dtype
+    on_cpu = torch.tensor(np.ascontiguousarray(array, dtype).reshape(array.shape), device="cpu")
+    return _moved(on_cpu, device)
+
+
+def _floating(values: Tensor, name: str) -> Tensor:
+    if values.is_floating_point():
+        return values
+    if values.is_complex():
+        raise ValueError(f"{name}: expected numbers, got {_INSTEAD['c']}")
+    wide = values.dtype.itemsize > 2 and values.device.type != "mps"  # which has no float64
+    return values.to(torch.float64 if wide else torch.float32)
+
+
+def _float_for(kind: str, itemsize: int) -> np.dtype[Any]:
+    return np.dtype(np.float32 if kind == "b" or itemsize <= 2 else np.float64)
+
+
+def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or device.type == "cpu":
+        return tensor
+    return tensor.to(device, torch.float32 if device.type == "mps" and tensor.dtype == torch.float64 else None)
+
+
+def as_array(values: Any, name: str) -> Array:
+    """Convert numbers of any container, with a row for each observation, to a NumPy array; missing ones are NaN.
+
+    Floating point, integers and booleans stay what they are.
+
+    Raises:
+        ValueError: If there is something else than numbers, of which a data frame's column is named, or a single one.
+
+    >>> as_array(np.ma.masked_equal([1, -999], -999), "x")
+    array([ 1., nan])
+    """
+    array = _any_array(values, name)
+    if array.ndim == 0:
+        raise ValueError(f"{name}: expected a row for each observation, got a single number")
+    return array
+
+
+def _any_array(values: Any, name: str) -> Array:
+    if is_frame(values):
+        return _of_frame(values, name)
+    if not isinstance(values, Tensor) and hasattr(values, "to_numpy"):
+        return _of_column(values, name)
+    try:
+        array = to_numpy(values)
+    except (ValueError, TypeError) as error:  # of rows of unequal length, for one
+        raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
+    return _numbers(array, values, name)
+
+
+def to_numpy(values: Any) -> Array:
+    """Array of a tensor on any device, with or without gradients, or of what NumPy takes; NaN where it is masked."""
+    if isinstance(values, Tensor):
+        values = unmasked(values).detach().resolve_conj().resolve_neg().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # which NumPy does not have
+    if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
+        values = [to_numpy(row) for row in values]
+    return np.asarray(unmasked(values))
+
+
+def is_frame(values: Any) -> bool:
+    """Whether this is a data frame, of pandas or polars, which may have columns of several types."""
+    return hasattr(values, "columns") and hasattr(values, "dtypes") and hasattr(values, "to_numpy")
+
+
+def columns_of(values: Any) -> list[Any] | None:
+    """Names of the columns of a data frame; None of anything else."""
+    return list(values.columns) if is_frame(values) else None
+
+
+def describe(values: Any) -> str:
+    """Say what a value is, by its type, dtype and shape, without printing what is in it.
+
+    >>> describe(np.zeros((3, 2))), describe("text"), describe([1, 2])
+    ('ndarray float64 (3, 2)', 'str', 'list of 2')
+    """
+    kind, shape = type(values).__name__, getattr(values, "shape", None)
+    if isinstance(shape, Sequence):
+        dtype = getattr(values, "dtype", None)
+        return " ".join([kind, *([] if dtype is None else [str(dtype)]), str(tuple(shape))])
+    return f"{kind} of {len(values)}" if isinstance(values, list | tuple | dict | set) else kind
+
+
+def _of_frame(frame: Any, name: str) -> Array:
+    """Numbers of a data frame: column by column, since each may have a type of its own."""
+    series = [frame.iloc[:, i] for i in range(frame.shape[1])] if hasattr(frame, "iloc") else frame.get_columns()
+    labels = list(frame.columns)
+    columns = [_of_column(part, f"{name}, column {label!r}") for part, label in zip(series, labels, strict=True)]
+    if not columns:
+        return np.empty((len(frame), 0))
+    return np.stack(columns, 1)
+
+
+def _of_column(column: Any, name: str) -> Array:
+    array = np.asarray(column)
+    if array.dtype.kind == "O" and str(getattr(column.dtype, "kind", "O")) in "fiub":  # of pandas, with missing ones
+        array = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    if array.dtype.kind not in "fiub" and str(column.dtype).lower().startswith(("categor", "enum")):
+        raise ValueError(f"{name}: expected numbers, got categories: encode them, by pandas.get_dummies for instance")
+    return _numbers(array, column, name)
+
+
+def _numbers(array: Array, values: Any, name: str) -> Array:
+    """Array of numbers, NaN where one is missing; a ``ValueError`` if there is something else."""
+    if array.dtype.kind in "fiub":
+        return array
+    if array.dtype.kind == "O" and array.size and (array.ndim or isinstance(values, int)):
+        return _of_objects(array, values, name)
+    raise ValueError(f"{name}: expected numbers, got {_INSTEAD.get(array.dtype.kind, describe(values))}")
+
+
+def _of_objects(array: Array, values: Any, name: str) -> Array:
+    """Numbers of objects: those that Python has, None and ``pandas.NA``."""
+    flat = [None if _is_missing(value) else value for value in array.ravel()]
+    for value in flat:
+        kind = np.asarray(value).dtype.kind  # of one object, such as a Timestamp
+        kind = "M" if hasattr(value, "isoformat") else kind
+        if kind in _INSTEAD:
+            raise ValueError(f"{name}: expected numbers, got {_INSTEAD[kind]}")
+    try:
+        return np.array([np.nan if value is None else float(value) for value in flat]).reshape(array.shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected numbers, got {describe(values)}") from error
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
+# Numbers that are not finite
+
+
+def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Raise a ``ValueError`` that says where the first number is that is NaN or infinite.
+
+    Args:
+        values: Numbers, ``(N, ...)``.
+        name: What to call them.
+        given: What they were converted from, which may have names of rows and columns.
+        dtype: Precision in which they have to be finite, if another.
+
+    >>> require_finite(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), "x")
+    Traceback (most recent call last):
+    ValueError: x: expected finite numbers, got nan in row 1, column 1
+    """
+    narrowed = values if dtype is None else values.to(dtype)
+    if not all_finite(narrowed):
+        _refuse(values, ~narrowed.isfinite(), name, "finite numbers", given, dtype)
+
+
+def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Raise a ``ValueError`` that says where the first number is that is infinite; NaN stands for missing ones.
+
+    Arguments are those of :func:`require_finite`.
+    """
+    narrowed = values if dtype is None else values.to(dtype)
+    if not all_finite(narrowed) and bool((infinite := narrowed.isinf()).any()):
+        _refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
+
+
+def _refuse(values: Tensor, bad: Tensor, name: str, expected: str, given: Any, dtype: torch.dtype | None) -> None:
+    position = bad.nonzero()[0].tolist()
+    value = values[tuple(position)].item()
+    beyond = f", beyond the range of {dtype}," if np.isfinite(value) else ""
+    others = int(bad.sum()) - 1
+    more = f", and {others} more" if others else ""
+    raise ValueError(f"{name}: expected {expected}, got {value:g}{beyond}{_place(position, given)}{more}")
+
+
+def _place(position: list[int], given: Any) -> str:
+    """Say where an entry is, by the names that the caller's rows and columns have."""
+    if not position:
+        return ""
+    if len(position) > 2:
+        return f" at position {tuple(position)}"
+    row, columns, index = position[0], columns_of(given), getattr(given, "index", None)
+    label = "" if index is None or callable(index) or index[row] == row else f" (index {index[row]!r})"
+    if len(position) == 1:
+        return f" in row {row}{label}"
+    return f" in row {row}{label}, column {position[1] if columns is None else repr(columns[position[1]])}"
