@@ -16,6 +16,7 @@ from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
+from pyro_mdn.prediction import Prediction
 from pyro_mdn.training import CollapseWarning, MissingTargetsWarning, fit
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "NoiseModel",
     "PosteriorSamples",
+    "Prediction",
     "WeightedSum",
     "bayesianize",
     "fit",

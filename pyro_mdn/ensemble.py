@@ -19,7 +19,8 @@ from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.isolation import isolated
 from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.network import MixtureDensityNetwork, warn_if_unlike
+from pyro_mdn.network import MixtureDensityNetwork, evaluating, warn_if_unlike
+from pyro_mdn.prediction import Prediction, predicted_in_parts
 from pyro_mdn.vectorized import mixtures_over_draws, over_draws
 
 __all__ = ["DeepEnsemble"]
@@ -108,6 +109,11 @@ class DeepEnsemble(nn.Module):
         raw = self._raw(x, tensors, shared=True)
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return self.stacked.head.mixture(raw, shift, scale)
+
+    def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
+        """Predict rows by the average density; see :meth:`MixtureDensityNetwork.predict`."""
+        with evaluating(self):
+            return predicted_in_parts(self, x, self.stacked, chunk_size)
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.

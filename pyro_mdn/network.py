@@ -27,6 +27,7 @@ from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
 from pyro_mdn.isolation import KeepFrozen, own_generators, own_store
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
+from pyro_mdn.prediction import Prediction, predicted_in_parts
 
 __all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating", "warn_if_unlike"]
 
@@ -208,6 +209,28 @@ class MixtureDensityNetwork(PyroModule):
         """
         return self(x).temper(temperature).sample(sample_shape)
 
+    def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
+        """Predict rows: means, quantiles, intervals and draws as NumPy arrays or a data frame, without gradients.
+
+        The network is in evaluation mode meanwhile: dropout and batch normalisation do not make predictions random.
+
+        Args:
+            x: Inputs ``(N, ..., dim_in)`` of any container and on any device.
+            chunk_size: Rows that go through the network at once, on its device.
+
+        Raises:
+            ValueError: If x is not usable, or if there are latent weights, which only a posterior has values of.
+
+        >>> network = MixtureDensityNetwork(dim_in=2, dim_out=1)
+        >>> network.predict([[0.0, 1.0], [2.0, 3.0]]).mean.shape
+        (2, 1)
+        """
+        if self.latent:
+            instead = "Prediction(posterior_predictive(network, posterior, x).pool(0), like=x)"
+            raise ValueError(f"network: expected no latent weights, got some: use {instead}")
+        with evaluating(self):
+            return predicted_in_parts(self, x, self, chunk_size)
+
     def model(self, x: Any, y: Any = None, *, num_data: int | None = None) -> Tensor:
         """Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
 
@@ -221,7 +244,7 @@ class MixtureDensityNetwork(PyroModule):
             # Weights are global, so the network is evaluated outside the plate.
             x = self.inputs(x)
             mixture = nn.Module.__call__(self, x)  # a call, but for the context, which there is
-            self._check_batch(x)
+            self.require_batch(x)
             size = len(x) if num_data is None else num_data
             if size < len(x):
                 raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
@@ -276,7 +299,7 @@ class MixtureDensityNetwork(PyroModule):
         """
         given_x, given_y = given or (x, y)
         x = self.inputs(x)
-        self._check_batch(x)
+        self.require_batch(x)
         if x.numel() == 0:
             raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
         with self._context(), evaluating(self):
@@ -320,7 +343,8 @@ class MixtureDensityNetwork(PyroModule):
         buffers: Any = self._buffers
         return buffers["x_shift"], buffers["x_scale"]
 
-    def _check_batch(self, x: Tensor) -> None:
+    def require_batch(self, x: Tensor) -> None:
+        """Raise a ``ValueError`` unless inputs have a dimension of rows."""
         if x.ndim == len(self.input_shape):
             raise ValueError(f"x: expected a batch of inputs, got one of shape {tuple(x.shape)}")
 

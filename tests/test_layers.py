@@ -27,6 +27,7 @@ ORDER = [
     "density",
     "algebra",
     "mixture",
+    "prediction",
     "divergence",
     "scores",
     "uncertainty",
