@@ -149,7 +149,7 @@ class Prediction:
         statistics = {"mean": self.mean, "std": self.std} | {f"{q:g}": points[:, i] for i, q in enumerate(quantiles)}
         columns = {(name, key): values[:, d] for d, name in enumerate(names) for key, values in statistics.items()}
         frame = pd.DataFrame(columns, index=self._index)
-        return frame if self.dim > 1 or output_names is not None else frame[names[0]]
+        return frame if self.dim > 1 or output_names is not None else frame.droplevel(0, axis=1)
 
     @torch.no_grad()
     def _joined(self, function: Callable[[GaussianMixture], Tensor], dim: int = 0) -> Array:
