@@ -95,7 +95,7 @@ class MixtureAlgebra(MixtureDensity):
         if matrix is not None:
             return self._map_linearly(shift, scale, matrix)
         shift, scale = self._as_vector(shift, "shift", self.dim), self._as_vector(scale, "scale", self.dim)
-        if self._validate_args and not bool((scale.isfinite() & (scale != 0)).all() & shift.isfinite().all()):
+        if self._validates(shift, scale) and not bool((scale.isfinite() & (scale != 0)).all() & shift.isfinite().all()):
             raise ValueError("shift, scale: expected finite numbers, and scales other than zero")
         shift, scale = shift.unsqueeze(-2), scale.unsqueeze(-2)
         return self._with(torch.addcmul(shift, scale, self.locs), self.covariance.affine(scale))
@@ -111,7 +111,7 @@ class MixtureAlgebra(MixtureDensity):
         matrix = matrix.to(self.locs).unsqueeze(-3)
         shift = self._as_vector(shift, "shift", matrix.shape[-2]).unsqueeze(-2)
         covariance = FullCovariance.from_root(matrix @ self.covariance.root())
-        if self._validate_args and not bool(covariance.diagonal.isfinite().all()):
+        if self._validates(covariance.diagonal) and not bool(covariance.diagonal.isfinite().all()):
             raise ValueError("matrix: expected finite numbers and full rank")
         return self._with(shift + (matrix @ self.locs.unsqueeze(-1)).squeeze(-1), covariance)
 

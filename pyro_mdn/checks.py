@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.masked import is_masked_tensor
 from torch.nn.modules import module as torch_module
@@ -21,6 +22,7 @@ __all__ = [
     "is_differentiated",
     "is_hooked",
     "is_inherited",
+    "is_known",
     "is_plain",
     "is_recorded",
     "is_subclassed",
@@ -160,6 +162,27 @@ def is_traced(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0  # of ``dual_level``
         or is_subclassed(*tensors)
     )
+
+
+def is_known(*tensors: Tensor) -> bool:
+    """Whether a branch may depend on these numbers: nothing records operations, and ``torch.vmap`` maps none of them.
+
+    Checks of values are left out otherwise. Transforms that only differentiate do not hide numbers.
+
+    >>> is_known(torch.ones(1)), torch.vmap(lambda row: row + is_known(row))(torch.zeros(1))
+    (True, tensor([0.]))
+    """
+    if is_recorded():
+        return False
+    return not torch._C._are_functorch_transforms_active() or not any(_is_mapped(t) for t in tensors)
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def is_subclassed(*tensors: Tensor) -> bool:

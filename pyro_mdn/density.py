@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Protocol, Self, SupportsIndex
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import all_finite, bounds, is_recorded
+from pyro_mdn.checks import all_finite, bounds, is_known, is_recorded, is_traced
 from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, take_component
@@ -70,7 +71,7 @@ class MixtureDensity(dist.MixtureSameFamily):
     ) -> None:
         covariance = _check_shapes(logits, locs, covariance)
         self._set(kernels.normalize_logits(logits), locs, covariance, validate_args)
-        if self._validate_args:
+        if self._validates(logits, locs, *covariance.tensors()):
             self._validate()
 
     def _set(self, logits: Tensor, locs: Tensor, covariance: Covariance, validate_args: bool | None) -> None:
@@ -78,17 +79,15 @@ class MixtureDensity(dist.MixtureSameFamily):
         self.logits = logits if logits.shape[:-1] == batch_shape else logits.expand(*batch_shape, -1)
         self.locs = locs if locs.shape[:-2] == batch_shape else locs.expand(*batch_shape, -1, -1)
         self.covariance = covariance
-        torch.distributions.Distribution.__init__(
-            self, torch.Size(batch_shape), torch.Size(locs.shape[-1:]), validate_args
-        )
+        _initialize(self, torch.Size(batch_shape), torch.Size(locs.shape[-1:]), validate_args)
 
     @classmethod
     def deferred(cls, origin: Origin) -> Self:
         """Mixture whose parameters are built when they are asked for; its density comes from the origin itself."""
         new = cls.__new__(cls)
         new._origin = origin
-        torch.distributions.Distribution.__init__(new, origin.batch_shape, torch.Size((origin.dim,)))
-        if new._validate_args and not origin.is_moderate():
+        _initialize(new, origin.batch_shape, torch.Size((origin.dim,)), None)
+        if new._validate_args and not is_traced() and not origin.is_moderate():
             new._validate()
         return new
 
@@ -115,6 +114,10 @@ class MixtureDensity(dist.MixtureSameFamily):
     def covariance(self) -> Covariance:
         """Component covariances; a component axis of 1 ties them."""
         return self._parameters[2]
+
+    def _validates(self, *tensors: Tensor) -> bool:
+        """Whether to look at the numbers of arguments."""
+        return bool(self._validate_args) and is_known(*tensors)
 
     def _validate(self) -> None:
         if bool(bounds(self.logits)[0].isnan()):
@@ -370,6 +373,14 @@ class MixtureDensity(dist.MixtureSameFamily):
         """
         dims = check_dims(dims, self.dim)
         return self._with(self.locs[..., dims], self.covariance.marginal(dims))
+
+
+def _initialize(
+    mixture: MixtureDensity, batch_shape: torch.Size, event_shape: torch.Size, validate_args: bool | None
+) -> None:
+    """Set shapes and validation, by default as Pyro is set: ``torch.compile`` ends that of torch, for good."""
+    validates = is_validation_enabled() if validate_args is None else validate_args
+    torch.distributions.Distribution.__init__(mixture, batch_shape, event_shape, validates)
 
 
 def log_density(

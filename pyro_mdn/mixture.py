@@ -31,7 +31,7 @@ class GaussianMixture(MixtureAlgebra):
         logits: Log-weights up to a constant, shape ``(*batch, K)``. A weight of zero is ``-inf``.
         locs: Component means, shape ``(*batch, K, D)``.
         covariance: Component covariances; a component axis of 1 ties them.
-        validate_args: Check values of parameters and arguments; by default as Pyro is set.
+        validate_args: Check values of parameters and arguments; by default as ``pyro.enable_validation`` was told.
 
     Raises:
         ValueError: If shapes or dtypes do not agree or, when validating, if a parameter is not finite or a

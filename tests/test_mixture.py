@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pyro.distributions as dist
 import pytest
@@ -447,6 +449,52 @@ def test_validation_can_be_switched_off_and_is_inherited():
     mixture = GaussianMixture(torch.zeros(2), locs, IsotropicCovariance(torch.ones(1)), validate_args=False)
     assert mixture.expand((3,))._validate_args is False
     assert two_components().marginal(0)._validate_args is True
+
+
+def test_validation_outlives_a_compilation():
+    """In a process of its own, since torch.compile ends the validation of torch's distributions for good."""
+    code = """
+import pyro, torch
+from pyro_mdn import DiagonalCovariance, GaussianMixture
+
+def density(x):
+    covariance = DiagonalCovariance(x.exp().unsqueeze(-1))
+    return GaussianMixture(x, x.unsqueeze(-1), covariance).affine(1.0, 2.0).log_prob(x[..., :1])
+
+def is_refused():
+    try:
+        mixture = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), DiagonalCovariance(-torch.ones(1, 1)))
+    except ValueError as error:
+        return True
+    return mixture._validate_args
+
+x = torch.randn(2, 3)
+compiled = torch.compile(density, backend="eager", fullgraph=True)(x)
+print(torch.allclose(compiled, density(x)), torch.distributions.Distribution._validate_args, is_refused())
+with pyro.validation_enabled(False):
+    print(is_refused())
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "True False True\nFalse\n"
+
+
+@every_noise
+def test_mixtures_are_made_and_asked_under_transforms(noise):
+    """Values cannot be looked at there, so they are not checked."""
+    mixture = make_mixture(noise, (5,))
+    covariance = mixture.covariance.expand((5, mixture.covariance.batch_shape[-1]))
+    y, parameters = torch.randn(5, DIM, dtype=torch.float64), (mixture.logits, mixture.locs, *covariance.tensors())
+
+    def density(y, logits, locs, *tensors):
+        stored = iter(tensors)
+        made = GaussianMixture(logits, locs, covariance.map(lambda t, n: next(stored)))
+        return made.affine(0.5, 2.0).log_prob(y)
+
+    expected = mixture.affine(0.5, 2.0).log_prob(y)
+    assert_close(torch.vmap(density)(y, *parameters), expected)
+    slope = torch.func.jacfwd(lambda row: mixture.expand((5,)).affine(0.5, 2.0).log_prob(row).sum())(y[0])
+    row = y[0].clone().requires_grad_()
+    assert_close(slope, *torch.autograd.grad(mixture.affine(0.5, 2.0).log_prob(row).sum(), row))
 
 
 @pytest.mark.parametrize("dims", [[], [0, 0], [4], [-5], [0, -4]])
