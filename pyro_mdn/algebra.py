@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_mdn import kernels, reduction
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_differentiated
+from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance
 from pyro_mdn.density import MixtureDensity, check_dims, has_missing
@@ -217,7 +217,8 @@ class MixtureAlgebra(MixtureDensity):
     def prune(self, threshold: float) -> Self:
         """Drop components of weight below ``threshold``, and give their weight to the others in proportion.
 
-        In a batch, a component stays, with weight zero where it is small, as long as one mixture keeps it.
+        In a batch, a component stays, with weight zero where it is small, as long as one mixture keeps it. All of them
+        stay under ``torch.vmap`` and in compiled functions, where no shape may depend on numbers.
 
         Raises:
             ValueError: If the threshold is not in [0, 1), or if nothing would be left of a mixture.
@@ -225,10 +226,12 @@ class MixtureAlgebra(MixtureDensity):
         if not 0 <= threshold < 1:
             raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
         small = self.logits < math.log(threshold) if threshold else torch.zeros_like(self.logits, dtype=torch.bool)
-        if bool(small.all(-1).any()):
-            raise ValueError(f"threshold: expected to leave components, got {threshold}, above all weights")
         if not small.numel():
             return self
+        if not is_known(small):
+            return self._new(self.logits.masked_fill(small, -math.inf), self.locs, self.covariance)
+        if bool(small.all(-1).any()):
+            raise ValueError(f"threshold: expected to leave components, got {threshold}, above all weights")
         kept = (~small).reshape(-1, self.n_components).any(0).nonzero().squeeze(-1)
         covariance = self.covariance
         if covariance.batch_shape[-1] > 1:
@@ -249,6 +252,7 @@ class MixtureAlgebra(MixtureDensity):
         """
         if not 1 <= n_components <= self.n_components:
             raise ValueError(f"n_components: expected 1 to {self.n_components}, got {n_components}")
+        require_unmapped("reduce", self.logits, self.locs, *self.covariance.tensors())
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
             matrices = flat.covariance.map(lambda t, n: t.double()).matrix().expand(-1, self.n_components, -1, -1)
@@ -287,7 +291,8 @@ def _log_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
     if weights is None:
         return like.new_full((size,), -math.log(size))
     total = weights.detach().sum()
-    if weights.shape != (size,) or not bool((weights >= 0).all() & (total > 0) & total.isfinite()):
+    known = weights.shape == (size,) and is_known(weights)
+    if weights.shape != (size,) or (known and not bool((weights >= 0).all() & (total > 0) & total.isfinite())):
         raise ValueError(f"weights: expected {size} finite numbers, none negative and not all zero")
     weights = weights.to(like)
     if is_differentiated(weights):  # a logarithm has no gradient at 0

@@ -3,6 +3,7 @@ r"""Checks of settings and tensors, for errors that say what was expected and wh
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "is_hooked",
     "is_inherited",
     "is_known",
+    "is_mapped",
     "is_plain",
     "is_recorded",
     "is_subclassed",
@@ -30,7 +32,9 @@ __all__ = [
     "require_counts",
     "require_numbers",
     "require_range",
+    "require_unmapped",
     "unmasked",
+    "unwrapped",
 ]
 
 
@@ -172,17 +176,37 @@ def is_known(*tensors: Tensor) -> bool:
     >>> is_known(torch.ones(1)), torch.vmap(lambda row: row + is_known(row))(torch.zeros(1))
     (True, tensor([0.]))
     """
-    if is_recorded():
+    return not is_recorded() and not is_mapped(*tensors)
+
+
+def is_mapped(*tensors: Tensor) -> bool:
+    """Whether ``torch.vmap`` maps one of these."""
+    if not torch._C._are_functorch_transforms_active():
         return False
-    return not torch._C._are_functorch_transforms_active() or not any(_is_mapped(t) for t in tensors)
+    return any(functorch.is_batchedtensor(layer) for tensor in tensors for layer in _layers(tensor))
 
 
-def _is_mapped(tensor: Tensor) -> bool:
+def unwrapped(tensor: Tensor) -> Tensor:
+    """All the numbers that transforms of ``torch.func`` wrap, dimensions that are mapped included.
+
+    >>> torch.vmap(lambda row: row + unwrapped(row).ndim)(torch.zeros(1))
+    tensor([1.])
+    """
+    *_, innermost = _layers(tensor)
+    return innermost
+
+
+def _layers(tensor: Tensor) -> Iterator[Tensor]:
+    yield tensor
     while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
-            return True
         tensor = functorch.get_unwrapped(tensor)
-    return False
+        yield tensor
+
+
+def require_unmapped(name: str, *tensors: Tensor) -> None:
+    """Raise a ``ValueError`` if ``torch.vmap`` maps one of these: the sizes of results depend on their numbers."""
+    if is_mapped(*tensors):
+        raise ValueError(f"{name}: expected numbers to look at, got those of torch.vmap: call it outside, on a batch")
 
 
 def is_subclassed(*tensors: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import kernels, triangles
-from pyro_mdn.checks import all_finite
+from pyro_mdn.checks import all_finite, is_known
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, require_positive, stored
 from pyro_mdn.whitening import FullWhitening, LowRankWhitening
 
@@ -187,6 +187,8 @@ def _tril_inverse(matrix: Tensor) -> Tensor:
 
 def _cholesky(matrix: Tensor, name: str) -> Tensor:
     _require_square(matrix, name)
+    if not is_known(matrix):
+        return torch.linalg.cholesky(matrix)
     scale_tril, info = torch.linalg.cholesky_ex(matrix)
     if bool((info != 0).any()):
         raise ValueError(f"{name}: expected positive-definite matrices, got {int((info != 0).sum())} that are not")

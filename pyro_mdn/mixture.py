@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn import kernels, reduction, univariate
 from pyro_mdn.algebra import MixtureAlgebra
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_differentiated
+from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
 from pyro_mdn.correlated import plus
 from pyro_mdn.shortest import shortest_tails
 
@@ -74,6 +74,8 @@ class GaussianMixture(MixtureAlgebra):
         if not bool(((q >= 0) & (q <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         q = q.expand(torch.broadcast_shapes(q.shape, (*self.batch_shape, self.dim)))
+        q = torch.as_tensor(value, dtype=self.locs.dtype, device=self.locs.device)
+        q = _probabilities(q, (*self.batch_shape, self.dim))
         return univariate.mixture_quantile(q, *self._univariate())
 
     def _univariate(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +99,7 @@ class GaussianMixture(MixtureAlgebra):
         outside = 1 - mass
         left = right = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
         if kind == "shortest":
+            require_unmapped("interval", *self._univariate())
             left, right = shortest_tails(outside, *self._univariate())
             left = self._follow_shortest(left, right)
             right = right + (left.detach() - left)
@@ -174,6 +177,8 @@ class GaussianMixture(MixtureAlgebra):
         if not bool(((value >= 0) & (value <= 1)).all()):
             raise ValueError("value: expected probabilities in [0, 1]")
         value = value.expand(torch.broadcast_shapes(value.shape, (*self.batch_shape, self.dim)))
+        self._check_value(value)
+        value = _probabilities(value, (*self.batch_shape, self.dim))
         return self._walk(lambda d, *conditional: univariate.mixture_quantile(value[..., d], *conditional))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -234,6 +239,7 @@ class GaussianMixture(MixtureAlgebra):
         """
         if not self.batch_shape.numel():
             return self.locs[..., :0, :].detach()
+        require_unmapped("modes", self.logits, self.locs, *self.covariance.tensors())
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
             precision_tril = flat.covariance.expand((len(flat.locs), self.n_components)).precision_tril().double()
@@ -268,6 +274,16 @@ class GaussianMixture(MixtureAlgebra):
             crossed = self._with(self.locs, summed).log_prob(self.locs[..., k, :])
             lower = lower - weights[..., k] * crossed
         return lower, torch.minimum(components, gaussian) + constant
+
+
+def _probabilities(value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Broadcast probabilities with outputs of this shape; a ``ValueError`` if they are none, or do not fit."""
+    if is_known(value) and not bool(((value >= 0) & (value <= 1)).all()):
+        raise ValueError("value: expected probabilities in [0, 1]")
+    try:
+        return value.expand(torch.broadcast_shapes(value.shape, shape))
+    except RuntimeError as error:
+        raise ValueError(f"value: expected a shape that broadcasts with {shape}, got {tuple(value.shape)}") from error
 
 
 def _check_mass(mass: float) -> None:

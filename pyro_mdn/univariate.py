@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.special import erfc, ndtri
 
-from pyro_mdn.checks import is_differentiated, is_recorded
+from pyro_mdn.checks import is_differentiated, is_recorded, unwrapped
 from pyro_mdn.kernels import exp, log_sum_exp
 
 __all__ = [
@@ -108,7 +108,7 @@ def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor,
         found = (excess.abs() <= tolerance) | ~(width > eps * torch.maximum(low.abs(), high.abs()))
         helps = (newton > low) & (newton < high) & (found | ((newton - point).abs() < last / 2))
         proposal = torch.where(helps, newton, torch.where(found, point, low + width / 2))
-        if not is_recorded() and bool(found.all()):
+        if not is_recorded() and bool(unwrapped(found).all()):
             point = proposal
             break
         point, last = proposal, (proposal - point).abs()
