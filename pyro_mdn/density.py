@@ -2,29 +2,31 @@ r"""Mixture of Gaussians over vectors: parameters, density, draws and moments.""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from operator import index
-from typing import Any, ClassVar, Protocol, Self, SupportsIndex
+from typing import Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.distributions import constraints
 
 from pyro_mdn import kernels
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import all_finite, bounds, is_known, is_recorded, is_traced
+from pyro_mdn.checks import all_finite, bounds, is_known, is_mapped, is_recorded, is_traced, unwrapped
 from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, take_component
+from pyro_mdn.indexing import indexed, joined
 
 __all__ = ["MixtureDensity", "check_dims", "complete_when_run", "has_missing", "log_density"]
 
 _COMPLETE = "value: expected complete points under {}, got NaN for missing ones"
+Mixture = TypeVar("Mixture", bound="MixtureDensity")
 _FEW = 16  # so many comparisons are quicker than a search
 
 
@@ -134,8 +136,12 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     def _with(self, locs: Tensor, covariance: Covariance) -> Self:
         """Build a mixture with the same weights from parameters derived from valid ones."""
+        return self._derived(self.logits, locs, _check_shapes(self.logits, locs, covariance))
+
+    def _derived(self, logits: Tensor, locs: Tensor, covariance: Covariance) -> Self:
+        """Build a mixture from valid parameters whose weights are normalised."""
         new = type(self).__new__(type(self))
-        new._set(self.logits, locs, _check_shapes(self.logits, locs, covariance), self._validate_args)
+        new._set(logits, locs, covariance, self._validate_args)
         return new
 
     def __repr__(self) -> str:
@@ -143,6 +149,119 @@ class MixtureDensity(dist.MixtureSameFamily):
             f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, n_components={self.n_components}, "
             f"dim={self.dim}, covariance={type(self.covariance).__name__})"
         )
+
+    # An array of mixtures
+
+    def __getitem__(self, rows: Any) -> Self:
+        """Mixtures of some rows of the batch, as a tensor of shape ``batch_shape`` would be indexed.
+
+        Integers, slices, masks, arrays of integers, tuples of these, ``...`` and ``None``. Components are not indexed:
+        ``mixture[..., 0]`` is the first along the last batch dimension.
+
+        Raises:
+            IndexError: If there is no such row, or if there are more indices than batch dimensions.
+
+        >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+        >>> mixture = GaussianMixture(torch.zeros(5, 1), torch.zeros(5, 1, 2), IsotropicCovariance(torch.ones(1)))
+        >>> mixture[0].batch_shape, mixture[1:3].batch_shape, len(mixture)
+        (torch.Size([]), torch.Size([2]), 5)
+        """
+        return self._derived(*indexed((self.logits, self.locs, self.covariance), rows))
+
+    def __len__(self) -> int:
+        """Size of the first batch dimension; a ``TypeError`` if there is none."""
+        if not self.batch_shape:
+            raise TypeError("len: expected a mixture with a batch dimension, got one of batch_shape ()")
+        return self.batch_shape[0]
+
+    def __bool__(self) -> bool:
+        """Return ``True``, also for an empty batch: handlers ask whether there is a distribution."""
+        return True
+
+    def __iter__(self) -> Iterator[Self]:
+        """Iterate over the first batch dimension; a ``TypeError`` if there is none."""
+        return (self[i] for i in range(len(self)))
+
+    @staticmethod
+    def cat(mixtures: Iterable[Mixture], dim: int = 0) -> Mixture:
+        """Put mixtures one after another along batch dimension ``dim``, as ``torch.cat`` does tensors.
+
+        Raises:
+            ValueError: If there are none, or if they do not agree in all but that dimension of their batches, in
+                their numbers of components and outputs and in the structure of their covariances.
+        """
+        listed = _listed(mixtures)
+        return listed[0]._derived(*joined([(m.logits, m.locs, m.covariance) for m in listed], dim))
+
+    @staticmethod
+    def stack(mixtures: Iterable[Mixture], dim: int = 0) -> Mixture:
+        """Put mixtures side by side along a new batch dimension ``dim``, as ``torch.stack`` does tensors.
+
+        Raises:
+            ValueError: If there are none or they do not agree, as for :meth:`cat`.
+        """
+        listed = _listed(mixtures)
+        n = len(listed[0].batch_shape) + 1
+        if not -n <= dim < n:
+            raise ValueError(f"dim: expected a place among {n - 1} batch dimensions, got {dim}")
+        dim %= n
+        if any(m.batch_shape != listed[0].batch_shape for m in listed):
+            shapes = ", ".join(str(tuple(m.batch_shape)) for m in listed)
+            raise ValueError(f"stack: expected mixtures of equal batch shape, got {shapes}")
+        return type(listed[0]).cat([m[(*(slice(None),) * dim, None)] for m in listed], dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters."""
+        return self.locs.dtype if self._origin is None or "locs" in self.__dict__ else self._origin.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.locs.device
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the parameters to another device or floating-point dtype; arguments are those of ``torch.Tensor.to``.
+
+        In a wider precision the weights are normalised again.
+
+        Raises:
+            ValueError: If the dtype is not of floating point.
+        """
+        locs = self.locs.to(*args, **kwargs)
+        if not locs.is_floating_point():
+            raise ValueError(f"to: expected a floating-point dtype, got {locs.dtype}")
+        covariance = self.covariance.map(lambda t, n: t.to(*args, **kwargs))
+        if locs.dtype == self.dtype:
+            return self._derived(self.logits.to(*args, **kwargs), locs, covariance)
+        wide = kernels.normalize_logits(self.logits.to(torch.promote_types(self.dtype, locs.dtype)))
+        return self._derived(wide.to(*args, **kwargs), locs, covariance)
+
+    def cpu(self) -> Self:
+        """Move the parameters to the CPU."""
+        return self.to("cpu")
+
+    def double(self) -> Self:
+        """Convert the parameters to double precision."""
+        return self.to(torch.float64)
+
+    def float(self) -> Self:
+        """Convert the parameters to single precision."""
+        return self.to(torch.float32)
+
+    def detach(self) -> Self:
+        """Return the mixture without a graph: no gradients flow to its parameters."""
+        return self._derived(self.logits.detach(), self.locs.detach(), self.covariance.map(lambda t, n: t.detach()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy the parameters; what was computed from others is copied without its graph, which torch cannot copy."""
+
+        def copied(tensor: Tensor, event_dim: int = 0) -> Tensor:
+            return copy.deepcopy(tensor if tensor.is_leaf else tensor.detach(), memo)
+
+        new = self._derived(copied(self.logits), copied(self.locs), self.covariance.map(copied))
+        memo[id(self)] = new
+        return new
 
     # What MixtureSameFamily promises
 
@@ -375,6 +494,14 @@ class MixtureDensity(dist.MixtureSameFamily):
         return self._with(self.locs[..., dims], self.covariance.marginal(dims))
 
 
+def _listed(mixtures: Iterable[Mixture]) -> list[Mixture]:
+    listed = [*mixtures]
+    if not listed or not all(isinstance(m, MixtureDensity) for m in listed):
+        got = ", ".join(type(m).__name__ for m in listed) or "none"
+        raise ValueError(f"mixtures: expected one Gaussian mixture at least, got {got}")
+    return listed
+
+
 def _initialize(
     mixture: MixtureDensity, batch_shape: torch.Size, event_shape: torch.Size, validate_args: bool | None
 ) -> None:
@@ -463,10 +590,7 @@ def has_missing(value: Tensor) -> bool:
         if value.is_cpu and not torch._C._are_functorch_transforms_active():
             torch.ops.aten._assert_async.msg(~value.isnan().any(), _COMPLETE.format("torch.compile"))
         return False
-    whole, mapped = value, False
-    while functorch.is_functorch_wrapped_tensor(whole):
-        mapped |= functorch.is_batchedtensor(whole)
-        whole = functorch.get_unwrapped(whole)
+    whole, mapped = unwrapped(value), is_mapped(value)
     missing = math.isnan(whole.sum().item()) and bool(whole.isnan().any())  # the sum is quicker, and NaN if any is
     if missing and (mapped or torch.jit.is_tracing()):  # pyright: ignore[reportPrivateImportUsage]
         raise ValueError(_COMPLETE.format("torch.vmap" if mapped else "torch.jit"))

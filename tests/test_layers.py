@@ -24,6 +24,7 @@ ORDER = [
     "noise",
     "reduction",
     "components",
+    "indexing",
     "density",
     "algebra",
     "mixture",
