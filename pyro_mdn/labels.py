@@ -3,6 +3,7 @@ r"""Labels: arrays of predictions as ``xarray`` data sets, with names of rows, i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -37,8 +38,8 @@ class Labels(NamedTuple):
         index = _index(y, x)
         found = {"obs_id": np.arange(size) if index is None else index, "output": np.array(names)}
         found["bound"] = np.array(["lower", "upper"])
-        if hasattr(x, "columns"):
-            found["input"] = _writable(x.columns)
+        if (columns := _columns(x)) is not None:
+            found["input"] = _writable(columns)
         labels = cls(names, found | {dim: _writable(values) for dim, values in (coords or {}).items()})
         labels._check("obs_id", size)
         return labels
@@ -53,7 +54,7 @@ class Labels(NamedTuple):
         named = {}
         for name, (values, dims) in variables.items():
             own = [f"{name}_dim_{i}" for i in range(values.ndim - 2)] if dims is None else dims
-            named[name] = (("chain", "draw", *own), values)
+            named[name] = (("chain", "draw", *own), _exact(values))
         return self._dataset(named)
 
     def of_outputs(self, values: Array, y: Array) -> Dataset:
@@ -66,7 +67,7 @@ class Labels(NamedTuple):
         for name, (values, rows) in variables.items():
             dim = "obs_id" if rows.all() else f"obs_id_{name}"
             coords[dim] = self.coords["obs_id"][rows]
-            named[name] = (("chain", "draw", dim)[-values.ndim :], values[..., rows])
+            named[name] = (("chain", "draw", dim)[-values.ndim :], _exact(values[..., rows]))
         return self._dataset(named, coords)
 
     def inputs(self, x: Array, size: int) -> Dataset:
@@ -90,6 +91,11 @@ class Labels(NamedTuple):
             raise ValueError(f"coords: expected {size} labels of {dim!r}, got {len(labels)}")
 
 
+def _exact(values: Array) -> Array:
+    """Return numbers with a point in float64, because ArviZ adds them up, and subtracts them, in the type they have."""
+    return values.astype(np.float64) if values.dtype.kind == "f" else values
+
+
 def by_chain(values: Array, chains: int) -> Array:
     """``(S, ...)`` as ``(chains, S / chains, ...)``."""
     return values.reshape(chains, -1, *values.shape[1:])
@@ -101,15 +107,22 @@ def by_chain(values: Array, chains: int) -> Array:
 def names_of(y: Any, given: Sequence[str] | None, dim: int) -> list[str]:
     """Names of outputs: those given, or of pandas objects, or y, or y0, y1, ..."""
     if given is None:
-        columns = getattr(y, "columns", [getattr(y, "name", None)])
-        named = [str(column) for column in columns if column is not None]
+        columns = _columns(y) if _columns(y) is not None else [getattr(y, "name", None)]
+        named = [str(column) for column in columns if column is not None and str(column)]
         given = named or (["y"] if dim == 1 else [f"y{i}" for i in range(dim)])
     names = [given] if isinstance(given, str) else [str(name) for name in given]
     taken = ["chain", "draw", "obs_id", *([JOINT] if dim > 1 else [])]
     of_rows = {f"obs_id_{name}" for name in names}
     if len(names) != dim or len(set(names)) != dim or not of_rows.union(taken).isdisjoint(names):
         raise ValueError(f"output_names: expected {dim} that differ, none of them one of {taken}, got {names}")
+    if any("/" in name for name in names):
+        raise ValueError(f"output_names: expected names without '/', which xarray takes for a path, got {names}")
     return names
+
+
+def _columns(values: Any) -> Any:
+    """Names of the columns of a table of pandas, polars or pyarrow."""
+    return getattr(values, "column_names", getattr(values, "columns", None))
 
 
 def _index(*data: Any) -> Array | None:
@@ -121,7 +134,10 @@ def _index(*data: Any) -> Array | None:
 def _require_same_rows(x: Any, y: Any) -> None:
     """Raise a ``ValueError`` if x and y say that their rows are not of the same things."""
     of_x, of_y = _index(x), _index(y)
-    if of_x is not None and of_y is not None and len(of_x) == len(of_y) and (differ := of_x != of_y).any():
+    if of_x is None or of_y is None or len(of_x) != len(of_y):
+        return
+    missing = (of_x != of_x) & (of_y != of_y)  # NaN and NaT differ from themselves
+    if (differ := (of_x != of_y) & ~missing).any():
         row = int(np.argmax(differ))
         got = f"{of_x[row]} and {of_y[row]} in row {row}"
         raise ValueError(f"x, y: expected the same index in the same order, got {got}")
@@ -130,4 +146,7 @@ def _require_same_rows(x: Any, y: Any) -> None:
 def _writable(values: Sequence[Any]) -> Array:
     """Labels that a netCDF file can hold: numbers, times or strings."""
     array = np.asarray(values)
+    if array.dtype == object:
+        with suppress(TypeError, ValueError):  # numbers in an index of objects are those of an index of numbers
+            array = np.array(list(values))
     return array if array.ndim == 1 and array.dtype.kind in "biufMU" else np.array([str(v) for v in values])
