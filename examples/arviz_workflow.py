@@ -33,7 +33,7 @@ def train(noise, n_components, x, y, draws, **settings):
     prior = Predictive(bayesianize(network, layers="head").model, num_samples=100)(x)["y"]
     posterior = laplace(network, x, y, progress=False)
     given = {"posterior": posterior, "prior": prior, "num_samples": draws, "output_names": NAMES}
-    return network, posterior, to_inference_data(network, y, x, **given, seed=0)
+    return network, posterior, to_inference_data(network, x=x, y=y, **given, seed=0)
 
 
 def draw(mixture, y, transforms, data, path):

@@ -67,7 +67,7 @@ def main():
     full = runs["full"][0][0]
     draw(full, x[1], y[1], args.out / "geyser.png")
     full.save(args.out / "geyser.safetensors")
-    to_inference_data(full, y[1], x[1], output_names=NAMES, seed=0).to_netcdf(str(args.out / "geyser.nc"))
+    to_inference_data(full, x=x[1], y=y[1], output_names=NAMES, seed=0).to_netcdf(str(args.out / "geyser.nc"))
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     print(f"{'marginal Gaussian':<22}{marginal_nll(y[0], y[1]):8.2f}")
     for name, results in runs.items():

@@ -341,7 +341,7 @@ def test_arviz_and_figures(where):
     network = small_network(where, 2)
     network.initialize_(x, y)
     with default_device(where):
-        inference_data = to_inference_data(network, y, x, num_samples=5)
+        inference_data = to_inference_data(network, x=x, y=y, num_samples=5)
         plots.plot_conditional_density(network(x), x, y)
         plots.plot_calibration(network(x), y)
         plots.plot_predictive_intervals(network(x), x, y)

@@ -2,6 +2,7 @@
 
 import builtins
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch.testing import assert_close
 from pyro_mdn import (
     DeepEnsemble,
     Diagonal,
+    DiagonalCovariance,
+    GaussianMixture,
     MixtureDensityNetwork,
     PosteriorSamples,
     bayesianize,
@@ -76,7 +79,7 @@ def values(data, group, name):
 
 def test_point_network():
     network, x, y = make()
-    data = to_inference_data(network, y, x, num_samples=200, seed=0)
+    data = to_inference_data(network, x=x, y=y, num_samples=200, seed=0)
     mixture = network(x)
     assert dict(data["posterior_predictive"].sizes) == {"chain": 1, "draw": 200, "obs_id": ROWS}
     assert_close(values(data, "log_likelihood", "joint")[0, 0], mixture.log_prob(y).detach())
@@ -98,12 +101,12 @@ def test_draws_of_the_weights_stay_draws():
     posterior = AutoNormal(network.model)
     torch.manual_seed(0)
     mixture = posterior_predictive(network, posterior, x, 70)
-    data = to_inference_data(mixture, y, x, method="SVI")
+    data = to_inference_data(mixture, x=x, y=y, method="SVI")
     assert dict(data["posterior_predictive"]["y"].sizes) == {"chain": 1, "draw": 70, "obs_id": ROWS}
     assert_close(values(data, "log_likelihood", "y")[0], mixture.log_prob(y))
     assert list(data["log_likelihood"].data_vars) == ["y"]
     assert data.attrs["inference_method"] == "SVI"
-    made = to_inference_data(network, y, x, posterior=posterior, num_samples=60)
+    made = to_inference_data(network, x=x, y=y, posterior=posterior, num_samples=60)
     assert made.attrs["inference_method"] == "SVI with AutoNormal"
     assert made["log_likelihood"].sizes["draw"] == 60
     again = {name: values(made, "posterior", name)[0] for name in ("head.linear.weight", "head.linear.bias")}
@@ -113,12 +116,12 @@ def test_draws_of_the_weights_stay_draws():
 def test_chains_stay_chains():
     network, x, y = make(latent=True)
     posterior = chains(network)
-    data = to_inference_data(network, y, x, posterior=posterior)
+    data = to_inference_data(network, x=x, y=y, posterior=posterior)
     mixture = posterior_predictive(network, posterior, x)
     assert data["posterior"].sizes["chain"] == 2
     assert_close(values(data, "log_likelihood", "joint").flatten(0, 1), mixture.log_prob(y))
     assert_close(values(data, "posterior", "head.linear.bias"), posterior.samples["head.linear.bias"])
-    assert_close(values(data, "sample_stats", "lp"), posterior.log_joint)
+    assert_close(values(data, "sample_stats", "lp"), posterior.log_joint.double())
     assert values(data, "sample_stats", "diverging").nonzero().tolist() == [[1, 3]]
     summary = az.summary(data, var_names=["head.linear.bias"])
     assert len(summary) == 15
@@ -126,7 +129,7 @@ def test_chains_stay_chains():
     expected = posterior.r_hat["head.linear.bias"]
     rhat = rhat.get("posterior", rhat)
     assert np.allclose(np.asarray(rhat["head.linear.bias"]), expected, atol=1e-6)
-    assert "head.linear.bias" not in to_inference_data(network, y, x, posterior=posterior, sites=False)["posterior"]
+    assert "head.linear.bias" not in to_inference_data(network, x=x, y=y, posterior=posterior, sites=False)["posterior"]
 
 
 def test_chains_of_pyro():
@@ -134,7 +137,7 @@ def test_chains_of_pyro():
     bayesianize(network, layers="head.linear.bias")
     mcmc = MCMC(NUTS(network.model, max_tree_depth=2), num_samples=5, warmup_steps=2, disable_progbar=True)
     mcmc.run(x, y)
-    data = to_inference_data(network, y, x, posterior=mcmc)
+    data = to_inference_data(network, x=x, y=y, posterior=mcmc)
     assert data["sample_stats"]["diverging"].shape == (1, 5)
     assert data.attrs["inference_method"] == "MCMC"
 
@@ -142,7 +145,7 @@ def test_chains_of_pyro():
 def test_ensemble_is_pooled():
     network, x, y = make(1)
     ensemble = DeepEnsemble(network, 3)
-    data = to_inference_data(ensemble, y, x, num_samples=500, seed=0)
+    data = to_inference_data(ensemble, x=x, y=y, num_samples=500, seed=0)
     assert data.attrs["inference_method"] == "ensemble"
     assert data["log_likelihood"].sizes["draw"] == 3
     drawn, pooled = values(data, "posterior_predictive", "y")[0], ensemble(x)
@@ -153,7 +156,7 @@ def test_ensemble_is_pooled():
 def test_quantities():
     network, x, y = make()
     names = ["mean", "stddev", "weights", "locs", "scales", "entropy_bounds"]
-    data = to_inference_data(network, y, x, quantities=names)
+    data = to_inference_data(network, x=x, y=y, quantities=names)
     mixture = network(x)
     expected = {
         "stddev": mixture.stddev,
@@ -171,17 +174,43 @@ def test_quantities():
 def test_prior_and_new_inputs():
     network, x, y = make()
     drawn = torch.randn(7, ROWS, 2)
-    data = to_inference_data(network, y, x, prior=drawn, predictions=x[:4], num_samples=50)
-    assert_close(values(data, "prior_predictive", "y1")[0], drawn[..., 1])
+    data = to_inference_data(network, x=x, y=y, prior=drawn, predictions=x[:4], num_samples=50)
+    assert_close(values(data, "prior_predictive", "y1")[0], drawn[..., 1].double())
     assert dict(data["predictions"]["y0"].sizes) == {"chain": 1, "draw": 50, "obs_id": 4}
     assert_close(values(data, "predictions_constant_data", "x"), x[:4])
     mixture = network(x)
-    data = to_inference_data(mixture, y, prior=mixture.expand((5, ROWS)), predictions=(network(x[:3]), x[:3]))
+    data = to_inference_data(mixture, y=y, prior=mixture.expand((5, ROWS)), predictions=(network(x[:3]), x[:3]))
     assert data["prior_predictive"].sizes["draw"] == 5
     assert data["predictions"].sizes["obs_id"] == data["predictions_constant_data"].sizes["obs_id"] == 3
     latent, x, y = make(latent=True)
-    data = to_inference_data(latent, y, x, posterior=chains(latent), predictions=x[:4])
+    data = to_inference_data(latent, x=x, y=y, posterior=chains(latent), predictions=x[:4])
     assert dict(data["predictions"]["y0"].sizes) == {"chain": 2, "draw": 40, "obs_id": 4}
+
+
+def test_numbers_have_a_type_that_sums_keep_exact():
+    network, x, y = make(latent=True)
+    posterior, network, x, y = chains(network), network.float(), x.float(), y.float()
+    posterior = replace(posterior, samples={name: value.float() for name, value in posterior.samples.items()})
+    given = {"prior": torch.randn(4, ROWS, 2), "predictions": x[:4], "quantities": ["mean", "weights"]}
+    data = to_inference_data(network, x=x, y=y, posterior=posterior, **given)
+    assert posterior_predictive(network, posterior, x).locs.dtype == torch.float32
+    groups = ["posterior", "posterior_predictive", "log_likelihood", "prior_predictive", "observed_data", "predictions"]
+    found = {data[group][name].dtype for group in groups for name in data[group].data_vars}
+    assert found | {data["sample_stats"]["lp"].dtype} == {np.dtype("float64")}
+
+
+def test_float32_draws_have_the_moments_of_float64():
+    """With an offset of 1e5, sums of a thousand numbers in float32 are wrong by more than their spread."""
+    torch.manual_seed(0)
+    locs = 1e5 + torch.randn(1000, ROWS, 1, 1)
+    mixture = GaussianMixture(torch.zeros(1000, ROWS, 1), locs, DiagonalCovariance(torch.ones_like(locs)))
+    data = to_inference_data(mixture, y=torch.full((ROWS, 1), 1e5), quantities=["mean"])
+    for found, drawn in [("mean", mixture.mean), ("y", None)]:
+        stored = data["posterior" if found == "mean" else "posterior_predictive"][found]
+        exact = np.asarray(stored, dtype=np.float64)[0]
+        assert drawn is None or np.array_equal(exact, drawn.double())
+        assert np.allclose(np.asarray(stored.mean(("chain", "draw"))), exact.mean(0), atol=1e-6, rtol=0)
+        assert np.allclose(np.asarray(stored.std(("chain", "draw"))), exact.std(0), rtol=1e-6)
 
 
 # Names
@@ -191,7 +220,7 @@ def test_names_come_from_pandas():
     network, x, y = make()
     index = pd.date_range("2020-01-01", periods=ROWS)
     x, y = pd.DataFrame(x, index, ["age", "height"]), pd.DataFrame(y, index, ["left", "right"])
-    data = to_inference_data(network, y, x, predictions=x[:2])
+    data = to_inference_data(network, x=x, y=y, predictions=x[:2])
     assert list(data["observed_data"].data_vars) == ["left", "right"]
     assert set(data["log_likelihood"].data_vars) == {"joint", "left", "right"}
     assert data["constant_data"].coords["input"].values.tolist() == ["age", "height"]
@@ -199,16 +228,82 @@ def test_names_come_from_pandas():
     assert (data["predictions"].coords["obs_id"].values == index.values[:2]).all()
     assert data["posterior"].coords["output"].values.tolist() == ["left", "right"]
     missing = pd.DataFrame({"a": pd.array([1.5] * (ROWS - 1) + [None], dtype="Float64"), "b": 1.0}, index)
-    assert to_inference_data(network, missing, x)["observed_data"]["a"].shape == (ROWS - 1,)
+    assert to_inference_data(network, x=x, y=missing)["observed_data"]["a"].shape == (ROWS - 1,)
     one, x1, y1 = make(1)
     series = pd.Series(y1.flatten(), name="height")
-    assert list(to_inference_data(one, series, x1)["observed_data"].data_vars) == ["height"]
+    assert list(to_inference_data(one, x=x1, y=series)["observed_data"].data_vars) == ["height"]
+
+
+INDICES = {
+    "numbers with NaN": pd.Index([0.0, np.nan, 2.0, np.nan]),
+    "times with NaT": pd.DatetimeIndex(["2020-01-01", None, "2021-01-01", None]),
+    "time zone": pd.date_range("2020-01-01", periods=4, tz="Europe/Paris"),
+    "nullable": pd.Index([1, None, 3, 4], dtype="Int64"),
+    "strings": pd.Index(["a", None, "c", "d"], dtype="string"),
+    "multi": pd.MultiIndex.from_tuples([("a", 1.0), ("a", np.nan), ("b", 1.0), ("b", 2.0)]),
+    "categorical": pd.CategoricalIndex(["a", "b", None, "a"]),
+    "objects": pd.Index([3, 1, 2, 0], dtype=object),
+    "mixed": pd.Index([1, "a", None, np.nan], dtype=object),
+    "periods": pd.period_range("2020-01", periods=4, freq="M"),
+    "repeated": pd.Index([1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", INDICES)
+def test_equal_indices_are_equal(kind, tmp_path):
+    network, x, y = make()
+    index = INDICES[kind]
+    x, y = pd.DataFrame(x[:4], index), pd.DataFrame(y[:4], index.copy(), ["a", "b"])
+    data = to_inference_data(network, x=x, y=y, num_samples=3)
+    data.to_netcdf(str(tmp_path / "a.nc"))
+    labels = data["observed_data"].coords["obs_id"].values
+    back = az.from_netcdf(str(tmp_path / "a.nc"))["observed_data"].coords["obs_id"].values
+    assert len(labels) == 4
+    assert (labels[0], labels[3]) == (back[0], back[3]) or pd.isna(labels[3])
+    if kind != "repeated":
+        with pytest.raises(ValueError, match="x, y: expected the same index in the same order"):
+            to_inference_data(network, x=x, y=y.iloc[[2, 1, 0, 3]], num_samples=3)
+
+
+def test_an_index_of_objects_is_that_of_its_numbers():
+    network, x, y = make()
+    x, y = pd.DataFrame(x, pd.Index(range(ROWS), dtype=object)), pd.DataFrame(y)
+    assert to_inference_data(network, x=x, y=y, num_samples=3)["observed_data"].coords["obs_id"].dtype == np.int64
+
+
+def test_names_of_columns_need_not_be_of_pandas():
+    class Table(np.ndarray):  # as pyarrow has it: ``columns`` are not names
+        columns, column_names = property(lambda self: [self[:, 0], self[:, 1]]), ["a", "b"]
+
+    network, x, y = make()
+    data = to_inference_data(network, x=x.numpy().view(Table), y=y.numpy().view(Table), num_samples=3)
+    assert list(data["observed_data"].data_vars) == ["a", "b"]
+    assert data["constant_data"].coords["input"].values.tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("change", ["reverse", "flip", "frame", "order", "long", "strided"])
+def test_arrays_of_any_layout(change):
+    network, x, y = make()
+    changes = {
+        "reverse": lambda a: a[::-1],
+        "flip": lambda a: np.flip(a, 1),
+        "frame": lambda a: pd.DataFrame(a).iloc[::-1],
+        "order": lambda a: a.astype(">f8"),
+        "long": lambda a: a.astype(np.longdouble),
+        "strided": lambda a: np.repeat(a, 2, 0)[::-2],
+    }
+    x, y = changes[change](x.numpy()), changes[change](y.numpy())
+    plain = [torch.tensor(np.array(a, dtype=np.float64, order="C")) for a in (x, y)]
+    data = to_inference_data(network, x=x, y=y, num_samples=3, predictions=x[::-1], prior=np.stack([y, y])[::-1])
+    expected = network(plain[0]).log_prob(plain[1]).detach()
+    assert_close(values(data, "log_likelihood", "joint")[0, 0], expected)
+    assert np.array_equal(np.asarray(data["constant_data"]["x"]), plain[0].numpy())
 
 
 def test_names_can_be_given():
     network, x, y = make()
     coords = {"obs_id": [f"row {i}" for i in range(ROWS)], "input": ["a", "b"]}
-    data = to_inference_data(network, y.numpy(), x.numpy(), output_names=["u", "v"], coords=coords)
+    data = to_inference_data(network, x=x.numpy(), y=y.numpy(), output_names=["u", "v"], coords=coords)
     assert data["observed_data"]["u"].coords["obs_id"].values[3] == "row 3"
     assert data["constant_data"].coords["input"].values.tolist() == ["a", "b"]
 
@@ -220,7 +315,7 @@ def test_missing_targets_stay_out():
     network, x, y = make()
     y[3, 0] = torch.nan
     y[5] = torch.nan
-    data = to_inference_data(network, y, x, prior=torch.randn(4, ROWS, 2))
+    data = to_inference_data(network, x=x, y=y, prior=torch.randn(4, ROWS, 2))
     for group in ("observed_data", "posterior_predictive", "log_likelihood", "prior_predictive"):
         assert data[group]["y0"].dims[-1] == "obs_id_y0"
         assert data[group]["y0"].sizes["obs_id_y0"] == ROWS - 2
@@ -231,9 +326,9 @@ def test_missing_targets_stay_out():
     expected = network(x).log_prob(y).detach()
     assert_close(values(data, "log_likelihood", "joint")[0, 0], torch.cat([expected[:5], expected[6:]]))
     masked = np.ma.masked_array(y.nan_to_num(nan=-9999.0).numpy(), y.isnan().numpy())
-    assert data["observed_data"].equals(to_inference_data(network, masked, x)["observed_data"])
+    assert data["observed_data"].equals(to_inference_data(network, x=x, y=masked)["observed_data"])
     with pytest.raises(ValueError, match="x: expected finite numbers"):
-        to_inference_data(network, y, np.ma.masked_array(x.numpy(), y.isnan().numpy()[:, :1].repeat(x.shape[1], 1)))
+        to_inference_data(network, x=np.ma.masked_array(x.numpy(), y.isnan().numpy()[:, :1].repeat(x.shape[1], 1)), y=y)
 
 
 # Files
@@ -241,7 +336,7 @@ def test_missing_targets_stay_out():
 
 def test_files_keep_all(tmp_path):
     network, x, y = make(latent=True)
-    data = to_inference_data(network, y, x, posterior=chains(network), seed=0)
+    data = to_inference_data(network, x=x, y=y, posterior=chains(network), seed=0)
     data.to_netcdf(str(tmp_path / "a.nc"))
     back = az.from_netcdf(str(tmp_path / "a.nc"))
     for group in ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data"):
@@ -291,7 +386,7 @@ def exact():
 
 def test_leave_one_out_is_that_of_the_closed_form():
     mixture, y, log_density, _ = exact()
-    result = loo(to_inference_data(mixture, y))
+    result = loo(to_inference_data(mixture, y=y))
     assert float(result.elpd_loo if OLD else result.elpd) == pytest.approx(log_density.sum(), abs=0.1)
     assert np.allclose(np.asarray(result.loo_i if OLD else result.elpd_i), log_density, atol=0.05)
 
@@ -313,7 +408,7 @@ def posterior_of(x, y, n_components, seed):
     fit(network, x, y, max_epochs=100, seed=seed, progress=False)
     bayesianize(network, layers="head")
     settings = {"num_samples": 150, "warmup_steps": 100, "num_chains": 2, "max_tree_depth": 5, "progress": False}
-    return to_inference_data(network, y, x, posterior=fit_mcmc(network, x, y, seed=seed, **settings), seed=seed)
+    return to_inference_data(network, x=x, y=y, posterior=fit_mcmc(network, x, y, seed=seed, **settings), seed=seed)
 
 
 @pytest.mark.slow
@@ -340,8 +435,8 @@ def test_comparison_finds_the_number_of_components():
 def test_figures_of_arviz(dim_out):
     network, x, y = make(dim_out, latent=True)
     guide = AutoNormal(network.model, init_scale=0.02)
-    data = to_inference_data(network, y, x, posterior=guide, num_samples=200, seed=0)
-    other = to_inference_data(network, y, x, posterior=guide, num_samples=200, seed=1)
+    data = to_inference_data(network, x=x, y=y, posterior=guide, num_samples=200, seed=0)
+    other = to_inference_data(network, x=x, y=y, posterior=guide, num_samples=200, seed=1)
     name = "y" if dim_out == 1 else "y1"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -373,25 +468,40 @@ def test_leave_one_out_needs_a_posterior():
     network, x, y = make(1)
     message = r"leave-one-out: expected at least 50 draws .* pyro_mdn\.scores\.compare"
     for predictive in (network, DeepEnsemble(network, 3), network(x).expand((20, ROWS))):
-        data = to_inference_data(predictive, y, x, num_samples=10)
+        data = to_inference_data(predictive, x=x, y=y, num_samples=10)
         with pytest.raises(ValueError, match=message):
             loo(data)
         with pytest.raises(ValueError, match=message):
             compare({"a": data, "b": data})
     network, x, y = make(1, latent=True)
     for guide in (AutoDelta(network.model), AutoLaplaceApproximation(network.model)):
-        data = to_inference_data(network, y, x, posterior=guide, num_samples=60)
+        data = to_inference_data(network, x=x, y=y, posterior=guide, num_samples=60)
         with pytest.raises(ValueError, match="draws that are all the same, by SVI with Auto"):
             loo(data)
     network, x, y = make(1)
     with pytest.raises(ValueError, match="leave-one-out: expected at least 50 draws"):
         loo_pit(network(x).expand((20, ROWS)), y)
     draws = network(x).affine(0.01 * torch.randn(60, 1, 1).double())
-    one, other = to_inference_data(draws, y), to_inference_data(draws, y + 1)
+    one, other = to_inference_data(draws, y=y), to_inference_data(draws, y=y + 1)
     with pytest.raises(ValueError, match="models: expected the same targets"):
         compare({"a": one, "b": other})
     with pytest.raises(ValueError, match="models: expected two"):
         compare({"a": one})
+
+
+def test_arguments_without_names():
+    network, x, y = make(2)
+    named = to_inference_data(network, x=x, y=y, num_samples=5, seed=0)
+    for arguments, names in [((y, x), {}), ((y,), {"x": x})]:
+        with pytest.warns(FutureWarning, match="expected x and y by name, .* took what has no name as y") as caught:
+            data = to_inference_data(network, *arguments, **names, num_samples=5, seed=0)
+        assert caught[0].filename == __file__
+        assert np.array_equal(data["log_likelihood"]["joint"], named["log_likelihood"]["joint"])
+    for arguments, names in [((x,), {"y": y}), ((y, x), {"y": y}), ((y, x), {"x": x}), ((y, x, 3), {})]:
+        with pytest.raises(ValueError, match="to_inference_data: expected x and y by name"):
+            to_inference_data(network, *arguments, **names)
+    with pytest.raises(ValueError, match="y: expected the observed targets, got none"):
+        to_inference_data(network, x=x)
 
 
 def test_bad_input():
@@ -417,6 +527,7 @@ def test_bad_input():
         ((mixture, y), {"output_names": ["a", "draw"]}, "output_names: expected 2 .* none of them .*'draw'"),
         ((mixture, y), {"output_names": ["a", "obs_id_a"]}, "output_names: expected 2 "),
         ((mixture.marginal(0), pd.Series(y[:, 0], name="chain")), {}, "output_names: expected 1 "),
+        ((mixture.marginal(0), pd.Series(y[:, 0], name="km/h")), {}, "output_names: expected names without '/'"),
         ((mixture, frame, frame[::-1]), {}, "x, y: expected the same index .* got 29 and 0 in row 0"),
         ((sequences, y[:, None], x[:, None]), {}, r"predictive: .* \(N,\) for each draw .*, got \(30, 1\)"),
         ((latent, y[:, None], x[:, None]), {"posterior": posterior}, r"predictive: .* got \(30, 1\)"),
@@ -433,7 +544,7 @@ def test_bad_input():
         ((network, y[:0], x[:0]), {}, "y: expected finite numbers, or NaN, in one row at least"),
     ]:
         with pytest.raises(ValueError, match=message):
-            to_inference_data(*arguments, **settings)
+            to_inference_data(arguments[0], **dict(zip("yx", arguments[1:], strict=False)), **settings)
 
 
 def test_without_arviz(monkeypatch):
@@ -447,22 +558,22 @@ def test_without_arviz(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r"pip install 'pyro-mdn\[arviz\]'"):
-        to_inference_data(network, y, x)
+        to_inference_data(network, x=x, y=y)
 
 
 def test_nothing_global_changes():
     network, x, y = make()
     state, mode = torch.get_rng_state(), network.training
-    first = to_inference_data(network, y, x, num_samples=5, seed=1)
+    first = to_inference_data(network, x=x, y=y, num_samples=5, seed=1)
     assert (torch.get_rng_state() == state).all()
     assert network.training == mode
-    second = to_inference_data(network, y, x, num_samples=5, seed=1)
+    second = to_inference_data(network, x=x, y=y, num_samples=5, seed=1)
     assert np.array_equal(first["posterior_predictive"]["y0"], second["posterior_predictive"]["y0"])
     latent = make(latent=True)[0]
     guide = AutoNormal(latent.model)
     guide(x, y)
     state = torch.get_rng_state()
-    one, other = (to_inference_data(latent, y, x, posterior=guide, num_samples=5, seed=1) for _ in range(2))
+    one, other = (to_inference_data(latent, x=x, y=y, posterior=guide, num_samples=5, seed=1) for _ in range(2))
     assert (torch.get_rng_state() == state).all()
     assert np.array_equal(one["posterior"]["head.linear.bias"], other["posterior"]["head.linear.bias"])
 
@@ -471,4 +582,4 @@ if __name__ == "__main__":
     mixture, y, x = written()
     network = make(latent=True)[0]
     torch.manual_seed(3)
-    to_inference_data(mixture, y, x, posterior=chains(network, size=26), seed=0).to_netcdf(str(FILE))
+    to_inference_data(mixture, x=x, y=y, posterior=chains(network, size=26), seed=0).to_netcdf(str(FILE))

@@ -162,7 +162,7 @@ def test_draws_for_arviz_stay_where_the_guide_goes_on():
     x, y = torch.randn(30, 2), torch.randn(30, 1)
     guide = fit(network, x, y, guide=AutoDelta, max_epochs=1, progress=False).guide
     bias = guide.median()["head.linear.bias"].clone()
-    drawn = to_inference_data(network, y, x=x, posterior=guide, num_samples=3)["posterior"]["head.linear.bias"]
+    drawn = to_inference_data(network, x=x, y=y, posterior=guide, num_samples=3)["posterior"]["head.linear.bias"]
     with torch.no_grad():
         guide.head.linear.bias += 1
     assert_close(torch.tensor(drawn.values), bias.expand(1, 3, -1))
