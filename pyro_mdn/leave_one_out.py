@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.arrays import Array
+from pyro_mdn.arrays import Array, as_tensor
 from pyro_mdn.generations import comparison, dataset, effective_share, leave_one_out
 from pyro_mdn.labels import JOINT
 from pyro_mdn.mixture import GaussianMixture
@@ -107,7 +107,7 @@ def compare(models: Mapping[str, Any], **settings: Any) -> Any:
 
 
 @torch.no_grad()
-def loo_pit(mixture: GaussianMixture, y: Tensor, *, reff: float = 1.0) -> LooPit:
+def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
     r"""Probability integral transforms of each row by the predictive distribution that did not see it.
 
     .. math:: u_{nd} = \sum_s w_{sn} F_d(y_{nd} \mid x_n, \theta_s), \quad w_{sn} \propto 1 / p(y_n \mid x_n, \theta_s)
@@ -118,7 +118,7 @@ def loo_pit(mixture: GaussianMixture, y: Tensor, *, reff: float = 1.0) -> LooPit
 
     Args:
         mixture: Mixtures by draws from a posterior, ``(S, N)``.
-        y: Targets ``(N, D)`` that it was conditioned on.
+        y: Targets ``(N, D)`` that it was conditioned on, a tensor, array or data frame.
         reff: Effective share of independent draws among them.
 
     Raises:
@@ -138,6 +138,7 @@ def loo_pit(mixture: GaussianMixture, y: Tensor, *, reff: float = 1.0) -> LooPit
     >>> loo_pit(mixture, torch.randn(5, 1)).pit.shape
     torch.Size([5, 1])
     """
+    y = as_tensor(y, "y", mixture.locs.device)
     if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
         expected = "mixtures (S, N) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")

@@ -120,7 +120,7 @@ def test_a_row_without_targets_is_no_problem():
     found = loo_pit(normal(shifts(0.3)), y)
     assert found.pareto_k[3] == 0
     assert found.pit.isnan().squeeze(-1).tolist() == [False] * 3 + [True] + [False] * 2
-    full = loo_pit(normal(shifts(0.3)), Y)
+    full = loo_pit(normal(shifts(0.3)), Y.numpy())
     assert torch.equal(found.pit[:3], full.pit[:3])
 
 
