@@ -71,10 +71,6 @@ class GaussianMixture(MixtureAlgebra):
             ValueError: If a probability is outside [0, 1] or the shape does not fit.
         """
         q = as_tensor(value, "value", self.locs.device).to(self.locs)
-        if not bool(((q >= 0) & (q <= 1)).all()):
-            raise ValueError("value: expected probabilities in [0, 1]")
-        q = q.expand(torch.broadcast_shapes(q.shape, (*self.batch_shape, self.dim)))
-        q = torch.as_tensor(value, dtype=self.locs.dtype, device=self.locs.device)
         q = _probabilities(q, (*self.batch_shape, self.dim))
         return univariate.mixture_quantile(q, *self._univariate())
 
@@ -173,12 +169,7 @@ class GaussianMixture(MixtureAlgebra):
 
         Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
         """
-        value = self.as_points(value)
-        if not bool(((value >= 0) & (value <= 1)).all()):
-            raise ValueError("value: expected probabilities in [0, 1]")
-        value = value.expand(torch.broadcast_shapes(value.shape, (*self.batch_shape, self.dim)))
-        self._check_value(value)
-        value = _probabilities(value, (*self.batch_shape, self.dim))
+        value = _probabilities(self.as_points(value), (*self.batch_shape, self.dim))
         return self._walk(lambda d, *conditional: univariate.mixture_quantile(value[..., d], *conditional))
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
