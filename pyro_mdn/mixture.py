@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_mdn import kernels, reduction, univariate
+from pyro_mdn import kernels, univariate
 from pyro_mdn.algebra import MixtureAlgebra
 from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
 from pyro_mdn.correlated import plus
+from pyro_mdn.modes import find_modes
 from pyro_mdn.shortest import shortest_tails
 
 __all__ = ["GaussianMixture"]
@@ -236,7 +237,7 @@ class GaussianMixture(MixtureAlgebra):
             precision_tril = flat.covariance.expand((len(flat.locs), self.n_components)).precision_tril().double()
             log_weights = (flat.logits - flat.covariance.half_log_det()).double()
             precisions = precision_tril.mT @ precision_tril
-            points, distinct = reduction.find_modes(log_weights, flat.locs.double(), precisions)
+            points, distinct = find_modes(log_weights, flat.locs.double(), precisions)
             points = points.masked_fill(~distinct.unsqueeze(-1), math.nan)
             first = torch.argsort((~distinct).to(torch.int8), dim=-1, stable=True)
             points = points.gather(1, first.unsqueeze(-1).expand_as(points))[:, : int(distinct.sum(-1).max())]

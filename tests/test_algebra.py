@@ -254,6 +254,66 @@ def test_a_trough_is_no_mode():
     assert_close(modes.flatten().sort().values, torch.tensor([-2.0, 2.0]).double(), rtol=0, atol=0.01)
 
 
+def climbed(mixture, steps=20_000):
+    """Where the fixed point leads from every mean of mixtures ``(N,)``, by differentiation alone: ``(K, N, D)``."""
+    point = mixture.locs.movedim(-2, 0)
+    precision = torch.linalg.inv(mixture.covariance.matrix())
+    for _ in range(steps):
+        with torch.enable_grad():
+            point.requires_grad_()
+            (slope,) = torch.autograd.grad(mixture.log_prob(point).sum(), point)
+        mean = (mixture.responsibilities(point.detach())[..., None, None] * precision).sum(-3)
+        new = point.detach() + torch.linalg.solve(mean, slope)
+        if bool(((new - point).abs() < 1e-13).all()):
+            break
+        point = new
+    return new
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("spread", [0.5, 2.0])
+def test_modes_are_where_the_fixed_point_leads_from_the_means(dim, spread):
+    """Of more components than two, some of which wait long for the same mode."""
+    mixture = make_mixture(Full(), (6,), dim=dim, n_components=12)
+    mixture = GaussianMixture(mixture.logits, spread * mixture.locs, mixture.covariance)
+    modes, ends = mixture.modes(), climbed(mixture)
+    for row in range(6):
+        kept = modes[row][modes[row].isfinite().all(-1)]
+        apart = (ends[:, row].unsqueeze(1) - kept).norm(dim=-1)
+        assert (apart.amin(0) < 1e-6).all()  # each is one of the ends
+        top = mixture.log_prob(ends)[:, row]
+        assert_close(mixture.log_prob(kept.unsqueeze(1))[:, row].amax(), top.max(), rtol=0, atol=1e-10)
+        assert (apart.amin(1) < 1e-4).double().mean() > 0.99  # and the others but for a saddle
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.2, 1.0])
+def test_modes_of_one_output_are_the_maxima_on_a_grid(scale):
+    locs = torch.linspace(-3, 3, 25).double().sin().cumsum(0).unsqueeze(-1)
+    logits = torch.linspace(0, 9, 25).double().cos()
+    mixture = GaussianMixture(logits, locs, IsotropicCovariance(torch.full((1,), scale).double()))
+    grid = torch.linspace(-20, 20, 400_001).double()
+    density = mixture.log_prob(grid.unsqueeze(-1))
+    peaks = grid[1:-1][(density[1:-1] > density[:-2]) & (density[1:-1] > density[2:])]
+    assert_close(mixture.modes().flatten().sort().values, peaks, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1.0, 1e25])
+def test_modes_in_any_unit(unit):
+    locs, scale = torch.tensor([[-1.0, 2.0], [1.0, 0.0], [1.2, 0.1]]), torch.tensor([[0.2, 0.5]])
+    modes = GaussianMixture(torch.zeros(3), unit * locs, DiagonalCovariance(unit * scale)).modes() / unit
+    assert_close(modes, GaussianMixture(torch.zeros(3), locs, DiagonalCovariance(scale)).modes())
+
+
+def test_modes_of_a_row_do_not_depend_on_the_others():
+    """Also where there are more rows than are climbed at once."""
+    mixture = make_mixture(Diagonal(), (500,), n_components=20)
+    modes = mixture.modes()
+    for row in (0, 77, 499):
+        alone = mixture._pick(torch.tensor([row])).modes()[0]
+        assert_close(modes[row, : len(alone)], alone)
+        assert modes[row, len(alone) :].isnan().all()
+
+
 @every_noise
 def test_modes_in_a_batch(noise):
     mixture = make_mixture(noise, (2, 3))

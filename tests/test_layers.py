@@ -23,6 +23,7 @@ ORDER = [
     "correlated",
     "noise",
     "reduction",
+    "modes",
     "components",
     "indexing",
     "density",
