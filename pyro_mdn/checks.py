@@ -29,6 +29,7 @@ __all__ = [
     "is_recorded",
     "is_subclassed",
     "is_traced",
+    "is_transformed",
     "require_counts",
     "require_numbers",
     "require_range",
@@ -160,9 +161,13 @@ def is_traced(*tensors: Tensor) -> bool:
     >>> is_traced(torch.ones(1)), is_traced(torch.ones(1), ProvenanceTensor(torch.ones(1), frozenset("z")))
     (False, True)
     """
+    return is_recorded() or is_transformed(*tensors)
+
+
+def is_transformed(*tensors: Tensor) -> bool:
+    """Whether a transform of ``torch.func``, forward mode, or a class of the tensors' own looks on."""
     return (
-        is_recorded()
-        or torch._C._are_functorch_transforms_active()
+        torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0  # of ``dual_level``
         or is_subclassed(*tensors)
     )

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
-from pyro_mdn.checks import bounds, is_traced
+from pyro_mdn.checks import bounds, is_recorded, is_traced, is_transformed
 
 __all__ = [
     "Whitening",
@@ -31,6 +32,7 @@ __all__ = [
     "differentiable_gradients",
     "exp",
     "gram_schmidt",
+    "is_gradient_traced",
     "location_and_scale",
     "log_sum_exp",
     "logits_gradient",
@@ -288,7 +290,7 @@ class _MixtureLogDensity(torch.autograd.Function):
         (grad,) = grad_outputs
         arguments, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # somebody wants derivatives of these
+        if is_gradient_traced(grad):
             again = density_by_autograd, (ctx.whitening, ctx.normalize), arguments
             return None, None, *differentiable_gradients(*again, needed, grad)
         weight, log_weights, grad_locs, *grads = density_backward(ctx.whitening, grad, *saved)
@@ -343,6 +345,17 @@ def logits_gradient(weight: Tensor, log_weights: Tensor, out: Tensor | None = No
     return backward(weight, log_weights, 0, weight.dtype, out=out)
 
 
+def is_gradient_traced(grad: Tensor) -> bool:
+    """Whether a gradient is to be had in differentiable operations: for derivatives of it, or for many at once.
+
+    ``torch.autograd.grad(is_grads_batched=True)`` and ``torch.autograd.functional.jacobian(vectorize=True)`` map the
+    backward pass over gradients; what is written in place has no batch dimension then.
+    """
+    if torch.is_grad_enabled() or is_recorded():  # compiled autograd takes no such look at a gradient
+        return torch.is_grad_enabled()
+    return functorch.is_legacy_batchedtensor(grad) or is_transformed(grad)
+
+
 def differentiable_gradients(
     function: Callable[..., Tensor],
     settings: Sequence[Any],
@@ -350,11 +363,14 @@ def differentiable_gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients with respect to the arguments that need one, with a graph of their own."""
-    aliases = [a.view_as(a) for a in arguments]  # the same tensor may have been given twice
-    wanted = [a for a, needs in zip(aliases, needed, strict=True) if needs]
-    log_density = function(*settings, *aliases)
-    gradients = iter(torch.autograd.grad(log_density, wanted, grad, create_graph=True, materialize_grads=True))
+    """Gradients with respect to the arguments that need one, with a graph of their own where gradients are enabled."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [a.view_as(a) for a in arguments]  # the same tensor may have been given twice
+        wanted = [a for a, needs in zip(aliases, needed, strict=True) if needs]
+        log_density = function(*settings, *aliases)
+    gradients = torch.autograd.grad(log_density, wanted, grad, create_graph=create_graph, materialize_grads=True)
+    gradients = iter(gradients)
     return [next(gradients) if needs else None for needs in needed]
 
 

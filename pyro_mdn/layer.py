@@ -20,6 +20,7 @@ from pyro_mdn.kernels import (
     density_by_autograd,
     density_forward,
     differentiable_gradients,
+    is_gradient_traced,
     logits_gradient,
     negligible,
 )
@@ -140,7 +141,7 @@ class _ChannelLogDensity(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         channels, value, *saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants derivatives of these
+        if is_gradient_traced(grad):
             again = _channels_by_autograd, ctx.settings, (channels, value)
             return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
         gradient = channels.new_empty(channels.shape)
@@ -200,7 +201,7 @@ class _LayerLogDensity(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         weight, bias, features, value = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if is_gradient_traced(grad):
             again = _layer_by_autograd, ctx.settings, (weight, bias, features, value)
             return None, None, None, *differentiable_gradients(*again, ctx.needs_input_grad[3:], grad)
         for_weight, for_bias, for_features, for_value = ctx.needs_input_grad[3:]

@@ -438,3 +438,25 @@ def test_logits_of_less_precision():
     (grad,) = torch.autograd.grad(by_hand("diagonal", single, locs, value, scale).sum(), single)
     (expected,) = torch.autograd.grad(by_autograd("diagonal", single, locs, value, scale).sum(), single)
     assert_close(grad, expected)
+
+
+def batched_gradients(density, tensors):
+    """Derivatives of all rows at once, and one after the other."""
+    cotangents = torch.eye(density.numel(), dtype=density.dtype).reshape(-1, *density.shape)
+    apart = [torch.autograd.grad(density, tensors, c, retain_graph=True) for c in cotangents]
+    together = torch.autograd.grad(density, tensors, cotangents, is_grads_batched=True, retain_graph=True)
+    return together, [torch.stack(rows) for rows in zip(*apart, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, path in PATHS if path in (by_hand, of_channels)])
+def test_batched_gradients(name, path):
+    tensors = arguments(name)
+    assert_close(*map(list, batched_gradients(path(name, *tensors), tensors)))
+    given = tuple(t.detach() for t in tensors)
+    for strategy in ("reverse-mode", "forward-mode"):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda *t: path(name, *t), given, vectorize=True, strategy=strategy
+        )
+        assert_close(list(jacobian), batched_gradients(path(name, *tensors), tensors)[1])
+    mixed = torch.autograd.functional.hessian(lambda *t: path(name, *t).sum(), given, vectorize=True)
+    assert_close(mixed, torch.autograd.functional.hessian(lambda *t: path(name, *t).sum(), given))

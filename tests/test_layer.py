@@ -80,6 +80,25 @@ def test_second_derivatives(noise):
     assert torch.autograd.gradgradcheck(density, tensors)
 
 
+@every_noise
+def test_batched_gradients(noise):
+    settings, tensors = arguments(noise)
+    density = layer.layer_log_density(*settings, *tensors)
+    cotangents = torch.eye(N, dtype=torch.float64)
+    apart = [torch.autograd.grad(density, tensors, c, retain_graph=True) for c in cotangents]
+    together = torch.autograd.grad(density, tensors, cotangents, is_grads_batched=True)
+    assert_close(list(together), [torch.stack(rows) for rows in zip(*apart, strict=True)])
+
+
+@pytest.mark.parametrize("rows", [H - 2, H + 20])
+def test_batched_gradients_of_channels(rows, monkeypatch):
+    monkeypatch.setattr(layer, "_MANY_ROWS", N)
+    torch.manual_seed(0)
+    tensors = tuple(torch.randn(*shape, dtype=torch.float64) for shape in [(rows,), (rows, H), (N, H)])
+    expected = torch.autograd.functional.jacobian(layer.layer_channels, tensors)
+    assert_close(torch.autograd.functional.jacobian(layer.layer_channels, tensors, vectorize=True), expected)
+
+
 @pytest.mark.parametrize("wanted", range(4), ids=["weight", "bias", "features", "value"])
 def test_only_what_is_wanted_is_differentiated(wanted):
     settings, tensors = arguments(Full())
