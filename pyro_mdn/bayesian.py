@@ -225,7 +225,7 @@ def _raw(
         return logits, locs, noise
     # Fused attention has no derivative in forward mode, at the first of which torch warns of what it uses itself.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        warnings.filterwarnings("ignore", ".*torch.jit.script.* is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.script")  # of another category from torch 2.14 on
         logits, locs, noise = over_draws(linear, draws, network, chunk_size=chunk_size)
     return logits, locs, noise
 

@@ -122,6 +122,8 @@ class MixtureDensity(dist.MixtureSameFamily):
         return bool(self._validate_args) and is_known(*tensors)
 
     def _validate(self) -> None:
+        if not is_known(self.logits, self.locs, *self.covariance.tensors()):
+            return
         if bool(bounds(self.logits)[0].isnan()):
             raise ValueError("logits: expected numbers below +inf, one at least finite; got NaN, +inf or all -inf")
         if not all_finite(self.locs):

@@ -49,8 +49,10 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     """What a linear layer ``(C,)``, ``(C, H)`` makes of features ``(N, H)``, channel-first, ``(C, N)``."""
+    if is_traced(bias, weight, features):  # first, since what is traced may be for any number of rows
+        return _product(bias, weight, features)
     many = len(features) >= _MANY_ROWS and weight.shape[0] > weight.shape[-1]
-    if many and not is_traced(bias, weight, features) and not torch.is_autocast_enabled(weight.device.type):
+    if many and not torch.is_autocast_enabled(weight.device.type):
         return _LayerChannels.apply(bias, weight, features)
     return _product(bias, weight, features)
 
@@ -97,7 +99,7 @@ def _layer_by_autograd(
 def _product(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     bias = bias.unsqueeze(-1)
     if is_recorded():  # what torch.jit makes of a product cannot broadcast its first argument
-        bias = bias.expand(-1, len(features))
+        bias = bias.expand(-1, features.shape[0])  # ``len`` would be a constant of what is traced
     return torch.addmm(bias, weight, features.T)
 
 

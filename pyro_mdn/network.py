@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
 from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity
-from pyro_mdn.checks import is_count, is_hooked, is_inherited, require_range
+from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
@@ -363,7 +363,7 @@ class MixtureDensityNetwork(PyroModule):
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(f"x: expected shape (*batch, {expected}), got {tuple(x.shape)}")
-        if is_validation_enabled():
+        if is_validation_enabled() and is_known(x):
             require_finite(x, "x", given)
         return x
 
@@ -380,7 +380,7 @@ class MixtureDensityNetwork(PyroModule):
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
-        if is_validation_enabled():
+        if is_validation_enabled() and is_known(y):
             require_no_infinity(y, "y", given)
         return y
 

@@ -403,7 +403,7 @@ def test_logarithms_of_pairs_are_those_of_each(dim, unit):
     assert_close(grad, 1 / factors.detach())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("unit", [1e-25, 1e25])
 def test_logarithms_of_pairs_are_not_traced(unit):
     """What was in range when it was traced may not be later."""

@@ -26,6 +26,7 @@ from torch.testing import assert_close
 from pyro_mdn import (
     DeepEnsemble,
     Diagonal,
+    DiagonalCovariance,
     Fixed,
     Full,
     GaussianMixture,
@@ -345,6 +346,61 @@ def test_a_layer_of_a_head_needs_no_bias():
     plain.head.linear.bias.data.zero_()
     assert_close(network.loss(x, y), plain.loss(x, y))
     assert_close(network(x).log_prob(y), plain.loss(x, y).neg())
+
+
+class Both(nn.Module):
+    """Loss, and density of the mixture of a call, of a network that is a part of a module."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, y):
+        return self.network.loss(x, y), self.network(x).log_prob(y)
+
+
+@pytest.mark.parametrize("noise", ["diagonal", "full", "low_rank-tied", "full-homoscedastic", "fixed"])
+def test_numbers_that_nobody_can_read_are_not_validated(noise):
+    torch.manual_seed(0)
+    both = Both(MixtureDensityNetwork(2, 2, 3, 8, noise=NOISE[noise]))
+    x, y = torch.randn(5, 2), torch.randn(5, 2)
+    expected = both(x, y)
+    assert_close(torch.vmap(both)(x, y), expected)
+    rows = torch.export.Dim("rows")
+    exported = torch.export.export(both, (x, y), dynamic_shapes={"x": {0: rows}, "y": {0: rows}})
+    assert_close(exported.module()(x[:3], y[:3]), tuple(density[:3] for density in expected))
+    torch.compiler.reset()
+    pyro.enable_validation(True)  # compilers end it
+    assert_close(torch.compile(both, backend="aot_eager", fullgraph=True)(x, y), expected)
+    pyro.enable_validation(True)
+    parameters = dict(both.named_parameters())
+
+    def loss(parameters, x, y):
+        return torch.func.functional_call(both, parameters, (x, y))[0]
+
+    by_row = torch.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    both.network.loss(x, y).sum().backward()
+    assert_close({name: rows.sum(0) for name, rows in by_row.items()}, {n: p.grad for n, p in parameters.items()})
+
+
+def test_numbers_under_derivatives_are_validated():
+    network, y = MixtureDensityNetwork(2, 2), torch.randn(5, 2)
+    with pytest.raises(ValueError, match="x: expected finite numbers, got NaN or Inf"):
+        torch.func.jacrev(lambda x: network.loss(x, y))(torch.full((5, 2), math.nan))
+    with pytest.raises(ValueError, match="x: expected finite numbers, got NaN or Inf"):
+        network(torch.full((5, 2), math.nan))
+
+
+def test_mixtures_are_made_under_vmap():
+    torch.manual_seed(0)
+    logits, locs, scale = torch.randn(5, 3), torch.randn(5, 3, 2), torch.rand(5, 3, 2) + 0.5
+    q, shift = torch.rand(5, 2), torch.randn(5, 2)
+
+    def quantiles(logits, locs, scale, q, shift):
+        mixture = GaussianMixture(logits, locs, DiagonalCovariance(scale)).affine(shift, 1 + q)
+        return mixture.icdf(q), mixture.inverse_rosenblatt(q), mixture.cdf(shift)
+
+    assert_close(torch.vmap(quantiles)(logits, locs, scale, q, shift), quantiles(logits, locs, scale, q, shift))
 
 
 @pytest.mark.parametrize("change", ["call", "assign", "parts"])

@@ -279,7 +279,7 @@ ELBOS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:.*no sample sites configured for enumeration:UserWarning")
 @pytest.mark.parametrize("elbo", ELBOS)
 @pytest.mark.parametrize("of", ["input", "affine", "loss", "crps"])
@@ -347,7 +347,7 @@ def test_network_may_be_called_before_it_joins_a_model(network):
     assert "network.head$$$linear.weight" in poutine.trace(model).get_trace(x, y).param_nodes
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("noise", [Diagonal(), Diagonal(tied=True), Full(), LowRank(1)], ids=str)
 def test_steps_compiled_by_pyro_are_those_that_are_not(noise):
     x, y = data()
@@ -361,7 +361,7 @@ def test_steps_compiled_by_pyro_are_those_that_are_not(noise):
     assert losses[0][3] < losses[0][0]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:TraceEnum_ELBO found no sample sites")
 @pytest.mark.parametrize("elbo", [JitTrace_ELBO, JitTraceEnum_ELBO, JitTraceGraph_ELBO, JitTraceMeanField_ELBO])
 @pytest.mark.parametrize("of_user", [False, True])
@@ -386,7 +386,7 @@ def test_missing_targets_are_not_compiled_by_pyro(elbo, of_user):
     assert math.isfinite(svi.step(x, y))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_missing_targets_of_traced_losses_are_refused():
     x, y = data()
     missing = y.masked_fill(torch.eye(N, 2, dtype=torch.bool), math.nan)
@@ -415,7 +415,7 @@ class Moved(Offset):
             return pyro.sample("y", self.network(x + offset), obs=y)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_nuts_compiled_by_pyro_draws_as_it_does_otherwise(network):
     x, y = data()
     model = Moved(frozen(network))

@@ -82,7 +82,7 @@ def test_extreme_quantiles():
     assert_close(mixture.cdf(y[2:]), q[2:], rtol=1e-10, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_traced_quantiles_take_the_steps_that_they_need():
     def quantile(locs, scale, q):
         return GaussianMixture(torch.zeros(2).double(), locs, DiagonalCovariance(scale), validate_args=False).icdf(q)
