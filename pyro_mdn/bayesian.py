@@ -2,9 +2,9 @@ r"""Predictive mixtures given draws of the weights from a posterior of any kind.
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pyro
@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyro_mdn.checks import require_counts
-from pyro_mdn.dense import dense_raw, is_dense
+from pyro_mdn.dense import dense_cost, dense_raw, is_dense
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import LaplaceGuide, draw_from, latent_sites, require_sites
 from pyro_mdn.isolation import KeepFrozen, isolated, own_generators
 from pyro_mdn.latent import latent_names, site_name
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.vectorized import OwnParameters, mixtures_over_draws, over_draws
+from pyro_mdn.passes import Cost, cost_of
+from pyro_mdn.vectorized import MixtureTensors, OwnParameters, over_draws
 
 __all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]
-
-_ELEMENTS = 2**22  # of intermediate results in one vectorised pass: beyond a cache it gets slower
 
 
 def posterior_predictive(
@@ -65,7 +64,9 @@ def posterior_predictive(
             evenly over them.
         linearize: Whether the raw outputs are linear in the weights, around the median of the guide. By default not,
             with a warning where they should be.
-        chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB.
+        chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB, which is measured
+            on two rows, and where one draw takes more, parts of the rows one after another. A backbone that mixes rows
+            has all of them at once, and with gradients to ``x`` the results of all passes are kept.
 
     Raises:
         ValueError: If the posterior is not one of this network's, there are not as many draws, it has no median to
@@ -154,6 +155,8 @@ def _chosen(
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"posterior: expected as many draws of each site, got {sorted(counts)}")
     _require_samples(num_samples, size := counts.pop())
+    if num_samples in (None, size):
+        return {name: value.to(expected[name]) for name, value in samples.items()}
     chosen = _spread(size, num_samples)
     return {name: value[chosen.to(value.device)].to(expected[name]) for name, value in samples.items()}
 
@@ -181,53 +184,93 @@ def _mixtures(
     center: Mapping[str, Tensor] | None = None,
 ) -> GaussianMixture:
     """Mixtures given weights, ``(S, *batch)``; with a center, by outputs that are linear in the weights around it."""
-    if chunk_size is None:
-        rows = x.numel() // math.prod(network.input_shape)
-        weights = sum(value[0].numel() for value in draws.values())
-        chunk_size = max(1, _ELEMENTS // (weights + rows * (2 * sum(network.hidden_dim) + 4 * sum(network.head.sizes))))
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
         if center is None and not network.is_described_by_raw:
 
-            def call(weights: dict[str, Tensor]) -> GaussianMixture:
+            def call(weights: dict[str, Tensor], rows: Tensor) -> GaussianMixture:
                 with OwnParameters(), poutine.condition(data=weights):
-                    return network(x)
+                    return network(rows)
 
-            return mixtures_over_draws(call, draws, network, chunk_size=chunk_size)
-        raw = _raw(network, draws, x, chunk_size, center)
-    return network.head.mixture(raw, network.head.shift, network.head.scale)
+            called = MixtureTensors(call)
+            return called.mixture(*_in_passes(network, called, draws, x, chunk_size))
+        if center is not None:
+            raw = _in_passes(network, partial(_linear, network, center), draws, x, chunk_size)
+        elif is_dense(network):
+            raw = _in_parts(partial(_dense, network), dense_cost(network, draws), draws, x, chunk_size)
+        else:
+            raw = _in_passes(network, partial(_raw, network), draws, x, chunk_size)
+    logits, locs, noise = raw
+    return network.head.mixture((logits, locs, noise), network.head.shift, network.head.scale)
 
 
-def _raw(
+def _in_passes(
     network: MixtureDensityNetwork,
+    function: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]],
     draws: Mapping[str, Tensor],
     x: Tensor,
-    chunk_size: int,
-    center: Mapping[str, Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw parameters of the mixtures, ``(S, *batch, ...)``."""
-    if center is None and is_dense(network):
-        same = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-        tensors = {name: tensor.unsqueeze(0) for name, tensor in same.items()}
-        latent = {name: draws[site] for site, name in latent_names(network).items()}
-        return dense_raw(network, x.unsqueeze(0), {**tensors, **latent}, chunk_size=chunk_size)
+    chunk_size: int | None,
+) -> tuple[Tensor, ...]:
+    """Results ``(S, N, ...)`` of a function of weights and rows, in passes that are measured."""
 
-    def raw(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        with OwnParameters(), poutine.condition(data=weights):
-            return network.raw(x)
+    def run(draws: Mapping[str, Tensor], x: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
+        return over_draws(lambda weights: function(weights, x), draws, network, chunk_size=chunk_size)
 
-    def linear(weights: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        at = dict(center or {})
-        values, changes, *_ = torch.func.jvp(raw, (at,), ({name: weights[name] - at[name] for name in at},))
-        return tuple(value + change for value, change in zip(values, changes, strict=True))
+    if chunk_size is not None or x.ndim == len(network.input_shape):
+        return run(draws, x, chunk_size)
+    first = {name: value[0] for name, value in draws.items()}
+    with own_generators(), torch.no_grad():
+        cost = cost_of(partial(function, first), x, len(next(iter(draws.values()))))
+    return _in_parts(run, cost, draws, x)
 
-    if center is None:
-        logits, locs, noise = over_draws(raw, draws, network, chunk_size=chunk_size)
-        return logits, locs, noise
+
+def _in_parts(
+    run: Callable[[Mapping[str, Tensor], Tensor, int | None], tuple[Tensor, ...]],
+    cost: Cost,
+    draws: Mapping[str, Tensor],
+    x: Tensor,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Results ``(S, N, ...)``: so many draws at a time and, where not even one fits into a pass, parts of the rows."""
+    if chunk_size is not None or x.ndim == 1:
+        return run(draws, x, chunk_size)
+    parts = x.split(rows := cost.rows(len(x)))
+    results = [run(draws, part, cost.units(rows)) for part in parts]
+    return tuple(_joined(same, parts) for same in zip(*results, strict=True))
+
+
+def _joined(results: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Results ``(S, N, ...)`` of parts of the rows together; or those of any, where they are the same for all rows."""
+    by_row = all(result.shape[1] == len(part) for result, part in zip(results, parts, strict=True))
+    return torch.cat([*results], 1) if by_row and len(results) > 1 else results[0]
+
+
+# Raw parameters of the mixtures, ``(*batch, ...)`` given weights, ``(S, *batch, ...)`` given draws
+
+
+def _raw(network: MixtureDensityNetwork, weights: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+    with OwnParameters(), poutine.condition(data=weights):
+        return network.raw(x)
+
+
+def _linear(
+    network: MixtureDensityNetwork, center: Mapping[str, Tensor], weights: dict[str, Tensor], x: Tensor
+) -> tuple[Tensor, ...]:
+    at = dict(center)
+    changes = {name: weights[name] - at[name] for name in at}
     # Fused attention has no derivative in forward mode, at the first of which torch warns of what it uses itself.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", ".*torch.jit.script")  # of another category from torch 2.14 on
-        logits, locs, noise = over_draws(linear, draws, network, chunk_size=chunk_size)
-    return logits, locs, noise
+        values, slopes, *_ = torch.func.jvp(lambda point: _raw(network, point, x), (at,), (changes,))
+    return tuple(value + slope for value, slope in zip(values, slopes, strict=True))
+
+
+def _dense(
+    network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor, chunk_size: int | None
+) -> tuple[Tensor, ...]:
+    same = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    tensors = {name: tensor.unsqueeze(0) for name, tensor in same.items()}
+    latent = {name: draws[site] for site, name in latent_names(network).items()}
+    return dense_raw(network, x.unsqueeze(0), {**tensors, **latent}, chunk_size=chunk_size)
 
 
 # Sites

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pyro_mdn.checks import is_inherited, is_plain
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.network import FirstLinear, MixtureDensityNetwork
+from pyro_mdn.passes import Cost
 
-__all__ = ["dense_raw", "is_dense"]
+__all__ = ["dense_cost", "dense_raw", "is_dense"]
 
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
@@ -71,6 +72,14 @@ def dense_raw(
         channels.reshape(channels.shape[0], size, *x.shape[1:-1]),
         None if raw_noise is None else raw_noise.T.reshape(-1, len(raw_noise), *(1,) * (n - 1)),
     )
+
+
+def dense_cost(network: MixtureDensityNetwork, draws: Mapping[str, Tensor]) -> Cost:
+    """What :func:`dense_raw` takes for each network and row: what layers give, and what becomes of it."""
+    layers = [layer for layer in network.backbone._modules.values() if isinstance(layer, nn.Linear)]
+    widths = 2 * sum(layer.out_features for layer in layers) + 4 * sum(network.head.sizes)
+    size = network.head.shift.itemsize
+    return Cost(size * sum(value[0].numel() for value in draws.values()), size * widths, True)
 
 
 def _channels(

@@ -12,10 +12,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_mdn.covariance import Covariance
 from pyro_mdn.mixture import GaussianMixture
 
-__all__ = ["OwnParameters", "mixtures_over_draws", "over_draws"]
+__all__ = ["MixtureTensors", "OwnParameters", "mixtures_over_draws", "over_draws"]
 
 
 def over_draws(
@@ -65,17 +64,34 @@ def mixtures_over_draws(
     chunk_size: int | None = None,
 ) -> GaussianMixture:
     """Apply a function that gives a mixture likewise, ``batch_shape`` ``(S, *batch)``; see :func:`over_draws`."""
-    made: list[Covariance] = []
+    tensors = MixtureTensors(function)
+    return tensors.mixture(*over_draws(tensors, draws, module, chunk_size=chunk_size))
 
-    def tensors(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        mixture = function(draw)
-        made.append(mixture.covariance.expand((*mixture.batch_shape, mixture.covariance.batch_shape[-1])))
+
+class MixtureTensors:
+    """A function that gives a mixture, as one that gives the mixture's tensors, each with all dimensions of its batch.
+
+    Args:
+        function: What gives the mixture.
+    """
+
+    def __init__(self, function: Callable[..., GaussianMixture]) -> None:
+        self.function = function
+        self.covariance: Any = None
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """Logits, locations and what the covariance stores."""
+        mixture = self.function(*args)
+        covariance = mixture.covariance
+        self.covariance = covariance.expand((*mixture.batch_shape, covariance.batch_shape[-1]))
         stored: list[Tensor] = []
-        made[-1].map(lambda tensor, _: stored.append(tensor) or tensor)
+        self.covariance.map(lambda tensor, _: stored.append(tensor) or tensor)
         return mixture.logits, mixture.locs, *stored
 
-    logits, locs, *stored = over_draws(tensors, draws, module, chunk_size=chunk_size)
-    return GaussianMixture(logits, locs, made[-1].map(lambda *_: stored.pop(0)))
+    def mixture(self, logits: Tensor, locs: Tensor, *stored: Tensor) -> GaussianMixture:
+        """Mixture of such tensors, of any batch shape, with a covariance like that of the last call."""
+        rest = list(stored)
+        return GaussianMixture(logits, locs, self.covariance.map(lambda *_: rest.pop(0)))
 
 
 class OwnParameters(Messenger):

@@ -3,8 +3,10 @@
 import math
 import pickle
 import warnings
+import weakref
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 
 import pyro
 import pyro.distributions as dist
@@ -25,6 +27,8 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_mdn import (
     ConvergenceWarning,
@@ -438,6 +442,96 @@ def test_batch_shapes_and_chunks():
     assert_close(posterior_predictive(network, draws, x[0, 0]).locs, whole.locs[:, 0, 0])
     fewer = posterior_predictive(network, draws, x, 3)
     assert_close(fewer.locs, whole.locs[[0, 2, 5]])
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still there, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+class Images(nn.Sequential):
+    """Convolutions whose features are a hundred times larger than what they end in."""
+
+    def __init__(self, side, *channels):
+        layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise([1, *channels])]
+        super().__init__(*layers, nn.GELU(), nn.Flatten(), nn.Linear(channels[-1] * side**2, 4))
+
+
+@pytest.mark.parametrize(("images", "draws"), [(100, 20), (1000, 2), (1, 2000)])
+def test_memory_of_a_prediction(images, draws):
+    side, few = (28, 100) if images > 1 else (8, 1)
+    network = MixtureDensityNetwork((1, side, side), 1, 2, 4, backbone=Images(side, 8, 16))
+    bayesianize(network, layers=["backbone.0", "backbone.1", "head"])
+    weights = draw_weights(network, AutoNormal(network.model), torch.zeros(few, 1, side, side), draws)
+    x = torch.randn(images, 1, side, side)
+    with Held() as held:
+        posterior_predictive(network, weights, x)
+    assert held.peak < 64 * 2**20
+
+
+class Across(nn.Module):
+    """Rows that depend on each other: steps of a sequence, or a set."""
+
+    def __init__(self, kind):
+        super().__init__()
+        kinds = {"sequence": nn.LSTM(6, 4), "steps": nn.Conv1d(6, 4, 3, padding=1), "set": nn.Linear(6, 4)}
+        self.kind, self.layer = kind, kinds[kind]
+
+    def forward(self, x):
+        if self.kind == "steps":
+            return self.layer(x.mT).mT
+        return self.layer(x)[0] if self.kind == "sequence" else self.layer(x) - self.layer(x).mean(0)
+
+
+SMALL = ["mlp", "conv", "lstm", "called", "sequence", "steps", "set"]
+
+
+@pytest.mark.parametrize("backbone", SMALL)
+@pytest.mark.parametrize("noise", [Diagonal(), Full(homoscedastic=True)])
+@pytest.mark.parametrize("linearize", [False, True])
+def test_passes_change_no_result(backbone, noise, linearize, monkeypatch):
+    if backbone in ("mlp", "conv", "lstm", "called"):
+        network = make("conv" if backbone == "called" else backbone, dim_out=2, noise=noise)
+    else:
+        network = MixtureDensityNetwork(6, 2, 3, 4, noise=noise, backbone=Across(backbone)).double()
+    network.initialize_(*data(2, 50))
+    guide, (x, y) = AutoMultivariateNormal(bayesianize(network).model, init_scale=0.5), data(2)
+    if backbone == "called":
+        network.register_forward_hook(lambda _, inputs, mixture: mixture.temper(2.0))
+    torch.manual_seed(1)
+    guide(x, y)
+    linearize = linearize and backbone not in ("lstm", "sequence", "called")  # forward mode has none of these
+    results = []
+    for size, limit in ((5, 1.0), (None, 1.0), (None, 4000.0), (None, 2.0**30)):
+        monkeypatch.setattr("pyro_mdn.passes.BYTES", limit)
+        torch.manual_seed(3)
+        results.append(posterior_predictive(network, guide, x, 5, linearize=linearize, chunk_size=size).log_prob(y))
+    for result in results:
+        assert result.shape == (5, 7)
+        assert_close(result, results[0])
+
+
+def test_memory_of_plain_layers_is_that_of_all():
+    wide = nn.Sequential(nn.Linear(6, 4000), nn.GELU(), nn.Linear(4000, 4))  # wider than hidden_dim says
+    network = bayesianize(MixtureDensityNetwork(6, 1, 3, 4, backbone=wide).double())
+    x, _ = data(rows=500)
+    draws = draw_weights(network, AutoNormal(network.model), x, 20)
+    with Held() as held:
+        posterior_predictive(network, draws, x)
+    assert held.peak < 64 * 2**20
 
 
 @pytest.mark.parametrize("layers", ["head", "backbone.2.weight", ["backbone.0", "head.linear.bias"]])

@@ -39,6 +39,7 @@ ORDER = [
     "head",
     "serialization",
     "network",
+    "passes",
     "vectorized",
     "dense",
     "guides",
