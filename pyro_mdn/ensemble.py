@@ -206,7 +206,7 @@ class DeepEnsemble(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
-        """Read an ensemble that :meth:`save` wrote; nothing in the file is executed.
+        """Read an ensemble that :meth:`save` wrote, into evaluation mode; nothing in the file is executed.
 
         Args:
             path: The file.
@@ -229,7 +229,7 @@ class DeepEnsemble(nn.Module):
         serialization.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
         ensemble.stacked.load_state_dict(tensors)
         warn_if_unlike(ensemble.stacked, config["ensemble"], str(path))
-        return ensemble
+        return ensemble.eval()
 
 
 class _Raw(nn.Module):

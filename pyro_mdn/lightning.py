@@ -47,6 +47,8 @@ class LightningObjective(LightningModule):
     ``gradient_clip_val=1.0`` is what ``fit`` has. Targets on a grid get no noise of their own here. A Lightning
     checkpoint holds the settings and all tensors, but not the network as an object:
     ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's parameter store stays as it was.
+    A network that is in evaluation mode as a whole, as from ``load`` or ``fit``, trains in training mode; otherwise the
+    modes of its parts are as you set them. Lightning leaves them so: ``network.eval()`` before predictions.
     With ``precision="bf16-true"`` weights are in bfloat16; scalers, targets and densities stay in single precision.
 
     Args:
@@ -132,6 +134,11 @@ class LightningObjective(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it over."""
         self.trained = checkpoint.get("trained", self.trained)
+
+    def on_fit_start(self) -> None:
+        """Train a network that was loaded, or is from ``fit``: these are in evaluation mode, which Lightning keeps."""
+        if not self.network.training:
+            self.objective.train()
 
     def on_train_start(self) -> None:
         """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""

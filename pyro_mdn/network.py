@@ -417,7 +417,7 @@ class MixtureDensityNetwork(PyroModule):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
-        """Read a network that :meth:`save` wrote; nothing in the file is executed.
+        """Read a network that :meth:`save` wrote, into evaluation mode; nothing in the file is executed.
 
         Args:
             path: The file.
@@ -436,7 +436,7 @@ class MixtureDensityNetwork(PyroModule):
         serialization.require_fitting(str(path), network.state_dict(), tensors)
         network.to(tensors["head.linear.weight"].dtype).load_state_dict(tensors)
         warn_if_unlike(network, config, str(path))
-        return network
+        return network.eval()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:

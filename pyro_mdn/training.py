@@ -26,7 +26,7 @@ from pyro_mdn.fingerprint import described
 from pyro_mdn.isolation import isolated, require_owned, seeded
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
-from pyro_mdn.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.objectives import NegativeElbo, NegativeLogLikelihood
 from pyro_mdn.optimization import (
     FINAL_NOISE,
@@ -83,6 +83,10 @@ def fit(
     average of the weights. Inputs and targets get fresh noise every step, which smooths the density (Rothfuss et
     al., 2019). The noise fades over the schedule, so that early stopping on held-out rows also finds how much
     smoothing the data need. The averaged weights of the best epoch are kept.
+
+    Dropout is on and batch norm learns while training, whatever mode the network was in. Afterwards the network, its
+    objective and guide are in evaluation mode, so that predictions are the same each time; a training loop of your
+    own starts by ``network.train()``.
 
     Ctrl-C ends the training as early stopping would: the network has the best weights so far, the result says
     ``interrupted``, and a checkpoint stays as it was last written.
@@ -183,7 +187,7 @@ def fit(
         initialize = guide is None or not (isinstance(network, MixtureDensityNetwork) and network.initialized)
     trainee = EnsembleTrainee(network) if isinstance(network, DeepEnsemble) else NetworkTrainee(network)
     modules: list[nn.Module] = [module for module in (network, objective, guide) if isinstance(module, nn.Module)]
-    with _isolated(modules, root):
+    with _isolated(root):
         with _put_back_if_refused(modules, device):
             batches, held_out = trainee.prepare(x, y, sample_weight, validation, batch_size)
             _require_data(batches, held_out, compile=compile, refit=refit)
@@ -223,7 +227,11 @@ def fit(
             text = f"fit: of y, {few} are NaN and count as not observed; {meant} if that is meant"
             warnings.warn(text, MissingTargetsWarning, stacklevel=2)
         run = _Run(plan, callbacks, progress)
-        result = run.twice(loop, losses, saved, start) if refit else run(loop, saved)
+        try:
+            result = run.twice(loop, losses, saved, start) if refit else run(loop, saved)
+        finally:
+            for module in (objective, *modules):
+                module.eval()
         result.guide = guide
         if regularized:
             trainee.summarize(result, batches.head(_ROWS_TO_START))
@@ -359,22 +367,21 @@ class _Run:
 
 
 @contextmanager
-def _isolated(modules: Sequence[nn.Module], seed: int) -> Iterator[None]:
-    """Keep Pyro's parameter store, what validates, the modes of modules and the generators as they were."""
+def _isolated(seed: int) -> Iterator[None]:
+    """Keep Pyro's parameter store, what validates and the generators as they were."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(isolated())
         stack.enter_context(seeded(seed))
-        for module in modules:
-            stack.enter_context(evaluating(module))
         yield
 
 
 @contextmanager
 def _put_back_if_refused(modules: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[None]:
-    """Move modules to a device; after an error, have them where and as they were."""
+    """Move modules to a device; after an error, have them where, as, and in the modes that they were."""
     before = [(module, copied(module.state_dict()), _device(module)) for module in modules]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
             if device is not None:
@@ -386,6 +393,8 @@ def _put_back_if_refused(modules: Sequence[nn.Module], device: torch.device | st
                 module.to(place)
             # A guide that was set up meanwhile has more than it had.
             module.load_state_dict(state, strict=False)
+        for part, training in modes:
+            part.training = training
         raise
 
 

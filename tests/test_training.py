@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import logging
 import math
@@ -9,6 +10,7 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -27,6 +29,7 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     NegativeLogLikelihood,
+    bayesianize,
     fit,
 )
 from pyro_mdn.isolation import unvalidated
@@ -167,12 +170,94 @@ def test_sequences():
     assert trained(x).batch_shape == (40, 6)
 
 
-def test_dropout_is_on_in_training_only_and_the_mode_is_restored():
+class Modes(nn.Module):
+    """Identity that keeps the modes in which it is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def forward(self, x):
+        self.seen.add((self.training, torch.is_grad_enabled()))
+        return x
+
+
+def random_backbone():
+    return nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), Modes())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("size", [None, 2])
+def test_training_mode_while_training_and_evaluation_mode_afterwards(mode, size):
+    """Whatever the mode was: dropout is on for each gradient, and off for validation and all that comes later."""
     x, y = fork()
-    trained = network(backbone=nn.Sequential(nn.Linear(1, 16), nn.Dropout(0.5))).eval()
+    single = network(backbone=random_backbone())
+    trained = (single if size is None else DeepEnsemble(single, size)).train(mode)
     fit(trained, x, y, **QUICK)
-    assert not trained.training
-    assert torch.equal(trained.loss(x, y), trained.loss(x, y))
+    part = single if size is None else trained.stacked
+    assert (True, True) in part.backbone[-1].seen
+    assert (False, True) not in part.backbone[-1].seen
+    assert not any(module.training for module in trained.modules())
+    assert torch.equal(trained(x).log_prob(y), trained(x).log_prob(y))
+    assert_close(trained(x).log_prob(y)[:5], trained(x[:5]).log_prob(y[:5]))
+
+
+class Total(nn.Module):
+    """Loss that is no loss of rows."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, y):
+        return self.network.loss(x, y).sum()
+
+
+def test_objectives_and_guides_are_in_evaluation_mode_too():
+    x, y = fork(50)
+    trained = network(backbone=random_backbone())
+    objective = NegativeLogLikelihood(trained)
+    fit(trained, x, y, objective=objective, **QUICK)
+    latent = bayesianize(network(backbone=random_backbone()), layers="head")
+    guide = AutoNormal(latent.model)
+    made = fit(bayesianize(network(), layers="head"), x, y, guide=AutoNormal, **QUICK).guide
+    fit(latent, x, y, guide=guide, **QUICK)
+    assert not any(module.training for whole in (objective, latent, guide, made) for module in whole.modules())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_evaluation_mode_also_after_a_training_that_ended_early(error):
+    def stop(module, inputs, output):
+        if module.training and len(result.history):
+            raise error
+
+    result = FitResult()
+    trained = network(backbone=random_backbone())
+    trained.backbone[0].register_forward_hook(stop)
+    callbacks = [lambda so_far: result.history.extend(so_far.history)]
+    with contextlib.suppress(RuntimeError):
+        fit(trained, *fork(50), callbacks=callbacks, **QUICK)
+    assert not any(module.training for module in trained.modules())
+
+
+def test_modes_stay_where_data_are_refused():
+    trained = network(backbone=random_backbone())
+    trained.backbone[1].eval()
+    with pytest.raises(ValueError, match="one loss for each"):
+        fit(trained, *fork(50), objective=Total(trained))
+    assert [part.training for part in trained.backbone] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_loaded_networks_are_in_evaluation_mode(tmp_path, size):
+    saved = network(backbone=random_backbone())
+    saved = saved if size is None else DeepEnsemble(saved, size)
+    saved.save(tmp_path / "saved")
+    loaded = type(saved).load(tmp_path / "saved", backbone=random_backbone())
+    assert saved.training
+    assert not any(module.training for module in loaded.modules())
+    x, y = fork(20)
+    assert torch.equal(loaded(x).log_prob(y), saved.eval()(x).log_prob(y))
 
 
 def test_batch_norm_statistics_go_with_the_weights():
@@ -545,7 +630,7 @@ def test_missing_targets_are_not_compiled_by_users(of):
 # What a reader of the documentation relies on
 
 
-def test_modes_and_global_flags_are_as_they_were():
+def test_global_flags_are_as_they_were():
     x, y = fork(50)
     trained = network()
     objective = NegativeLogLikelihood(trained)
@@ -558,8 +643,6 @@ def test_modes_and_global_flags_are_as_they_were():
     finally:
         torch.distributions.Distribution.set_default_validate_args(True)
     assert modes == [False] * 3
-    assert objective.training
-    assert trained.training
 
 
 def test_numpy_scalars_are_settings():
@@ -758,17 +841,9 @@ def test_one_callback_is_a_list_of_one():
 
 
 def test_a_scalar_objective_is_refused():
-    class Mean(nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-        def forward(self, x, y):
-            return self.network.loss(x, y).mean()
-
     untouched = network()
     with pytest.raises(ValueError, match=r"objective: expected one loss for each of 2 rows, got \(\)"):
-        fit(untouched, *fork(20), objective=Mean(untouched), **QUICK)
+        fit(untouched, *fork(20), objective=Total(untouched), **QUICK)
     assert states_equal(untouched, network())
 
 
