@@ -17,7 +17,8 @@ from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import require_counts
 from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
-from pyro_mdn.isolation import isolated
+from pyro_mdn.initialization import draw_anew_
+from pyro_mdn.isolation import isolated, require_seed, seeded
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating, warn_if_unlike
 from pyro_mdn.prediction import Prediction, predicted_in_parts
@@ -40,6 +41,8 @@ class DeepEnsemble(nn.Module):
         network: Network of the architecture; it is copied, and each member initialised anew, but for parameters that
             do not require a gradient. Or a sequence of networks, which become the members as they are.
         size: Number of members M; by default 10.
+        seed: Seed of the members' first weights. By default they come from torch's generator, which a seed leaves
+            alone. Networks of a sequence have theirs already.
         bootstrap: Whether each member trains on rows drawn with replacement from its training rows (Breiman, 1996).
 
     Attributes:
@@ -74,11 +77,14 @@ class DeepEnsemble(nn.Module):
         size: int | None = None,
         *,
         bootstrap: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         require_counts(size=size)
+        require_seed(seed)
         if isinstance(network, MixtureDensityNetwork):
-            members = [_initialized_anew(network) for _ in range(size or 10)]
+            with seeded(seed):
+                members = [_initialized_anew(network) for _ in range(size or 10)]
         else:
             members = list(network)
             if not members or size not in (None, len(members)):
@@ -159,12 +165,24 @@ class DeepEnsemble(nn.Module):
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``, likewise.
         """
-        tensors = self._tensors()
         for i in range(self.size):
             member = self.member(i)
             member.initialize_(x[i], y[i])
-            for name, tensor in member.state_dict().items():
-                tensors[name][i].copy_(tensor)
+            self._take_over(i, member)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weights of all members anew, but for frozen ones."""
+        for i in range(self.size):
+            member = self.member(i)
+            draw_anew_(member)
+            self._take_over(i, member)
+
+    def _take_over(self, i: int, member: MixtureDensityNetwork) -> None:
+        """Give member number i the tensors of a network."""
+        tensors = self._tensors()
+        for name, tensor in member.state_dict().items():
+            tensors[name][i].copy_(tensor)
 
     def _raw(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Raw parameters ``(M, *batch, ...)`` of the mixtures, for inputs that members share or have each their own."""
@@ -244,24 +262,9 @@ class _Raw(nn.Module):
 
 
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
-    """Copy of a network with fresh weights, but for frozen ones; the head keeps its start."""
+    """Copy of a network with fresh weights, but for frozen ones."""
     network = _copied(network)
-    frozen = [(p, p.detach().clone()) for p in network.parameters() if not p.requires_grad]
-    for name, part in network.named_modules():
-        own = list(part.parameters(recurse=False))
-        if part is network.head or not any(p.requires_grad for p in own):
-            continue
-        reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
-        if reset is None:
-            raise ValueError(
-                f"network: expected layers with reset_parameters, got {name} ({type(part).__name__}) without: "
-                "give a sequence of networks instead"
-            )
-        reset()
-    network.head.reset_parameters()
-    with torch.no_grad():
-        for parameter, value in frozen:  # a layer may have some of both
-            parameter.copy_(value)
+    draw_anew_(network)
     return network
 
 

@@ -77,14 +77,15 @@ class MixtureHead(nn.Module):
         single = single_at_least(torch.get_default_dtype())
         self.register_buffer("shift", torch.zeros(dim_out, dtype=single))
         self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out, dtype=single))
-        self._start_anywhere()
+        self.start_anywhere()
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
         self.linear.reset_parameters()
-        self._start_anywhere()
+        self.start_anywhere()
 
-    def _start_anywhere(self) -> None:
+    def start_anywhere(self) -> None:
+        """Let the biases give components of equal weight at random places."""
         shape = self.n_components, self.dim_out
         self._start(torch.zeros(self.n_components), torch.randn(shape), torch.ones(shape))
 

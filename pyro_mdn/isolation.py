@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Integral, Real
 from typing import Any
 
 import pyro
@@ -18,7 +19,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
 from torch import nn
 
-__all__ = ["KeepFrozen", "isolated", "own_generators", "own_store", "require_owned", "seeded", "unvalidated"]
+__all__ = [
+    "KeepFrozen",
+    "isolated",
+    "own_generators",
+    "own_store",
+    "require_owned",
+    "require_seed",
+    "seeded",
+    "unvalidated",
+]
 
 _PROCESS = threading.RLock()
 
@@ -54,6 +64,19 @@ def require_owned(module: nn.Module) -> None:
             raise ValueError(f"guide: expected a module that owns its parameters, got pyro.param for {strangers}")
 
 
+def require_seed(seed: Any) -> None:
+    """Raise a ``ValueError`` unless this is a seed of torch's generators, or ``None``.
+
+    >>> require_seed(-1)
+    Traceback (most recent call last):
+    ValueError: seed: expected an integer from 0 to 2**63 - 1, got -1
+    """
+    if seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= int(seed) < 2**63):
+        return
+    got = repr(seed) if isinstance(seed, Real | str) else type(seed).__name__
+    raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {got}")
+
+
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
     """Have torch's generators start from a seed inside; with ``None``, let them go on, also afterwards."""
@@ -61,7 +84,7 @@ def seeded(seed: int | None) -> Iterator[None]:
         yield
         return
     with own_generators():
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield
 
 

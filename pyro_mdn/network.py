@@ -24,7 +24,7 @@ from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
-from pyro_mdn.isolation import KeepFrozen, own_generators, own_store
+from pyro_mdn.isolation import KeepFrozen, own_generators, own_store, require_seed, seeded
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 from pyro_mdn.prediction import Prediction, predicted_in_parts
@@ -49,9 +49,11 @@ class MixtureDensityNetwork(PyroModule):
             features that it returns.
         noise: Noise model of the components, by default ``Diagonal()``.
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
+        seed: Seed of the first weights, but for those of a ``backbone``, which has its own. By default they come from
+            torch's generator, which a seed leaves alone.
 
     Raises:
-        ValueError: If a size is not a positive integer or the noise model does not fit ``dim_out``.
+        ValueError: If a size is not a positive integer, the noise model does not fit ``dim_out``, or the seed is none.
 
     References:
         Bishop (1994), Mixture Density Networks.
@@ -82,8 +84,10 @@ class MixtureDensityNetwork(PyroModule):
         *,
         noise: NoiseModel | None = None,
         backbone: nn.Module | None = None,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
+        require_seed(seed)
         self.input_shape = _sizes(dim_in, "dim_in")
         widths = _sizes(hidden_dim, "hidden_dim")
         self.hidden_dim = widths * 2 if isinstance(hidden_dim, Integral) else widths
@@ -91,8 +95,9 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"dim_in: expected a width, or a backbone that takes shape {self.input_shape}")
         if not (backbone is None or isinstance(backbone, nn.Module)):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
-        self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
-        self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
+        with seeded(seed):
+            self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
+            self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
         single = single_at_least(torch.get_default_dtype())
         self.register_buffer("x_shift", torch.zeros(self.input_shape, dtype=single))
         self.register_buffer("x_scale", torch.ones(self.input_shape, dtype=single))

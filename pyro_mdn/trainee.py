@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.data import Batches, Rows, grid_spacing, prepare
 from pyro_mdn.ensemble import DeepEnsemble
+from pyro_mdn.initialization import draw_anew_
 from pyro_mdn.loop import FitResult, Loop
 from pyro_mdn.member_data import MemberBatches, MemberRows, SharedBatches, prepare_members
 from pyro_mdn.member_loop import MemberLoop
@@ -58,6 +59,10 @@ class Trainee(ABC):
         return grid_spacing(self.targets(rows)).to(self.network.head.scale)
 
     @abstractmethod
+    def draw_anew_(self) -> None:
+        """Draw the weights anew, but for frozen ones; a ``ValueError`` if a layer cannot do that."""
+
+    @abstractmethod
     def initialize_(self, rows: Rows, y: Tensor) -> None:
         """Set scalers and components from inputs of rows and targets y."""
 
@@ -86,6 +91,9 @@ class NetworkTrainee(Trainee):
 
     def targets(self, rows: Rows) -> Tensor:
         return rows.y
+
+    def draw_anew_(self) -> None:
+        draw_anew_(self.network)
 
     def initialize_(self, rows: Rows, y: Tensor) -> None:
         self.network.initialize_(rows.x, y)
@@ -120,6 +128,9 @@ class EnsembleTrainee(Trainee):
 
     def targets(self, rows: Rows) -> Tensor:
         return rows.y[0]
+
+    def draw_anew_(self) -> None:
+        self.ensemble.reset_parameters()
 
     def initialize_(self, rows: Rows, y: Tensor) -> None:
         self.ensemble.initialize_(rows.x, y)

@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro.infer.autoguide import AutoGuide, init_to_value
@@ -23,7 +22,7 @@ from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, MissingTargetsWarning, Rows, Streamed, few_missing
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.fingerprint import described
-from pyro_mdn.isolation import isolated, require_owned, seeded
+from pyro_mdn.isolation import isolated, require_owned, require_seed, seeded
 from pyro_mdn.joint import supported_start
 from pyro_mdn.loop import FitResult, Loop, Settings, copied
 from pyro_mdn.network import MixtureDensityNetwork
@@ -65,6 +64,7 @@ def fit(
     patience: int | None = None,
     max_grad_norm: float = 1.0,
     initialize: bool | None = None,
+    reinitialize: bool = False,
     refit: bool = False,
     skip_bad_batches: bool = False,
     device: torch.device | str | None = None,
@@ -132,7 +132,11 @@ def fit(
             ``max_epochs``.
         max_grad_norm: Gradients are scaled down to this norm.
         initialize: Set scalers and components from the training rows first; ``False`` to train a network further. By
-            default they are set, but not for a guide of a network that has them already.
+            default they are set, but not for a guide of a network that has them already. Hidden layers stay as they
+            are: the constructor has drawn them, or an earlier ``fit`` has trained them.
+        reinitialize: Draw all weights of the network anew from the seed first, but for frozen ones, by
+            ``reset_parameters`` of its layers: what is learned then depends on data, settings and seed alone. Not for
+            latent weights.
         refit: Once the best epoch is known, start again and train on all rows up to it.
         skip_bad_batches: Leave out a batch whose loss or gradient is not finite, and count it, instead of stopping.
         device: Where to train; the network is moved there and stays.
@@ -145,7 +149,8 @@ def fit(
         resume: Go on from the checkpoint, if there is one, bit for bit as if the run had not stopped. Network,
             objective, data and settings must be those of that run; types, attributes and hooks of all parts count.
         seed: Seed of split, start, batches and noise; by default one is drawn from torch's generator. Apart from
-            that the generators stay as they were.
+            that the generators stay as they were. It does not decide the first weights of the hidden layers:
+            ``MixtureDensityNetwork(..., seed=)`` does, or ``reinitialize``.
         progress: Show a progress bar.
 
     Raises:
@@ -177,8 +182,11 @@ def fit(
         raise ValueError(f"callbacks: expected functions of a FitResult, got {type(strangers[0]).__name__}")
     if autocast not in (None, torch.bfloat16):
         raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
-    if seed is not None and (not isinstance(seed, Integral) or not 0 <= seed < 2**63):
-        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+    require_seed(seed)
+    if reinitialize and initialize is False:
+        raise ValueError("initialize, reinitialize: expected one of the two to be set, got False and True")
+    if reinitialize and guide is not None:
+        raise ValueError("reinitialize: expected False beside a guide: build a new network, and bayesianize that")
     saved = Checkpoint(checkpoint, checkpoint_every, resume=resume)
     root = _seed(saved) if seed is None else int(seed)
     if validation is None:
@@ -191,6 +199,9 @@ def fit(
         with _put_back_if_refused(modules, device):
             batches, held_out = trainee.prepare(x, y, sample_weight, validation, batch_size)
             _require_data(batches, held_out, compile=compile, refit=refit)
+            if reinitialize:
+                with seeded(root):  # of its own: all else is drawn as for a network just built
+                    trainee.draw_anew_()
             max_epochs = int(max_epochs or max(100, math.ceil(STEPS / len(batches))))
             if guide is not None and isinstance(network, MixtureDensityNetwork):
                 if isinstance(guide, type):
@@ -215,7 +226,8 @@ def fit(
                 skip_bad_batches=bool(skip_bad_batches),
                 autocast=autocast,
             )
-            plan = _Plan(trainee, objective, settings, root, cell, initialize, compile, counts_rows=guide is not None)
+            started = "anew" if reinitialize else initialize
+            plan = _Plan(trainee, objective, settings, root, cell, started, compile, counts_rows=guide is not None)
             losses = plan.set_up(batches)
             if checkpoint is not None:
                 saved.require(plan.describe(batches, held_out, refit=refit), plan.described)
@@ -259,7 +271,7 @@ class _Plan:
     settings: Settings
     seed: int
     cell: Tensor  # of targets on a grid, 0 for outputs that are on none
-    initialize: bool
+    initialize: bool | Literal["anew"]
     compiled: bool
     counts_rows: bool  # whether the objective is an ELBO that has to know their number
 

@@ -43,6 +43,7 @@ ORDER = [
     "vectorized",
     "dense",
     "guides",
+    "initialization",
     "ensemble",
     "latent",
     "bayesian",

@@ -413,18 +413,17 @@ def test_without_lightning_the_error_says_what_to_install():
 # Two processes
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.filterwarnings("ignore:Found 1 module")  # Lightning says it where a part stays so
-def test_networks_in_evaluation_mode_are_trained_in_training_mode():
+def test_networks_in_evaluation_mode_are_trained_in_training_mode(whole):
     """As from ``load``; a part alone that is in evaluation mode stays in it, which is Lightning's rule."""
     x, y = fork(64)
-    for whole in (True, False):
-        trained = network(x, y)
-        trained.backbone.append(nn.Dropout(0.5))
-        (trained if whole else trained.backbone[-1]).eval()
-        seen = []
-        trained.backbone[-1].register_forward_hook(lambda module, inputs, out: seen.append(module.training))
-        trainer(max_epochs=1).fit(LightningObjective(NegativeLogLikelihood(trained)), loader(x, y, size=32))
-        assert set(seen) == {whole}
+    trained, seen = network(x, y), set()
+    trained.backbone.append(nn.Dropout(0.5))
+    (trained if whole else trained.backbone[-1]).eval()
+    trained.backbone[-1].register_forward_hook(lambda module, inputs, out: seen.add(module.training))
+    trainer(max_epochs=1).fit(LightningObjective(NegativeLogLikelihood(trained)), loader(x, y, size=32))
+    assert seen == {whole}
 
 
 UNEQUAL = """

@@ -401,6 +401,21 @@ def test_the_refit_of_an_earlier_run_is_not_in_the_way(tmp_path):
     assert states_equal(resumed, whole)
 
 
+@pytest.mark.parametrize("refit", [False, True])
+def test_resume_of_a_run_that_reinitialized(tmp_path, refit):
+    """Bit for bit, whatever weights the network had; whether weights were drawn anew tells runs apart."""
+    x, y = data()
+    settings = {**SETTINGS, "reinitialize": True, "refit": refit}
+    whole, part, resumed = network(), network(), MixtureDensityNetwork(1, 1, 2, 8, seed=7)
+    fit(whole, x, y, **settings)
+    with pytest.raises(Stop):
+        fit(part, x, y, checkpoint=tmp_path / "run", callbacks=[stop_after(5)], **settings)
+    with pytest.raises(ValueError, match="'initialize': True.* got one of another, .*'anew'"):
+        fit(network(), x, y, checkpoint=tmp_path / "run", resume=True, **{**settings, "reinitialize": False})
+    fit(resumed, x, y, checkpoint=tmp_path / "run", resume=True, **settings)
+    assert states_equal(resumed, whole)
+
+
 def test_resume_needs_a_file_name():
     with pytest.raises(ValueError, match="resume: expected checkpoint="):
         fit(network(), *data(), resume=True)

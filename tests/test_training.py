@@ -28,6 +28,7 @@ from pyro_mdn import (
     Isotropic,
     LowRank,
     MixtureDensityNetwork,
+    NegativeElbo,
     NegativeLogLikelihood,
     bayesianize,
     fit,
@@ -102,6 +103,103 @@ def test_seed_decides_everything_and_the_generator_is_left_alone():
     fit(trained[2], x, y, **{**QUICK, "seed": 1})
     assert states_equal(trained[0], trained[1])
     assert not states_equal(trained[0], trained[2])
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_seeds_of_constructor_and_fit_decide_everything(size):
+    """Two constructions and trainings agree bit for bit; the process's generator is neither read nor moved."""
+    x, y = fork()
+
+    def trained(state):
+        torch.manual_seed(state)
+        before = torch.get_rng_state()
+        built = MixtureDensityNetwork(1, 1, 3, 16, seed=4)
+        built = built if size is None else DeepEnsemble(built, size, seed=5)
+        fit(built, x, y, **QUICK)
+        assert torch.equal(torch.get_rng_state(), before)
+        return built
+
+    assert states_equal(trained(1), trained(2))
+    assert not states_equal(MixtureDensityNetwork(1, 1, seed=1), MixtureDensityNetwork(1, 1, seed=2))
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_second_fit_that_reinitializes_is_the_first(size, refit):
+    """Also the first after the constructor with the same seed; without it, training goes on from where it was."""
+    if size is not None and refit:
+        pytest.skip("an ensemble has no refit")
+    x, y = fork()
+    settings = {**QUICK, "refit": refit}
+
+    def built(seed):
+        single = MixtureDensityNetwork(1, 1, 3, 16, seed=seed)
+        return single if size is None else DeepEnsemble(single, size, seed=seed)
+
+    first, other = built(0), built(1)
+    fit(first, x, y, **settings)
+    weights = copied(first.state_dict())
+    fit(other, x, y, reinitialize=True, **settings)
+    fit(first, x, y, reinitialize=True, **settings)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+        assert torch.equal(tensor, other.state_dict()[name])
+    fit(first, x, y, **settings)
+    assert not states_equal(first, other)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_reinitializing_keeps_frozen_weights_and_forgets_statistics(affine):
+    x, y = fork()
+    layers = nn.Sequential(nn.Linear(1, 16), nn.BatchNorm1d(16, affine=affine), nn.Linear(16, 16).requires_grad_(False))
+    first, frozen = network(backbone=layers), layers[2].weight.clone()
+    fit(first, x, y, reinitialize=True, **QUICK)
+    weights = copied(first.state_dict())
+    fit(first, x + 3, y, max_epochs=1, progress=False)
+    fit(first, x, y, reinitialize=True, **QUICK)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in first.state_dict().items())
+    assert torch.equal(first.backbone[2].weight, frozen)
+
+
+class NoReset(nn.Module):
+    """Layer that cannot draw its weights anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 16))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("made", "settings", "message"),
+    [
+        (
+            lambda: network(backbone=nn.Sequential(nn.Linear(1, 1), NoReset())),
+            {},
+            r"got backbone\.1 \(NoReset\) without",
+        ),
+        (network, {"initialize": False}, "initialize, reinitialize: expected one"),
+        (lambda: bayesianize(network(), layers="head"), {"guide": AutoNormal}, "expected False beside a guide"),
+        (network, {"seed": True}, "seed: expected an integer from 0 to .*, got True"),
+        (network, {"seed": torch.zeros(3)}, "seed: expected an integer from 0 to .*, got Tensor"),
+    ],
+)
+def test_what_cannot_be_reinitialized_is_refused(made, settings, message):
+    trained = made()
+    before = copied(trained.state_dict())
+    with pytest.raises(ValueError, match=message):
+        fit(trained, *fork(50), **{**QUICK, **settings}, reinitialize=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+    assert trained.training
+
+
+def test_latent_weights_are_not_reinitialized():
+    latent = bayesianize(network(), layers="head")
+    objective = NegativeElbo(latent, AutoNormal(latent.model), 50)
+    with pytest.raises(ValueError, match=r"expected no latent weights to draw anew, got some in head\.linear"):
+        fit(latent, *fork(50), objective=objective, reinitialize=True, **QUICK)
 
 
 def test_two_fits_never_see_each_other_nor_the_parameter_store():
