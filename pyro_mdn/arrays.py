@@ -6,6 +6,7 @@ All entry points share this conversion, so that what :func:`pyro_mdn.fit` takes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ __all__ = [
     "is_frame",
     "require_finite",
     "require_no_infinity",
+    "shown",
     "to_numpy",
 ]
 
@@ -151,6 +153,20 @@ def describe(values: Any) -> str:
         dtype = getattr(values, "dtype", None)
         return " ".join([kind, *([] if dtype is None else [str(dtype)]), str(tuple(shape))])
     return f"{kind} of {len(values)}" if isinstance(values, list | tuple | dict | set) else kind
+
+
+def shown(value: Any) -> str:
+    """Show a setting in an error: numbers and text as they are, all else by its type, dtype and shape.
+
+    >>> shown(3), shown("full"), shown(torch.zeros(3)), shown(np.float32(0.5))
+    ('3', "'full'", 'Tensor torch.float32 (3,)', '0.5')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str) and len(value) > 80:
+        return repr(value[:80] + "...")
+    is_scalar = value is None or isinstance(value, bool | Number | str | np.generic)
+    return repr(value.item() if isinstance(value, np.generic) else value) if is_scalar else describe(value)
 
 
 def _of_frame(frame: Any, name: str) -> Array:

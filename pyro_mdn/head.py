@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn import kernels
+from pyro_mdn.arrays import shown
 from pyro_mdn.checks import is_count, is_plain, is_traced
 from pyro_mdn.density import has_missing
 from pyro_mdn.layer import layer_channels, layer_log_density
 from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.noise import Diagonal, NoiseModel
+from pyro_mdn.noise import NoiseModel, as_noise_model
 from pyro_mdn.raw import ChannelMixture, RawMixture, log_unit, split_channels
 
 __all__ = ["MixtureHead", "exact_buffers", "single_at_least", "starting_value"]
@@ -35,7 +36,8 @@ class MixtureHead(nn.Module):
         in_features: Width of the features.
         dim_out: Number of outputs D.
         n_components: Number of components K.
-        noise: Noise model of the components.
+        noise: Noise model of the components, or ``"diagonal"``, ``"full"``, ``"isotropic"`` or ``"low_rank"`` for one
+            with its default settings; by default ``Diagonal()``.
 
     Raises:
         ValueError: If a width is not a positive integer or the noise model does not fit ``dim_out``.
@@ -59,15 +61,15 @@ class MixtureHead(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | None = None) -> None:
+    def __init__(
+        self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | str | None = None
+    ) -> None:
         super().__init__()
         for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
             if not is_count(value):
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+                raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
-        self.noise = Diagonal() if noise is None else noise
-        if not isinstance(self.noise, NoiseModel):
-            raise ValueError(f"noise: expected a NoiseModel such as Diagonal(), got {noise!r}")
+        self.noise = as_noise_model(noise, dim_out)
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
         n_noise = self.noise.num_params(dim_out) * (1 if self.noise.tied else n_components)
         learned_here = n_noise if self.noise.homoscedastic else 0

@@ -47,7 +47,8 @@ class MixtureDensityNetwork(PyroModule):
         n_components: Number of mixture components K.
         hidden_dim: Width of two hidden layers, or a sequence of widths. With a ``backbone``: the width of the
             features that it returns.
-        noise: Noise model of the components, by default ``Diagonal()``.
+        noise: Noise model of the components, by default ``Diagonal()``; or ``"diagonal"``, ``"full"``,
+            ``"isotropic"`` or ``"low_rank"`` for one with its default settings.
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
         seed: Seed of the first weights, but for those of a ``backbone``, which has its own. By default they come from
             torch's generator, which a seed leaves alone.
@@ -82,7 +83,7 @@ class MixtureDensityNetwork(PyroModule):
         n_components: int = 5,
         hidden_dim: int | Sequence[int] = 64,
         *,
-        noise: NoiseModel | None = None,
+        noise: NoiseModel | str | None = None,
         backbone: nn.Module | None = None,
         seed: int | None = None,
     ) -> None:

@@ -7,19 +7,32 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from numbers import Real
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_mdn import kernels
+from pyro_mdn.arrays import shown
 from pyro_mdn.checks import is_count
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.whitening import RawDiagonalWhitening, RawFullWhitening, RawLowRankWhitening, positive
 
-__all__ = ["Diagonal", "Fixed", "Full", "Isotropic", "LowRank", "NoiseModel"]
+__all__ = [
+    "NOISE_MODELS",
+    "Diagonal",
+    "Fixed",
+    "Full",
+    "Isotropic",
+    "LowRank",
+    "NoiseModel",
+    "as_noise_model",
+]
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,10 @@ class NoiseModel(ABC):
     tied: bool
     homoscedastic: bool
     common_unit: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("tied", "homoscedastic"):
+            object.__setattr__(self, name, _flag(getattr(self, name), name))
 
     @abstractmethod
     def num_params(self, dim_out: int) -> int:
@@ -65,7 +82,8 @@ class _Learned(NoiseModel):
     min_scale: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require_positive(self.min_scale, "min_scale")
+        super().__post_init__()
+        object.__setattr__(self, "min_scale", _positive(self.min_scale, "min_scale"))
 
     def _positive(self, raw: Tensor) -> Tensor:
         return positive(raw, self.min_scale)
@@ -178,7 +196,7 @@ class LowRank(_Learned):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_count(self.rank):
-            raise ValueError(f"rank: expected a positive integer, got {self.rank!r}")
+            raise ValueError(f"rank: expected a positive integer, got {shown(self.rank)}")
         object.__setattr__(self, "rank", int(self.rank))
 
     def num_params(self, dim_out: int) -> int:
@@ -214,7 +232,8 @@ class Fixed(NoiseModel):
     common_unit: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _require_positive(self.scale, "scale")
+        super().__post_init__()
+        object.__setattr__(self, "scale", _positive(self.scale, "scale"))
 
     def num_params(self, dim_out: int) -> int:
         return 0
@@ -226,6 +245,57 @@ class Fixed(NoiseModel):
         return scale[..., :0]
 
 
-def _require_positive(value: float, name: str) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+# The names that constructors, the estimator of scikit-learn and files share; files have those of the classes.
+NOISE_MODELS: Mapping[str, type[NoiseModel]] = {
+    "diagonal": Diagonal,
+    "fixed": Fixed,
+    "full": Full,
+    "isotropic": Isotropic,
+    "low_rank": LowRank,
+}
+
+
+def as_noise_model(
+    value: NoiseModel | str | None, dim_out: int, *, rank: int | None = None, scale: float | None = None
+) -> NoiseModel:
+    """Noise model that a name stands for, with its defaults; a noise model comes as it is, ``None`` is ``Diagonal()``.
+
+    Args:
+        value: Noise model or name.
+        dim_out: Number of outputs, which a rank cannot exceed.
+        rank: Rank of ``"low_rank"``; by default 2, but 1 for a single output.
+        scale: Standard deviation of ``"fixed"``, which needs it.
+
+    Raises:
+        ValueError: If there is no such name, or no scale where one is needed.
+
+    >>> as_noise_model("low_rank", 1).rank, as_noise_model(None, 1) == Diagonal()
+    (1, True)
+    """
+    if value is None or isinstance(value, NoiseModel):
+        return Diagonal() if value is None else value
+    if not isinstance(value, str) or value not in NOISE_MODELS:
+        raise ValueError(f"noise: expected a NoiseModel or one of {sorted(NOISE_MODELS)}, got {shown(value)}")
+    if value == "fixed":
+        if scale is None:
+            raise ValueError("noise: expected Fixed(scale) for a known scale, got 'fixed' without")
+        return Fixed(scale)
+    if value == "low_rank":
+        return LowRank(min(2, dim_out) if rank is None else rank)
+    return NOISE_MODELS[value]()
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}")
+    return bool(value)
+
+
+def _positive(value: Any, name: str) -> float:
+    """Number of Python, NumPy or a tensor without dimensions, as Python's."""
+    number = value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {shown(value)}")
+    return float(number)

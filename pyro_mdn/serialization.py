@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pyro_mdn import noise as noise_models
-from pyro_mdn.noise import NoiseModel
+from pyro_mdn.arrays import shown
+from pyro_mdn.noise import NOISE_MODELS, NoiseModel, as_noise_model
 
 __all__ = [
     "noise_from_config",
@@ -95,7 +95,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
     """Name and fields of a noise model.
 
-    >>> noise_to_config(noise_models.Fixed(0.5))
+    >>> noise_to_config(as_noise_model("fixed", 1, scale=0.5))
     {'name': 'Fixed', 'scale': 0.5}
     """
     name = type(noise).__name__
@@ -108,24 +108,15 @@ def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
 def noise_from_config(config: Mapping[str, Any]) -> NoiseModel:
     """Build the noise model that :func:`noise_to_config` described."""
     if not isinstance(config, Mapping):
-        raise ValueError(f"noise: expected a name and settings, got {config!r}")
+        raise ValueError(f"noise: expected a name and settings, got {shown(config)}")
     fields = dict(config)
     name = fields.pop("name", None)
-    if name not in _NOISE_MODELS:
-        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)}, got {name!r}")
+    if not isinstance(name, str) or name not in _NOISE_MODELS:
+        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)}, got {shown(name)}")
     try:
         return _NOISE_MODELS[name](**fields)
     except TypeError as error:
         raise ValueError(f"noise: expected the settings of {name}, got {fields}") from error
 
 
-_NOISE_MODELS: dict[str, type[NoiseModel]] = {
-    model.__name__: model
-    for model in (
-        noise_models.Diagonal,
-        noise_models.Fixed,
-        noise_models.Full,
-        noise_models.Isotropic,
-        noise_models.LowRank,
-    )
-}
+_NOISE_MODELS = {model.__name__: model for model in NOISE_MODELS.values()}

@@ -17,7 +17,7 @@ from pyro_mdn.isolation import seeded
 from pyro_mdn.loop import FitResult
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
+from pyro_mdn.noise import NOISE_MODELS, NoiseModel, as_noise_model
 from pyro_mdn.optimization import LEARNING_RATE
 from pyro_mdn.scorers import (
     TARGETS,
@@ -42,7 +42,6 @@ except ImportError as error:
 
 __all__ = ["MDNRegressor", "Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
 
-_NOISE = {"diagonal": Diagonal, "fixed": Fixed, "full": Full, "isotropic": Isotropic, "low_rank": LowRank}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -300,17 +299,11 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return network if self.ensemble_size == 1 else DeepEnsemble(network, self.ensemble_size)
 
     def _noise(self, dim_out: int) -> NoiseModel:
-        if isinstance(self.noise, NoiseModel):
-            return self.noise
-        if not isinstance(self.noise, str) or self.noise not in _NOISE:
-            raise ValueError(f"noise: expected a NoiseModel or one of {sorted(_NOISE)}, got {self.noise!r}")
-        if self.noise == "fixed":
-            if not isinstance(self.noise_scale, Real):
-                raise ValueError(f"noise_scale: expected a number for noise='fixed', got {self.noise_scale!r}")
-            return Fixed(float(self.noise_scale))
-        if self.noise == "low_rank":
-            return LowRank(min(2, dim_out) if self.rank is None else self.rank)
-        return _NOISE[self.noise]()
+        if self.noise is None:
+            raise ValueError(f"noise: expected a NoiseModel or one of {sorted(NOISE_MODELS)}, got None")
+        if isinstance(self.noise, str) and self.noise == "fixed" and self.noise_scale is None:
+            raise ValueError("noise_scale: expected a number for noise='fixed', got None")
+        return as_noise_model(self.noise, dim_out, rank=self.rank, scale=self.noise_scale)
 
     def _shaped(self, values: Tensor) -> np.ndarray:
         """Array of values ``(..., D)``, without the last axis if y had none."""

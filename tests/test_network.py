@@ -831,7 +831,7 @@ def test_an_own_noise_model_cannot_be_saved_silently(tmp_path):
         ({"hidden_dim": None}, "hidden_dim: expected a positive integer or a sequence of them, got None"),
         ({"n_components": True}, "n_components: expected a positive integer, got True"),
         ({"hidden_dim": []}, "hidden_dim: expected a positive integer"),
-        ({"noise": "full"}, "noise: expected a NoiseModel"),
+        ({"noise": "block"}, "noise: expected a NoiseModel"),
         ({"noise": LowRank(2)}, "rank: expected at most dim_out=1, got 2"),
         ({"backbone": "mlp"}, "backbone: expected a torch.nn.Module, got str"),
     ],

@@ -1,11 +1,14 @@
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from cases import NOISE, make_head, make_mixture
 from torch.testing import assert_close
 
 from pyro_mdn import (
+    DeepEnsemble,
     Diagonal,
     Fixed,
     Full,
@@ -15,6 +18,8 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     MixtureHead,
 )
+from pyro_mdn.noise import NOISE_MODELS, as_noise_model
+from pyro_mdn.serialization import noise_from_config, noise_to_config
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 
@@ -84,13 +89,67 @@ def test_start_gives_the_scales_asked_for(noise):
         (lambda: LowRank(0), "rank: expected a positive integer, got 0"),
         (lambda: LowRank(1.5), "rank: expected a positive integer, got 1.5"),
         (lambda: MixtureHead(3, 2, 2, noise=LowRank(3)), "rank: expected at most dim_out=2, got 3"),
-        (lambda: MixtureHead(3, 2, 2, noise=Diagonal), "noise: expected a NoiseModel"),
+        (lambda: MixtureHead(3, 2, 2, noise=Diagonal), "noise: expected a NoiseModel .*, got the class Diagonal"),
+        (lambda: MixtureHead(3, 2, 2, noise="Full"), "noise: expected a NoiseModel or one of .*'full'.*, got 'Full'"),
+        (lambda: MixtureHead(3, 2, 2, noise=torch.zeros(9)), r"got Tensor torch.float32 \(9,\)"),
+        (lambda: MixtureDensityNetwork(3, 2, noise="fixed"), r"noise: expected Fixed\(scale\) for a known scale"),
+        (lambda: Fixed(True), "scale: expected a positive finite number, got True"),
+        (lambda: Fixed(np.bool_(True)), "scale: expected a positive finite number, got True"),
+        (lambda: Fixed(torch.tensor(True)), r"scale: expected a positive finite number, got Tensor torch.bool \(\)"),
+        (lambda: Fixed(np.ones(50)), r"scale: expected a positive finite number, got ndarray float64 \(50,\)"),
+        (lambda: Fixed(1j), "scale: expected a positive finite number, got 1j"),
+        (lambda: LowRank(True), "rank: expected a positive integer, got True"),
+        (lambda: LowRank(np.ones(3)), r"rank: expected a positive integer, got ndarray float64 \(3,\)"),
+        *(
+            (lambda kind=kind, name=name, value=value: kind(**{name: value}), f"{name}: expected True or False, got")
+            for kind in (Diagonal, Full, Isotropic, LowRank)
+            for name in ("tied", "homoscedastic")
+            for value in ("no", 1, None, torch.tensor(True))
+        ),
         (lambda: MixtureHead(0, 2, 2), "in_features: expected a positive integer, got 0"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+NAMES = {"diagonal": Diagonal(), "full": Full(), "isotropic": Isotropic(), "low_rank": LowRank(2)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dim", [1, 3])
+def test_names_of_noise_models(name, dim, tmp_path):
+    """A name stands for the noise model with its defaults: in heads, networks, ensembles, and files of them."""
+    expected = LowRank(1) if name == "low_rank" and dim == 1 else NAMES[name]
+    by_name, by_model = (MixtureDensityNetwork(2, dim, 3, 8, noise=noise, seed=0) for noise in (name, expected))
+    x = torch.randn(5, 2)
+    assert by_name.head.noise == MixtureHead(4, dim, 2, noise=name).noise == expected
+    assert torch.equal(by_name(x).covariance_matrix, by_model(x).covariance_matrix)
+    for saved in (by_name, DeepEnsemble(by_name, 2)):
+        saved.save(tmp_path / "saved")
+        loaded = type(saved).load(tmp_path / "saved")
+        assert torch.equal(loaded(x).covariance_matrix, saved(x).covariance_matrix)
+
+
+def test_every_noise_model_has_a_name_that_files_know():
+    for model in (*NAMES.values(), Fixed(0.3)):
+        assert noise_from_config(noise_to_config(model)) == model
+    assert {type(model) for model in (*NAMES.values(), Fixed(0.3))} == {*NOISE_MODELS.values()}
+    assert [type(as_noise_model(name, 2, scale=0.3)).__name__ for name in NOISE_MODELS] == [
+        model.__name__ for model in NOISE_MODELS.values()
+    ]
+
+
+@pytest.mark.parametrize("one", [np.float32, np.float16, np.float64, np.int64, np.asarray, torch.tensor, Fraction])
+def test_settings_may_be_of_numpy_and_torch(one, tmp_path):
+    """They become Python's, so that equal models are equal, and can be saved."""
+    assert Fixed(one(2)) == Fixed(2.0)
+    assert Diagonal(min_scale=one(2), tied=np.bool_(True)) == Diagonal(min_scale=2.0, tied=True)
+    assert LowRank(np.int64(1)) == LowRank(1)
+    network = MixtureDensityNetwork(2, 1, noise=Fixed(one(2)))
+    network.save(tmp_path / "saved")
+    assert MixtureDensityNetwork.load(tmp_path / "saved").head.noise == Fixed(2.0)
 
 
 def test_memory_is_channel_first():

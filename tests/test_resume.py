@@ -410,7 +410,7 @@ def test_resume_of_a_run_that_reinitialized(tmp_path, refit):
     fit(whole, x, y, **settings)
     with pytest.raises(Stop):
         fit(part, x, y, checkpoint=tmp_path / "run", callbacks=[stop_after(5)], **settings)
-    with pytest.raises(ValueError, match="'initialize': True.* got one of another, .*'anew'"):
+    with pytest.raises(ValueError, match=r"'initialize': True.* got one of another, .*'anew'"):
         fit(network(), x, y, checkpoint=tmp_path / "run", resume=True, **{**settings, "reinitialize": False})
     fit(resumed, x, y, checkpoint=tmp_path / "run", resume=True, **settings)
     assert states_equal(resumed, whole)
