@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_mdn.arrays import as_tensor, describe
 from pyro_mdn.checks import unmasked
-from pyro_mdn.isolation import own_generators
+from pyro_mdn.isolation import give_way, own_generators
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 
 __all__ = [
@@ -227,6 +227,7 @@ class Streamed:
                 self.gaps = self.gaps + _gaps(rows, batch[1])
             if len(rows := rows.counted()):
                 yield rows
+            give_way()
 
     def head(self, size: int) -> Rows:
         """Rows of the first batches, ``size`` of them or a few more."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_mdn.data import Batches, Rows, Streamed
-from pyro_mdn.isolation import unvalidated
+from pyro_mdn.isolation import give_way, released, unvalidated
 from pyro_mdn.optimization import AveragedWeights, FusedAdamW, blur, clip_, fading, joint_norm, warmup_cosine
 
 __all__ = ["FitResult", "Loop", "Settings", "copied"]
@@ -181,7 +181,8 @@ class Loop:
                 logger.debug("epoch %(epoch)d: loss %(loss).4f, validation %(validation_loss).4f", row)
                 self.objective.eval()
                 for callback in callbacks:
-                    answer = callback(result)
+                    with released():
+                        answer = callback(result)
                     result.stopped_early |= isinstance(answer, bool | np.bool_) and bool(answer)
                 if save is not None:
                     save(len(result.history))
@@ -230,6 +231,7 @@ class Loop:
         sums: list[Tensor] = []
         for number, batch in enumerate(self.batches, start=1):
             buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
+            give_way()
             try:
                 sums.append(self._step(batch))
             except FloatingPointError as error:
@@ -309,6 +311,7 @@ class Loop:
         with self.average.swapped_in(), unvalidated():
             total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
             for batch in batches:
+                give_way()
                 losses = self.objective(*self._off_grid(batch))
                 sums = torch.stack(batch.totals(losses.double())).cpu()
                 total, weight = total + sums[0], weight + sums[1]

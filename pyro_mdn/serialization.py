@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pyro_mdn.arrays import shown
-from pyro_mdn.noise import NOISE_MODELS, NoiseModel, as_noise_model
+from pyro_mdn.noise import NOISE_MODELS, NoiseModel
 
 __all__ = [
     "noise_from_config",

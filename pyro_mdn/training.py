@@ -142,8 +142,9 @@ def fit(
         device: Where to train; the network is moved there and stays.
         autocast: ``torch.bfloat16`` for matrix products of that precision.
         compile: Compile the objective by ``torch.compile``; targets must be complete then.
-        callbacks: Each is called after every epoch with the :class:`FitResult` so far; training stops if one
-            returns True. The network then has its current weights, not the averages that the history is about.
+        callbacks: Each is called after every epoch with the :class:`FitResult` so far, with the generators and settings
+            of the process as the caller has them; training stops if one returns True. The network then has its
+            current weights, not the averages that the history is about.
         checkpoint: File to write the whole state to, every ``checkpoint_every`` epochs and at the end.
         checkpoint_every: Epochs from one checkpoint to the next.
         resume: Go on from the checkpoint, if there is one, bit for bit as if the run had not stopped. Network,

@@ -1,6 +1,10 @@
 """What belongs to the whole process is as it was, whoever else uses it."""
 
+import contextlib
+import functools
+import itertools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pyro
@@ -9,11 +13,13 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
+from pyro.poutine.runtime import am_i_wrapped
 from torch.distributions import Distribution
 from torch.testing import assert_close
 
 from pyro_mdn import MixtureDensityNetwork, bayesianize, fit, posterior_predictive
-from pyro_mdn.isolation import isolated, seeded, unvalidated
+from pyro_mdn.isolation import give_way, isolated, own_store, released, seeded, unvalidated
+from pyro_mdn.loop import copied
 
 LATENT = ("head.linear.weight", "head.linear.bias")
 
@@ -64,6 +70,141 @@ def test_threads_take_turns():
     assert_close(together, alone, rtol=0, atol=0)
     assert Distribution._validate_args == validates
     assert list(pyro.get_param_store()) == ["mine"]
+
+
+class Watched(torch.nn.Module):
+    """Identity that tells each training step to a function."""
+
+    def __init__(self, tell):
+        super().__init__()
+        self.tell = [tell]  # functions of lists are not compared
+
+    def forward(self, x):
+        if self.training:
+            self.tell[0]()
+        return x
+
+
+def watched(tell, seed=0):
+    backbone = torch.nn.Sequential(torch.nn.Linear(1, 8), Watched(tell))
+    torch.manual_seed(seed)
+    backbone[0].reset_parameters()
+    return MixtureDensityNetwork(1, 1, 2, 8, backbone=backbone, seed=seed)
+
+
+LINE = torch.linspace(-1, 1, 300).unsqueeze(-1)
+STEPS = {"max_epochs": 1, "batch_size": 1, "validation": 0, "target_noise": 0.0, "progress": False, "seed": 0}
+
+
+def test_others_have_their_turn_between_the_steps_of_a_training():
+    """They find the process as the caller left it, may change it, and the training is none the worse."""
+    alone = watched(lambda: None)
+    fit(alone, LINE, LINE**2, **STEPS)
+    started, done, seen, turns = threading.Event(), threading.Event(), [], []
+
+    def step():
+        started.set()
+        seen.append(done.is_set())
+        time.sleep(0.001)
+
+    def other():
+        started.wait(10)
+        for _ in range(3):
+            with own_store():
+                turns.append((torch.get_rng_state(), Distribution._validate_args, am_i_wrapped(), len(seen)))
+                torch.rand(5)
+        done.set()
+
+    trained = watched(step)
+    torch.manual_seed(3)
+    before, validates = torch.get_rng_state(), Distribution._validate_args
+    thread = threading.Thread(target=other)
+    thread.start()
+    fit(trained, LINE, LINE**2, **STEPS)
+    thread.join(10)
+    assert seen[-1], "the other thread had to wait for the end"
+    assert torch.equal(turns[0][0], before)
+    assert all(turn[1] == validates and not turn[2] for turn in turns)
+    assert_close(trained.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    after = torch.rand(4)
+    torch.manual_seed(3)
+    torch.rand(15)
+    assert torch.equal(torch.rand(4), after)
+
+
+def test_trainings_in_threads_alternate():
+    """Neither waits for the other's end, and each gives what it gives alone, down to its draws of latent weights."""
+    order = []
+
+    def fresh():
+        return [bayesianize(watched(functools.partial(order.append, seed), seed), layers="head") for seed in range(2)]
+
+    def trained(seed):
+        network = networks[seed]
+        guide = AutoNormal(network.model)
+        fit(network, LINE, LINE**2, guide=guide, **{**STEPS, "seed": seed, "batch_size": 5})
+        return copied(guide.state_dict())
+
+    networks = fresh()
+    alone = [trained(seed) for seed in range(2)]
+    order.clear()
+    networks = fresh()
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(trained, range(2)))
+    assert_close(together, alone, rtol=0, atol=0)
+    assert sum(a != b for a, b in itertools.pairwise(order)) > 1
+    assert not len(pyro.get_param_store()) or "mine" in pyro.get_param_store()
+
+
+def test_callbacks_have_the_process_as_the_caller_left_it():
+    """They may wait for other threads that need it, and draw: the run is the same, the caller's generator moves on."""
+    latent = bayesianize(MixtureDensityNetwork(1, 1), layers="head")
+    shown, states, draws = [], [], []
+
+    def callback(result):
+        states.append((Distribution._validate_args, [*pyro.get_param_store()]))
+        thread = threading.Thread(target=lambda: shown.append(repr(latent)), daemon=True)
+        thread.start()
+        thread.join(10)
+        draws.append(torch.rand(3))
+
+    quick = {"max_epochs": 3, "seed": 0, "progress": False}
+    alone, trained = (MixtureDensityNetwork(1, 1, 2, 8, seed=0) for _ in range(2))
+    fit(alone, LINE, LINE**2, **quick)
+    state = Distribution._validate_args, [*pyro.get_param_store()]
+    torch.manual_seed(5)
+    fit(trained, LINE, LINE**2, callbacks=[callback], **quick)
+    after = torch.rand(3)
+    assert len(shown) == 3, "the callback waits for a thread that waits for the training"
+    assert states == [state] * 3
+    torch.manual_seed(5)
+    assert torch.equal(torch.stack([*draws, after]), torch.stack([torch.rand(3) for _ in range(4)]))
+    assert_close(trained.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
+def test_the_process_is_whole_again_after_errors():
+    """However deep: in a turn that others were offered, in released code, and in what is nested."""
+    pyro.param("mine", torch.ones(2))
+    torch.manual_seed(7)
+    before, validates = torch.get_rng_state(), Distribution._validate_args
+    with contextlib.suppress(KeyError), isolated(), seeded(1), unvalidated(), own_store():
+        inside = torch.get_rng_state()
+        pyro.param("own", torch.ones(2))
+        with contextlib.suppress(ZeroDivisionError), released():
+            assert torch.equal(torch.get_rng_state(), before)
+            assert [*pyro.get_param_store()] == ["mine"]
+            assert Distribution._validate_args == validates
+            raise ZeroDivisionError
+        assert torch.equal(torch.get_rng_state(), inside)
+        assert [*pyro.get_param_store()] == ["own"]
+        assert not Distribution._validate_args
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [*pyro.get_param_store()] == ["mine"]
+    assert Distribution._validate_args == validates
+    give_way()  # nothing to give: nothing happens
+    with released():
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("context", [isolated, unvalidated, lambda: seeded(1)])
