@@ -271,14 +271,26 @@ def test_an_index_of_objects_is_that_of_its_numbers():
     assert to_inference_data(network, x=x, y=y, num_samples=3)["observed_data"].coords["obs_id"].dtype == np.int64
 
 
-def test_names_of_columns_need_not_be_of_pandas():
-    class Table(np.ndarray):  # as pyarrow has it: ``columns`` are not names
-        columns, column_names = property(lambda self: [self[:, 0], self[:, 1]]), ["a", "b"]
-
+@pytest.mark.parametrize("kind", ["polars", "arrow table", "arrow frame", "nullable"])
+def test_tables_of_other_kinds(kind):
+    pl, pa = pytest.importorskip("polars"), pytest.importorskip("pyarrow")
     network, x, y = make()
-    data = to_inference_data(network, x=x.numpy().view(Table), y=y.numpy().view(Table), num_samples=3)
+    y[2, 1] = torch.nan
+    frames = [pd.DataFrame(x, columns=["u", "v"]), pd.DataFrame(y, columns=["a", "b"])]
+    if kind == "polars":
+        tables = [pl.from_pandas(frame, nan_to_null=True) for frame in frames]
+    elif kind == "arrow table":
+        tables = [pa.Table.from_pandas(frame, preserve_index=False) for frame in frames]
+    else:
+        to = {"dtype_backend": "pyarrow"} if kind == "arrow frame" else {}
+        tables = [frame.convert_dtypes(**to) for frame in frames]
+    data, expected = (to_inference_data(network, x=x, y=y, num_samples=3, seed=0) for x, y in [tables, frames])
     assert list(data["observed_data"].data_vars) == ["a", "b"]
-    assert data["constant_data"].coords["input"].values.tolist() == ["a", "b"]
+    assert data["constant_data"].coords["input"].values.tolist() == ["u", "v"]
+    assert data["observed_data"]["b"].coords["obs_id_b"].values.tolist() == [i for i in range(ROWS) if i != 2]
+    for group in ("log_likelihood", "constant_data", "observed_data"):
+        for name in expected[group].data_vars:
+            assert np.array_equal(data[group][name], expected[group][name])
 
 
 @pytest.mark.parametrize("change", ["reverse", "flip", "frame", "order", "long", "strided"])

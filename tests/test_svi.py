@@ -165,7 +165,7 @@ def test_draws_for_arviz_stay_where_the_guide_goes_on():
     drawn = to_inference_data(network, x=x, y=y, posterior=guide, num_samples=3)["posterior"]["head.linear.bias"]
     with torch.no_grad():
         guide.head.linear.bias += 1
-    assert_close(torch.tensor(drawn.values), bias.expand(1, 3, -1))
+    assert_close(torch.tensor(drawn.values), bias.double().expand(1, 3, -1))
 
 
 def test_an_untrained_network_is_initialized_first():
