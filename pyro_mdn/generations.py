@@ -82,7 +82,7 @@ def leave_one_out(
 
 def comparison(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
     """``arviz.compare`` of results, unrounded, with the names of columns and the sign of differences of 1.x."""
-    az, method = _arviz(), settings.get("method") or "stacking"
+    az, method = _arviz(), str(settings.get("method") or "stacking").lower()
     new = _is_new(az)
     shifted = _shifted(results, "elpd_i" if new else "loo_i") if method == "stacking" else dict(results)
     if new:

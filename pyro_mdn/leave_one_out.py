@@ -62,15 +62,7 @@ def loo(data: Any, *, pointwise: bool = True) -> Any:
     >>> int(loo(to_inference_data(mixture, y=torch.randn(5, 1))).n_data_points)
     5
     """
-    likelihood, method = _joint_log_likelihood(data)
-    values = np.asarray(likelihood)
-    rows = values.reshape(-1, values.shape[2]).T
-    changing = _require_posterior(rows, method)
-    relative = values[..., changing]
-    reff = effective_share(np.exp(relative - relative.max((0, 1))))
-    log_weights, pareto_k = smoothed_weights(rows, reff)
-    unreliable = warn_if_unreliable("loo", pareto_k, rows.shape[1])
-    return leave_one_out(likelihood, log_weights, pareto_k, reff, unreliable=unreliable, pointwise=pointwise)
+    return _loo(data, pointwise, "loo")
 
 
 def compare(models: Mapping[str, Any], **settings: Any) -> Any:
@@ -85,6 +77,9 @@ def compare(models: Mapping[str, Any], **settings: Any) -> Any:
 
     Raises:
         ValueError: If targets or the labels of their rows differ, there is one model only, or :func:`loo` refuses one.
+
+    Warns:
+        UserWarning: If Pareto's k of some rows of a model is too large.
 
     References:
         Yao, Vehtari, Simpson & Gelman (2018), Using stacking to average Bayesian predictive distributions.
@@ -103,7 +98,10 @@ def compare(models: Mapping[str, Any], **settings: Any) -> Any:
         if not observed[first].equals(observed[name]):
             expected = "the same targets of the same rows in the same order"
             raise ValueError(f"models: expected {expected}, got others in {first!r} and {name!r}")
-    return comparison({name: loo(data) for name, data in models.items()}, settings)
+    results = {}
+    for name, data in models.items():
+        results[name] = _loo(data, True, f"compare, {name!r}")
+    return comparison(results, settings)
 
 
 @torch.no_grad()
@@ -149,6 +147,19 @@ def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
     weights = torch.from_numpy(log_weights).exp().T.unsqueeze(-1).to(y.device)
     pit = (weights * mixture.cdf(y)).sum(0).clamp(0, 1)
     return LooPit(pit.to(y.dtype), torch.from_numpy(pareto_k))
+
+
+def _loo(data: Any, pointwise: bool, name: str) -> Any:
+    """Result of :func:`loo`, and a warning that has this name."""
+    likelihood, method = _joint_log_likelihood(data)
+    values = np.asarray(likelihood)
+    rows = values.reshape(-1, values.shape[2]).T
+    changing = _require_posterior(rows, method)
+    relative = values[..., changing]
+    reff = effective_share(np.exp(relative - relative.max((0, 1))))
+    log_weights, pareto_k = smoothed_weights(rows, reff)
+    unreliable = warn_if_unreliable(name, pareto_k, rows.shape[1], stacklevel=4)
+    return leave_one_out(likelihood, log_weights, pareto_k, reff, unreliable=unreliable, pointwise=pointwise)
 
 
 def _joint_log_likelihood(data: Any) -> tuple[Any, str]:

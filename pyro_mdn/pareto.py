@@ -54,13 +54,15 @@ def good_k(draws: int) -> float:
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
-def warn_if_unreliable(name: str, pareto_k: Array, draws: int) -> bool:
+def warn_if_unreliable(name: str, pareto_k: Array, draws: int, *, stacklevel: int = 3) -> bool:
     """Warn about rows whose Pareto's k is too large, and say whether there are any."""
     bad = int((pareto_k > (limit := good_k(draws))).sum())
     if bad:
         got = f"{bad} of {len(pareto_k)} above it, at most {pareto_k.max():.2f}"
         why = "the draws are too far from a posterior without these rows, and what is estimated for them is unreliable"
-        warnings.warn(f"{name}: expected Pareto's k up to {limit:.2f}, got {got}: {why}", UserWarning, stacklevel=3)
+        warnings.warn(
+            f"{name}: expected Pareto's k up to {limit:.2f}, got {got}: {why}", UserWarning, stacklevel=stacklevel
+        )
     return bad > 0
 
 

@@ -424,7 +424,7 @@ def posterior_of(x, y, n_components, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:fit_mcmc", "ignore:loo.* expected Pareto")
+@pytest.mark.filterwarnings("ignore:fit_mcmc", "ignore:(loo|compare).* expected Pareto")
 def test_comparison_finds_the_number_of_components():
     found = 0
     for seed in range(10):

@@ -221,6 +221,16 @@ def test_stacking_survives_a_density_that_underflows():
     assert table.loc["a", "weight"] == pytest.approx(float(weights[scores.argmax(), 0]), abs=2e-3)
 
 
+def test_warnings_name_the_model_and_the_caller():
+    good, bad = (to_inference_data(normal(shifts(scale)), y=Y) for scale in (0.3, 40.0))
+    with pytest.warns(UserWarning, match=r"compare, 'uneven': expected Pareto's k up to 0.62, got 6 of 6") as caught:
+        table = compare({"good": good, "uneven": bad})
+    assert table["warning"].tolist() == [False, True]
+    with pytest.warns(UserWarning, match="loo: expected Pareto's k up to 0.62") as more:
+        loo(bad)
+    assert {warning.filename for warning in [*caught, *more]} == {__file__}
+
+
 def test_models_of_other_rows_are_refused():
     locs = shifts(0.2)
     index = pd.date_range("2020-01-01", periods=ROWS)

@@ -37,7 +37,7 @@ def closed():
     plt.close("all")
 
 
-@pytest.mark.filterwarnings("ignore:loo.* expected Pareto")
+@pytest.mark.filterwarnings("ignore:(loo|compare).* expected Pareto")
 @pytest.mark.parametrize("page", CODE)
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
