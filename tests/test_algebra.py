@@ -5,7 +5,16 @@ import torch
 from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, FullCovariance, GaussianMixture, Isotropic, IsotropicCovariance
+from pyro_mdn import (
+    Diagonal,
+    DiagonalCovariance,
+    Full,
+    FullCovariance,
+    GaussianMixture,
+    Isotropic,
+    IsotropicCovariance,
+    reduction,
+)
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 NAN = math.nan
@@ -180,6 +189,36 @@ def test_reduction_follows_the_greedy_algorithm():
         parts = [p for k, p in enumerate(parts) if k not in (i, j)] + [merged(parts[i], parts[j])]
     expected = sorted(float(p[0]) for p in parts)
     assert_close(sorted(mixture.reduce(3).logits.exp().tolist()), expected)
+
+
+def test_reduction_of_a_batch_is_that_of_each_row():
+    """Also where there are more rows than are merged at once, and weights of zero."""
+    mixture = make_mixture(Full(), (7, 300), dim=2, n_components=9)
+    logits = mixture.logits.clone()
+    logits[0, :, 2:4] = -math.inf
+    mixture = GaussianMixture(logits, mixture.locs, mixture.covariance)
+    reduced = mixture.reduce(4)
+    for row in [(0, 0), (0, 5), (3, 17), (6, 299)]:
+        alone = GaussianMixture(
+            mixture.logits[row], mixture.locs[row], mixture.covariance.map(lambda t, n, row=row: t[row])
+        ).reduce(4)
+        assert_close(reduced.logits[row].exp(), alone.logits.exp())
+        assert_close(reduced.locs[row], alone.locs)
+        assert_close(reduced.covariance.matrix()[row], alone.covariance.matrix())
+
+
+@pytest.mark.parametrize("far", [1.0, 30.0])
+def test_components_singular_in_floating_point_are_merged_by_their_distance(far):
+    """A Cholesky decomposition of their covariances fails; what it leaves then says nothing."""
+    root = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 0.0, 0.0], [1 / 7, 1e-9, 1.0]]).double()
+    matrices = (root @ root.T).expand(1, 4, 3, 3) * torch.tensor([1.0, 1.1, 1.0, 1.2]).double()[:, None, None]
+    assert (torch.linalg.cholesky_ex(matrices).info != 0).any()
+    locs = (
+        torch.tensor([0.0, 1e-3, far, far + 1e-3]).double()[None, :, None] * torch.tensor([1.0, 1 / 3, 1 / 7]).double()
+    )
+    weights, kept, _ = reduction.merge_components(torch.full((1, 4), 0.25).double(), locs, matrices, 2)
+    assert_close(weights, torch.full((1, 2), 0.5).double())
+    assert_close(kept[0, :, 0], torch.tensor([0.5e-3, far + 0.5e-3]).double())
 
 
 def test_reduction_of_many_copies_is_nearly_exact():
