@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow wheel docs docs-browser lint format quality speed bench bench-figures figures install
+.PHONY: demo test test-slow test-lowest test-newest wheel docs docs-browser lint format quality speed bench bench-figures figures install
 
 demo: install
 	$(BIN)/python examples/geyser.py
@@ -12,6 +12,19 @@ test: install
 
 test-slow: install
 	$(BIN)/pytest -m slow
+
+# The lower bounds of pyproject.toml, each exactly.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python tests/lowest.py > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install --quiet --constraint $(VENV)-lowest/constraints.txt --editable ".[dev]"
+	$(VENV)-lowest/bin/pytest -n 2
+
+# What pip takes without constraints of ours.
+test-newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(VENV)-newest/bin/pytest -n 2
 
 wheel: install
 	$(BIN)/python tests/wheel.py

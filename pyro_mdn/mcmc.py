@@ -179,7 +179,7 @@ def fit_mcmc(
 
         def chain(number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
             found: dict[str, Any] = {}
-            torch.manual_seed(int(np.random.SeedSequence([root, number]).generate_state(1, np.uint64)[0] >> 1))
+            torch.manual_seed(int(np.random.SeedSequence([root, number]).generate_state(1, np.uint64)[0]) >> 1)
             kernel, start = target.kernel(max_tree_depth=max_tree_depth, target_accept_prob=target_accept_prob)
             mcmc = MCMC(
                 kernel,
