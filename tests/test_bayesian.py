@@ -2,6 +2,8 @@
 
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from contextlib import contextmanager
@@ -770,6 +772,21 @@ class Raw(nn.Module):
 
     def forward(self, x):
         return torch.cat([part.flatten(1) for part in self.network.raw(x)], 1)
+
+
+def test_forward_mode_of_torch_does_not_warn():
+    """Torch scripts functions at its first use in a process, with a warning whose category depends on the release."""
+    code = """
+import torch
+from pyro.infer.autoguide import AutoNormal
+from pyro_mdn import MixtureDensityNetwork, bayesianize, posterior_predictive
+network, x = bayesianize(MixtureDensityNetwork(1, 1), layers="head"), torch.randn(5, 1)
+guide = AutoNormal(network.model)
+guide(x, x)
+posterior_predictive(network, guide, x, num_samples=3, linearize=True)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 @pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
