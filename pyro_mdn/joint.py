@@ -3,7 +3,7 @@ r"""Joint density of latent weights and data, as a function of tensors."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from pyro_mdn.guides import log_density_at
 from pyro_mdn.isolation import isolated, own_generators
 from pyro_mdn.latent import latent_names, starting_weights
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.passes import cost_of
 from pyro_mdn.vectorized import OwnParameters
 
 __all__ = [
@@ -32,8 +33,6 @@ __all__ = [
     "supported_start",
     "undisturbed",
 ]
-
-_ELEMENTS = 2**24  # of intermediate results in one pass
 
 Weights = Mapping[str, Tensor]
 
@@ -71,16 +70,21 @@ class LogJoint:
         self.in_head = all(names[site].startswith("head.") for site in self.start)
         self.inputs = self._features(rows.x) if self.in_head else rows.x
         with torch.no_grad():
-            density = float(self(self.start))
+            self.size = self.rows(lambda part: (self._densities(self.start, part, self.y[: len(part)]),))
+            chunks = [self.log_likelihood(self.start, inputs, y) for inputs, y in self.chunks(self.size)]
+            density = float(self.log_prior(self.start) + sum(chunks))
         if not math.isfinite(density):
             raise FloatingPointError(f"network: expected a finite joint density of the starting weights, got {density}")
 
     @torch.no_grad()
     def _features(self, x: Tensor) -> Tensor:
         network = self.network
-        size = _chunk_size(network)
-        with OwnParameters(), poutine.condition(data=self.start), network._context():
-            return torch.cat([network.features(part) for part in x.split(size)])
+
+        def features(part: Tensor) -> tuple[Tensor]:
+            with OwnParameters(), poutine.condition(data=self.start), network._context():
+                return (network.features(part),)
+
+        return torch.cat([features(part)[0] for part in x.split(_rows_in_pass(features, x))])
 
     @property
     def num_weights(self) -> int:
@@ -97,8 +101,11 @@ class LogJoint:
 
     def log_likelihood(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
         """Log-density of rows given weights, summed."""
+        return self._densities(weights, inputs, y).double().sum()
+
+    def _densities(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
         head = self.network.head
-        return head.log_density(self.raw(weights, inputs), y, head.shift, head.scale).double().sum()
+        return head.log_density(self.raw(weights, inputs), y, head.shift, head.scale)
 
     def raw(self, weights: Weights, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw outputs of the head given weights; of some of ``inputs``."""
@@ -120,13 +127,17 @@ class LogJoint:
         """Successive inputs and targets, ``size`` rows at a time."""
         return zip(self.inputs.split(size), self.y.split(size), strict=True)
 
+    def rows(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> int:
+        """How many rows of ``inputs`` a function of them, which is measured, takes in one pass."""
+        return _rows_in_pass(function, self.inputs)
+
     def value_and_gradient(self, vector: Tensor) -> tuple[float, Tensor]:
         """Density and its gradient ``(P,)``, one chunk of rows after another."""
         vector = vector.detach().requires_grad_()
         value = self.log_prior(self.unflatten(vector))
         (gradient,) = torch.autograd.grad(value, vector)
         total = value.item()
-        for inputs, y in self.chunks(_chunk_size(self.network)):
+        for inputs, y in self.chunks(self.size):
             value = self.log_likelihood(self.unflatten(vector), inputs, y)
             gradient = gradient + torch.autograd.grad(value, vector)[0]
             total += value.item()
@@ -215,6 +226,7 @@ def _independent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str,
     return {name: site["fn"] for name, site in sites.items()}
 
 
-def _chunk_size(network: MixtureDensityNetwork) -> int:
-    widths = math.prod(network.input_shape) + 2 * sum(network.hidden_dim) + 8 * sum(network.head.sizes)
-    return max(1, _ELEMENTS // widths)
+def _rows_in_pass(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> int:
+    with own_generators():
+        cost = cost_of(function, x)
+    return cost._replace(separable=True).rows(len(x))  # rows are rows to training, whatever a backbone makes of them

@@ -21,7 +21,8 @@ from pyro_mdn.vectorized import over_draws
 __all__ = ["laplace", "mode_and_scale"]
 
 _LIMIT = 10_000  # latent weights; the precision matrix takes their square times 8 bytes
-_ELEMENTS = 2**24  # of Jacobians in one pass
+_NEGLIGIBLE = 1e-13  # share in the precision of the prior
+_BLOCK = 512  # columns of a triangle that are computed together
 
 
 def laplace(
@@ -40,6 +41,9 @@ def laplace(
     The weights of a mixture network have many modes; this is one, near the values that the weights had. A posterior
     of weights in all layers is less normal than that of the head, ``bayesianize(network, layers="head")``: draws of
     them need ``posterior_predictive(..., linearize=True)``.
+
+    For P weights and N rows with C raw outputs each, time grows as :math:`(N C + P) P^2`, memory as :math:`P^2`: some
+    seconds for the 5 263 weights of a default network and 600 rows.
 
     Args:
         network: Network with latent weights, 10 000 at most.
@@ -120,17 +124,25 @@ def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
     weights = joint.unflatten(mode)
     head = joint.network.head
     total = _prior_precision(joint, weights)
-    steps = joint.y[0].numel() // head.dim_out
-    size = max(1, _ELEMENTS // (steps * sum(head.sizes) * len(mode)))
-    for inputs, y in joint.chunks(size):
+    floor = total.diagonal().min()
+    for inputs, y in joint.chunks(joint.rows(lambda part: (_jacobian(joint, mode, part),))):
         jacobian = _jacobian(joint, mode, inputs)
         with torch.no_grad():
             raw = _joined(joint.raw(weights, inputs))
         weighted = (_output_root(head, raw, y, (jacobian != 0).any(-1)).mT @ jacobian).reshape(-1, len(mode))
-        total.addmm_(weighted.mT, weighted)
+        # Beside the prior, outputs of unused components and directions without curvature are nothing.
+        _add_square(total, weighted[~(weighted.square().sum(-1) <= _NEGLIGIBLE * floor)])  # NaN counts
+    total = total.tril() + total.tril(-1).mT
     if not all_finite(total):
         raise FloatingPointError("network: expected finite derivatives at the mode, got NaN or Inf")
     return total
+
+
+def _add_square(total: Tensor, factor: Tensor) -> None:
+    """Add ``factor.mT @ factor`` to the lower triangle of a matrix, in place."""
+    for start in range(0, len(total), _BLOCK):
+        stop = start + _BLOCK
+        total[start:stop, :stop].addmm_(factor[:, start:stop].mT, factor[:, :stop])
 
 
 def _jacobian(joint: LogJoint, mode: Tensor, inputs: Tensor) -> Tensor:
@@ -208,8 +220,17 @@ def _inverse_root(precision: Tensor) -> Tensor:
         if not failed:
             break
         jitter = max(1e-14, 10 * jitter)
-    identity = torch.eye(len(precision), dtype=precision.dtype, device=precision.device)
-    return torch.linalg.solve_triangular(root.flip(0, 1).mT, identity, upper=False)
+    return _inverse_triangle(root.flip(0, 1).mT)
+
+
+def _inverse_triangle(root: Tensor) -> Tensor:
+    """Inverse of a lower triangle, without what is 0 in it."""
+    inverse = torch.zeros_like(root, memory_format=torch.contiguous_format)
+    for start in range(0, len(root), _BLOCK):
+        part = root[start:, start:]
+        columns = torch.eye(len(part), min(_BLOCK, len(part)), dtype=root.dtype, device=root.device)
+        inverse[start:, start : start + _BLOCK] = torch.linalg.solve_triangular(part, columns, upper=False)
+    return inverse
 
 
 # Guide

@@ -1,13 +1,16 @@
-"""Mixtures over every noise model × tied × homoscedastic × batch shape, dense ones to check against, a regression."""
+"""Mixtures over every noise model × tied × homoscedastic × batch shape, dense ones to check against; memory."""
 
 import dataclasses
 import itertools
 import subprocess
 import sys
+import weakref
 
 import torch
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureDensityNetwork, MixtureHead, bayesianize
 
@@ -83,3 +86,21 @@ before = taken("VmRSS")
 print(taken("VmHWM") - before)
 """
     return float(subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True).stdout)
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors that were made inside and are still there, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result

@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 import warnings
-import weakref
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -14,6 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from cases import Held
 from pyro import poutine
 from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import (
@@ -29,8 +29,6 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyro_mdn import (
     ConvergenceWarning,
@@ -444,24 +442,6 @@ def test_batch_shapes_and_chunks():
     assert_close(posterior_predictive(network, draws, x[0, 0]).locs, whole.locs[:, 0, 0])
     fewer = posterior_predictive(network, draws, x, 3)
     assert_close(fewer.locs, whole.locs[[0, 2, 5]])
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are still there, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.sizes.values()))
-        return result
 
 
 class Images(nn.Sequential):

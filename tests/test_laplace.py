@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from cases import NOISE, linear_regression
+from cases import NOISE, Held, linear_regression
 from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal
@@ -198,9 +198,30 @@ def test_chunks_give_the_same(monkeypatch):
     network, x, y = make(2)
     y[0, 0] = math.nan
     expected = moments(laplace(network, x, y, max_iter=3, progress=False))
-    monkeypatch.setattr("pyro_mdn.joint._ELEMENTS", 1500)
-    monkeypatch.setitem(mode_and_scale.__globals__, "_ELEMENTS", 10_000)
+    monkeypatch.setattr("pyro_mdn.passes.BYTES", 30_000)
+    monkeypatch.setitem(mode_and_scale.__globals__, "_BLOCK", 7)
+    assert LogJoint(network, rows_of(network, x, y)).size < len(x)
     assert_close(moments(laplace(network, x, y, max_iter=3, progress=False)), expected)
+
+
+@pytest.mark.parametrize("layers", ["backbone.0", "head.linear.bias"])
+def test_memory_of_images(layers):
+    layer = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.GELU(), nn.Flatten(), nn.Linear(16 * 20**2, 2))
+    network = bayesianize(MixtureDensityNetwork((1, 20, 20), 1, 1, 2, backbone=layer), layers=layers)
+    x, y = torch.randn(800, 1, 20, 20), torch.randn(800, 1)
+    with Held() as held:
+        laplace(network, x, y, max_iter=1, progress=False)
+    assert held.peak < 64 * 2**20
+
+
+def test_outputs_without_curvature_are_left_out():
+    """Of components that no row belongs to, all that is known is the prior; and it is in the precision of all."""
+    network, x, y = make(layers="head.linear.bias", n_components=4)
+    network.head.linear.bias_start[:4] = torch.tensor([0.0, 0.0, -90.0, -90.0])
+    joint, precision = joint_of(network, x, y), precision_of(laplace(network, x, y, max_iter=0, progress=False))
+    unused = [2, 3, 6, 7, 10, 11]
+    assert_close(precision[unused][:, unused], torch.eye(6).double(), rtol=0, atol=1e-6)
+    assert joint.num_weights == 12
 
 
 def test_priors_that_are_not_normal():
