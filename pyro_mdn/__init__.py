@@ -1,5 +1,8 @@
 """Mixture density networks for Pyro: conditional densities that are Pyro distributions."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyro_mdn import scores, uncertainty
 from pyro_mdn.bayesian import posterior_predictive
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
@@ -18,6 +21,13 @@ from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 from pyro_mdn.prediction import Prediction
 from pyro_mdn.training import CollapseWarning, MissingTargetsWarning, fit
+
+if TYPE_CHECKING:
+    from pyro_mdn import calibration as calibration
+    from pyro_mdn import inference_data as inference_data
+    from pyro_mdn import lightning as lightning
+    from pyro_mdn import plots as plots
+    from pyro_mdn import sklearn as sklearn
 
 __version__ = "0.1.0"
 
@@ -59,3 +69,20 @@ __all__ = [
     "to_inference_data",
     "uncertainty",
 ]
+
+_LAZY = {"calibration", "inference_data", "lightning", "plots", "sklearn"}  # they import much, or what may be missing
+
+
+def __getattr__(name: str) -> Any:
+    """Import a module when it is first asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ImportError as error:  # whoever looks whether it is there expects this one
+        raise AttributeError(str(error)) from error
+
+
+def __dir__() -> list[str]:
+    """Names of this package, with those of modules that are not imported yet."""
+    return sorted({*globals(), *_LAZY})

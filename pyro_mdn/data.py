@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
-from pyro_mdn.arrays import as_tensor, describe
+from pyro_mdn.arrays import as_tensor, describe, shown
 from pyro_mdn.checks import unmasked
 from pyro_mdn.isolation import give_way, own_generators
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
@@ -366,7 +366,8 @@ def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, 
     x, y = _as_tensor(x, f"{name}x", device), _as_tensor(y, f"{name}y", device)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
-    return Rows(*network.check(x, y, given=given), _as_weight(weight, len(x), x, device))
+    weight = _as_weight(weight, len(x), x, device, f"{name}weight" if name else "sample_weight")
+    return Rows(*network.check(x, y, given=given), weight)
 
 
 def prepare(
@@ -405,7 +406,8 @@ def _prepare_stream(
         if batch_size is not None:
             raise ValueError("batch_size: expected None beside a loader, which has its own")
         if held_out is None and validation:
-            raise ValueError("validation: expected a pair (x, y), a loader or 0 beside a loader, which cannot be split")
+            expected = "expected a pair (x, y), a triple (x, y, weight), a loader or 0"
+            raise ValueError(f"validation: {expected} beside a loader, which cannot be split")
         return Streamed(network, data), held_out
     if isinstance(data, IterableDataset) and hasattr(data, "__len__"):
         raise ValueError(f"x: expected a loader over {type(data).__name__}, which cannot be shuffled or split")
@@ -425,15 +427,16 @@ def _given(network: MixtureDensityNetwork, validation: Any) -> Rows | Streamed |
         held_out = Streamed(network, validation)
         held_out.head(1)
         return held_out
-    if isinstance(validation, Sequence) and len(validation) == 2:
-        return as_rows(network, validation[0], validation[1], name="validation ").informative()
+    if isinstance(validation, list | tuple) and len(validation) in (2, 3):
+        return as_rows(network, *validation, name="validation ").informative()
     return None
 
 
 def held_out_count(validation: Any, size: int) -> int:
     """Rows to hold out of so many; a ``ValueError`` if the fraction is not one or leaves nothing."""
     if isinstance(validation, bool) or not isinstance(validation, Real) or not 0 <= float(validation) < 1:
-        raise ValueError(f"validation: expected a fraction in [0, 1), a pair (x, y) or a loader, got {validation!r}")
+        expected = "a fraction in [0, 1), a pair (x, y), a triple (x, y, weight) or a loader"
+        raise ValueError(f"validation: expected {expected}, got {shown(validation)}")
     held_out = max(1, round(float(validation) * size)) if validation else 0
     if held_out and held_out >= size:
         raise ValueError(f"validation: expected to leave rows for training, got {size} rows in all")
@@ -444,12 +447,12 @@ def _as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
     return as_tensor(value, name, device).detach().to(device)
 
 
-def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device) -> Tensor | None:
+def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name: str) -> Tensor | None:
     if weight is None:
         return None
-    weight = _as_tensor(weight, "sample_weight", device).to(torch.float64)
+    weight = _as_tensor(weight, name, device).to(torch.float64)
     if weight.shape != (rows,):
-        raise ValueError(f"sample_weight: expected shape ({rows},), got {tuple(weight.shape)}")
+        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(weight.shape)}")
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
-        raise ValueError("sample_weight: expected finite numbers that are not negative, one positive at least")
+        raise ValueError(f"{name}: expected finite numbers that are not negative, one positive at least")
     return (weight / weight.max()).to(torch.promote_types(like.dtype, torch.float32))

@@ -3,6 +3,7 @@ r"""Training by Lightning: processes, devices, precision, loggers and checkpoint
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ except ImportError as error:
     raise ImportError("pyro_mdn.lightning needs Lightning: pip install 'pyro-mdn[lightning]'") from error
 
 __all__ = ["LightningObjective"]
+
+_FAR = 10.0  # times smaller or larger than 1, the scale of data that were standardised before
 
 
 class LightningObjective(LightningModule):
@@ -65,6 +68,10 @@ class LightningObjective(LightningModule):
         ValueError: If a setting is not usable; when training starts, if the Trainer has neither ``max_epochs`` nor
             ``max_steps``, or there is no ``weight_decay`` and no data set of known length to take one from.
         ImportError: If Lightning is not installed.
+
+    Warns:
+        UserWarning: At the first step, if the network has no scalers, and columns of the batch are ten times larger or
+            smaller than standardised ones.
 
     >>> from lightning.pytorch import Trainer
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -153,6 +160,8 @@ class LightningObjective(LightningModule):
         What was not observed counts neither in the mean nor as a row.
         """
         rows = _as_rows(batch)
+        if self.trainer.global_step == 0:
+            _warn_if_unscaled(self.network, rows)
         fade = fading(self.trainer.global_step, self.steps, self.final_noise)
         x, y = (blur(v, scale, fade, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
         total, weight = self._log_mean("loss", rows, self(x, y))
@@ -230,6 +239,20 @@ def _as_rows(batch: Any) -> Rows:
     if any(w.shape != (len(x),) for w in weight):
         raise ValueError(f"weight: expected shape ({len(x)},), got {tuple(weight[0].shape)}")
     return Rows(*batch).masked()
+
+
+@torch.no_grad()
+def _warn_if_unscaled(network: MixtureDensityNetwork, rows: Rows) -> None:
+    """Warn if a network has no scalers, and these rows need some: their columns are far from a unit scale."""
+    if network.initialized:
+        return
+    columns = {"x": rows.x.reshape(len(rows), -1), "y": rows.y.reshape(-1, rows.y.shape[-1])}
+    sizes = {name: v.double().square().nanmean(0).sqrt() for name, v in columns.items()}
+    far = {name: size for name, size in sizes.items() if bool(((size > _FAR) | ((size > 0) & (size < 1 / _FAR))).any())}
+    if far:
+        seen = ", ".join(f"{name} of up to {size.max():.3g}" for name, size in far.items())
+        text = f"network: expected scalers from network.initialize_(x, y) before training, got none for {seen}"
+        warnings.warn(f"{text} (root mean square of a column); or standardise the data", stacklevel=2)
 
 
 def _require_objective(objective: nn.Module) -> None:

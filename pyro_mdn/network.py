@@ -19,7 +19,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
-from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity, shown
 from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
@@ -555,7 +555,7 @@ class FirstLinear(nn.Linear):
 def _sizes(value: Any, name: str) -> tuple[int, ...]:
     sizes = [value] if isinstance(value, Integral) else value
     if not isinstance(sizes, Iterable) or not (sizes := [*sizes]) or not all(map(is_count, sizes)):
-        raise ValueError(f"{name}: expected a positive integer or a sequence of them, got {value!r}")
+        raise ValueError(f"{name}: expected a positive integer or a sequence of them, got {shown(value)}")
     return tuple(map(int, sizes))
 
 

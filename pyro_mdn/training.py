@@ -17,6 +17,7 @@ from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from pyro_mdn.arrays import shown
 from pyro_mdn.checkpoint import Checkpoint
 from pyro_mdn.checks import require_counts, require_numbers
 from pyro_mdn.data import Batches, InMemory, MissingTargetsWarning, Rows, Streamed, few_missing
@@ -97,7 +98,7 @@ def fit(
             says for each member; without ``guide`` and ``refit``. ``FitResult.members`` has the result of each.
         x: Inputs ``(N, ..., dim_in)``: numbers in a tensor, NumPy array, data frame or nested lists. Or a
             ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)``, without ``y``; scalers,
-            start and mean weight are those of its first 10 000 rows.
+            start and mean weight are those of its first 10 000 rows, which are read once and stay in memory.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             or masked was not observed: its row counts with the density of its other entries. (Neither x nor weights
             may be masked.)
@@ -114,8 +115,8 @@ def fit(
             (Bowman et al., 2016).
         sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. Rows of weight 0 are left out, as are
             rows without a target; scalers and start count the others equally.
-        validation: Fraction of the rows to hold out, a pair ``(x, y)``, or a loader; 0 for none, and so no early
-            stopping. By default 0.1, but 0 for a loader or a guide.
+        validation: Fraction of the rows to hold out, a pair ``(x, y)``, a triple ``(x, y, weight)``, or a loader; 0
+            for none, and so no early stopping. By default 0.1, but 0 for a loader or a guide.
         max_epochs: Passes over the training rows at most; the schedule is spread over them. By default as many as
             make 9000 steps, but 100 at least.
         batch_size: Rows per step at most; by default 1/64 of the training rows, but 32 at least and 256 at most.
@@ -182,7 +183,7 @@ def fit(
     if strangers := [callback for callback in callbacks if not callable(callback)]:
         raise ValueError(f"callbacks: expected functions of a FitResult, got {type(strangers[0]).__name__}")
     if autocast not in (None, torch.bfloat16):
-        raise ValueError(f"autocast: expected None or torch.bfloat16, got {autocast}")
+        raise ValueError(f"autocast: expected None or torch.bfloat16, got {shown(autocast)}")
     require_seed(seed)
     if reinitialize and initialize is False:
         raise ValueError("initialize, reinitialize: expected one of the two to be set, got False and True")
@@ -203,14 +204,14 @@ def fit(
             if reinitialize:
                 with seeded(root):  # of its own: all else is drawn as for a network just built
                     trainee.draw_anew_()
+            rows = batches.head(_ROWS_TO_START)
             max_epochs = int(max_epochs or max(100, math.ceil(STEPS / len(batches))))
             if guide is not None and isinstance(network, MixtureDensityNetwork):
                 if isinstance(guide, type):
-                    guide = _started(guide, network, batches.head(_ROWS_TO_START), initialize=initialize)
+                    guide = _started(guide, network, rows, initialize=initialize)
                     initialize = False
                 counts = {"num_particles": num_particles, "kl_warmup": math.ceil(kl_warmup * max_epochs * len(batches))}
                 objective = NegativeElbo(network, guide, batches.num_rows, **counts)
-            rows = batches.head(_ROWS_TO_START)
             cell = trainee.cell(rows) * (target_noise != 0)
             objective = trainee.objective(objective, cell if bool(cell.any()) else None)
             targets = batches.num_rows * rows.targets_per_row()
@@ -229,11 +230,11 @@ def fit(
             )
             started = "anew" if reinitialize else initialize
             plan = _Plan(trainee, objective, settings, root, cell, started, compile, counts_rows=guide is not None)
-            losses = plan.set_up(batches)
+            losses = plan.set_up(rows)
             if checkpoint is not None:
                 saved.require(plan.describe(batches, held_out, refit=refit), plan.described)
             start = saved.tensors("start") or copied(objective.state_dict())
-            loop = plan.loop(batches, held_out, losses)
+            loop = plan.loop(batches, held_out, losses, rows)
             saved.restore(loop)
         if few := few_missing(batches.gaps):
             meant = "mask them by numpy.ma" if isinstance(batches, InMemory) else "filter this warning"
@@ -247,7 +248,7 @@ def fit(
                 module.eval()
         result.guide = guide
         if regularized:
-            trainee.summarize(result, batches.head(_ROWS_TO_START))
+            trainee.summarize(result, rows)
         return result
 
 
@@ -294,12 +295,12 @@ class _Plan:
         """Describe what the modules compute that are trained."""
         return described(network=self.trainee.module, objective=self.objective, values=False)
 
-    def set_up(self, batches: Batches) -> Tensor:
+    def set_up(self, rows: Rows) -> Tensor:
         """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained.
 
         Gives the losses of some rows.
         """
-        rows = batches.head(_ROWS_TO_START)[:2]
+        rows = rows[:2]
         with torch.no_grad():
             losses = self.objective.eval()(rows.x, rows.y)
         if losses.shape[: rows.leading] != rows.x.shape[: rows.leading]:
@@ -307,9 +308,8 @@ class _Plan:
         require_owned(self.objective)
         return losses
 
-    def loop(self, batches: Batches, held_out: Rows | Streamed | None, losses: Tensor) -> Loop:
-        """Loop at its start, scalers and components set from the data."""
-        rows = batches.head(_ROWS_TO_START)
+    def loop(self, batches: Batches, held_out: Rows | Streamed | None, losses: Tensor, rows: Rows) -> Loop:
+        """Loop at its start, scalers and components set from rows of the data."""
         trainee = self.trainee
         least = self.cell / 6 * (self.settings.target_noise > 0)  # 99.7 % of that noise stays within the cell
         over_cells = any(isinstance(o, NegativeLogLikelihood) and o.cell is not None for o in self.objective.modules())
@@ -362,7 +362,8 @@ class _Run:
         try:
             objective.load_state_dict(start)
             everything = InMemory(Rows.joined([batches.rows, held_out]), math.ceil(batches.num_rows / len(batches)))
-            second, again = checkpoint.second(), self.plan.loop(everything, None, losses)
+            second = checkpoint.second()
+            again = self.plan.loop(everything, None, losses, everything.head(_ROWS_TO_START))
             second.restore(again)
             refitted = self(again, second, epochs=result.best_epoch)
         except BaseException:

@@ -719,3 +719,101 @@ def test_arrays_of_any_strides(reverse):
 def test_a_loader_counts_the_rows_that_it_visits():
     sampler = torch.utils.data.SubsetRandomSampler(range(40))
     assert Streamed(network(), DataLoader(Pairs(*data(200)), batch_size=10, sampler=sampler)).num_rows == 40
+
+
+class Counted(Dataset):
+    """Data set that counts the rows that are read."""
+
+    def __init__(self, x, y):
+        self.x, self.y, self.reads = x, y, 0
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.reads += 1
+        return self.x[i], self.y[i]
+
+
+@pytest.mark.parametrize("size", [None, 2])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_first_rows_of_a_loader_are_read_once(monkeypatch, size, shuffle):
+    """For scalers, start, mean weight, the test of the objective, and the shares of components at the end."""
+    monkeypatch.setattr("pyro_mdn.training._ROWS_TO_START", 100)
+    x = torch.randn(300, 2)
+    rows = Counted(x, x[:, :1].sin())
+    network = MixtureDensityNetwork(2, 1, 2, 8)
+    trained = network if size is None else DeepEnsemble(network, size)
+    loader = DataLoader(rows, batch_size=50, shuffle=shuffle)
+    fit(trained, loader, max_epochs=2, progress=False)
+    assert rows.reads == 100 + 2 * 300
+
+
+@pytest.mark.parametrize("generator", [None, 5])
+def test_resume_from_a_shuffled_loader_reads_the_same_rows(tmp_path, generator):
+    """Bit for bit, whether the loader draws its order from torch's generator or from its own."""
+    x = torch.randn(90, 1)
+    settings = {"max_epochs": 4, "checkpoint_every": 1, "seed": 0, "progress": False}
+
+    def loader():
+        own = None if generator is None else torch.Generator().manual_seed(generator)
+        return DataLoader(TensorDataset(x, x**2), batch_size=32, shuffle=True, generator=own)
+
+    def stop(result):
+        if len(result.history) == 2:
+            raise KeyError
+
+    whole, part, resumed = (MixtureDensityNetwork(1, 1, 2, 8, seed=0) for _ in range(3))
+    expected = fit(whole, loader(), **settings)
+    with pytest.raises(KeyError):
+        fit(part, loader(), checkpoint=tmp_path / "run", callbacks=[stop], **settings)
+    result = fit(resumed, loader(), checkpoint=tmp_path / "run", resume=True, **settings)
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in expected.history]
+    assert result.component_weights == expected.component_weights
+    assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_weights_of_held_out_rows(size):
+    """The held-out loss is the weighted mean; a row of weight 0 is left out; only ratios matter."""
+    x, held_x = torch.randn(60, 1), torch.randn(20, 1)
+    y, held_y = x.sin(), held_x.sin() + 0.3 * torch.randn(20, 1)
+    weight = torch.rand(20) * (torch.arange(20) > 5)
+    networks = [MixtureDensityNetwork(1, 1, 2, 8, seed=0) for _ in range(2)]
+    trained, other = (n if size is None else DeepEnsemble(n, size, seed=0) for n in networks)
+    settings = {"max_epochs": 3, "seed": 0, "progress": False, "target_noise": 0.0}
+    result = fit(trained, x, y, validation=(held_x, held_y, weight), **settings)
+    fit(other, x, y, validation=[held_x.numpy(), held_y.numpy(), 7 * weight.numpy()], **settings)
+    if size is None:
+        losses = trained.loss(held_x, held_y)
+        assert_close(result.best_loss, ((weight * losses).sum() / weight.sum()).item(), rtol=1e-4, atol=1e-5)
+    else:
+        losses = trained.loss(held_x.expand(size, -1, -1), held_y.expand(size, -1, -1))
+        expected = (weight * losses).sum(1) / weight.sum()
+        assert_close(torch.tensor([m.best_loss for m in result.members]), expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(trained.state_dict().values(), other.state_dict().values(), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        (torch.zeros(400, 3), r"validation: expected .*, got Tensor torch\.float32 \(400, 3\)"),
+        (np.zeros((400, 3)), r"validation: expected .*, got ndarray float64 \(400, 3\)"),
+        (tuple(torch.zeros(4, 50)), "validation: expected .*, got tuple of 4"),
+        ("a tenth", "validation: expected .*, got 'a tenth'"),
+        (
+            (torch.zeros(5, 1), torch.zeros(5, 1), torch.zeros(4)),
+            r"validation weight: expected shape \(5,\), got \(4,\)",
+        ),
+        (
+            (torch.zeros(5, 1), torch.zeros(5, 1), -torch.ones(5)),
+            "validation weight: expected finite numbers that are not",
+        ),
+    ],
+)
+def test_a_wrong_validation_is_named_and_not_printed(validation, message):
+    x = torch.randn(30, 1)
+    with pytest.raises(ValueError, match=message) as caught:
+        fit(MixtureDensityNetwork(1, 1), x, x, validation=validation)
+    assert len(str(caught.value)) < 200

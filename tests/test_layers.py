@@ -112,3 +112,37 @@ def test_import_leaves_optional_packages_alone():
     code = f"import sys, pyro_mdn; print({slow} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"
+
+
+def test_modules_are_there_after_a_bare_import():
+    code = """
+import sys, pyro_mdn
+modules = ["calibration", "inference_data", "lightning", "plots", "sklearn"]
+assert {*modules} <= {*dir(pyro_mdn)}
+assert not {"matplotlib", "sklearn", "lightning", "pyro_mdn.plots", "pyro_mdn.calibration"} & {*sys.modules}
+assert pyro_mdn.calibration.coverage_table and pyro_mdn.plots.plot_training and pyro_mdn.sklearn.MDNRegressor
+assert pyro_mdn.lightning.LightningObjective and pyro_mdn.inference_data.to_inference_data
+assert not hasattr(pyro_mdn, "nothing")
+"""
+    shown = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert not shown.returncode, shown.stderr
+
+
+def test_a_module_whose_package_is_missing_is_no_attribute():
+    """Whoever asks whether it is there gets an answer; whoever takes it is told what to install."""
+    code = """
+import sys
+sys.modules["lightning"] = None
+import pyro_mdn
+assert not hasattr(pyro_mdn, "lightning")
+try:
+    pyro_mdn.lightning
+except AttributeError as error:
+    assert "pip install" in str(error)
+try:
+    from pyro_mdn import lightning
+except ImportError as error:
+    assert "pip install" in str(error)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not shown.returncode, shown.stderr

@@ -426,6 +426,25 @@ def test_networks_in_evaluation_mode_are_trained_in_training_mode(whole):
     assert seen == {whole}
 
 
+def test_a_network_without_scalers_is_named_once():
+    x, y = fork(64)
+    module = LightningObjective(NegativeLogLikelihood(MixtureDensityNetwork(1, 1, 3, 8)))
+    with pytest.warns(UserWarning, match=r"expected scalers from network\.initialize_\(x, y\).*y of up to") as caught:
+        trainer(max_epochs=2).fit(module, loader(x, 1e5 + 1e4 * y, size=32))
+    assert sum("initialize_" in str(warning.message) for warning in caught) == 1
+
+
+@pytest.mark.parametrize("initialized", [True, False])
+def test_scalers_are_not_needed_where_data_are_standardised(initialized):
+    """Warnings are errors here."""
+    x, y = fork(64)
+    plain = MixtureDensityNetwork(1, 1, 3, 8)
+    y = 1e5 + 1e4 * y if initialized else y
+    if initialized:
+        plain.initialize_(x, y)
+    trainer(max_epochs=1).fit(LightningObjective(NegativeLogLikelihood(plain)), loader(x, y, size=32))
+
+
 UNEQUAL = """
 import os, sys
 import torch

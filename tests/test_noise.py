@@ -152,6 +152,25 @@ def test_settings_may_be_of_numpy_and_torch(one, tmp_path):
     assert MixtureDensityNetwork.load(tmp_path / "saved").head.noise == Fixed(2.0)
 
 
+@every_noise
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights(noise, dtype):
+    """Densities, mixtures and members of ensembles are those of the rounded weights, in single precision."""
+    rounded = MixtureDensityNetwork(2, 4, 3, 8, noise=noise, seed=0)
+    x, y = torch.randn(20, 2), torch.randn(20, 4)
+    rounded.initialize_(x, y)
+    rounded.to(dtype)
+    exact = MixtureDensityNetwork(2, 4, 3, 8, noise=noise)
+    exact.load_state_dict(rounded.state_dict())
+    mixture, loss = rounded(x), rounded.loss(x, y)
+    assert {t.dtype for t in (mixture.logits, mixture.locs, *mixture.covariance.tensors(), loss)} == {torch.float32}
+    assert_close(-mixture.log_prob(y), loss)
+    assert_close(loss, exact.loss(x, y), atol=0.3, rtol=0.02)  # features are rounded
+    assert_close(DeepEnsemble([rounded])(x).log_prob(y), mixture.log_prob(y), atol=0.1, rtol=0.01)
+    loss.mean().backward()
+    assert all(p.grad.isfinite().all() for p in rounded.parameters())
+
+
 def test_memory_is_channel_first():
     """Logits, locations and factors are views of one product, the batch contiguous."""
     head = make_head(Full(), dim=3)
