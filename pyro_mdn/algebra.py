@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance
-from pyro_mdn.density import MixtureDensity, check_dims, has_missing
+from pyro_mdn.density import Dims, MixtureDensity, check_dims, has_missing
+from pyro_mdn.precision import in_widest_precision
 
 __all__ = ["MixtureAlgebra", "Product", "VarianceSplit"]
 
@@ -38,7 +40,8 @@ class MixtureAlgebra(MixtureDensity):
 
     # Conditioning and maps
 
-    def condition(self, values: Any, dims: int | Sequence[int]) -> Self:
+    @in_widest_precision
+    def condition(self, values: Any, dims: Dims) -> Self:
         r"""Distribution of the remaining outputs, in ascending order, given ``values`` at ``dims``.
 
         .. math:: w_k' \propto w_k \, \mathcal{N}(v \mid \mu_{k,G}, \Sigma_{k,GG}), \quad
@@ -47,7 +50,7 @@ class MixtureAlgebra(MixtureDensity):
         Args:
             values: What is known, shape ``(*sample, *batch, len(dims))``, in the order of ``dims``. An entry that is
                 NaN was not observed: that row is conditioned on its other entries.
-            dims: The outputs that are known; one at least must remain.
+            dims: The outputs that are known, an integer or several; one at least must remain.
 
         Raises:
             ValueError: If an index repeats or is out of range, if none is free, or if ``values`` has another width.
@@ -79,6 +82,7 @@ class MixtureAlgebra(MixtureDensity):
         stored = iter(tensors)
         return self._new(logits, locs, form.map(lambda t, n: next(stored)))
 
+    @in_widest_precision
     def affine(self, shift: Any = 0.0, scale: Any = 1.0, *, matrix: Any = None) -> Self:
         r"""Distribution of ``shift + scale * y``, elementwise, or of ``shift + matrix @ y``.
 
@@ -108,7 +112,7 @@ class MixtureAlgebra(MixtureDensity):
             raise ValueError(
                 f"matrix: expected shape (*batch, M, {self.dim}), M <= {self.dim}, got {tuple(matrix.shape)}"
             )
-        matrix = matrix.to(self.locs).unsqueeze(-3)
+        matrix = matrix.unsqueeze(-3)
         shift = self._as_vector(shift, "shift", matrix.shape[-2]).unsqueeze(-2)
         covariance = FullCovariance.from_root(matrix @ self.covariance.root())
         if self._validates(covariance.diagonal) and not bool(covariance.diagonal.isfinite().all()):
@@ -144,7 +148,8 @@ class MixtureAlgebra(MixtureDensity):
         logits = (self.logits - self.logits.detach().amax(-1, keepdim=True)) / scale / scale
         return self._new(logits, self.locs, self.covariance.affine(scale))
 
-    def pool(self, dim: int, weights: Tensor | None = None) -> Self:
+    @in_widest_precision
+    def pool(self, dim: int, weights: Tensor | np.ndarray | Sequence[float] | None = None) -> Self:
         r"""Average the density over batch dimension ``dim``: exactly one mixture of S·K components.
 
         .. math:: p(y) = \sum_{s=1}^S a_s \, p_s(y)
@@ -171,6 +176,7 @@ class MixtureAlgebra(MixtureDensity):
 
         return self._new(fold(logits, 0), fold(self.locs, 1), self.covariance.expand(full).map(fold))
 
+    @in_widest_precision
     def product(self, other: Self) -> Product:
         r"""Normalised product of the two densities, of :math:`K K'` components, with its log-normaliser.
 
@@ -239,6 +245,7 @@ class MixtureAlgebra(MixtureDensity):
             covariance = covariance.map(lambda t, n: t.index_select(axis, kept))
         return self._new(self.logits.masked_fill(small, -math.inf)[..., kept], self.locs[..., kept, :], covariance)
 
+    @in_widest_precision
     def reduce(self, n_components: int) -> Self:
         """Merge components until ``n_components`` are left; mean and covariance of the mixture stay as they are.
 
@@ -261,6 +268,7 @@ class MixtureAlgebra(MixtureDensity):
         covariance = FullCovariance.from_matrix(matrices).map(lambda t, n: t.to(self.locs))
         return self._new(weights.log().to(self.locs), locs.to(self.locs), covariance)
 
+    @in_widest_precision
     def split_variance(self, dim: int = 0) -> VarianceSplit:
         r"""Split the covariance of the mixture pooled over batch dimension ``dim`` (draws of the weights, say).
 
@@ -285,16 +293,16 @@ def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> t
     return torch.linalg.solve_triangular(root, half, upper=False).squeeze(-1), covariance
 
 
-def _log_weights(weights: Tensor | None, size: int, like: Tensor) -> Tensor:
+def _log_weights(weights: Tensor | np.ndarray | Sequence[float] | None, size: int, like: Tensor) -> Tensor:
     if not size:
         raise ValueError("dim: expected mixtures along it, got none")
     if weights is None:
         return like.new_full((size,), -math.log(size))
+    weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
     total = weights.detach().sum()
     known = weights.shape == (size,) and is_known(weights)
     if weights.shape != (size,) or (known and not bool((weights >= 0).all() & (total > 0) & total.isfinite())):
         raise ValueError(f"weights: expected {size} finite numbers, none negative and not all zero")
-    weights = weights.to(like)
     if is_differentiated(weights):  # a logarithm has no gradient at 0
         least = math.sqrt(torch.finfo(weights.dtype).tiny)
         weights = weights + (least - weights.detach()).clamp(min=0)

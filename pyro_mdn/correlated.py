@@ -2,7 +2,7 @@ r"""Covariance operators with correlated outputs: full, and low rank plus diagon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,13 +60,13 @@ class FullCovariance(Covariance):
     @classmethod
     def from_root(cls, root: Tensor) -> FullCovariance:
         r"""From any root A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)`` with M ≥ D, of full rank."""
-        upper = torch.linalg.qr(root.mT).R
+        upper = _in_single(_triangle, root.mT)
         return cls.from_scale_tril(_positive_diagonal(upper).mT)
 
     @classmethod
     def from_precision_root(cls, root: Tensor) -> FullCovariance:
         r"""From any root A with :math:`\Sigma^{-1} = A^\top A`, shape ``(*batch, K, M, D)``, M ≥ D, of full rank."""
-        upper = torch.linalg.qr(root.flip(-2, -1)).R
+        upper = _in_single(_triangle, root.flip(-2, -1))
         return cls.from_precision_tril(_positive_diagonal(upper.flip(-2, -1)))
 
     @classmethod
@@ -182,17 +182,17 @@ def _require_square(matrix: Tensor, name: str) -> None:
 
 def _tril_inverse(matrix: Tensor) -> Tensor:
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(matrix, identity, upper=False)
+    return _solve_lower(matrix, identity)
 
 
 def _cholesky(matrix: Tensor, name: str) -> Tensor:
     _require_square(matrix, name)
     if not is_known(matrix):
-        return torch.linalg.cholesky(matrix)
-    scale_tril, info = torch.linalg.cholesky_ex(matrix)
+        return _in_single(torch.linalg.cholesky, matrix)
+    scale_tril, info = torch.linalg.cholesky_ex(matrix.to(_single_at_least(matrix)))
     if bool((info != 0).any()):
         raise ValueError(f"{name}: expected positive-definite matrices, got {int((info != 0).sum())} that are not")
-    return scale_tril
+    return scale_tril.to(matrix.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +235,8 @@ class LowRankCovariance(Covariance):
         return [self.scale, self.factor.flatten(-2)]
 
     def whiten(self, residual: Tensor) -> Tensor:
-        return kernels.with_channels(_WHITENING.outputs, residual, *self.factors())
+        tensors = residual, *self.factors()
+        return _in_single(lambda *t: kernels.with_channels(_WHITENING.outputs, *t), *tensors)
 
     def colorize(self, noise: Tensor) -> Tensor:
         projection = kernels.low_rank_project(self._ratio(), noise)
@@ -278,7 +279,7 @@ class LowRankCovariance(Covariance):
         known, rest = self.marginal(range(n)), self.marginal(range(n, self.dim))
         capacitance = known._capacitance()
         pull = _solve(capacitance, kernels.low_rank_project(known._ratio(), residual / known.scale))
-        factor = torch.linalg.solve_triangular(capacitance, rest.factor.mT, upper=False).mT
+        factor = _solve_lower(capacitance, rest.factor.mT).mT
         return (factor @ pull.unsqueeze(-1)).squeeze(-1), LowRankCovariance(factor, rest.scale)
 
     def affine(self, scale: Tensor) -> LowRankCovariance:
@@ -293,7 +294,7 @@ class LowRankCovariance(Covariance):
         return self.factor / self.scale.unsqueeze(-1)
 
     def _capacitance(self) -> Tensor:
-        return kernels.low_rank_capacitance(self._ratio())
+        return _in_single(kernels.low_rank_capacitance, self._ratio())
 
     def _combine(self, weights: Tensor) -> Tensor:
         columns = self._ratio().unbind(-1)
@@ -304,5 +305,31 @@ def _plus_identity(matrix: Tensor) -> Tensor:
     return matrix + torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
-def _solve(triangle: Tensor, vector: Tensor, *, upper: bool = False) -> Tensor:
-    return torch.linalg.solve_triangular(triangle, vector.unsqueeze(-1), upper=upper).squeeze(-1)
+def _solve(triangle: Tensor, vector: Tensor) -> Tensor:
+    return _solve_lower(triangle, vector.unsqueeze(-1)).squeeze(-1)
+
+
+# LAPACK knows no half precision, and takes tensors of one dtype alone.
+
+
+def _single_at_least(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _in_single(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call with tensors of single precision at least; the result is of the dtype to which they promote."""
+    wide, dtype = _single_at_least(*tensors), tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return function(*(tensor.to(wide) for tensor in tensors)).to(dtype)
+
+
+def _triangle(root: Tensor) -> Tensor:
+    return torch.linalg.qr(root).R
+
+
+def _solve_lower(triangle: Tensor, right: Tensor) -> Tensor:
+    return _in_single(lambda t, r: torch.linalg.solve_triangular(t, r, upper=False), triangle, right)

@@ -9,6 +9,7 @@ from functools import cached_property
 from operator import index
 from typing import Any, ClassVar, Protocol, Self, SupportsIndex, TypeVar
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro.distributions.util import is_validation_enabled
@@ -22,11 +23,14 @@ from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, take_component
 from pyro_mdn.indexing import indexed, joined
+from pyro_mdn.precision import in_widest_precision
 
 __all__ = ["MixtureDensity", "check_dims", "complete_when_run", "has_missing", "log_density"]
 
 _COMPLETE = "value: expected complete points under {}, got NaN for missing ones"
 Mixture = TypeVar("Mixture", bound="MixtureDensity")
+Dims = int | Sequence[int] | Tensor | np.ndarray
+"""Indices of outputs: one integer, or several."""
 _FEW = 16  # so many comparisons are quicker than a search
 
 
@@ -313,6 +317,10 @@ class MixtureDensity(dist.MixtureSameFamily):
         value = self.as_points(value)
         if self._is_quickest_from_origin(value):
             return self._origin.log_density(value)  # pyright: ignore[reportOptionalMemberAccess]
+        return self._log_prob(value)
+
+    @in_widest_precision
+    def _log_prob(self, value: Tensor) -> Tensor:
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_log_prob)[0]
         return log_density(self.logits, self.locs, self.covariance, complete_when_run(value), normalize=False)
@@ -325,8 +333,9 @@ class MixtureDensity(dist.MixtureSameFamily):
         if is_recorded():  # what runs later must look at its own points
             return False
         self._asked = True  # whoever asks again may ask a hundred times
-        return value.dtype == origin.dtype and value.shape[:-1] == self.batch_shape
+        return value.is_floating_point() and value.shape[:-1] == self.batch_shape
 
+    @in_widest_precision
     def component_log_prob(self, value: Any) -> Tensor:
         r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
         value = self.as_points(value)
@@ -334,6 +343,7 @@ class MixtureDensity(dist.MixtureSameFamily):
             return self._by_pattern(value, type(self)._observed_component_log_prob)[0]
         return _component_log_density(self.locs, self.covariance, value)
 
+    @in_widest_precision
     def responsibilities(self, value: Any) -> Tensor:
         r"""Posterior probability of each component given ``value``, ``(*sample, *batch, K)``.
 
@@ -344,6 +354,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         joint = self._joint_log_prob(value)
         return kernels.channels_last(kernels.shares(kernels.channels_first(joint, 1)), 1)
 
+    @in_widest_precision
     def _joint_log_prob(self, value: Tensor) -> Tensor:
         """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
         value = self.as_points(value)
@@ -422,6 +433,7 @@ class MixtureDensity(dist.MixtureSameFamily):
 
     # Samples
 
+    @in_widest_precision
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample_shape, *batch, D)``: a component each, then a point of it."""
         with torch.no_grad():
@@ -446,16 +458,19 @@ class MixtureDensity(dist.MixtureSameFamily):
     # Moments
 
     @property
+    @in_widest_precision
     def mean(self) -> Tensor:
         r""":math:`\sum_k w_k \mu_k`, shape ``(*batch, D)``."""
         return self._average(self.locs)
 
     @property
+    @in_widest_precision
     def variance(self) -> Tensor:
         r"""Variance of each output, shape ``(*batch, D)``, by the law of total variance."""
         return self._average(self.covariance.variance() + self._deviation().square())
 
     @property
+    @in_widest_precision
     def stddev(self) -> Tensor:
         """Standard deviation of each output, shape ``(*batch, D)``, also where the variance over- or underflows."""
         deviation = self._deviation()
@@ -464,6 +479,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         return kernels.norm(weighted.movedim(-3, -2).flatten(-2))
 
     @property
+    @in_widest_precision
     def covariance_matrix(self) -> Tensor:
         r"""Covariance of the mixture, shape ``(*batch, D, D)``.
 
@@ -473,6 +489,7 @@ class MixtureDensity(dist.MixtureSameFamily):
         between = deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
         return (weight * (self.covariance.matrix() + between)).sum(-3)
 
+    @in_widest_precision
     def as_gaussian(self) -> FullCovariance:
         """Covariance of the mixture as one operator, component axis 1; accurate also where the matrix is not."""
         root = self.covariance.root()
@@ -486,8 +503,9 @@ class MixtureDensity(dist.MixtureSameFamily):
     def _deviation(self) -> Tensor:
         return self.locs - self.mean.unsqueeze(-2)
 
-    def marginal(self, dims: int | Sequence[int]) -> Self:
-        """Distribution of the outputs ``dims``, in that order.
+    @in_widest_precision
+    def marginal(self, dims: Dims) -> Self:
+        """Distribution of the outputs ``dims``, an integer or several, in that order.
 
         Raises:
             ValueError: If an index repeats or is out of range, or if there is none.
@@ -567,16 +585,32 @@ def _broadcast(*shapes: torch.Size) -> torch.Size:
         raise ValueError(f"batch shapes: expected some that broadcast, got {listed}") from error
 
 
-def check_dims(dims: int | Sequence[int], dim: int) -> list[int]:
-    """Indices of outputs, all non-negative; a ``ValueError`` unless they are distinct and in range."""
-    listed = [dims] if isinstance(dims, SupportsIndex) else list(dims)
-    if any(isinstance(d, bool) or not isinstance(d, SupportsIndex) for d in listed):
-        raise ValueError(f"dims: expected integers, got {listed}")
-    listed = [index(d) for d in listed]
+def check_dims(dims: Dims, dim: int) -> list[int]:
+    """Indices of outputs, all non-negative; a ``ValueError`` unless they are distinct and in range.
+
+    >>> check_dims(range(2), 3), check_dims(np.array([0, -1]), 3), check_dims(torch.tensor(1), 3)
+    ([0, 1], [0, 2], [1])
+    """
+    listed = _integers(dims)
     wrapped = [d + dim if d < 0 else d for d in listed]
     if not wrapped or len(set(wrapped)) != len(wrapped) or not all(0 <= d < dim for d in wrapped):
         raise ValueError(f"dims: expected distinct indices of {dim} outputs, one at least, got {listed}")
     return wrapped
+
+
+def _integers(dims: Any) -> list[int]:
+    """One integer or several, of Python, NumPy or torch; a ``ValueError`` unless all are integers."""
+    array = isinstance(dims, Tensor | np.ndarray | np.generic)
+    values = dims.tolist() if array else dims
+    listed = [v.item() if _is_scalar(v) else v for v in (values if isinstance(values, Iterable) else [values])]
+    if all(isinstance(v, SupportsIndex) and not isinstance(v, bool | Tensor) for v in listed):
+        return [index(v) for v in listed]
+    kinds = f"{dims.dtype} and shape {tuple(dims.shape)}" if array else ", ".join({type(v).__name__: 0 for v in listed})
+    raise ValueError(f"dims: expected integers, got {type(dims).__name__} of {kinds}")
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray | np.generic) and value.ndim == 0
 
 
 def has_missing(value: Tensor) -> bool:

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.distributions.kl import register_kl
 
 from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.precision import in_widest_precision
 
 __all__ = ["kl_monte_carlo", "kl_variational_approximation"]
 
 
+@in_widest_precision
 def kl_variational_approximation(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     r"""Variational approximation of :math:`\mathrm{KL}(p \Vert q)` in nats, shape ``(*batch,)``; no bound of it.
 
@@ -38,6 +40,7 @@ def kl_variational_approximation(p: GaussianMixture, q: GaussianMixture) -> Tens
     return (p.logits.exp() * (own - other)).sum(-1)
 
 
+@in_widest_precision
 def kl_monte_carlo(p: GaussianMixture, q: GaussianMixture, *, num_samples: int = 10_000) -> tuple[Tensor, Tensor]:
     r"""Estimate :math:`\mathrm{KL}(p \Vert q)` from draws of p, with pathwise gradients, and its standard error.
 

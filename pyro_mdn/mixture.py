@@ -15,6 +15,7 @@ from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
 from pyro_mdn.correlated import plus
 from pyro_mdn.modes import find_modes
+from pyro_mdn.precision import in_widest_precision
 from pyro_mdn.shortest import shortest_tails
 
 __all__ = ["GaussianMixture"]
@@ -52,6 +53,7 @@ class GaussianMixture(MixtureAlgebra):
 
     # Quantiles, one output at a time
 
+    @in_widest_precision
     def cdf(self, value: Any) -> Tensor:
         r"""Marginal cumulative distribution of each output, shape ``(*sample, *batch, D)``.
 
@@ -60,6 +62,7 @@ class GaussianMixture(MixtureAlgebra):
         value = self.as_points(value)
         return univariate.mixture_cdf(value, *self._univariate())
 
+    @in_widest_precision
     def icdf(self, value: Any) -> Tensor:
         """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
 
@@ -79,6 +82,7 @@ class GaussianMixture(MixtureAlgebra):
         """Parameters of the marginals: logits ``(*batch, 1, K)``, locations and scales ``(*batch, D, K)``."""
         return self.logits.unsqueeze(-2), self.locs.mT, self.covariance.stddev().mT
 
+    @in_widest_precision
     def interval(self, mass: float, *, kind: Literal["central", "shortest"] = "central") -> tuple[Tensor, Tensor]:
         """Lower and upper ends, ``(*batch, D)`` each, of an interval with probability ``mass`` for each output.
 
@@ -124,6 +128,7 @@ class GaussianMixture(MixtureAlgebra):
 
     # Regions of highest density
 
+    @in_widest_precision
     def highest_density_threshold(self, mass: float, *, num_samples: int = 10_000) -> Tensor:
         r"""Log-density above which the points have probability ``mass``, shape ``(*batch,)``, from draws.
 
@@ -145,6 +150,7 @@ class GaussianMixture(MixtureAlgebra):
 
     # Transport to and from independent uniforms
 
+    @in_widest_precision
     def rosenblatt(self, value: Any) -> Tensor:
         r"""Conditional probability integral transforms, shape ``(*sample, *batch, D)``.
 
@@ -165,6 +171,7 @@ class GaussianMixture(MixtureAlgebra):
         self._walk(walk)
         return torch.stack(levels, -1)
 
+    @in_widest_precision
     def inverse_rosenblatt(self, value: Any) -> Tensor:
         """Points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``.
 
@@ -173,6 +180,7 @@ class GaussianMixture(MixtureAlgebra):
         value = _probabilities(self.as_points(value), (*self.batch_shape, self.dim))
         return self._walk(lambda d, *conditional: univariate.mixture_quantile(value[..., d], *conditional))
 
+    @in_widest_precision
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         r"""Draws with pathwise gradients to locations, covariances and logits, ``(*sample_shape, *batch, D)``.
 
@@ -220,6 +228,7 @@ class GaussianMixture(MixtureAlgebra):
 
     # Shape of the density
 
+    @in_widest_precision
     def modes(self) -> Tensor:
         """Local maxima of the density, highest first, shape ``(*batch, M, D)``; NaN where a mixture has fewer than M.
 
@@ -243,6 +252,7 @@ class GaussianMixture(MixtureAlgebra):
             points = points.gather(1, first.unsqueeze(-1).expand_as(points))[:, : int(distinct.sum(-1).max())]
         return points.reshape(*self.batch_shape, *points.shape[1:]).to(self.locs)
 
+    @in_widest_precision
     def entropy_bounds(self) -> tuple[Tensor, Tensor]:
         r"""Lower and upper bound of the differential entropy in nats, shape ``(*batch,)`` each.
 

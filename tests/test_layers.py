@@ -26,6 +26,7 @@ ORDER = [
     "modes",
     "components",
     "indexing",
+    "precision",
     "density",
     "algebra",
     "mixture",
