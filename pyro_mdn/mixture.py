@@ -63,6 +63,38 @@ class GaussianMixture(MixtureAlgebra):
         return univariate.mixture_cdf(value, *self._univariate())
 
     @in_widest_precision
+    def sf(self, value: Any) -> Tensor:
+        """Marginal survival function 1 - F of each output, ``(*sample, *batch, D)``, accurate where it is small."""
+        value = self.as_points(value)
+        logits, locs, scale = self._univariate()
+        return univariate.mixture_cdf(-value, logits, -locs, scale)
+
+    @in_widest_precision
+    def log_cdf(self, value: Any) -> Tensor:
+        """Logarithm of :meth:`cdf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+
+        The log-likelihood of an observation of which only an upper limit is known (left-censored). Differentiable
+        twice. Entries that are NaN are NaN, and add nothing to gradients.
+
+        >>> from pyro_mdn import IsotropicCovariance
+        >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+        >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
+        tensor([-8.0461e+02, -6.9315e-01])
+        """
+        value = self.as_points(value)
+        return univariate.mixture_log_cdf(value, *self._univariate())
+
+    @in_widest_precision
+    def log_sf(self, value: Any) -> Tensor:
+        """Logarithm of :meth:`sf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+
+        The log-likelihood of an observation of which only a lower limit is known (right-censored); see :meth:`log_cdf`.
+        """
+        value = self.as_points(value)
+        logits, locs, scale = self._univariate()
+        return univariate.mixture_log_cdf(-value, logits, -locs, scale)
+
+    @in_widest_precision
     def icdf(self, value: Any) -> Tensor:
         """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
 

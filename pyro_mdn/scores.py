@@ -17,12 +17,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.special import erf, erfcx, log_ndtr
+from torch.special import erf, erfcx
 
 from pyro_mdn import kernels
 from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import is_subclassed
 from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.univariate import normal_log_cdf
 
 __all__ = [
     "Comparison",
@@ -294,7 +295,7 @@ def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
     series = -0.5 * at.square() + small.log() + small.square() * (at.square() - 1) / 6 + 0.5 * math.log(2 / math.pi)
     # By symmetry all of it in the lower tail, where the logarithms are accurate.
     wide, at = half.masked_fill(~around, 1.0), centre.masked_fill(~around, 0.0)
-    upper, lower = log_ndtr(wide - at), log_ndtr(-wide - at)
+    upper, lower = normal_log_cdf(wide - at), normal_log_cdf(-wide - at)
     difference = upper + torch.log(-torch.expm1(lower - upper))
     # Beside the mode, without what both ends have in common: their logarithms would be huge, and all but the same.
     wide, at = half.masked_fill(~aside, 1.0), centre.masked_fill(~aside, 2.0)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.special import erfc, ndtri
+from torch.special import erfc, erfcx, ndtri
 
 from pyro_mdn.checks import is_differentiated, is_recorded, unwrapped
 from pyro_mdn.kernels import exp, log_sum_exp
@@ -14,15 +14,54 @@ __all__ = [
     "follow_root",
     "log_density_by_level",
     "mixture_cdf",
+    "mixture_log_cdf",
     "mixture_log_density",
     "mixture_quantile",
     "normal_cdf",
+    "normal_log_cdf",
 ]
+
+
+_FAR, _TERMS = 5.0, 18
+"""Standard deviations from which on so many terms of a continued fraction are accurate in double precision."""
 
 
 def normal_cdf(value: Tensor) -> Tensor:
     """Standard normal cdf, accurate in the lower tail, where ``torch.special.ndtr`` rounds to multiples of eps."""
     return 0.5 * erfc(-math.sqrt(0.5) * value)
+
+
+def normal_log_cdf(value: Tensor) -> Tensor:
+    """Logarithm of the standard normal cdf, with its derivatives up to the second, accurate in both tails.
+
+    Those of ``torch.special.log_ndtr`` are wrong far out: in single precision from about -100 on.
+
+    >>> normal_log_cdf(torch.tensor([-1e4, 0.0, 10.0]))
+    tensor([-5.0000e+07, -6.9315e-01, -7.6199e-24])
+    """
+    with torch.no_grad():
+        low = value.clamp(max=0)
+        lower = (0.5 * erfcx(-math.sqrt(0.5) * low)).log() - 0.5 * low.square()
+        known = torch.where(value < -1, lower, torch.log1p(-0.5 * erfc(math.sqrt(0.5) * value)))
+    if not is_differentiated(value):
+        return known
+    # By the midpoint rule, whose first and second derivatives are right where both ends are the same point.
+    finite = torch.where(value.isfinite(), value, 0.0)
+    start = finite.detach()
+    return known.detach() + (finite - start) * _density_ratio(0.5 * (finite + start))
+
+
+def _density_ratio(value: Tensor) -> Tensor:
+    """Standard normal density over cdf, the slope of :func:`normal_log_cdf`, in terms that autograd differentiates."""
+    right, left = value.clamp(min=0), (-value).clamp(min=_FAR)
+    density = torch.exp(-0.5 * right.square()) / math.sqrt(2 * math.pi)
+    middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * value.clamp(-_FAR, 0))
+    # Laplace's continued fraction, where the derivatives of erfcx would cancel.
+    rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
+    for k in range(_TERMS, 0, -1):
+        rest = left + k / rest
+    ratio = torch.where(value < -_FAR, rest, middle)
+    return torch.where(value > 0, density / (1 - 0.5 * erfc(math.sqrt(0.5) * right)), ratio)
 
 
 def mixture_log_density(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
@@ -46,6 +85,19 @@ def log_density_by_level(value: Tensor, logits: Tensor, locs: Tensor, scale: Ten
 def mixture_cdf(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
     """Cumulative distribution of a univariate mixture; relative accuracy in the lower tail."""
     return (logits.exp() * normal_cdf((value.unsqueeze(-1) - locs) / scale)).sum(-1).clamp(max=1)
+
+
+def mixture_log_cdf(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
+    """Logarithm of the cumulative distribution of a univariate mixture, accurate in both tails."""
+    inside = value.isfinite()
+    standardized = (torch.where(inside, value, 0.0).unsqueeze(-1) - locs) / scale
+    terms = logits + normal_log_cdf(standardized).clamp(min=-0.25 * torch.finfo(locs.dtype).max)
+    lower = log_sum_exp(terms.movedim(-1, 0))
+    # Above the median the logarithm of a number near 1 has no digits: that of what is missing to 1 has them.
+    above = (logits.exp() * normal_cdf(-standardized)).sum(-1)
+    upper = torch.log1p(-torch.where(above < 0.5, above, 0.0))
+    ends = torch.where(value.isnan(), value, torch.where(value < 0, -math.inf, 0.0))
+    return torch.where(inside, torch.where(above < 0.5, upper, lower), ends.to(lower))
 
 
 def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:

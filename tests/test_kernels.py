@@ -54,10 +54,12 @@ CALLS = {
     triangles.tril_solve: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
     triangles.unpack_tril: lambda: (draw(5, 3, 4), draw(5, 3, 6)),
     univariate.mixture_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
+    univariate.mixture_log_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
     univariate.log_density_by_level: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
     univariate.mixture_log_density: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
     univariate.mixture_quantile: lambda: (draw(5) / 2, kernels.normalize_logits(draw(5, 3)), draw(5, 3), draw(5, 3)),
     univariate.normal_cdf: lambda: (draw(5),),
+    univariate.normal_log_cdf: lambda: (3 * draw(5),),
 }
 ELSEWHERE = {"Whitening", "channels_first", "channels_last", "mixture_log_density", "differentiable_gradients"}
 ELSEWHERE |= {"density_backward", "density_by_autograd", "density_forward"}

@@ -239,6 +239,7 @@ TRACKED = {
     "temper": lambda mixture, y: mixture.temper(2.0).log_prob(y),
     "moments": lambda mixture, y: mixture.mean + mixture.stddev + mixture.covariance_matrix.sum(-1),
     "cdf": lambda mixture, y: mixture.cdf(y),
+    "log_cdf": lambda mixture, y: mixture.log_cdf(y) + mixture.log_sf(y),
     "icdf": lambda mixture, y: mixture.icdf(0.3),
     "interval": lambda mixture, y: mixture.interval(0.8)[0],
     "shortest": lambda mixture, y: mixture.interval(0.8, kind="shortest")[1],

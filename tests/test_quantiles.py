@@ -1,15 +1,19 @@
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
 from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import integrate, optimize, stats
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, DiagonalCovariance, GaussianMixture, IsotropicCovariance
+from pyro_mdn.univariate import normal_log_cdf
+
+NAN = math.nan
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 
@@ -35,6 +39,105 @@ def test_cdf_agrees_with_scipy(noise, batch_shape):
     scale = mixture.covariance.variance().sqrt().expand(mixture.locs.shape).numpy()
     expected = (weights * stats.norm.cdf(y.unsqueeze(-2).numpy(), mixture.locs.numpy(), scale)).sum(-2)
     assert_close(mixture.cdf(y), torch.tensor(expected), rtol=0, atol=1e-10)
+
+
+# Logarithms of tails
+
+
+def exact_log_cdf(y, weights, locs, scales):
+    """Logarithm of the cdf and its derivative, to 60 digits more than it needs."""
+    with mpmath.workdps(60 + int(abs(y) ** 2 / 4)):
+        parts = [(mpmath.mpf(w), (mpmath.mpf(y) - m) / s, s) for w, m, s in zip(weights, locs, scales, strict=True)]
+        cdf = sum(w * mpmath.ncdf(z) for w, z, _ in parts) / sum(weights)
+        density = sum(w * mpmath.npdf(z) / s for w, z, s in parts) / sum(weights)
+        return float(mpmath.log(cdf)), float(density / cdf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("y", [-100.0, -40.0, -12.0, -5.0, -4.99, -1.0, 0.0, 0.3, 2.0, 5.0, 9.0, 12.0])
+def test_log_cdf_and_log_sf_in_both_tails(y, dtype):
+    weights, locs, scales = [0.25, 0.5, 0.25], [-1.0, 0.5, 0.75], [1.0, 0.5, 0.25]
+    mixture = univariate(weights, locs, scales, dtype=dtype)
+    mirrored = univariate(weights, [-m for m in locs], scales, dtype=dtype)
+    point = torch.tensor([y], dtype=dtype, requires_grad=True)
+    value, other = mixture.log_cdf(point), mirrored.log_sf(-point)
+    (slope,) = torch.autograd.grad(value, point)
+    expected, steepness = exact_log_cdf(point.item(), weights, locs, scales)
+    rtol = 3e-6 if dtype == torch.float32 else 1e-12
+    assert_close(value.item(), expected, rtol=rtol, atol=1e-42)
+    assert_close(slope.item(), steepness, rtol=10 * rtol, atol=1e-42)
+    assert_close(other, value)
+    if y > -13:
+        assert_close(mixture.cdf(point).log(), value, rtol=20 * rtol, atol=rtol)
+        assert_close(mirrored.sf(-point), mixture.cdf(point))
+
+
+@every_noise
+def test_log_cdf_is_the_integral_of_the_density(noise):
+    mixture = make_mixture(noise, ()).marginal(1)
+    for y in (mixture.mean - 4 * mixture.stddev, mixture.mean):
+        points = torch.linspace(y.item() - 30, y.item(), 100_001, dtype=torch.float64)
+        tail = integrate.simpson(mixture.log_prob(points.unsqueeze(-1)).exp().numpy(), x=points.numpy())
+        assert_close(mixture.log_cdf(y).item(), math.log(tail), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("z", [-1e20, -1e10, -1e6, -1e4, -300.0, -6.0, -4.0, -0.5, 0.0, 0.5, 3.0, 8.0, 1e4, 1e20])
+def test_derivatives_of_the_logarithm_of_the_normal_cdf(z, dtype):
+    """First and second; those of torch are wrong from -100 on in single precision."""
+    point = torch.tensor(z, dtype=dtype, requires_grad=True)
+    value = normal_log_cdf(point)
+    (slope,) = torch.autograd.grad(value, point, create_graph=True)
+    (bend,) = torch.autograd.grad(slope, point)
+    z = point.item()
+    if z < -1e3:  # Mills' ratio
+        expected = -z - 1 / z, -1 + 1 / z**2
+    else:
+        with mpmath.workdps(60):
+            ratio = mpmath.npdf(z) / mpmath.ncdf(z)
+            expected = float(ratio), float(-ratio * (ratio + mpmath.mpf(z)))
+    rtol = 1e-5 if dtype == torch.float32 else 1e-12
+    assert_close((slope.item(), bend.item()), expected, rtol=rtol, atol=1e-35)
+
+
+def log_tails(y, logits, locs, scale):
+    mixture = GaussianMixture(logits, locs, DiagonalCovariance(scale), validate_args=False)
+    return torch.stack([mixture.log_cdf(y), mixture.log_sf(y)])
+
+
+def test_derivatives_of_log_cdf_by_differences_and_transforms():
+    y = torch.tensor([[-9.0, 0.2], [0.4, 7.0], [-40.0, 30.0]]).double()
+    parameters = torch.randn(3, 4).double(), torch.randn(3, 4, 2).double(), torch.rand(3, 4, 2).double() + 0.5
+    leaves = [t.clone().requires_grad_() for t in (y, *parameters)]
+    assert torch.autograd.gradcheck(log_tails, leaves, rtol=1e-4)
+    assert torch.autograd.gradgradcheck(log_tails, leaves, rtol=1e-4, atol=1e-4)
+    assert torch.autograd.gradcheck(log_tails, leaves, rtol=1e-4, check_forward_ad=True, check_backward_ad=False)
+    reverse = torch.func.jacrev(lambda t: log_tails(t, *parameters))(y)
+    assert_close(torch.func.jacfwd(lambda t: log_tails(t, *parameters))(y), reverse)
+    rows = torch.func.vmap(torch.func.jacrev(log_tails))(y, *parameters)
+    assert_close(rows, torch.stack([reverse[:, n, :, n] for n in range(3)]))
+
+
+def test_log_cdf_where_there_is_no_number():
+    """At infinite points the tail is empty, or all; a missing entry adds nothing to gradients."""
+    locs = torch.zeros(2, 1, requires_grad=True)
+    mixture = GaussianMixture(torch.tensor([0.0, -math.inf]), locs, IsotropicCovariance(torch.ones(1)))
+    y = torch.tensor([[-math.inf], [math.inf], [NAN], [1.0], [-1e25]])
+    log_cdf, log_sf = mixture.log_cdf(y), mixture.log_sf(y)
+    assert_close(log_cdf[:3].flatten(), torch.tensor([-math.inf, 0.0, NAN]), equal_nan=True)
+    assert_close(log_sf[:3].flatten(), torch.tensor([0.0, -math.inf, NAN]), equal_nan=True)
+    (gradient,) = torch.autograd.grad(log_cdf.nanmean() + log_sf.nanmean(), locs)
+    (expected,) = torch.autograd.grad((mixture.log_cdf(y[3:]) + mixture.log_sf(y[3:])).sum() / 4, locs)
+    assert gradient.isfinite().all()
+    assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_log_cdf_in_any_unit(unit):
+    mixture = univariate([0.3, 0.7], [-1.0, 1.0], [0.5, 2.0], dtype=torch.float32)
+    y = torch.tensor([[-70.0], [0.0], [60.0]])
+    assert_close(mixture.affine(0.0, unit).log_cdf(unit * y), mixture.log_cdf(y), rtol=1e-4, atol=0)
+    assert_close(mixture.affine(0.0, unit).log_sf(unit * y), mixture.log_sf(y), rtol=1e-4, atol=0)
 
 
 @every_noise

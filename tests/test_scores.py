@@ -237,6 +237,19 @@ def test_intervals_far_out_in_single_precision(y, width):
     assert slope.item() == pytest.approx(-math.copysign(float(steepness), y), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("y", "width"), [(1e3, 2.02e3), (1e4, 2.0002e4), (1e6, 3e6), (1e12, 2.1e12), (1e15, 2e15)])
+def test_intervals_that_reach_far_beyond_the_mode(y, width, dtype):
+    """From below the mode to far above: the probability is that below the near end, and so is its slope."""
+    loc = torch.zeros(1, 1, dtype=dtype, requires_grad=True)
+    mixture = GaussianMixture(torch.zeros(1, dtype=dtype), loc, IsotropicCovariance(torch.ones(1, dtype=dtype)))
+    score = interval_log_score(mixture, torch.tensor([y], dtype=dtype), width)
+    (slope,) = torch.autograd.grad(score.sum(), loc)
+    end = 0.5 * width - y
+    assert_close(score.item(), -stats.norm.logcdf(end), rtol=1e-3, atol=1e-30)
+    assert_close(slope.item(), -math.exp(stats.norm.logpdf(end) - stats.norm.logcdf(end)), rtol=2e-3, atol=1e-30)
+
+
 @every_noise
 @pytest.mark.parametrize("unit", [1e-25, 1e25])
 def test_scores_and_quantiles_in_any_unit(noise, unit):
