@@ -282,7 +282,8 @@ def as_noise_model(
         return Fixed(scale)
     if value == "low_rank":
         return LowRank(min(2, dim_out) if rank is None else rank)
-    return NOISE_MODELS[value]()
+    kind: Any = NOISE_MODELS[value]
+    return kind()
 
 
 def _flag(value: Any, name: str) -> bool:
@@ -296,6 +297,6 @@ def _positive(value: Any, name: str) -> float:
     number = value
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
         number = value.item()
-    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < number < math.inf:
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < float(number) < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {shown(value)}")
     return float(number)

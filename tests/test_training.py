@@ -4,6 +4,7 @@ import logging
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -200,6 +201,18 @@ def test_latent_weights_are_not_reinitialized():
     objective = NegativeElbo(latent, AutoNormal(latent.model), 50)
     with pytest.raises(ValueError, match=r"expected no latent weights to draw anew, got some in head\.linear"):
         fit(latent, *fork(50), objective=objective, reinitialize=True, **QUICK)
+
+
+def test_compiling_for_few_steps_warns(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda module, **settings: module)
+    x, y = fork(64)
+    with pytest.warns(UserWarning, match="compiling takes longer than it saves in 6 steps"):
+        fit(network(), x, y, compile=True, **QUICK)
+    monkeypatch.setattr("pyro_mdn.training._STEPS_TO_COMPILE", 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", category=CollapseWarning)
+        fit(network(), x, y, compile=True, **QUICK)
 
 
 def test_two_fits_never_see_each_other_nor_the_parameter_store():
