@@ -156,7 +156,7 @@ def describe(values: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Show a setting in an error: numbers and text as they are, all else by its type, dtype and shape.
+    """Show a setting in an error: numbers, text and dtypes as they are, all else by its type, dtype and shape.
 
     >>> shown(3), shown("full"), shown(torch.zeros(3)), shown(np.float32(0.5))
     ('3', "'full'", 'Tensor torch.float32 (3,)', '0.5')
@@ -165,7 +165,7 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, str) and len(value) > 80:
         return repr(value[:80] + "...")
-    is_scalar = value is None or isinstance(value, bool | Number | str | np.generic)
+    is_scalar = value is None or isinstance(value, bool | Number | str | np.generic | torch.dtype)
     return repr(value.item() if isinstance(value, np.generic) else value) if is_scalar else describe(value)
 
 
