@@ -69,9 +69,9 @@ def main():
         for label, band in {"90 % interval": pool.interval(0.9), "± 2 epistemic": (mean - half, mean + half)}.items():
             top.fill_between(GRID, *(edge.squeeze(-1).detach() for edge in band), alpha=0.4, label=label)
         top.plot(x, y, ".", color="0.3", markersize=2)
-        top.set(title=name, ylim=(-3, 3))
+        top.set(title=name, ylabel="y" if name == NAMES[0] else "")
         bottom.semilogy(GRID, deviation.detach())
-        bottom.set(xlabel="x", ylabel="epistemic" if name == NAMES[0] else "", ylim=(0.01, 3))
+        bottom.set(xlabel="x", ylabel="epistemic\nstd of y" if name == NAMES[0] else "", ylim=(0.01, 3))
     axes[0, 0].legend(frameon=False, loc="lower center")
     figure.savefig(args.out / "bayesian_weights.png", dpi=100)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch.distributions import MultivariateNormal
 
 from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureDensityNetwork, fit, plots
@@ -44,8 +45,9 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     (x, y), held_out = simulate(1000), simulate(5000)
-    figure = Figure(figsize=(9, 9.5), layout="constrained")
-    panels = figure.subfigures(3, 3)
+    figure = Figure(figsize=(9, 10.5), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(0.4, 10.1))
+    panels = below.subfigures(3, 3)
     print(f"{'noise model':<28}{'numbers per component':>22}{'held-out NLL (nats)':>22}")
     for (name, noise), panel in zip(MODELS.items(), panels.flat, strict=True):
         network = MixtureDensityNetwork(dim_in=1, dim_out=2, n_components=2, noise=noise)
@@ -55,9 +57,15 @@ def main():
         panel.suptitle(f"{name}   NLL {nll:.2f}", fontsize="medium", family="monospace")
         for axis, at in zip(panel.subplots(2, 1, sharex=True), (-1.0, 1.0), strict=True):
             near = (x[:, 0] - at).abs() < 0.15
-            plots.plot_conditional_density(network(torch.tensor([at])), y=y[near], ax=axis)
+            plots.plot_conditional_density(network(torch.tensor([at])), y=y[near][:30], ax=axis)
+            handles, labels = axis.get_legend_handles_labels()
             axis.get_legend().remove()
-            axis.set(xlim=(-6.4, 6.4), ylim=(-2.8, 2.8), xlabel="", ylabel=f"x = {at:.0f}", aspect="equal")
+            axis.set(xlim=(-6.4, 6.4), ylim=(-2.8, 2.8), xlabel="", ylabel="second output", aspect="equal")
+            axis.text(0.02, 0.95, f"at x = {at:+.0f}", transform=axis.transAxes, va="top", fontsize="small")
+        axis.set_xlabel("first output")
+    regions = [f"{label} region" for label in labels]
+    dots = Line2D([], [], color="black", marker=".", markersize=3, linestyle="", label="30 training rows near")
+    above.legend([*handles, dots], [*regions, dots.get_label()], ncols=4, loc="center", frameon=False)
     figure.savefig(args.out / "noise_models.png", dpi=120)
 
 

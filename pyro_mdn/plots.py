@@ -159,12 +159,27 @@ def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Ax
         legend = f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}"
         ax.plot(x, shown, color=color, linestyle=_STYLES[k % 5], label=legend)
         _shade(ax, x, shown - scale, shown + scale, weight, color)
-        heaviest = weight.argmax()
-        if weight[heaviest] >= 0.01:
-            ax.annotate(str(k + 1), (x[heaviest], mean[heaviest]), ha="center", va="center", weight="bold")
+    _number(ax, x, means, weights)
     ax.set(xlabel=label, ylabel=f"{names[output]}: mean ± std of components")
     ax.legend(fontsize="small", title="component")
     return ax
+
+
+def _number(ax: Axes, x: Array, means: Array, weights: Array) -> None:
+    """Write the number of each component on its mean, where its weight is large and no other number is near."""
+    shown = weights.max(0) >= 0.01
+    span = np.ptp(means[weights >= 0.01]) or 1.0
+    places = np.stack(np.broadcast_arrays(np.linspace(0, 1, len(x))[:, None], means / span), -1)
+    taken: list[Array] = []
+    for k in np.flatnonzero(shown):
+        room = [np.hypot(*(places[:, k] - place).T) for place in taken]
+        free = np.minimum(np.min(room, 0), 0.1) if room else np.full(len(x), 0.1)
+        allowed = weights[:, k] >= 0.5 * weights[:, k].max()
+        best = np.lexsort((weights[:, k], np.where(allowed, free, -1.0)))[-1]
+        taken.append(places[best, k])
+        box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "alpha": 0.7, "linewidth": 0}
+        text = ax.annotate(str(k + 1), (x[best], means[best, k]), ha="center", va="center", weight="bold")
+        text.set_bbox(box)
 
 
 def _shade(ax: Axes, x: Array, lower: Array, upper: Array, weight: Array, color: str) -> None:
@@ -331,7 +346,7 @@ def plot_pit(
     for i, (u, name) in enumerate(zip(observed, names, strict=True)):
         ecdf = (u[:, None] <= ends).mean(0)
         ax.plot(ends, ecdf - ends, color=_COLORS[i % 7], linestyle=_STYLES[i % 5], label=name)
-    ax.set(xlabel="probability integral transform u", ylabel="share below u, minus u", xlim=(0, 1))
+    ax.set(xlabel="probability integral transform u", ylabel="empirical CDF − uniform CDF", xlim=(0, 1))
     ax.set_ylim(top=1.4 * ax.get_ylim()[1])  # room for the legend
     ax.legend(frameon=False, loc="upper right", ncols=2)
     return ax
@@ -475,7 +490,10 @@ def _shades(count: int) -> list[tuple[float, float, float]]:
 
 
 def _scatter(ax: Axes, x: Any, y: Any) -> None:
-    ax.scatter(x, y, s=10, color="black", edgecolor="white", linewidth=0.4)
+    """Draw rows as points that cover a hundredth of the axes at most, so that what is behind them stays visible."""
+    area = ax.get_window_extent().width * ax.get_window_extent().height * (72 / ax.figure.dpi) ** 2
+    size = min(max(0.01 * area / max(len(x), 1), 2.0), 10.0)
+    ax.scatter(x, y, s=size, color="black", edgecolor="white", linewidth=0.04 * size)
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -64,6 +64,16 @@ def test_heat_map_is_the_density():
     assert ax.figure.axes[1].get_ylabel() == "density"
 
 
+@pytest.mark.parametrize("width", [1.5, 5.0])
+def test_points_leave_what_is_behind_them_visible(width):
+    mixture = make_mixture(Full(), (), dim=2)
+    ax = plt.figure(figsize=(width, width)).subplots()
+    plots.plot_conditional_density(mixture, y=mixture.sample((60,)), ax=ax)
+    (points,) = [c for c in ax.collections if type(c).__name__ == "PathCollection"]
+    inches = ax.get_window_extent().width * ax.get_window_extent().height / ax.figure.dpi**2
+    assert 60 * float(points.get_sizes()[0]) <= max(0.01 * inches * 72**2, 60 * 2.0) + 1e-6
+
+
 @pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-4])
 def test_narrow_modes_are_shown(scale):
     x, mixture, _ = along(scale=scale)
@@ -118,6 +128,22 @@ def test_each_component_looks_different():
     looks = [(line.get_color(), line._dash_pattern) for line in ax.lines]
     assert len({str(style) for _, style in looks[:5]}) == 5
     assert len(set(map(str, looks))) == 20
+
+
+def test_numbers_of_components_stay_apart():
+    """Also of components that are heaviest at the same x, and there have about the same mean."""
+    x = torch.linspace(-1, 1, 50)
+    logits = torch.stack([3 * x, 3 * x + 0.1, 3 * x - 0.1], 1)
+    locs = torch.stack([x, x + 0.01, x - 0.01], 1).unsqueeze(-1)
+    mixture = GaussianMixture(logits, locs, DiagonalCovariance(torch.ones(50, 3, 1)))
+    ax = plots.plot_components(mixture, x)
+    ax.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [text.get_text() for text in ax.texts] == ["1", "2", "3"]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    for text, mean in zip(ax.texts, locs[..., 0].T, strict=True):
+        row = np.abs(x.numpy() - text.xy[0]).argmin()
+        assert text.xy == pytest.approx((float(x[row]), float(mean[row])))
 
 
 def test_components_without_weight_are_not_drawn():
@@ -414,7 +440,7 @@ def test_bad_input():
         (lambda: plots.plot_conditional_density(single, masses=[]), "masses: expected"),
         (lambda: plots.plot_conditional_density(single, x), "mixture: expected batch shape"),
         (lambda: plots.plot_observed_vs_sampled([], y[:0], y[:0]), "y, sampled: expected one shape, not empty"),
-        (lambda: plots.plot_pit([None, 0.5]), "pit: expected numbers"),
+        (lambda: plots.plot_pit(["a", "b"]), "pit: expected numbers"),
         (lambda: plots.plot_calibration(mixture, y, level=2), "level: expected"),
         (lambda: plots.plot_observed_vs_sampled(x, y, y[:, :1]), "y, sampled: expected one shape"),
         (lambda: plots.plot_observed_vs_sampled(x, y, y, ax=[plt.gca()]), "ax: expected two axes"),
