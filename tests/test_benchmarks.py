@@ -33,7 +33,7 @@ def test_benchmark_runs(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "part", "page"),
     [
-        ("uci", "summary", "README.md"),
+        ("uci", "summary", "docs/quality.md"),
         ("ablation", "nll", "docs/training.md"),
         ("missing", None, "docs/training.md"),
         ("posterior", "ratios", "docs/uncertainty.md"),
