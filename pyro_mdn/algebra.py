@@ -61,7 +61,7 @@ class MixtureAlgebra(MixtureDensity):
             raise ValueError(f"dims: expected at least one of {self.dim} outputs to stay free, got all of them")
         ordered, n = self.marginal([*dims, *free]), len(dims)
         known = ordered.marginal(range(n))
-        values = known.as_points(values, "values")
+        values = known._points(values, "values")
         if has_missing(values):
             return self._condition_on_observed(values, dims, free)
         logits = known._joint_log_prob(values)

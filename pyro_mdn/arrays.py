@@ -5,8 +5,6 @@ All entry points share this conversion, so that what :func:`pyro_mdn.fit` takes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -14,18 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_mdn.checks import all_finite, unmasked
+from pyro_mdn.checks import all_finite, describe, is_subclassed, unmasked
 
 __all__ = [
     "Array",
     "as_array",
     "as_tensor",
     "columns_of",
-    "describe",
     "is_frame",
     "require_finite",
     "require_no_infinity",
-    "shown",
     "to_numpy",
 ]
 
@@ -64,7 +60,7 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
     ValueError: y: expected numbers, got text: encode it as numbers, such as one column for each category
     """
     if isinstance(values, Tensor):
-        return _floating(unmasked(values), name)
+        return _floating(unmasked(values) if is_subclassed(values) else values, name)
     if isinstance(values, float | int):  # which compilers know how to trace
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
     array = _any_array(values, name)
@@ -140,33 +136,6 @@ def is_frame(values: Any) -> bool:
 def columns_of(values: Any) -> list[Any] | None:
     """Names of the columns of a data frame; None of anything else."""
     return list(values.columns) if is_frame(values) else None
-
-
-def describe(values: Any) -> str:
-    """Say what a value is, by its type, dtype and shape, without printing what is in it.
-
-    >>> describe(np.zeros((3, 2))), describe("text"), describe([1, 2])
-    ('ndarray float64 (3, 2)', 'str', 'list of 2')
-    """
-    kind, shape = type(values).__name__, getattr(values, "shape", None)
-    if isinstance(shape, Sequence):
-        dtype = getattr(values, "dtype", None)
-        return " ".join([kind, *([] if dtype is None else [str(dtype)]), str(tuple(shape))])
-    return f"{kind} of {len(values)}" if isinstance(values, list | tuple | dict | set) else kind
-
-
-def shown(value: Any) -> str:
-    """Show a setting in an error: numbers, text and dtypes as they are, all else by its type, dtype and shape.
-
-    >>> shown(3), shown("full"), shown(torch.zeros(3)), shown(np.float32(0.5))
-    ('3', "'full'", 'Tensor torch.float32 (3,)', '0.5')
-    """
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    if isinstance(value, str) and len(value) > 80:
-        return repr(value[:80] + "...")
-    is_scalar = value is None or isinstance(value, bool | Number | str | np.generic | torch.dtype)
-    return repr(value.item() if isinstance(value, np.generic) else value) if is_scalar else describe(value)
 
 
 def _of_frame(frame: Any, name: str) -> Array:

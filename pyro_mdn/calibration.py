@@ -18,7 +18,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import require_counts
+from pyro_mdn.checks import require_counts, shown
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.scores import observed_mean
 
@@ -113,7 +113,7 @@ def ecdf_band(size: int, points: ArrayLike | None = None, level: float = 0.95) -
     require_counts(size=size)
     z = _check_points(points)
     if not 0 < level < 1:
-        raise ValueError(f"level: expected a probability in (0, 1), got {level!r}")
+        raise ValueError(f"level: expected a probability in (0, 1), got {shown(level)}")
     tail = _tail(min(int(size), _MANY), tuple(z.tolist()), float(level))
     lower = binom.ppf(tail, size, z)
     return lower / size, (size - binom.ppf(tail, size, 1 - z)) / size
@@ -184,7 +184,7 @@ def _inside(size: int, points: Array, tail: float) -> float:
 def _check_points(points: ArrayLike | None) -> Array:
     z = _POINTS if points is None else np.asarray(points, dtype=np.float64)
     if z.ndim != 1 or not len(z) or not ((z > 0) & (z < 1)).all() or (np.diff(z) <= 0).any():
-        raise ValueError(f"points: expected increasing numbers in (0, 1), got {points!r}")
+        raise ValueError(f"points: expected increasing numbers in (0, 1), got {shown(points)}")
     return z
 
 

@@ -3,8 +3,8 @@ r"""Checks of settings and tensors, for errors that say what was expected and wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from numbers import Integral, Real
+from collections.abc import Iterator, Sequence
+from numbers import Integral, Number, Real
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch.nn.modules import module as torch_module
 __all__ = [
     "all_finite",
     "bounds",
+    "describe",
     "is_count",
     "is_differentiated",
     "is_hooked",
@@ -34,9 +35,41 @@ __all__ = [
     "require_numbers",
     "require_range",
     "require_unmapped",
+    "shown",
     "unmasked",
     "unwrapped",
 ]
+
+_FEW = 8  # so many entries of a list are shown
+
+
+def describe(values: Any) -> str:
+    """Say what a value is, by its type, dtype and shape, without printing what is in it.
+
+    >>> describe(np.zeros((3, 2))), describe("text"), describe([1] * 20)
+    ('ndarray float64 (3, 2)', 'str', 'list of 20')
+    """
+    kind, shape = type(values).__name__, getattr(values, "shape", None)
+    if shape is not None and isinstance(shape, Sequence):
+        dtype = getattr(values, "dtype", None)
+        return " ".join([kind, *([] if dtype is None else [str(dtype)]), str(tuple(shape))])
+    return f"{kind} of {len(values)}" if isinstance(values, list | tuple | dict | set) else kind
+
+
+def shown(value: Any) -> str:
+    """Show a setting in an error: numbers, text and dtypes as they are, all else by its type, dtype and shape.
+
+    >>> shown(3), shown("full"), shown([0.5, 2]), shown(torch.zeros(3)), shown(np.float32(0.5))
+    ('3', "'full'", '[0.5, 2]', 'Tensor torch.float32 (3,)', '0.5')
+    """
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, str) and len(value) > 80:
+        return repr(value[:80] + "...")
+    if isinstance(value, list | tuple) and len(value) <= _FEW:
+        return f"[{', '.join(map(shown, value))}]"
+    is_scalar = value is None or isinstance(value, bool | Number | str | np.generic | torch.dtype)
+    return repr(value.item() if isinstance(value, np.generic) else value) if is_scalar else describe(value)
 
 
 def is_count(value: Any) -> bool:
@@ -57,7 +90,7 @@ def require_counts(**settings: Any) -> None:
     """
     for name, value in settings.items():
         if value is not None and not is_count(value):
-            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
 
 
 def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
@@ -70,7 +103,7 @@ def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
     for name, value in settings.items():
         if value is not None and (not isinstance(value, Real) or not least <= float(value) < math.inf):
             kind = "not negative" if least == 0 else "positive"
-            raise ValueError(f"{name}: expected a finite number that is {kind}, got {value!r}")
+            raise ValueError(f"{name}: expected a finite number that is {kind}, got {shown(value)}")
 
 
 def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, random_split
 
-from pyro_mdn.arrays import as_tensor, describe, shown
-from pyro_mdn.checks import unmasked
+from pyro_mdn.arrays import as_tensor
+from pyro_mdn.checks import describe, shown, unmasked
 from pyro_mdn.isolation import give_way, own_generators
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 

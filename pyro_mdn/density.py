@@ -338,7 +338,7 @@ class MixtureDensity(dist.MixtureSameFamily):
     @in_widest_precision
     def component_log_prob(self, value: Any) -> Tensor:
         r"""Log-density :math:`\log \mathcal{N}(y \mid \mu_k, \Sigma_k)` per component, ``(*sample, *batch, K)``."""
-        value = self.as_points(value)
+        value = self._points(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_component_log_prob)[0]
         return _component_log_density(self.locs, self.covariance, value)
@@ -357,7 +357,7 @@ class MixtureDensity(dist.MixtureSameFamily):
     @in_widest_precision
     def _joint_log_prob(self, value: Tensor) -> Tensor:
         """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
-        value = self.as_points(value)
+        value = self._points(value)
         if has_missing(value):
             return self._by_pattern(value, type(self)._observed_joint_log_prob)[0]
         whitened = self.covariance.whiten(self.locs - value.unsqueeze(-2))
@@ -382,6 +382,10 @@ class MixtureDensity(dist.MixtureSameFamily):
         if self._validate_args:
             _broadcast(value.shape[:-1], self.batch_shape)
         return value
+
+    def _points(self, value: Any, name: str = "value") -> Tensor:
+        """Points in the precision of the mixture, which was widened to theirs where that is known."""
+        return self.as_points(value, name).to(self.dtype)
 
     # Missing entries
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn import kernels
-from pyro_mdn.arrays import shown
-from pyro_mdn.checks import is_count, is_plain, is_traced
+from pyro_mdn.checks import is_count, is_plain, is_traced, shown
 from pyro_mdn.density import has_missing
 from pyro_mdn.layer import layer_channels, layer_log_density
 from pyro_mdn.mixture import GaussianMixture

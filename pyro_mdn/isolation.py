@@ -22,7 +22,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 from torch.distributions import Distribution
 
-from pyro_mdn.arrays import shown
+from pyro_mdn.checks import shown
 
 __all__ = [
     "KeepFrozen",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from tqdm.auto import tqdm
 
-from pyro_mdn.checks import all_finite
+from pyro_mdn.checks import all_finite, shown
 from pyro_mdn.guides import LaplaceGuide
 from pyro_mdn.head import MixtureHead
 from pyro_mdn.joint import LogJoint, reciprocal_variance, rows_of, undisturbed
@@ -74,7 +74,7 @@ def laplace(
     torch.Size([20, 50])
     """
     if isinstance(max_iter, bool) or not isinstance(max_iter, Integral) or int(max_iter) < 0:
-        raise ValueError(f"max_iter: expected an integer that is not negative, got {max_iter!r}")
+        raise ValueError(f"max_iter: expected an integer that is not negative, got {shown(max_iter)}")
     with undisturbed(network):
         rows = rows_of(network, x, y)
         joint = LogJoint(network, rows)

@@ -14,7 +14,7 @@ from pyro.nn import PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
-from pyro_mdn.checks import require_numbers
+from pyro_mdn.checks import require_numbers, shown
 from pyro_mdn.head import starting_value
 from pyro_mdn.isolation import own_generators, own_store
 from pyro_mdn.network import MixtureDensityNetwork
@@ -179,7 +179,7 @@ def _matching(network: MixtureDensityNetwork, layers: Sequence[str]) -> dict[str
     for layer in layers:
         found = {n: p for n, p in parameters.items() if layer == "all" or n == layer or n.startswith(f"{layer}.")}
         if not found:
-            raise ValueError(f"layers: expected 'all', 'head' or names among {sorted(parameters)}, got {layer!r}")
+            raise ValueError(f"layers: expected 'all', 'head' or names among {sorted(parameters)}, got {shown(layer)}")
         chosen |= found
     return {name: p for name, p in parameters.items() if name in chosen}
 

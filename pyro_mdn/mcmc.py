@@ -19,7 +19,7 @@ from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_mdn.checks import require_counts
+from pyro_mdn.checks import require_counts, shown
 from pyro_mdn.data import Rows
 from pyro_mdn.joint import (
     LogJoint,
@@ -314,8 +314,8 @@ def _warn(posterior: PosteriorSamples) -> None:
 
 def _require_settings(warmup_steps: Any, target_accept_prob: Any, seed: Any) -> None:
     if not isinstance(warmup_steps, Integral) or isinstance(warmup_steps, bool) or int(warmup_steps) < 0:
-        raise ValueError(f"warmup_steps: expected an integer that is not negative, got {warmup_steps!r}")
+        raise ValueError(f"warmup_steps: expected an integer that is not negative, got {shown(warmup_steps)}")
     if not isinstance(target_accept_prob, float) or not 0 < target_accept_prob < 1:
-        raise ValueError(f"target_accept_prob: expected a number in (0, 1), got {target_accept_prob!r}")
+        raise ValueError(f"target_accept_prob: expected a number in (0, 1), got {shown(target_accept_prob)}")
     if seed is not None and (not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63):
-        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed!r}")
+        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {shown(seed)}")

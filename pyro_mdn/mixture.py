@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn import kernels, univariate
 from pyro_mdn.algebra import MixtureAlgebra
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
+from pyro_mdn.checks import is_differentiated, is_known, require_unmapped, shown
 from pyro_mdn.correlated import plus
 from pyro_mdn.modes import find_modes
 from pyro_mdn.precision import in_widest_precision
@@ -59,13 +59,13 @@ class GaussianMixture(MixtureAlgebra):
 
         .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
         """
-        value = self.as_points(value)
+        value = self._points(value)
         return univariate.mixture_cdf(value, *self._univariate())
 
     @in_widest_precision
     def sf(self, value: Any) -> Tensor:
         """Marginal survival function 1 - F of each output, ``(*sample, *batch, D)``, accurate where it is small."""
-        value = self.as_points(value)
+        value = self._points(value)
         logits, locs, scale = self._univariate()
         return univariate.mixture_cdf(-value, logits, -locs, scale)
 
@@ -81,7 +81,7 @@ class GaussianMixture(MixtureAlgebra):
         >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
         tensor([-8.0461e+02, -6.9315e-01])
         """
-        value = self.as_points(value)
+        value = self._points(value)
         return univariate.mixture_log_cdf(value, *self._univariate())
 
     @in_widest_precision
@@ -90,7 +90,7 @@ class GaussianMixture(MixtureAlgebra):
 
         The log-likelihood of an observation of which only a lower limit is known (right-censored); see :meth:`log_cdf`.
         """
-        value = self.as_points(value)
+        value = self._points(value)
         logits, locs, scale = self._univariate()
         return univariate.mixture_log_cdf(-value, logits, -locs, scale)
 
@@ -128,7 +128,7 @@ class GaussianMixture(MixtureAlgebra):
         """
         _check_mass(mass)
         if kind not in ("central", "shortest"):
-            raise ValueError(f"kind: expected 'central' or 'shortest', got {kind!r}")
+            raise ValueError(f"kind: expected 'central' or 'shortest', got {shown(kind)}")
         outside = 1 - mass
         left = right = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
         if kind == "shortest":
@@ -193,7 +193,7 @@ class GaussianMixture(MixtureAlgebra):
         References:
             Rosenblatt (1952), Remarks on a multivariate transformation.
         """
-        value = self.as_points(value)
+        value = self._points(value)
 
         def walk(d: int, *conditional: Tensor) -> Tensor:
             levels.append(univariate.mixture_cdf(value[..., d], *conditional))
@@ -209,7 +209,7 @@ class GaussianMixture(MixtureAlgebra):
 
         Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
         """
-        value = _probabilities(self.as_points(value), (*self.batch_shape, self.dim))
+        value = _probabilities(self._points(value), (*self.batch_shape, self.dim))
         return self._walk(lambda d, *conditional: univariate.mixture_quantile(value[..., d], *conditional))
 
     @in_widest_precision

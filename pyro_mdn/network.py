@@ -19,8 +19,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
-from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity, shown
-from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range
+from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range, shown
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least

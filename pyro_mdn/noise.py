@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import kernels
-from pyro_mdn.arrays import shown
-from pyro_mdn.checks import is_count
+from pyro_mdn.checks import is_count, shown
 from pyro_mdn.correlated import FullCovariance, LowRankCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.whitening import RawDiagonalWhitening, RawFullWhitening, RawLowRankWhitening, positive

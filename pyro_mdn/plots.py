@@ -15,6 +15,7 @@ import torch
 
 from pyro_mdn import uncertainty
 from pyro_mdn.arrays import Array, as_array, to_numpy
+from pyro_mdn.checks import shown
 from pyro_mdn.density import check_dims
 from pyro_mdn.grids import PIXELS, along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
 from pyro_mdn.isolation import seeded
@@ -229,7 +230,7 @@ def plot_predictive_intervals(
     'x'
     """
     if kind not in ("central", "shortest", "highest density"):
-        raise ValueError(f"kind: expected 'central', 'shortest' or 'highest density', got {kind!r}")
+        raise ValueError(f"kind: expected 'central', 'shortest' or 'highest density', got {shown(kind)}")
     x, label, single, order = along(mixture, x, output)
     names, masses = names_of(y, None, mixture.dim), _decreasing(masses)
     observed = None if y is None else targets_of(y, len(x), mixture.dim)
@@ -389,7 +390,7 @@ def plot_calibration(
     targets = torch.tensor(targets_of(y, mixture.batch_shape.numel(), mixture.dim), device="cpu").to(mixture.locs)
     nominal = np.linspace(0.05, 0.95, 19) if masses is None else np.sort(np.asarray(masses, dtype=float))
     if not 0 < level < 1:
-        raise ValueError(f"level: expected a probability in (0, 1), got {level!r}")
+        raise ValueError(f"level: expected a probability in (0, 1), got {shown(level)}")
     names = names_of(y, output_names, mixture.dim)
     table = coverage_table(mixture, targets, nominal.tolist())
     ax = _axes(ax)

@@ -58,12 +58,17 @@ def _widest(own: torch.dtype, arguments: Iterable[Any]) -> torch.dtype:
 
 
 def _has_doubles(argument: Any) -> bool:
-    """Whether what is no tensor has numbers in double precision: arrays, data frames, nested lists of them."""
+    """Whether what is no tensor is data in double precision, as it becomes a tensor; indices are not."""
     if isinstance(argument, np.ndarray):
-        return argument.dtype == np.float64
+        return argument.dtype.kind in "fO" and argument.dtype.itemsize >= 8
     if isinstance(argument, list | tuple):
-        return len(argument) > 0 and (isinstance(argument[0], float) or _has_doubles(argument[0]))
-    return hasattr(argument, "to_numpy")
+        return len(argument) > 0 and _is_data(argument[0])
+    return hasattr(argument, "__array__")
+
+
+def _is_data(first: Any) -> bool:
+    """Whether a list that begins like this holds data: rows, or numbers that are no indices."""
+    return isinstance(first, float | list | tuple) or (hasattr(first, "__array__") and first.ndim > 0)
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.arrays import Array, as_tensor, describe, require_finite, to_numpy
-from pyro_mdn.checks import require_counts
+from pyro_mdn.arrays import Array, as_tensor, require_finite, to_numpy
+from pyro_mdn.checks import describe, require_counts, shown
 from pyro_mdn.mixture import GaussianMixture
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Prediction:
         """
         levels = as_tensor(probabilities, "probabilities")
         if levels.ndim > 1 or not levels.numel() or not bool(((levels >= 0) & (levels <= 1)).all()):
-            raise ValueError(f"probabilities: expected numbers in [0, 1], one or a sequence, got {probabilities!r}")
+            raise ValueError(f"probabilities: expected one or several in [0, 1], got {shown(probabilities)}")
         points = self._joined(lambda part: torch.stack([part.icdf(q.item()) for q in levels.reshape(-1)], 1))
         return points if levels.ndim else points[:, 0]
 
@@ -144,7 +144,7 @@ class Prediction:
             raise ValueError(f"to_frame: expected one distribution for each row, got {shape} of them")
         names = [f"y{i}" for i in range(self.dim)] if output_names is None else list(output_names)
         if len(names) != self.dim or isinstance(output_names, str):
-            raise ValueError(f"output_names: expected {self.dim} of them, got {output_names!r}")
+            raise ValueError(f"output_names: expected {self.dim} of them, got {shown(output_names)}")
         points = self.quantiles(quantiles)
         statistics = {"mean": self.mean, "std": self.std} | {f"{q:g}": points[:, i] for i, q in enumerate(quantiles)}
         columns = {(name, key): values[:, d] for d, name in enumerate(names) for key, values in statistics.items()}

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from pyro_mdn.arrays import shown
+from pyro_mdn.checks import shown
 from pyro_mdn.noise import NOISE_MODELS, NoiseModel
 
 __all__ = [

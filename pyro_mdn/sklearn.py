@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_count, require_counts, require_range, unmasked
+from pyro_mdn.checks import is_count, require_counts, require_range, shown, unmasked
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.isolation import seeded
 from pyro_mdn.loop import FitResult
@@ -217,7 +217,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """
         levels = torch.tensor(np.asarray(quantiles, dtype=np.float64), device="cpu")
         if levels.ndim > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
-            raise ValueError(f"quantiles: expected probabilities in (0, 1), one or a sequence, got {quantiles!r}")
+            raise ValueError(f"quantiles: expected probabilities in (0, 1), one or a sequence, got {shown(quantiles)}")
         points = self.predict_distribution(X).icdf(levels.reshape(-1, 1, 1)).movedim(0, 1)
         return self._shaped(points if levels.ndim else points.squeeze(1))
 
@@ -288,11 +288,11 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _build(self, dim_in: int, dim_out: int) -> MixtureDensityNetwork | DeepEnsemble:
         """Network or ensemble that these settings describe; a ``ValueError`` if they do not."""
         if not is_count(self.ensemble_size):
-            raise ValueError(f"ensemble_size: expected a positive integer, got {self.ensemble_size!r}")
+            raise ValueError(f"ensemble_size: expected a positive integer, got {shown(self.ensemble_size)}")
         if not isinstance(self.validation, Real):
-            raise ValueError(f"validation: expected a fraction in [0, 1), got {self.validation!r}")
+            raise ValueError(f"validation: expected a fraction in [0, 1), got {shown(self.validation)}")
         if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
         noise = self._noise(dim_out)
         network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, noise=noise)
         network = network.to(_DTYPES[self.dtype])

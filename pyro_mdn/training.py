@@ -17,9 +17,8 @@ from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_mdn.arrays import shown
 from pyro_mdn.checkpoint import Checkpoint
-from pyro_mdn.checks import require_counts, require_numbers
+from pyro_mdn.checks import require_counts, require_numbers, shown
 from pyro_mdn.data import Batches, InMemory, MissingTargetsWarning, Rows, Streamed, few_missing
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.fingerprint import described

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import pyro_mdn
 from pyro_mdn import Diagonal, Full, MixtureDensityNetwork, calibration, fit, scores, to_inference_data
-from pyro_mdn.arrays import as_array, as_tensor, describe
+from pyro_mdn.arrays import as_array, as_tensor
+from pyro_mdn.checks import describe
 from pyro_mdn.sklearn import MDNRegressor
 
 X = pd.DataFrame({"age": [3, 1, 4, 1, 5], "member": [True, False, True, True, False], "score": [0.5, 1.5, -1, 0, 2]})

@@ -40,6 +40,9 @@ OPERATIONS = {
     "product": lambda m, y, u: m.product(m.affine(0.3)),
     "prune": lambda m, y, u: m.prune(1e-3),
     "cdf": lambda m, y, u: m.cdf(y),
+    "sf": lambda m, y, u: m.sf(y),
+    "log_cdf": lambda m, y, u: m.log_cdf(y),
+    "log_sf": lambda m, y, u: m.log_sf(y),
     "icdf": lambda m, y, u: m.icdf(u),
     "icdf of one level": lambda m, y, u: m.icdf(0.3),
     "interval": lambda m, y, u: m.interval(0.8),
@@ -66,7 +69,18 @@ RANDOM = {
     "in_highest_density_region": lambda m, y, u: m.in_highest_density_region(y, 0.5),
     "kl_monte_carlo": lambda m, y, u: kl_monte_carlo(m, m.affine(0.3)),
 }
-ELSEWHERE = {"cat", "stack", "to", "cpu", "double", "float", "deferred", "dtype", "device"}  # test_indexing.py
+ELSEWHERE = {
+    "as_points",
+    "cat",
+    "stack",
+    "to",
+    "cpu",
+    "double",
+    "float",
+    "deferred",
+    "dtype",
+    "device",
+}  # test_indexing.py
 PARAMETERS = {"logits", "locs", "covariance", "n_components", "dim", "mixture_distribution", "component_distribution"}
 
 
