@@ -29,6 +29,9 @@ class GaussianMixture(MixtureAlgebra):
     A Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Every closed form is
     differentiable, and is again a mixture where it is a distribution.
 
+    Results have the precision of the parameters, which may also be half. They are computed in single precision at
+    least, and in double if an argument is. A batch of mixtures is indexed like a tensor: ``mixture[rows]``.
+
     Args:
         logits: Log-weights up to a constant, shape ``(*batch, K)``. A weight of zero is ``-inf``.
         locs: Component means, shape ``(*batch, K, D)``.

@@ -422,10 +422,12 @@ def test_precision_is_that_of_the_weights_there_are(change):
     assert_close(mixture.log_prob(y.double()).float(), expected)
 
 
-def test_points_of_another_precision_keep_it():
+def test_points_of_another_precision_have_densities_in_that_of_the_network():
     network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
-    assert network(x).log_prob(y.double()).dtype == torch.float64
-    assert_close(network(x).log_prob(y.double()).float(), network(x).log_prob(y))
+    mixture, expected = network(x), network(x).log_prob(y)
+    for points in (y.double(), y.double()):  # the second time from parameters
+        assert_close(mixture.log_prob(points), expected)
+    assert_close(mixture.component_log_prob(y.double()), mixture.component_log_prob(y))
 
 
 def test_density_does_not_depend_on_the_units():
