@@ -1,7 +1,8 @@
 r"""Calibration: whether predicted probabilities match observed frequencies, and how sharp predictions are.
 
 Transforms :math:`u = F(y)` by the predictive distribution (:func:`pyro_mdn.scores.pit`) are uniform if it is right,
-and so are those by ``mixture.rosenblatt``, for all outputs jointly.
+and so are those by ``mixture.rosenblatt``, for all outputs jointly. Of targets on a grid (counts, rounded numbers) they
+are not, unless the size of the cells is given to ``pit``; ``rosenblatt`` has no such form.
 """
 
 from __future__ import annotations
@@ -129,6 +130,7 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     Args:
         pit: Numbers in [0, 1], of any shape; NaN are left out. For several outputs, those of ``mixture.rosenblatt``
             are independent; those of :func:`pyro_mdn.scores.pit` are not, and belong into a test for each output.
+            Targets on a grid have uniform transforms by ``scores.pit(mixture, y, cell)`` alone, output by output.
         points: Where the function is looked at, as for :func:`ecdf_band`.
 
     Raises:
@@ -143,8 +145,11 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     """
     u = as_tensor(pit, "pit").detach().cpu().double().flatten().numpy()
     u = u[~np.isnan(u)]
-    if not len(u) or not ((u >= 0) & (u <= 1)).all():
-        raise ValueError(f"pit: expected numbers in [0, 1], one at least, got {len(u)} with some outside")
+    if not len(u):
+        raise ValueError("pit: expected numbers in [0, 1], one at least that is not NaN, got none")
+    outside = u[~((u >= 0) & (u <= 1))]
+    if len(outside):
+        raise ValueError(f"pit: expected numbers in [0, 1], got {len(outside)} outside, such as {outside[0]:.6g}")
     z = _check_points(points)
     counts = (u[:, None] <= z).sum(0)
     tail = np.minimum(binom.cdf(counts, len(u), z), binom.sf(counts - 1, len(u), z)).min()

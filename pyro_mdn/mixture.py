@@ -191,7 +191,9 @@ class GaussianMixture(MixtureAlgebra):
 
         .. math:: u_d = F(y_d \mid y_1, \dots, y_{d-1})
 
-        If y follows the mixture, they are independent and uniform.
+        If y follows the mixture, they are independent and uniform. If what is observed was rounded, or is a count, they
+        are not, nor are they with a draw from each cell: of such targets test each output, by
+        :func:`pyro_mdn.scores.pit` with ``cell``.
 
         References:
             Rosenblatt (1952), Remarks on a multivariate transformation.

@@ -1,5 +1,7 @@
 """Bands and tests of uniformity against simulation and scipy; tables against scores row by row."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,49 @@ def test_missing_transforms_are_left_out():
     assert uniformity_p_value(torch.cat([u, torch.full((50,), torch.nan)])) == uniformity_p_value(u)
 
 
+# Targets on a grid
+
+
+def test_transforms_of_rounded_targets_are_uniform_within_their_cells():
+    """A normal of few cells, rounded: without them the test rejects the truth, with them it does not."""
+    mixture, torn = normal(2000, scale=0.7), []
+    for seed in range(20):
+        torch.manual_seed(1000 + seed)  # not that of the targets, or they would be drawn alike
+        y = (0.7 * draws(2000, seed)).round()
+        assert uniformity_p_value(scores.pit(mixture, y)) < 1e-5
+        torn.append(uniformity_p_value(scores.pit(mixture, y, cell=1.0)))
+    assert sum(p > 0.05 for p in torn) >= 16
+    torch.manual_seed(0)
+    assert uniformity_p_value(scores.pit(normal(2000, scale=1.2), y, cell=1.0)) < 1e-5
+
+
+def test_transforms_within_cells_are_drawn_between_their_ends():
+    mixture, y = normal(4, dim=2), draws(4, 0, 2).round()
+    y[1, 0] = torch.nan
+    cell = torch.tensor([1.0, 0.0]).to(y)
+    u = torch.stack([scores.pit(mixture, y, cell) for _ in range(2000)])
+    low, high = (mixture.cdf(y + sign * cell / 2) for sign in (-1, 1))
+    assert u[:, 1, 0].isnan().all()
+    assert_close(u[0, :, 1], mixture.cdf(y)[:, 1])
+    seen = torch.tensor([0, 2, 3])
+    shares = ((u - low) / (high - low))[:, seen, 0]
+    assert min(stats.kstest(column.numpy(), "uniform").pvalue for column in shares.T) > 1e-4
+
+
+def test_mean_transforms_are_those_of_many_draws():
+    mixture, y = normal(40, dim=2), draws(40, 3, 2).round()
+    y[7, 1], points = torch.nan, torch.tensor([0.1, 0.35, 0.8])
+    torch.manual_seed(0)
+    u = torch.stack([scores.pit(mixture, y, 1.0) for _ in range(4000)])
+    ecdf = torch.stack([((u <= point) & ~u.isnan()).double().sum(1) / (~u.isnan()).sum(1) for point in points])
+    error = ecdf.std(1) / 4000**0.5
+    assert ((scores.mean_pit(mixture, y, 1.0, points) - ecdf.mean(1)).abs() < 5 * error + 1e-9).all()
+    continuous = scores.mean_pit(mixture, y, 0.0, points)
+    assert_close(continuous[1, 0].item(), (scores.pit(mixture, y)[:, 0] <= 0.35).double().mean().item())
+    truth = scores.mean_pit(normal(20_000), draws(20_000, 5).round(), 1.0)
+    assert_close(truth.flatten(), torch.linspace(0.01, 0.99, 99).to(truth), rtol=0, atol=5 * 0.5 / 20_000**0.5)
+
+
 # Coverage
 
 
@@ -146,8 +191,14 @@ def test_bad_input():
         (lambda: ecdf_band(5, [0.5, 0.4]), "points: expected increasing numbers"),
         (lambda: ecdf_band(5, [0.0]), "points: expected increasing numbers"),
         (lambda: ecdf_band(5, level=1.0), "level: expected a probability"),
-        (lambda: uniformity_p_value([]), "pit: expected numbers in"),
-        (lambda: uniformity_p_value([0.5, 1.1]), "pit: expected numbers in"),
+        (lambda: uniformity_p_value([]), r"pit: expected numbers in \[0, 1\], one at least that is not NaN, got none"),
+        (lambda: uniformity_p_value([math.nan]), "one at least that is not NaN, got none"),
+        (lambda: uniformity_p_value([0.5, 1.1]), "pit: expected numbers in .*, got 1 outside, such as 1.1"),
+        (lambda: scores.pit(mixture, y, -1.0), "cell: expected a finite number, not negative"),
+        (
+            lambda: scores.pit(mixture, y, torch.ones(2)),
+            r"cell: expected .*, or 1 of them, got numbers of shape \(2,\)",
+        ),
         (lambda: coverage_table(mixture, y[:4]), "mixture, y: expected"),
         (lambda: coverage_table(mixture.expand((2, 5)), y), "mixture, y: expected"),
         (lambda: coverage_table(mixture, y, []), "masses: expected one"),
