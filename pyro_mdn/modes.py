@@ -100,7 +100,7 @@ def find_modes(
     k, dim = locs.shape[1:]
     size = max(1, int(_GROUP / (_FEW * k * k * dim * dim)))
     parts = zip(*(t.split(size) for t in (log_weights, locs, precisions)), strict=True)
-    found = [_climb_all(*part, steps, tolerance) for part in parts]
+    found = [_climb_all(w, m, p, steps, tolerance) for w, m, p in parts]
     points, distinct = (torch.cat(part) for part in zip(*found, strict=True))
     return points, distinct
 

@@ -313,7 +313,7 @@ def mean_pit(mixture: GaussianMixture, y: Any, cell: Tensor | float, points: Ten
         Czado, Gneiting & Held (2009), Predictive model assessment for count data.
     """
     lower, upper = _cell_ends(mixture, y, cell)
-    points = torch.arange(1, 100).to(lower) / 100 if points is None else points.to(lower)
+    points = torch.arange(1, 100, device=lower.device).to(lower) / 100 if points is None else points.to(lower)
     tiny = torch.finfo(lower.dtype).tiny
     shares = [((u - lower) / (upper - lower).clamp(min=tiny)).clamp(0, 1).nanmean(0) for u in points]
     return torch.stack(shares)
@@ -323,9 +323,7 @@ def _cell_ends(mixture: GaussianMixture, y: Any, cell: Tensor | float) -> tuple[
     """Distribution function at the ends of the cells around y; the same tensor twice if there are none."""
     size = torch.as_tensor(cell, dtype=mixture.locs.dtype, device=mixture.locs.device)
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
-        got = (
-            f"{cell}" if size.ndim == 0 else f"shape {tuple(size.shape)}, least {size.min() if size.numel() else None}"
-        )
+        got = f"{cell}" if size.ndim == 0 else f"numbers of shape {tuple(size.shape)}"
         raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {got}")
     if not bool(size.any()):
         level = mixture.cdf(y)

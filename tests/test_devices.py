@@ -112,6 +112,8 @@ MIXTURE_FUNCTIONS = {
     "pinball": lambda m, y: scores.pinball(m, y, 0.2),
     "interval_score": lambda m, y: scores.interval_score(m, y, 0.9),
     "pit": scores.pit,
+    "pit, in cells": lambda m, y: scores.pit(m, y, 1e-12),
+    "mean_pit": lambda m, y: scores.mean_pit(m, y, 0.5),
     "interval_log_score": lambda m, y: scores.interval_log_score(m, y, 0.1),
     "dawid_sebastiani": scores.dawid_sebastiani,
     "kl_variational_approximation": lambda m, y: kl_variational_approximation(m, m.affine(0.1)),
