@@ -17,6 +17,7 @@ from pyro_mdn.loop import FitResult
 from pyro_mdn.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork
+from pyro_mdn.network_model import NetworkModel
 from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 from pyro_mdn.prediction import Prediction
@@ -53,6 +54,7 @@ __all__ = [
     "MixtureHead",
     "NegativeElbo",
     "NegativeLogLikelihood",
+    "NetworkModel",
     "NoiseModel",
     "PosteriorSamples",
     "Prediction",

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoMultivariateNormal
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_mdn.isolation import KeepFrozen, unvalidated
@@ -96,7 +97,7 @@ def latent_sites(trace: Any, given: Collection[str] = ()) -> dict[str, Any]:
     return {
         name: site
         for name, site in trace.nodes.items()
-        if site["type"] == "sample" and name != "data" and (name in given or not site["is_observed"])
+        if site["type"] == "sample" and not site_is_subsample(site) and (name in given or not site["is_observed"])
     }
 
 

@@ -125,14 +125,24 @@ class MixtureDensityNetwork(PyroModule):
     # network's weights may stand under the same names.
 
     def __call__(self, x: Any) -> GaussianMixture:
-        """Mixture over y for inputs x, in the units of y; see :meth:`forward`."""
-        with self._context():
+        """Mixture over y for inputs x, in the units of y; see :meth:`forward`.
+
+        Warns:
+            UserWarning: If there are latent weights, and no handler of Pyro's sees them: they are drawn from the prior.
+        """
+        with self._context(warns=True):
             return nn.Module.__call__(self, x)
 
-    def _context(self) -> AbstractContextManager[Any]:
+    def _context(self, *, warns: bool = False) -> AbstractContextManager[Any]:
         if am_i_wrapped():
             return self._making_statements()
-        return self._drawing() if self.__dict__["_pyro_samples"] or _has_pyro_modules(self) else nullcontext()
+        if not (self.__dict__["_pyro_samples"] or _has_pyro_modules(self)):
+            return nullcontext()
+        if warns and self.latent:
+            drawn = "network: its weights are latent, and outside of Pyro's handlers a call draws them from the prior"
+            instead = "posterior_predictive(network, posterior, x) predicts; Predictive(network.model, ...) draws too"
+            warnings.warn(f"{drawn}; {instead}", stacklevel=3)  # who calls what has this context
+        return self._drawing()
 
     @contextmanager
     def _making_statements(self) -> Iterator[None]:
@@ -141,12 +151,21 @@ class MixtureDensityNetwork(PyroModule):
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
+        context, used = self._pyro_context, self._pyro_context.used
         with own_store(), self._making_statements():
             yield
+        if not context.active:
+            context.used = used  # nothing remains under the names that it has now
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        # Pyro refuses parts that were called before, whose parameters may be in its store under another name: here
+        # the module holds them, and what runs next puts them there under the new one.
+        self._pyro_context.used = False
+        super()._pyro_set_supermodule(name, context)
 
     def raw(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Raw logits, locations and noise for inputs x: what ``head.mixture`` makes a mixture of."""
-        with self._context():
+        with self._context(warns=True):
             return self.head.raw(self.features(x))
 
     @property
@@ -195,15 +214,14 @@ class MixtureDensityNetwork(PyroModule):
             ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is infinite or
                 one of x NaN.
         """
-        if not self.is_described_by_raw:
-            mixture = self(x)
-            return -mixture.log_prob(self.targets(y, mixture.batch_shape, replicated=replicated))
-        with self._context():
+        with self._context(warns=True):
+            if not self.is_described_by_raw:
+                mixture = self(x)
+                return -mixture.log_prob(self.targets(y, mixture.batch_shape, replicated=replicated))
             features = self.features(x)
             y = self.targets(y, features.shape[:-1], replicated=replicated)
             return -self.head.log_prob(features, complete_when_run(y))
 
-    @torch.no_grad()
     def sample(self, x: Any, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         r"""Draws of y given x, shape ``(*sample_shape, *batch, D)``.
 
@@ -213,7 +231,8 @@ class MixtureDensityNetwork(PyroModule):
             temperature: :math:`\tau > 0` divides the logits by τ and multiplies the scales by √τ: below 1 draws
                 are more cautious, above 1 more adventurous (Ha & Schmidhuber, 2018, World Models).
         """
-        return self(x).temper(temperature).sample(sample_shape)
+        with torch.no_grad(), self._context(warns=True):
+            return self(x).temper(temperature).sample(sample_shape)
 
     def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
         """Predict rows: means, quantiles, intervals and draws as NumPy arrays or a data frame, without gradients.
@@ -237,14 +256,31 @@ class MixtureDensityNetwork(PyroModule):
         with evaluating(self):
             return predicted_in_parts(self, x, self, chunk_size)
 
-    def model(self, x: Any, y: Any = None, *, num_data: int | None = None) -> Tensor:
+    def model(
+        self,
+        x: Any,
+        y: Any = None,
+        *,
+        num_data: int | None = None,
+        name: str = "y",
+        plate: str = "data",
+    ) -> Tensor:
         """Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
+
+        For two networks in one program, or a program with such sites of its own, give other names;
+        ``functools.partial(network.model, name="z", plate="rows")`` and :class:`pyro_mdn.NetworkModel` are models with
+        names for guides, SVI, NUTS and ``Predictive``.
 
         Args:
             x: Inputs ``(N, ..., dim_in)``; the first dimension is the plate's, further ones belong to the event.
             y: Targets ``(N, ..., D)`` to condition on, if any. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An
                 entry that is NaN was not observed.
             num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
+            name: Name of the site.
+            plate: Name of the plate.
+
+        Warns:
+            UserWarning: If Pyro's parameter store has another network's weights under the same names: SVI trains those.
         """
         with self._context():
             # Weights are global, so the network is evaluated outside the plate.
@@ -255,9 +291,23 @@ class MixtureDensityNetwork(PyroModule):
             if size < len(x):
                 raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
             obs = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
+            if obs is not None and torch.is_grad_enabled():
+                self._warn_of_strangers()
             # A given subsample spares the plate a permutation of the whole data.
-            with pyro.plate("data", size, subsample=torch.arange(len(x), device=x.device), dim=-1):
-                return pyro.sample("y", mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
+            with pyro.plate(plate, size, subsample=torch.arange(len(x), device=x.device), dim=-1):
+                return pyro.sample(name, mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
+
+    def _warn_of_strangers(self) -> None:
+        """Warn if the parameter store has the head of another network in the place of this one's: SVI trains that."""
+        head = self._modules["head"]
+        if isinstance(head, PyroModule) or head is None:
+            return  # Pyro puts the store's parameters into its own modules
+        prefix, store = f"{self._pyro_name}.head$$$".lstrip("."), pyro.get_param_store()
+        for name, parameter in head.named_parameters():
+            if store._params.get(prefix + name, parameter) is not parameter and parameter.requires_grad:
+                there = "network: Pyro's parameter store has weights of another network under the same names"
+                warnings.warn(f"{there}, and SVI trains those: pyro.clear_param_store() first", stacklevel=2)
+                return
 
     @torch.no_grad()
     def initialize_(self, x: Any, y: Any) -> None:

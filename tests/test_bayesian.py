@@ -246,6 +246,7 @@ def test_shared_parameters_are_refused():
         bayesianize(network)
 
 
+@pytest.mark.filterwarnings("ignore:network. its weights are latent")
 def test_what_worked_on_the_model_still_does():
     network = bayesianize(make())
     x, y = data()
@@ -265,6 +266,7 @@ def test_what_worked_on_the_model_still_does():
     network(x)  # one draw from the prior
 
 
+@pytest.mark.filterwarnings("ignore:network. its weights are latent")
 def test_calls_leave_the_parameter_store_alone():
     pyro.clear_param_store()
     network = bayesianize(make(), layers="head")
@@ -304,6 +306,7 @@ def by_nuts(network, x, y):
     MCMC(NUTS(network.model, max_tree_depth=2), 2, 1, disable_progbar=True).run(x, y)
 
 
+@pytest.mark.filterwarnings("ignore:network. its weights are latent")
 @pytest.mark.filterwarnings("ignore:.*was not registered in the param store:UserWarning")
 @pytest.mark.parametrize("layers", ["backbone.2.bias", ["head.linear.weight", "backbone.0.bias"]])
 @pytest.mark.parametrize("local", [False, True])
@@ -984,3 +987,59 @@ def test_init_to_starting_weights():
     bayesianize(network)
     guide = AutoNormal(network.model, init_loc_fn=init_to_value(values=starting_weights(network)), init_scale=1e-6)
     assert_close(posterior_predictive(network, guide, x, 1).log_prob(y)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+# Calls, parts and names
+
+
+@pytest.mark.parametrize("call", [lambda n, x, y: n(x), lambda n, x, y: n.raw(x), MixtureDensityNetwork.loss, "sample"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_draws_from_the_prior_warn_once_where_they_are_made(call, hooked):
+    network, (x, y) = bayesianize(make()), data()
+    if hooked:
+        network.register_forward_hook(lambda *_: None)
+    call = (lambda n, x, y: n.sample(x)) if call == "sample" else call
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        call(network, x, y)
+    assert {warning.filename for warning in seen} == {__file__}
+    assert len(seen) == 1
+    assert "posterior_predictive" in str(seen[0].message)
+
+
+def test_handlers_and_our_own_calls_do_not_warn():
+    network, (x, y) = make(), data()
+    network(x), network.loss(x, y), network.sample(x)
+    bayesianize(network)  # warnings are errors here
+    repr(network), network.check(x, y), network.features(x)
+    Predictive(network.model, num_samples=2)(x)
+    for call in (network, network.sample, network.raw):
+        poutine.trace(call).get_trace(x)
+    fit(network, x, y, guide=AutoNormal(network.model), max_epochs=2, validation=0.2, progress=False)
+    posterior_predictive(network, laplace(network, x, y, max_iter=2, progress=False), x, 2, linearize=True)
+    chains(network, x, y)
+
+
+@pytest.mark.filterwarnings("ignore:network. its weights are latent")
+@pytest.mark.parametrize("use", ["call", "model", "posterior_predictive", "part"])
+def test_networks_join_a_larger_module_after_a_call(use):
+    network, (x, y) = bayesianize(make()), data()
+    if use == "call":
+        network(x)
+    elif use == "model":
+        network.model(x, y)
+    elif use == "part":
+        first = PyroModule()
+        first.part = network
+        network(x)
+        whole = PyroModule()
+        whole.first = first
+        assert "first.part.head.linear.bias" in poutine.trace(network).get_trace(x)
+        return
+    else:
+        posterior_predictive(network, AutoNormal(network.model), x, 2)
+    whole = PyroModule()
+    whole.network = network
+    trace = poutine.trace(network.model).get_trace(x, y)
+    assert {f"network.{name}" for name in ("head.linear.bias", "backbone.0.weight")} <= set(trace.nodes)
+    assert posterior_predictive(network, AutoNormal(network.model), x, 2).batch_shape == (2, 7)

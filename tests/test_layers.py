@@ -40,6 +40,7 @@ ORDER = [
     "head",
     "serialization",
     "network",
+    "network_model",
     "passes",
     "vectorized",
     "dense",

@@ -40,7 +40,9 @@ from pyro_mdn import (
     Isotropic,
     LowRank,
     MixtureDensityNetwork,
+    NetworkModel,
     bayesianize,
+    posterior_predictive,
     scores,
 )
 
@@ -444,3 +446,59 @@ def test_weights_within_plates_are_refused(layers, of_user):
         SVI(model, guide, Adam({"lr": 0.01}), elbo).step(x, y)
     with pytest.raises(ValueError, match="expected shape"):
         SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step(x[:, :1], y)
+
+
+def test_two_networks_with_names_of_their_own():
+    x, y = torch.randn(20, 2), torch.randn(20, 1)
+    both = PyroModule()
+    both.first, both.second = MixtureDensityNetwork(2, 1, 2), MixtureDensityNetwork(1, 1, 2)
+
+    def program(x, y=None, z=None):
+        y = both.first.model(x, y)
+        return both.second.model(y, z, name="z", plate="rows")
+
+    nodes = poutine.trace(program).get_trace(x, y, y).nodes
+    assert_close(nodes["y"]["fn"].log_prob(y), -both.first.loss(x, y))
+    assert_close(nodes["z"]["fn"].log_prob(y), -both.second.loss(y, y))
+    assert {"data", "rows"} <= nodes.keys()
+    assert Predictive(program, num_samples=3)(x)["z"].shape == (3, 20, 1)
+
+
+def test_models_as_modules():
+    """The gradients are those of the loss, and all parameters are trained, each once."""
+    network, (x, y) = MixtureDensityNetwork(2, 1, 2), (torch.randn(20, 2), torch.randn(20, 1))
+    model = NetworkModel(network, name="z", plate="rows")
+    elbo = Trace_ELBO()(model, lambda *args, **kwargs: None)
+    loss = elbo(x, y)
+    assert_close(loss, network.loss(x, y).sum())
+    assert [id(p) for p in elbo.parameters()] == [id(p) for p in network.parameters()]
+    optimizer = torch.optim.Adam(elbo.parameters(), lr=0.01)
+    loss.backward()
+    optimizer.step()
+    assert elbo(x, y) < loss
+    assert_close(dict(model.state_dict()), {f"network.{n}": t for n, t in network.state_dict().items()})
+    bayesianize(network, layers="head")
+    guide = AutoNormal(model)
+    guide(x, y)
+    draws = Predictive(model, guide=guide, num_samples=3)(x)
+    assert draws["z"].shape == (3, 20, 1)
+    assert posterior_predictive(network, guide, x, 4).batch_shape == (4, 20)
+    for names in ({"name": ""}, {"name": "data"}, {"plate": None}):
+        with pytest.raises(ValueError, match="name, plate: expected"):
+            NetworkModel(network, **names)
+
+
+def test_svi_of_a_second_network_warns_that_it_does_not_train():
+    x, y = torch.randn(20, 1), torch.randn(20, 1)
+
+    def steps(network):
+        svi = SVI(network.model, lambda *args: None, pyro.optim.Adam({"lr": 0.01}), loss=Trace_ELBO())
+        before = network.head.linear.weight.detach().clone()
+        svi.step(x, y)
+        return bool((network.head.linear.weight != before).any())
+
+    assert steps(MixtureDensityNetwork(1, 1))
+    with pytest.warns(UserWarning, match="clear_param_store"):
+        assert not steps(MixtureDensityNetwork(1, 1))
+    pyro.clear_param_store()
+    assert steps(MixtureDensityNetwork(1, 1))
