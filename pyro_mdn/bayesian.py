@@ -133,6 +133,9 @@ def draw_weights(
         kinds = "a guide, samples by site, MCMC or a DeepEnsemble"
         raise ValueError(f"posterior: expected {kinds}, got {type(posterior).__name__}")
     samples = {name: _as_draws(value) for name, value in samples.items()}
+    if decentered := sorted(name for name in samples if name.endswith("_decentered")):
+        wanted = f"draws of the weights, as Predictive(model, samples, return_sites={sorted(expected)}) gives them"
+        raise ValueError(f"posterior: expected {wanted}, got those of a reparametrised model: {decentered}")
     return _chosen(_of_network("posterior", network, expected, samples), expected, num_samples)
 
 
@@ -291,7 +294,9 @@ def _of_network(
     Raises:
         ValueError: If one is missing, of another shape, or of what is not latent in the network.
     """
-    given = {"y", *(site_name(network, parameter) for parameter, _ in network.named_parameters())}
+    # As Predictive gives them: observations are among them, and there are dimensions of 1 for the plates of the model.
+    draws = {site: _without_plates(value, expected.get(site)) for site, value in draws.items() if site != "y"}
+    given = {*(site_name(network, parameter) for parameter, _ in network.named_parameters())}
     if not draws.keys() >= expected.keys() or not given.isdisjoint(draws):
         require_sites(name, expected, draws)
     for site, value in expected.items():
@@ -299,6 +304,13 @@ def _of_network(
             wanted, got = tuple(value.shape), tuple(draws[site].shape[1:])
             raise ValueError(f"{name}: expected shape {wanted} at site {site}, got {got}")
     return {site: draws[site] for site in expected}
+
+
+def _without_plates(value: Tensor, like: Tensor | None) -> Tensor:
+    if like is None or value.shape[1:] == like.shape:
+        return value
+    plates, shape = value.shape[1 : value.ndim - like.ndim], value.shape[value.ndim - like.ndim :]
+    return value.reshape(len(value), *like.shape) if set(plates) == {1} and shape == like.shape else value
 
 
 def _as_draws(value: Any) -> Tensor:

@@ -872,7 +872,7 @@ def test_modes_and_validation_stay_as_they_were():
     ("change", "message"),
     [
         (lambda d: d.pop("head.linear.bias"), "posterior: expected the sites"),
-        (lambda d: d.update(y=torch.zeros(5)), "posterior: expected the sites"),
+        (lambda d: d.update({"head.linear.bias_decentered": torch.zeros(5, 9)}), "reparametrised"),
         (
             lambda d: d.update({"head.linear.bias": torch.zeros(5, 3)}),
             r"expected shape \(9,\) at site head.linear.bias",
@@ -1043,3 +1043,15 @@ def test_networks_join_a_larger_module_after_a_call(use):
     trace = poutine.trace(network.model).get_trace(x, y)
     assert {f"network.{name}" for name in ("head.linear.bias", "backbone.0.weight")} <= set(trace.nodes)
     assert posterior_predictive(network, AutoNormal(network.model), x, 2).batch_shape == (2, 7)
+
+
+def test_draws_that_predictive_gives():
+    network, (x, y) = bayesianize(make()), data()
+    guide = AutoNormal(network.model)
+    guide(x, y)
+    names = [*starting_weights(network), "y"]
+    draws = Predictive(network.model, guide=guide, num_samples=4, return_sites=names)(x)
+    plain = {name: draws[name].reshape(4, *value.shape) for name, value in starting_weights(network).items()}
+    assert draws["head.linear.bias"].shape != plain["head.linear.bias"].shape
+    mixture = posterior_predictive(network, draws, x)
+    assert_close(mixture.log_prob(y), one_after_another(network, plain, x, y))
