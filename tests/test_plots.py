@@ -39,6 +39,9 @@ def along(dim=1, seed=0, scale=0.2):
     return x, mixture, mixture.sample()
 
 
+FILLED = "FillBetweenPolyCollection", "PolyCollection"  # from matplotlib 3.10 on, and before
+
+
 def legend(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
@@ -54,12 +57,12 @@ def test_heat_map_is_the_density():
     across, up = coordinates[..., 0], coordinates[..., 1]
     order = x.argsort()
     assert np.allclose(across[0], x[order])
-    expected = mixture.marginal(1).log_prob(torch.as_tensor(up[:, :1])[:, None]).exp()[:, order]
+    expected = mixture.marginal(1).log_prob(torch.as_tensor(up[:, :1])[:, None]).exp()[:, order].numpy()
     shown = np.asarray(mesh.get_array()).reshape(up.shape)
     assert np.allclose(shown, expected, atol=0.002 * expected.max())
     assert np.allclose(integrate.trapezoid(shown, up[:, 0], axis=0), 1, atol=0.002)
     (points,) = [c for c in ax.collections if type(c).__name__ == "PathCollection"]
-    assert np.allclose(np.asarray(points.get_offsets()), torch.stack([x, y[:, 1]], 1)[order])
+    assert np.allclose(np.asarray(points.get_offsets()), torch.stack([x, y[:, 1]], 1)[order].numpy())
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y1")
     assert ax.figure.axes[1].get_ylabel() == "density"
 
@@ -162,7 +165,7 @@ def test_components_without_weight_are_not_drawn():
 def test_intervals(kind):
     x, mixture, y = along()
     ax = plots.plot_predictive_intervals(mixture, x, y, masses=[0.5, 0.9], kind=kind)
-    bands = [c for c in ax.collections if type(c).__name__ == "FillBetweenPolyCollection"]
+    bands = [c for c in ax.collections if type(c).__name__ in FILLED]
     for band, mass in zip(bands, [0.9, 0.5], strict=True):
         lower, upper = mixture.interval(mass, kind=kind)
         vertices = {(round(a, 6), round(b, 6)) for a, b in band.get_paths()[0].vertices}
