@@ -4,8 +4,8 @@
 The joint density of the next waiting and duration of Old Faithful, then the duration once the waiting is over.
 
 Knowing more does not always score better on 60 rows. The waiting says little about the duration beyond what the last
-eruption does, and one row, whose duration lies between the two modes, outweighs the gain on most others. The example
-prints the paired difference with its standard error: about as large as itself, so it is no evidence either way.
+eruption does: a small gain on most rows, which a few outweigh, above all one whose duration lies between the two modes.
+The example prints the paired difference with its standard error: about as large as itself, so no evidence either way.
 """
 
 import argparse

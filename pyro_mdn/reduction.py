@@ -53,7 +53,7 @@ def merge_components(weights: Tensor, locs: Tensor, matrices: Tensor, count: int
     """
     k, dim = locs.shape[1:]
     size = max(1, _ELEMENTS // (k * max(k, dim**2)))
-    pieces = zip(*(t.split(size) for t in (weights, locs, matrices)), strict=True)
+    pieces = zip(weights.split(size), locs.split(size), matrices.split(size), strict=True)
     merged = [_merge_rows(w, m, s, count) for w, m, s in pieces]
     kept_weights, kept_locs, kept_matrices = (torch.cat(kept) for kept in zip(*merged, strict=True))
     return kept_weights, kept_locs, kept_matrices
