@@ -108,7 +108,7 @@ def _arviz() -> Any:
         try:
             import arviz
         except ImportError as error:
-            raise ImportError("this needs ArviZ: pip install 'pyro-mdn[arviz]'") from error
+            raise ImportError("this needs ArviZ: in a checkout pip install '.[arviz]'") from error
     return arviz
 
 

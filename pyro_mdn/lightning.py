@@ -30,7 +30,7 @@ try:
     from lightning.pytorch import LightningModule
     from torchmetrics import Metric
 except ImportError as error:
-    raise ImportError("pyro_mdn.lightning needs Lightning: pip install 'pyro-mdn[lightning]'") from error
+    raise ImportError("pyro_mdn.lightning needs Lightning: in a checkout pip install '.[lightning]'") from error
 
 __all__ = ["LightningObjective"]
 

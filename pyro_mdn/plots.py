@@ -505,5 +505,5 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'pyro-mdn[plots]'") from error
+        raise ImportError("figures need matplotlib: in a checkout pip install '.[plots]'") from error
     return plt

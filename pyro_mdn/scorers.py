@@ -23,7 +23,7 @@ try:
     from sklearn.utils import check_array
     from sklearn.utils.metadata_routing import UNUSED
 except ImportError as error:
-    raise ImportError("pyro_mdn.sklearn needs scikit-learn: pip install 'pyro-mdn[sklearn]'") from error
+    raise ImportError("pyro_mdn.sklearn needs scikit-learn: in a checkout pip install '.[sklearn]'") from error
 
 __all__ = [
     "TARGETS",

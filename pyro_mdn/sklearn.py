@@ -38,7 +38,7 @@ try:
     from sklearn.utils import check_consistent_length, check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError("pyro_mdn.sklearn needs scikit-learn 1.6: pip install 'pyro-mdn[sklearn]'") from error
+    raise ImportError("pyro_mdn.sklearn needs scikit-learn 1.6: in a checkout pip install '.[sklearn]'") from error
 
 __all__ = ["MDNRegressor", "Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
 

@@ -407,7 +407,7 @@ def test_without_lightning_the_error_says_what_to_install():
     code = "import sys; sys.modules['lightning'] = None; import pyro_mdn; print('fine'); import pyro_mdn.lightning"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.stdout == "fine\n"
-    assert "ImportError: pyro_mdn.lightning needs Lightning: pip install 'pyro-mdn[lightning]'" in shown.stderr
+    assert "ImportError: pyro_mdn.lightning needs Lightning: in a checkout pip install '.[lightning]'" in shown.stderr
 
 
 # Two processes

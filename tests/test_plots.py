@@ -469,5 +469,5 @@ def test_without_matplotlib(monkeypatch):
 
     x, mixture, _ = along()
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"pip install 'pyro-mdn\[plots\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[plots\]'"):
         plots.plot_components(mixture, x)
