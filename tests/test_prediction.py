@@ -113,7 +113,7 @@ def test_draws_of_weights_predict_their_average(x):
         (lambda n, x: n.predict(x[:, :2]), "x: expected shape"),
         (lambda n, x: n.predict(x.masked_fill(x == x[4, 1], torch.nan), chunk_size=2), "got nan in row 4, column 1$"),
         (lambda n, x: n.predict(x, chunk_size=0), "chunk_size: expected a positive integer, got 0"),
-        (lambda n, x: n.predict(x).quantiles(1.5), r"probabilities: expected numbers in \[0, 1\]"),
+        (lambda n, x: n.predict(x).quantiles(1.5), r"probabilities: expected one or several in \[0, 1\], got 1.5"),
         (lambda n, x: n.predict(x).interval(1.0), "mass: expected"),
         (lambda n, x: n.predict(x).log_prob(np.zeros((3, 2))), r"y: expected 7 rows, .*, got ndarray float64 \(3, 2\)"),
         (lambda n, x: n.predict(x).to_frame(output_names=["one"]), "output_names: expected 2"),
