@@ -387,7 +387,7 @@ def test_numbers_under_derivatives_are_validated():
     network, y = MixtureDensityNetwork(2, 2), torch.randn(5, 2)
     with pytest.raises(ValueError, match="x: expected finite numbers, got nan in row 0"):
         torch.func.jacrev(lambda x: network.loss(x, y))(torch.full((5, 2), math.nan))
-    with pytest.raises(ValueError, match="x: expected finite numbers, got NaN or Inf"):
+    with pytest.raises(ValueError, match="x: expected finite numbers, got nan in row"):
         network(torch.full((5, 2), math.nan))
 
 
