@@ -297,7 +297,7 @@ class _MixtureLogDensity(torch.autograd.Function):
         grad_value = -grad_locs.sum(1) if needed[2] else None
         if ctx.normalize:
             weight = logits_gradient(weight.sum_to_size(log_weights.shape), log_weights.to(weight.dtype))
-        gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS, strict=False)
+        gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS[: ctx.count], strict=True)
         return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
 
@@ -376,11 +376,12 @@ def differentiable_gradients(
 
 def _channels(*arguments: Tensor) -> list[Tensor]:
     """Channel-first logits, locations, values and factors, with equally many batch dimensions."""
-    batch = max([t.ndim - n for t, n in zip(arguments, _EVENT_DIMS, strict=False)])
+    event_dims = _EVENT_DIMS[: len(arguments)]  # torch 2.6 compiles no other zip than one of equal lengths
+    batch = max([t.ndim - n for t, n in zip(arguments, event_dims, strict=True)])
     orders = (), (batch, *range(batch)), (batch + 1, batch, *range(batch))
     logits, locs, value, *factors = [
         (t if t.ndim == batch + n else t[(None,) * (batch + n - t.ndim)]).permute(orders[n])
-        for t, n in zip(arguments, _EVENT_DIMS, strict=False)
+        for t, n in zip(arguments, event_dims, strict=True)
     ]
     return [logits, locs, value.unsqueeze(1), *factors]
 

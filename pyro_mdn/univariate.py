@@ -1,5 +1,7 @@
 r"""Univariate mixtures on raw tensors: parameters ``(*batch, K)``, values ``(*batch)``."""
 
+from __future__ import annotations  # torch 2.6 does not compile those of inner functions
+
 import math
 from collections.abc import Callable
 
