@@ -63,7 +63,7 @@ CALLS = {
 }
 ELSEWHERE = {"Whitening", "channels_first", "channels_last", "mixture_log_density", "differentiable_gradients"}
 ELSEWHERE |= {"density_backward", "density_by_autograd", "density_forward"}
-ELSEWHERE |= {"constant", "negligible", "with_channels", "follow_root"}
+ELSEWHERE |= {"constant", "negligible", "with_channels", "follow_root", "is_gradient_traced"}
 
 # Each with the channels of its factors, for D outputs.
 WHITENINGS = {
