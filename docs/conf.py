@@ -36,9 +36,13 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|nn|dist|pyro|np|numpy|pandas|matplotlib|lightning|sklearn|xarray|os|collections|typing)\..*"),
-    (r"py:class", r"(Tensor|Size|Module|Axes|PathLike|ArrayLike|DataLoader|Distribution|Any|Self|Callable|Sequence)"),
+    (
+        r"py:class",
+        r"(Tensor|Size|Module|Axes|DataFrame|PathLike|ArrayLike|DataLoader|Distribution|Any|Self|Callable|Sequence)",
+    ),
 ]
 NOT_PUBLIC = ["pyro_mdn.kernels.Whitening", "pyro_mdn.guides.LaplaceGuide", "MixtureDensity"]
+NOT_PUBLIC += ["pyro_mdn.density.Mixture", "pyro_mdn.density.Origin"]
 nitpick_ignore = [("py:class", name) for name in NOT_PUBLIC]
 
 html_theme = "furo"
