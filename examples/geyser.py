@@ -58,10 +58,7 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     settings = {"max_epochs": 3, "progress": False} if args.smoke else {}
-    print(
-        f"{len(MODELS) * args.seeds} trainings on 238 pairs, {args.seeds} to {2 * args.seeds} minutes in all",
-        flush=True,
-    )
+    print(f"{len(MODELS) * args.seeds} trainings, {args.seeds} to {2 * args.seeds} minutes in all", flush=True)
     x, y = load_pairs()
     print(f"{'held-out NLL (nats)':<22}{'mean':>8}   each seed")
     marginal = MultivariateNormal(y[0].mean(0), y[0].T.cov())  # one Gaussian, which ignores the last eruption
