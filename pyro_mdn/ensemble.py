@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from pyro_mdn import serialization
 from pyro_mdn.arrays import as_tensor
@@ -19,14 +20,16 @@ from pyro_mdn.dense import dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.initialization import draw_anew_
 from pyro_mdn.isolation import isolated, require_seed, seeded
+from pyro_mdn.loadable import require_loadable
 from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.network import MixtureDensityNetwork, evaluating, warn_if_unlike
+from pyro_mdn.network import MixtureDensityNetwork, evaluating, shapes_outside_backbone, warn_if_unlike
 from pyro_mdn.prediction import Prediction, predicted_in_parts
 from pyro_mdn.vectorized import mixtures_over_draws, over_draws
 
 __all__ = ["DeepEnsemble"]
 
 M = TypeVar("M", bound=nn.Module | None)
+_OF_CLASSES = ("__dict__", "__weakref__")  # what each class makes for itself
 
 
 class DeepEnsemble(nn.Module):
@@ -218,8 +221,17 @@ class DeepEnsemble(nn.Module):
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole."""
+        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole.
+
+        Raises:
+            ValueError: If the networks have other tensors than :meth:`load` builds, apart from a backbone's, as
+                parametrised or pruned layers of a head have: the error says how to make plain ones of them. Nothing is
+                written then.
+        """
         config = {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
+        expected, got = shapes_outside_backbone(self.stacked)
+        expected = {name: (self.size, *shape) for name, shape in expected.items()}
+        require_loadable(self.stacked, expected, got, of_members=True)
         serialization.write_tensors(path, config, self.stacked.state_dict())
 
     @classmethod
@@ -242,9 +254,9 @@ class DeepEnsemble(nn.Module):
         if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
             raise ValueError(f"{path}: expected an ensemble, got another file of this library")
         network = MixtureDensityNetwork.from_config(config["ensemble"], str(path), backbone=_copied(backbone))
-        network.to(tensors["head.linear.weight"].dtype)
         ensemble = cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
         serialization.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
+        ensemble.to(tensors["head.linear.weight"].dtype)
         ensemble.stacked.load_state_dict(tensors)
         warn_if_unlike(ensemble.stacked, config["ensemble"], str(path))
         return ensemble.eval()
@@ -295,6 +307,18 @@ def _warn_if_unsure(members: Sequence[MixtureDensityNetwork]) -> None:
 
 def _copied(network: M) -> M:
     """Copy of a module. Attributes that cannot be copied, such as a lock, are shared with it."""
+    copied = _deeply_copied(network)
+    for part in [] if copied is None else copied.modules():
+        kind = type(part)
+        # torch makes a class for each parametrised module, which copies share: what removes the parametrization of one
+        # would take the weights of all.
+        if parametrize.is_parametrized(part) and kind.__module__ == parametrize.__name__:
+            members = {name: member for name, member in vars(kind).items() if name not in _OF_CLASSES}
+            part.__class__ = type(kind.__name__, kind.__bases__, members)
+    return copied
+
+
+def _deeply_copied(network: M) -> M:
     try:
         return copy.deepcopy(network)
     except Exception:  # whatever an attribute's own code raises

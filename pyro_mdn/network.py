@@ -2,6 +2,7 @@ r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import warnings
@@ -25,11 +26,15 @@ from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
 from pyro_mdn.isolation import KeepFrozen, own_generators, own_store, require_seed, seeded
+from pyro_mdn.loadable import require_loadable, shapes_of
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.noise import NoiseModel
 from pyro_mdn.prediction import Prediction, predicted_in_parts
 
-__all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating", "warn_if_unlike"]
+__all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating", "shapes_outside_backbone", "warn_if_unlike"]
+
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class MixtureDensityNetwork(PyroModule):
@@ -449,9 +454,15 @@ class MixtureDensityNetwork(PyroModule):
         A backbone of other layers than those of ``hidden_dim`` is not in it either, however it came there.
 
         Raises:
-            ValueError: If there are latent weights: what was learned of them is in the guide or the samples.
+            ValueError: If there are latent weights: what was learned of them is in the guide or the samples. Or if the
+                head has other tensors than :meth:`load` builds, as parametrised or pruned layers have: the error says
+                how to make plain ones of them. Nothing is written then.
         """
-        serialization.write_tensors(path, self.config(), self.state_dict())
+        config, state = self.config(), self.state_dict()
+        expected, got = shapes_outside_backbone(self)
+        if expected != got and not _builds(self, config):
+            require_loadable(self, expected, got)
+        serialization.write_tensors(path, config, state)
 
     def config(self) -> dict[str, Any]:
         """What to build a network like this from, in plain values, and what it is to be compared with then.
@@ -509,6 +520,28 @@ class MixtureDensityNetwork(PyroModule):
                 return cls(**config, noise=noise, backbone=backbone)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error
+
+
+def shapes_outside_backbone(network: MixtureDensityNetwork) -> tuple[Shapes, Shapes]:
+    """Shapes by name of the tensors that a new network of these settings has, and of those of this one."""
+    with torch.device("meta"):
+        head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, noise=network.head.noise)
+    expected = shapes_of({f"head.{name}": tensor for name, tensor in head.state_dict().items()})
+    got = shapes_of(network.state_dict())
+    units = dict.fromkeys(("x_shift", "x_scale"), network.input_shape)
+    return {**expected, **units}, {name: shape for name, shape in got.items() if not name.startswith("backbone.")}
+
+
+def _builds(network: MixtureDensityNetwork, config: Mapping[str, Any]) -> bool:
+    """Whether a class of the user's builds a network with the tensors of this one."""
+    if type(network).__init__ is MixtureDensityNetwork.__init__:
+        return False
+    try:
+        backbone = copy.deepcopy(network.backbone) if config["custom_backbone"] else None
+        built = type(network).from_config(config, "", backbone=backbone)
+    except Exception:  # whatever its own code raises
+        return False
+    return shapes_of(built.state_dict()) == shapes_of(network.state_dict())
 
 
 def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], source: str) -> None:

@@ -34,6 +34,8 @@ _FORMAT = "pyro_mdn/2"
 def write_tensors(path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a JSON-able configuration and tensors; whatever stood at ``path`` survives a failure."""
     text = json.dumps(config)
+    if others := {name: type(value).__name__ for name, value in tensors.items() if not isinstance(value, Tensor)}:
+        raise ValueError(f"network: expected a state of tensors alone, to save it, got {others}")
     # Clones, because safetensors refuses tensors that share memory.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": _FORMAT, "config": text, "sha256": _digest(text, tensors)}

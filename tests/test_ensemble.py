@@ -540,6 +540,20 @@ def test_save_and_load(tmp_path, kind):
         DeepEnsemble.load(tmp_path / "file", backbone=given)
 
 
+def test_members_are_parametrised_apart():
+    """torch makes a class for each parametrised module: members must not share it with the network or each other."""
+    network = make()
+    torch.nn.utils.parametrizations.weight_norm(network.head.linear)
+    ensemble = DeepEnsemble([network, network])
+    (x, y), member = data(6), ensemble.member(0)
+    before = ensemble.member(1)(x).log_prob(y)
+    for one in (network, member):
+        torch.nn.utils.parametrize.remove_parametrizations(one.head.linear, "weight")
+        assert_close(one(x).log_prob(y), before)
+    assert_close(ensemble.member(1)(x).log_prob(y), before)
+    assert ensemble.stacked.head.linear.parametrizations.weight.original0.shape[0] == 2
+
+
 class Stubborn(nn.Module):
     def __init__(self):
         super().__init__()

@@ -39,6 +39,7 @@ ORDER = [
     "raw",
     "head",
     "serialization",
+    "loadable",
     "network",
     "network_model",
     "passes",

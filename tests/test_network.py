@@ -2,6 +2,7 @@ import copy
 import functools
 import math
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -13,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.nn import PyroModule
+from pyro.nn import PyroModule, PyroParam
 from pyro.nn.module import to_pyro_module_
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import prune
+from torch.distributions import constraints
+from torch.nn.utils import parametrize, prune
 from torch.testing import assert_close
 
 from pyro_mdn import (
@@ -719,6 +721,137 @@ def test_what_no_file_holds_is_named(tmp_path):
     network.save(path)
     with pytest.warns(UserWarning, match=r"network\.head\.linear: Doubled\(\), now Linear"):
         MixtureDensityNetwork.load(path)
+
+
+class Twice(nn.Module):
+    """A parametrization of one's own."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+COMPUTED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "own": lambda layer: parametrize.register_parametrization(layer, "weight", Twice()),
+    "two": lambda layer: [parametrize.register_parametrization(layer, n, Twice()) for n in ("weight", "bias", "bias")],
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "pruned twice": lambda layer: [prune.random_unstructured(layer, "weight", 0.3) for _ in range(2)],
+    "structured": lambda layer: prune.ln_structured(layer, "weight", 0.3, n=2, dim=0),
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+}
+
+
+def of_any_kind(test):
+    """What torch says of its own functions is not about files."""
+    for text in (".*torch.nn.utils.weight_norm:FutureWarning", ".*batching rule for aten.._weight_norm:UserWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:{text}")(test)
+    return test
+
+
+kinds = pytest.mark.parametrize("kind", COMPUTED)
+one_or_more = pytest.mark.parametrize("make", [lambda n: n, lambda n: DeepEnsemble([n, n])], ids=["one", "ensemble"])
+
+
+@of_any_kind
+@kinds
+@one_or_more
+@pytest.mark.parametrize("usual", [True, False])
+def test_computed_weights_of_a_backbone_are_saved(kind, make, usual, tmp_path):
+    def backbone(seed):
+        torch.manual_seed(seed)
+        layers = MixtureDensityNetwork(3, 1, 2, 8).backbone if usual else nn.Sequential(nn.Linear(3, 8), nn.Tanh())
+        COMPUTED[kind](layers[0])
+        return layers
+
+    saved = make(MixtureDensityNetwork(3, 1, 2, 8, backbone=backbone(1)).eval()).eval()
+    saved.save(tmp_path / "file")
+    loaded = type(saved).load(tmp_path / "file", backbone=backbone(2))
+    x, y = torch.randn(6, 3), torch.randn(6, 1)
+    assert_close(loaded(x).log_prob(y), saved(x).log_prob(y))
+
+
+@of_any_kind
+@kinds
+@one_or_more
+def test_computed_weights_of_a_head_are_refused_until_they_are_plain(kind, make, tmp_path):
+    """What the error says to do is done here, word by word."""
+    network = MixtureDensityNetwork(3, 1, 2, 8).eval()
+    network.save(tmp_path / "file")
+    before, (x, y) = (tmp_path / "file").read_bytes(), (torch.randn(6, 3), torch.randn(6, 1))
+    COMPUTED[kind](network.head.linear)
+    saved = make(network).eval()
+    expected = saved(x).log_prob(y)
+    with pytest.raises(
+        ValueError, match=r"expected the tensors of a new network.*head\.linear\.weight.*first call"
+    ) as told:
+        saved.save(tmp_path / "file")
+    with pytest.raises(ValueError, match="first call"):
+        saved.save(tmp_path / "other")
+    assert (tmp_path / "file").read_bytes() == before
+    assert len([*tmp_path.iterdir()]) == 1
+    calls = re.findall(r"torch\.nn\.utils\.[\w.]+\(network.head.linear, '\w+'\)", str(told.value))
+    members = [network] if saved is network else [saved.member(i) for i in range(saved.size)]
+    for member in members:
+        for call in calls:
+            exec(call, {"torch": torch, "network": member})
+    plain = network if saved is network else DeepEnsemble(members)
+    plain.save(tmp_path / "file")
+    assert_close(type(saved).load(tmp_path / "file")(x).log_prob(y), expected)
+
+
+class OwnHead(MixtureDensityNetwork):
+    """A network that builds a head of its own, and so loads it again."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.head.linear = nn.Linear(self.hidden_dim[-1], self.head.linear.out_features, bias=False)
+        self.extra = nn.Parameter(torch.randn(3))
+
+
+@one_or_more
+@pytest.mark.parametrize("change", ["no bias", "buffer", "PyroParam"])
+def test_other_tensors_than_those_of_a_new_network_are_refused(change, make, tmp_path):
+    network = MixtureDensityNetwork(3, 1, 2, 8)
+    if change == "no bias":
+        network.head.linear = nn.Linear(8, 6, bias=False)
+    elif change == "buffer":
+        network.register_buffer("steps", torch.zeros(2))
+    else:
+        to_pyro_module_(network.head)
+        network.head.linear.weight = PyroParam(torch.ones(6, 8), constraints.positive)
+    with pytest.raises(
+        ValueError, match=r"expected the tensors of a new network, to load them into one, got \[[^:]*\]$"
+    ):
+        make(network).save(tmp_path / "file")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_class_that_builds_its_own_tensors_loads_them(tmp_path):
+    network, x = OwnHead(3, 1, 2, 8), torch.randn(6, 3)
+    network.save(tmp_path / "file")
+    assert_close(OwnHead.load(tmp_path / "file")(x).mean, network(x).mean)
+    with pytest.raises(ValueError, match=r"got \['extra', 'head\.linear\.bias'\]"):
+        DeepEnsemble([network]).save(tmp_path / "ensemble")  # members are networks of ours
+    nn.utils.parametrizations.weight_norm(network.head.linear)
+    with pytest.raises(ValueError, match=r"remove_parametrizations\(network\.head\.linear, 'weight'\)"):
+        network.save(tmp_path / "file")
+
+
+def test_a_state_that_is_no_tensor_is_refused(tmp_path):
+    class Counting(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 3}
+
+    backbone = Counting(3, 8)
+    with pytest.raises(ValueError, match=r"state of tensors alone, to save it, got {'backbone\._extra_state': 'dict'}"):
+        MixtureDensityNetwork(3, 1, hidden_dim=8, backbone=backbone).save(tmp_path / "file")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.filterwarnings("error")
