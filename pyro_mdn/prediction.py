@@ -64,6 +64,11 @@ class Prediction:
         shape = (len(self), *self._parts[0].batch_shape[1:])
         return f"{type(self).__name__}(batch_shape={shape}, dim={self.dim})"
 
+    def __getattr__(self, name: str) -> Any:
+        # Only what a Prediction has not comes here, such as what scores and plots ask of a mixture.
+        hint = "its attribute mixture is the distribution, which scores and plots take"
+        raise AttributeError(f"a {type(self).__name__} has no attribute {name!r}: {hint}")
+
     @property
     def dim(self) -> int:
         """Number of outputs D."""

@@ -1,5 +1,8 @@
 """Predictions as arrays and data frames: those of the mixture, in parts, without gradients or randomness."""
 
+import copy
+import pickle
+
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -12,6 +15,8 @@ from torch import nn
 
 from pyro_mdn import DeepEnsemble, MixtureDensityNetwork, Prediction, bayesianize, posterior_predictive
 from pyro_mdn.arrays import to_numpy
+from pyro_mdn.calibration import coverage_table
+from pyro_mdn.scores import crps
 
 ROWS = 7
 
@@ -64,6 +69,17 @@ def test_nothing_is_random_and_the_mode_stays(training, x):
     assert torch.equal(state, torch.get_rng_state())
     assert all(part.training == training for part in net.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+
+
+def test_what_only_a_distribution_has_is_said(x):
+    y, prediction = np.zeros((ROWS, 2)), network().predict(x)
+    for call in (lambda: crps(prediction, y), lambda: coverage_table(prediction, y)):
+        with pytest.raises(
+            AttributeError, match="its attribute mixture is the distribution"
+        ):
+            call()
+    assert crps(prediction.mixture, y).shape == (ROWS, 2)
+    assert copy.copy(prediction).mean.shape == pickle.loads(pickle.dumps(prediction)).mean.shape
 
 
 def test_ensembles_predict_their_average(x):
