@@ -107,7 +107,7 @@ class MixtureAlgebra(MixtureDensity):
     def _map_linearly(self, shift: Any, scale: Any, matrix: Any) -> Self:
         if not isinstance(scale, float | int) or scale != 1:
             raise ValueError("affine: expected a scale or a matrix, got both")
-        matrix = as_tensor(matrix, "matrix", self.locs.device)
+        matrix = as_tensor(matrix, "matrix", self.locs.device).to(self.locs)
         if matrix.ndim < 2 or matrix.shape[-1] != self.dim or not 0 < matrix.shape[-2] <= self.dim:
             raise ValueError(
                 f"matrix: expected shape (*batch, M, {self.dim}), M <= {self.dim}, got {tuple(matrix.shape)}"
