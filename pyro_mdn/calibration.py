@@ -195,7 +195,7 @@ def _check_points(points: ArrayLike | None) -> Array:
 
 def _as_rows(mixture: GaussianMixture, y: Any) -> Tensor:
     y = as_tensor(y, "y", mixture.locs.device)
-    y = y.unsqueeze(-1) if mixture.dim == 1 and y.shape == mixture.batch_shape else y
+    y = y.unsqueeze(-1) if y.ndim == 1 else y
     if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
         expected = "a mixture of batch shape (N,) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")

@@ -137,6 +137,7 @@ def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
     torch.Size([5, 1])
     """
     y = as_tensor(y, "y", mixture.locs.device)
+    y = y.unsqueeze(-1) if y.ndim == 1 else y
     if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
         expected = "mixtures (S, N) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn import scores
-from pyro_mdn.checks import require_counts, require_numbers
+from pyro_mdn.arrays import as_tensor
+from pyro_mdn.checks import require_counts, require_numbers, shown
 from pyro_mdn.ensemble import DeepEnsemble
 from pyro_mdn.guides import draw_from, latent_sites, log_density_at, require_sites
 from pyro_mdn.isolation import KeepFrozen, isolated, own_generators, own_store, require_owned, unvalidated
@@ -69,14 +70,13 @@ class NegativeLogLikelihood(nn.Module):
     def __init__(
         self,
         network: MixtureDensityNetwork | DeepEnsemble,
-        cell: Tensor | None = None,
+        cell: Any = None,
         num_points: int = 8,
     ) -> None:
         super().__init__()
         require_counts(num_points=num_points)
         dim = (network.stacked if isinstance(network, DeepEnsemble) else network).dim_out
-        if cell is not None and not (cell.shape == (dim,) and bool((cell.isfinite() & (cell >= 0)).all())):
-            raise ValueError(f"cell: expected {dim} finite numbers, none negative, got {cell}")
+        cell = None if cell is None else _as_cells(cell, dim)
         self.network, self.num_points = network, int(num_points)
         self.register_buffer("cell", cell, persistent=False)
 
@@ -88,6 +88,8 @@ class NegativeLogLikelihood(nn.Module):
         """Loss of each row, shape ``(N, ...)``, or ``(M, N, ...)`` for an ensemble."""
         if self.cell is None:
             return self.network.loss(x, y)
+        y = as_tensor(y, "y", self.cell.device)
+        y = y.unsqueeze(-1) if len(self.cell) == 1 and y.shape[-1:] != (1,) else y
         losses = self.network.loss(x, self._in_cells(y, self.cell.to(y)), replicated=True)
         return math.log(self.num_points) - losses.neg().logsumexp(0)
 
@@ -110,6 +112,14 @@ class NegativeLogLikelihood(nn.Module):
         stratum = torch.cat([first.expand(-1, *y.shape[:-1], 1), others], -1)
         within = draw(*y.shape) if self.training else 0.5
         return y + cell * ((stratum + within) / self.num_points - 0.5)
+
+
+def _as_cells(cell: Any, dim: int) -> Tensor:
+    """Sizes of cells ``(D,)`` from one for each output, or one for all."""
+    sizes = as_tensor(cell, "cell")
+    if sizes.shape not in ((), (dim,)) or not bool((sizes.isfinite() & (sizes >= 0)).all()):
+        raise ValueError(f"cell: expected {dim} finite numbers, none negative, got {shown(cell)}")
+    return sizes.expand(dim).contiguous()
 
 
 class ContinuousRankedProbability(nn.Module):

@@ -4,71 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from pyro.distributions.torch import MixtureSameFamily  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
+from pyro_mdn.arrays import as_tensor
 from pyro_mdn.covariance import Covariance
 
 __all__ = ["in_widest_precision"]
 
-Mixture = TypeVar("Mixture")
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+_DATA = {"value", "values", "y", "shift", "scale", "matrix", "weights"}
 
-def in_widest_precision(
-    function: Callable[Concatenate[Mixture, Arguments], Result],
-) -> Callable[Concatenate[Mixture, Arguments], Result]:
+
+def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Have a function of a mixture compute in the widest precision, and give results in that of the mixture.
 
     LAPACK knows no half precision, torch does not promote what it multiplies, and arguments in double precision keep
-    their digits until the result is rounded.
+    their digits until the result is rounded. Arguments whose names say that they are data are made tensors first, so
+    that every container has the precision of its numbers.
     """
+    names = list(signature(function).parameters)
 
     @wraps(function)
-    def computed(mixture: Mixture, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        own: torch.dtype = mixture.dtype  # pyright: ignore[reportAttributeAccessIssue]
-        wide = _widest(own, (*args, *kwargs.values()))
-        if wide == own:
-            return function(mixture, *args, **kwargs)
-        widened: Any = [_converted(argument, wide) for argument in args]
-        named: Any = {name: _converted(argument, wide) for name, argument in kwargs.items()}
-        result: Any = function
-        result = result(_converted(mixture, wide), *widened, **named)
-        return _converted(result, own)
+    def computed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given: dict[str, Any] = dict(zip(names[: len(args)], args, strict=False)) | kwargs
+        mixture = given.get(names[0])
+        if len(args) > len(names) or mixture is None:
+            return function(*args, **kwargs)  # for the error that Python raises
+        given = {name: _as_data(value, name, mixture) if name in _DATA else value for name, value in given.items()}
+        wide = _widest(mixture.dtype, given.values())
+        call: Any = function
+        if wide == mixture.dtype:
+            return call(**given)
+        return _converted(call(**{name: _converted(value, wide) for name, value in given.items()}), mixture.dtype)
 
     return computed
+
+
+def _as_data(value: Any, name: str, mixture: Any) -> Any:
+    """Make data a tensor; single numbers and None stay what they are."""
+    plain = value is None or isinstance(value, float | int)
+    if plain or (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return as_tensor(value, name, mixture.device)
 
 
 def _widest(own: torch.dtype, arguments: Iterable[Any]) -> torch.dtype:
     wide = own if own.itemsize >= 4 else torch.float32
     for argument in arguments:
+        dtype: Any = wide
         if isinstance(argument, Tensor):
             dtype = argument.dtype if argument.is_floating_point() else wide
         elif isinstance(argument, MixtureSameFamily):
-            dtype: Any = getattr(argument, "dtype", wide)
-        else:
-            dtype = torch.float64 if _has_doubles(argument) else wide
+            dtype = getattr(argument, "dtype", wide)
         wide = wide if dtype == wide else torch.promote_types(wide, dtype)
     return wide
-
-
-def _has_doubles(argument: Any) -> bool:
-    """Whether what is no tensor is data in double precision, as it becomes a tensor; indices are not."""
-    if isinstance(argument, np.ndarray):
-        return argument.dtype.kind in "fO" and argument.dtype.itemsize >= 8
-    if isinstance(argument, list | tuple):
-        return len(argument) > 0 and _is_data(argument[0])
-    return hasattr(argument, "__array__")
-
-
-def _is_data(first: Any) -> bool:
-    """Whether a list that begins like this holds data: rows, or numbers that are no indices."""
-    return isinstance(first, float | list | tuple) or (hasattr(first, "__array__") and first.ndim > 0)
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:

@@ -21,8 +21,9 @@ from torch.special import erf, erfcx
 
 from pyro_mdn import kernels
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_subclassed
+from pyro_mdn.checks import is_subclassed, shown
 from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.precision import in_widest_precision
 from pyro_mdn.univariate import normal_log_cdf
 
 __all__ = [
@@ -65,6 +66,7 @@ def observed_mean(values: Tensor) -> Estimate:
     return Estimate(mean, kernels.norm(deviation.movedim(0, -1)) / ((count - 1) * count).to(values.dtype).sqrt())
 
 
+@in_widest_precision
 def log_score(mixture: GaussianMixture, y: Any) -> Tensor:
     r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952).
 
@@ -111,6 +113,7 @@ def compare(predictions: Mapping[str, GaussianMixture], y: Any) -> dict[str, Com
     if not predictions:
         raise ValueError("predictions: expected one at least, got none")
     losses, y = {}, as_tensor(y, "y")
+    y = y.unsqueeze(-1) if y.ndim == 1 else y
     for name, mixture in predictions.items():
         pooled = mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
         if y.ndim != 2 or pooled.batch_shape != y.shape[:1] or pooled.dim != y.shape[1]:
@@ -123,6 +126,7 @@ def compare(predictions: Mapping[str, GaussianMixture], y: Any) -> dict[str, Com
     return {name: Comparison(*(number.item() for number in row)) for name, row in numbers.items()}
 
 
+@in_widest_precision
 def crps(mixture: GaussianMixture, y: Any) -> Tensor:
     r"""Continuous ranked probability score of each output, in its units, in closed form.
 
@@ -203,6 +207,7 @@ def _mean_absolute(shift: Tensor, scale: Tensor) -> Tensor:
     return 2 * scale * density + shift * erf(math.sqrt(0.5) * ratio)
 
 
+@in_widest_precision
 def energy_score(mixture: GaussianMixture, y: Any, *, num_samples: int = 1000) -> Estimate:
     r"""Energy score of all outputs jointly, in their units: the multivariate CRPS.
 
@@ -228,6 +233,7 @@ def energy_score(mixture: GaussianMixture, y: Any, *, num_samples: int = 1000) -
     return Estimate(scores.mean(0), kernels.norm(deviation) / math.sqrt(num_samples * (num_samples - 1)))
 
 
+@in_widest_precision
 def pinball(mixture: GaussianMixture, y: Any, q: float) -> Tensor:
     r"""Quantile loss of each output at probability ``q``; Koenker & Bassett (1978).
 
@@ -240,6 +246,7 @@ def pinball(mixture: GaussianMixture, y: Any, q: float) -> Tensor:
     return torch.maximum(q * error, (q - 1) * error)
 
 
+@in_widest_precision
 def interval_score(
     mixture: GaussianMixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> Tensor:
@@ -253,6 +260,7 @@ def interval_score(
     return upper - lower + 2 / (1 - mass) * missed
 
 
+@in_widest_precision
 def coverage(
     mixture: GaussianMixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> Tensor:
@@ -262,7 +270,8 @@ def coverage(
     return ((lower <= y) & (y <= upper)).to(mixture.locs.dtype).masked_fill(y.isnan(), torch.nan)
 
 
-def pit(mixture: GaussianMixture, y: Any, cell: Tensor | float = 0.0) -> Tensor:
+@in_widest_precision
+def pit(mixture: GaussianMixture, y: Any, cell: Any = 0.0) -> Tensor:
     r"""Probability integral transform of each output, exact: uniform if the mixture is right; Dawid (1984).
 
     Targets on a grid (counts, rounded numbers) stand for their cells, as in :class:`pyro_mdn.NegativeLogLikelihood`.
@@ -294,7 +303,8 @@ def pit(mixture: GaussianMixture, y: Any, cell: Tensor | float = 0.0) -> Tensor:
     return lower if lower is upper else torch.lerp(lower, upper, torch.rand_like(lower))
 
 
-def mean_pit(mixture: GaussianMixture, y: Any, cell: Tensor | float, points: Tensor | None = None) -> Tensor:
+@in_widest_precision
+def mean_pit(mixture: GaussianMixture, y: Any, cell: Any, points: Any = None) -> Tensor:
     r"""Distribution function of :func:`pit` at ``points``, its draws averaged out; the points themselves if uniform.
 
     .. math:: \bar F(u) = \frac1N \sum_n \min\left(1, \max\left(0,
@@ -313,24 +323,26 @@ def mean_pit(mixture: GaussianMixture, y: Any, cell: Tensor | float, points: Ten
         Czado, Gneiting & Held (2009), Predictive model assessment for count data.
     """
     lower, upper = _cell_ends(mixture, y, cell)
-    points = torch.arange(1, 100, device=lower.device).to(lower) / 100 if points is None else points.to(lower)
+    levels = [q / 100 for q in range(1, 100)] if points is None else points
+    points = as_tensor(levels, "points", mixture.device).to(lower)
     tiny = torch.finfo(lower.dtype).tiny
     shares = [((u - lower) / (upper - lower).clamp(min=tiny)).clamp(0, 1).nanmean(0) for u in points]
     return torch.stack(shares)
 
 
-def _cell_ends(mixture: GaussianMixture, y: Any, cell: Tensor | float) -> tuple[Tensor, Tensor]:
+def _cell_ends(mixture: GaussianMixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
     """Distribution function at the ends of the cells around y; the same tensor twice if there are none."""
-    size = torch.as_tensor(cell, dtype=mixture.locs.dtype, device=mixture.locs.device)
+    y = mixture.as_points(y, "y")
+    size = as_tensor(cell, "cell", mixture.device).to(mixture.locs)
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
-        got = f"{cell}" if size.ndim == 0 else f"numbers of shape {tuple(size.shape)}"
-        raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {got}")
+        raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {shown(cell)}")
     if not bool(size.any()):
         level = mixture.cdf(y)
         return level, level
     return mixture.cdf(y - 0.5 * size), mixture.cdf(y + 0.5 * size)
 
 
+@in_widest_precision
 def interval_log_score(mixture: GaussianMixture, y: Any, width: float) -> Tensor:
     r"""Negative log-probability, in nats, of the interval of that ``width`` around each output; never negative.
 
@@ -369,6 +381,7 @@ def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
     return torch.where(narrow, series, torch.where(aside, tail, difference))
 
 
+@in_widest_precision
 def dawid_sebastiani(mixture: GaussianMixture, y: Any) -> Tensor:
     r"""Score of mean and covariance alone, shape ``(*sample, *batch)``; Dawid & Sebastiani (1999).
 

@@ -16,6 +16,7 @@ from torch.special import entr
 from pyro_mdn import kernels
 from pyro_mdn.checks import require_counts
 from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.precision import in_widest_precision
 from pyro_mdn.scores import Estimate
 
 __all__ = ["aleatoric_variance", "epistemic_variance", "mutual_information", "mutual_information_bounds"]
@@ -118,6 +119,7 @@ def mutual_information(mixture: GaussianMixture, *, num_samples: int = 1000) -> 
     return Estimate(gains.mean((0, 1)).reshape(batch_shape), error.reshape(batch_shape))
 
 
+@in_widest_precision
 def mutual_information_bounds(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
     r"""Lower and upper bound of the mutual information of the weights and y in nats, ``(*batch,)`` each.
 

@@ -13,7 +13,18 @@ from cases import NOISE
 from torch.testing import assert_close
 
 import pyro_mdn
-from pyro_mdn import Diagonal, Full, MixtureDensityNetwork, calibration, fit, scores, to_inference_data
+from pyro_mdn import (
+    Diagonal,
+    Full,
+    GaussianMixture,
+    IsotropicCovariance,
+    MixtureDensityNetwork,
+    NegativeLogLikelihood,
+    calibration,
+    fit,
+    scores,
+    to_inference_data,
+)
 from pyro_mdn.arrays import as_array, as_tensor
 from pyro_mdn.checks import describe
 from pyro_mdn.sklearn import MDNRegressor
@@ -187,6 +198,9 @@ ENTRIES = {
     "coverage": lambda n, e, v: scores.coverage(n(v), v, 0.9),
     "dawid_sebastiani": lambda n, e, v: scores.dawid_sebastiani(n(v), v),
     "pit": lambda n, e, v: scores.pit(n(v), v),
+    "pit of cells": lambda n, e, v: scores.mean_pit(n(v), v, [1, 1, 2]),
+    "loss of cells": lambda n, e, v: NegativeLogLikelihood(n, cell=[1, 1, 2]).eval()(v, v),
+    "loss of one cell": lambda n, e, v: NegativeLogLikelihood(n, cell=1.0).eval()(v, v),
     "compare": lambda n, e, v: torch.tensor(scores.compare({"a": n(v)}, v)["a"]),
     "coverage_table": lambda n, e, v: calibration.coverage_table(n(v), v).coverage,
 }
@@ -233,9 +247,33 @@ def test_one_output_may_lack_its_axis(noise):
         assert_close(getattr(mixture, method)(y), getattr(mixture, method)(column))
     for score in (scores.log_score, scores.crps, scores.pit, scores.energy_score, scores.dawid_sebastiani):
         assert_close(score(mixture, y), score(mixture, column))
+    assert_close(scores.compare({"a": mixture}, y), scores.compare({"a": mixture}, column))
+    assert_close(scores.mean_pit(mixture, y, 0.5), scores.mean_pit(mixture, column, 0.5))
     table, expected = calibration.coverage_table(mixture, y), calibration.coverage_table(mixture, column)
     assert_close(table.coverage, expected.coverage)
     assert_close(network.loss(X, y), network.loss(X, column))
+
+
+@pytest.mark.parametrize("kind", ["int64 tensor", "int64 array", "list", "frame", "float64 tensor", "polars"])
+@pytest.mark.parametrize("name", ["log_prob", "component_log_prob", "cdf", "log_cdf", "log_score", "crps", "pit"])
+def test_digits_are_kept_in_every_container(name, kind):
+    """The nearest number in single precision is a whole standard deviation away."""
+    locs = torch.tensor([[2.0**24]])
+    mixture = GaussianMixture(torch.zeros(1), locs, IsotropicCovariance(torch.ones(1)))
+    whole = np.array([[2**24 + 1]])
+    value = {
+        "int64 tensor": torch.from_numpy(whole),
+        "int64 array": whole,
+        "list": whole.tolist(),
+        "frame": pd.DataFrame(whole),
+        "float64 tensor": torch.from_numpy(whole).double(),
+        "polars": pl.DataFrame(whole),
+    }[kind]
+    function = getattr(scores, name) if hasattr(scores, name) else lambda m, y: getattr(m, name)(y)
+    expected = function(mixture.double(), torch.from_numpy(whole).double())
+    result = function(mixture, value)
+    assert result.dtype == torch.float32
+    assert_close(result, expected.float())
 
 
 @pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)

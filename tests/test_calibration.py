@@ -197,7 +197,7 @@ def test_bad_input():
         (lambda: scores.pit(mixture, y, -1.0), "cell: expected a finite number, not negative"),
         (
             lambda: scores.pit(mixture, y, torch.ones(2)),
-            r"cell: expected .*, got numbers of shape \(2,\)",
+            r"cell: expected .*, got Tensor torch.float32 \(2,\)",
         ),
         (lambda: coverage_table(mixture, y[:4]), "mixture, y: expected"),
         (lambda: coverage_table(mixture.expand((2, 5)), y), "mixture, y: expected"),

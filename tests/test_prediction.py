@@ -74,9 +74,7 @@ def test_nothing_is_random_and_the_mode_stays(training, x):
 def test_what_only_a_distribution_has_is_said(x):
     y, prediction = np.zeros((ROWS, 2)), network().predict(x)
     for call in (lambda: crps(prediction, y), lambda: coverage_table(prediction, y)):
-        with pytest.raises(
-            AttributeError, match="its attribute mixture is the distribution"
-        ):
+        with pytest.raises(AttributeError, match="its attribute mixture is the distribution"):
             call()
     assert crps(prediction.mixture, y).shape == (ROWS, 2)
     assert copy.copy(prediction).mean.shape == pickle.loads(pickle.dumps(prediction)).mean.shape
