@@ -3,7 +3,7 @@ r"""Predictive mixtures given draws of the weights from a posterior of any kind.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -58,7 +59,8 @@ def posterior_predictive(
         network: The network that the posterior is of.
         posterior: A guide of ``network.model``, as SVI or :func:`pyro_mdn.laplace` gives it; samples as
             :func:`pyro_mdn.fit_mcmc`, ``MCMC`` or ``MCMC.get_samples()`` give them, ``(S, *shape)`` by site; or a
-            :class:`DeepEnsemble`. Of a larger model that the network is part of, its own sites count.
+            :class:`DeepEnsemble`. Of a larger model that the network is part of, its own sites count. Of a
+            reparametrised one (``poutine.reparam``), an AutoGuide or ``MCMC`` has the model that computes the weights.
         x: Inputs ``(*batch, dim_in)``.
         num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
             evenly over them.
@@ -96,7 +98,7 @@ def posterior_predictive(
         draws = draw_weights(network, posterior, x, num_samples)
         if linearize is None:
             warn_if_nonlinear(network, posterior)
-        center = _median(posterior, draws) if linearize else None
+        center = _median(network, posterior, draws, x) if linearize else None
         return _mixtures(network, draws, x, chunk_size, center)
 
 
@@ -127,16 +129,62 @@ def draw_weights(
                     posterior(row, torch.zeros_like(predicted))  # it takes for latent what is not given
             with pyro.get_param_store().scope(learned):
                 draws, _ = draw_from(posterior, num_samples or 100, x, density=False)
+                if "y" in draws:  # the guide was set up without targets, and takes them for latent
+                    require_sites("guide", expected, draws)
+                draws = _at_own_sites(network, posterior, draws, expected, row)
             return _of_network("guide", network, expected, draws)
     samples = posterior.get_samples() if hasattr(posterior, "get_samples") else posterior
     if not isinstance(samples, Mapping):
         kinds = "a guide, samples by site, MCMC or a DeepEnsemble"
         raise ValueError(f"posterior: expected {kinds}, got {type(posterior).__name__}")
     samples = {name: _as_draws(value) for name, value in samples.items()}
-    if decentered := sorted(name for name in samples if name.endswith("_decentered")):
+    if isinstance(posterior, MCMC):
+        with isolated(), pyro.get_param_store().scope(learned):
+            samples = _at_own_sites(network, posterior.kernel, samples, expected, row)
+    others = sorted(n for n in samples.keys() - expected.keys() if n.startswith(tuple(f"{name}_" for name in expected)))
+    if others and not samples.keys() >= expected.keys():
         wanted = f"draws of the weights, as Predictive(model, samples, return_sites={sorted(expected)}) gives them"
-        raise ValueError(f"posterior: expected {wanted}, got those of a reparametrised model: {decentered}")
+        raise ValueError(f"posterior: expected {wanted}, got those of a reparametrised model: {others}")
     return _chosen(_of_network("posterior", network, expected, samples), expected, num_samples)
+
+
+def _at_own_sites(
+    network: MixtureDensityNetwork, owner: Any, draws: Mapping[str, Tensor], wanted: Iterable[str], x: Tensor
+) -> dict[str, Tensor]:
+    """Draws with those at sites of the network besides that a reparametrised model computes from them.
+
+    Args:
+        network: The network.
+        owner: What has the model that the draws are of, as AutoGuides and kernels of MCMC do.
+        draws: Draws ``(S, *shape)`` by site.
+        wanted: Sites of the network.
+        x: What to call the model with; weights do not depend on it.
+    """
+    model, missing = getattr(owner, "model", None), {*wanted} - draws.keys()
+    if not missing or not callable(model):
+        return dict(draws)
+    names: list[str] = []
+
+    def compute(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        with KeepFrozen(), OwnParameters(), _WithoutStart():
+            sites = poutine.trace(poutine.condition(model, data=given)).get_trace(x).nodes
+        # What is drawn is not observed: the posterior says nothing of it.
+        names[:] = (name for name in sorted(missing) if name in sites and sites[name]["is_observed"])
+        return tuple(sites[name]["value"] for name in names)
+
+    # The first draw comes twice: what differs then is drawn behind ``poutine.block``, and no draw from the posterior.
+    given = {name: torch.cat([value, value[:1]]).to(x.device) for name, value in draws.items()}
+    with evaluating(network):
+        computed = dict(zip(names, over_draws(compute, given, network), strict=True))
+    same = {name: value[:-1] for name, value in computed.items() if torch.allclose(value[0], value[-1])}
+    return {**draws, **same}
+
+
+class _WithoutStart(Messenger):
+    """Have weights computed from their draws: the model of an AutoGuide has those that the guide starts from first."""
+
+    def _pyro_get_init_messengers(self, msg: Any) -> None:
+        msg["value"] = []
 
 
 def _learned_elsewhere(guide: Any) -> Any:
@@ -164,12 +212,16 @@ def _chosen(
     return {name: value[chosen.to(value.device)].to(expected[name]) for name, value in samples.items()}
 
 
-def _median(posterior: Any, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Median of a guide that was set up, by site."""
+def _median(
+    network: MixtureDensityNetwork, posterior: Any, draws: Mapping[str, Tensor], x: Tensor
+) -> dict[str, Tensor]:
+    """Median of a guide that was set up, by site of the network."""
+    learned = _learned_elsewhere(posterior)
     try:
-        with torch.no_grad():
-            median = posterior.median()
-            return {name: median[name].detach() for name in draws}
+        with torch.no_grad(), isolated(), pyro.get_param_store().scope(learned):
+            given = {name: value.unsqueeze(0) for name, value in posterior.median().items()}
+            median = _at_own_sites(network, posterior, given, draws, x.new_zeros(1, *network.input_shape))
+            return {name: median[name][0].detach() for name in draws}
     except NotImplementedError as error:
         raise _no_median(posterior) from error
 

@@ -25,6 +25,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     init_to_value,
 )
+from pyro.infer.reparam import AutoReparam, LocScaleReparam
 from pyro.nn import PyroModule, PyroParam
 from pyro.optim import Adam
 from torch import nn
@@ -47,6 +48,7 @@ from pyro_mdn import (
 )
 from pyro_mdn.bayesian import draw_weights
 from pyro_mdn.dense import is_dense
+from pyro_mdn.guides import draw_from
 from pyro_mdn.latent import fan_in_normal
 from pyro_mdn.vectorized import over_draws
 
@@ -872,7 +874,7 @@ def test_modes_and_validation_stay_as_they_were():
     ("change", "message"),
     [
         (lambda d: d.pop("head.linear.bias"), "posterior: expected the sites"),
-        (lambda d: d.update({"head.linear.bias_decentered": torch.zeros(5, 9)}), "reparametrised"),
+        (lambda d: d.update({"head.linear.bias_decentered": d.pop("head.linear.bias")}), "reparametrised"),
         (
             lambda d: d.update({"head.linear.bias": torch.zeros(5, 3)}),
             r"expected shape \(9,\) at site head.linear.bias",
@@ -1055,3 +1057,78 @@ def test_draws_that_predictive_gives():
     assert draws["head.linear.bias"].shape != plain["head.linear.bias"].shape
     mixture = posterior_predictive(network, draws, x)
     assert_close(mixture.log_prob(y), one_after_another(network, plain, x, y))
+
+
+REPARAMETRISED = {
+    "learned": AutoReparam,
+    "decentered": lambda: AutoReparam(centered=0.0),
+    "one site": lambda: {"head.linear.weight": LocScaleReparam(0.3), "part.head.linear.weight": LocScaleReparam(0.3)},
+}
+
+
+def far_from_zero(name, value):
+    """A prior that a reparametrisation does not leave as it is, and one over positive numbers."""
+    if name.endswith("bias"):
+        return dist.LogNormal(torch.full_like(value, -0.5), 0.3).to_event(value.ndim)
+    return dist.Normal(torch.full_like(value, 0.4), 0.3).to_event(value.ndim)
+
+
+def traced(model, network, draws, x):
+    """Weights of each draw, from a trace of the model for each."""
+    traces = [
+        poutine.trace(poutine.condition(model, data={n: v[i] for n, v in draws.items()})).get_trace(x)
+        for i in range(len(next(iter(draws.values()))))
+    ]
+    return {name: torch.stack([t.nodes[name]["value"] for t in traces]).detach() for name in starting_weights(network)}
+
+
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+@pytest.mark.parametrize("larger", [False, True])
+@pytest.mark.parametrize("make_guide", [AutoNormal, AutoMultivariateNormal, AutoDelta])
+def test_guides_of_reparametrised_models(kind, larger, make_guide):
+    pyro.clear_param_store()
+    network, (x, y) = bayesianize(make(), prior=far_from_zero), data()
+    model = poutine.reparam(Larger(network) if larger else network.model, config=REPARAMETRISED[kind]())
+    guide = make_guide(model)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
+    for _ in range(3):
+        svi.step(x, y)
+    torch.manual_seed(1)
+    mixture = posterior_predictive(network, guide, x, 3)
+    torch.manual_seed(1)
+    draws, _ = draw_from(guide, 3, x, density=False)
+    assert not draws.keys() >= starting_weights(network).keys()
+    assert_close(mixture.log_prob(y), one_after_another(network, traced(model, network, draws, x), x, y))
+    median = traced(model, network, {name: value.unsqueeze(0) for name, value in guide.median().items()}, x)
+    if make_guide is AutoDelta:
+        linear = posterior_predictive(network, guide, x, 1, linearize=True)
+        assert_close(linear.log_prob(y), one_after_another(network, median, x, y))
+    pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+@pytest.mark.parametrize("larger", [False, True])
+def test_chains_of_reparametrised_models(kind, larger):
+    pyro.clear_param_store()
+    network, (x, y) = bayesianize(make(), prior=far_from_zero, layers="head"), data()
+    model = poutine.reparam(Larger(network) if larger else network.model, config=REPARAMETRISED[kind]())
+    mcmc = MCMC(NUTS(model, max_tree_depth=2), 3, 2, disable_progbar=True)
+    mcmc.run(x, y)
+    names, samples = sorted(starting_weights(network)), mcmc.get_samples()
+    expected = one_after_another(network, traced(model, network, samples, x), x, y)
+    assert_close(posterior_predictive(network, mcmc, x).log_prob(y), expected)
+    with pytest.raises(ValueError, match=r"return_sites=\[.*\]\) gives them, got those of a reparametrised model"):
+        posterior_predictive(network, samples, x)
+    predicted = Predictive(model, samples, return_sites=names)(x)  # as the error says
+    assert_close(posterior_predictive(network, predicted, x).log_prob(y), expected)
+    assert_close(posterior_predictive(network, {**samples, **predicted}, x).log_prob(y), expected)
+    pyro.clear_param_store()
+
+
+def test_a_weight_that_the_guide_of_a_reparametrised_model_lacks_is_not_made_up():
+    network, (x, y) = bayesianize(make()), data()
+    model = poutine.reparam(network.model, config=AutoReparam(centered=0.0))
+    guide = AutoNormal(poutine.block(model, hide=["head.linear.bias_decentered"]))
+    guide(x, y)
+    with pytest.raises(ValueError, match="guide: expected the sites"):
+        posterior_predictive(network, guide, x)
