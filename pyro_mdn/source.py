@@ -86,7 +86,15 @@ def _inputs(network: Any, x: Any) -> Tensor:
 
 
 def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any:
-    """Draws from a guide, so that the same weights predict everywhere; any other posterior as it is."""
+    """Draws from a guide, so that the same weights predict everywhere; any other posterior as it is.
+
+    Draws by site may come from ``Predictive``, with dimensions for plates and with observations, which are not draws of
+    a posterior. Sites of a larger model stay.
+    """
+    if isinstance(posterior, Mapping) and isinstance(network, MixtureDensityNetwork):
+        with evaluating(network):
+            weights = draw_weights(network, posterior, _inputs(network, x))
+        return {**{name: value for name, value in posterior.items() if name != "y"}, **weights}
     if posterior is None or isinstance(posterior, MCMC) or not callable(posterior):
         return posterior
     inputs = _inputs(network, x)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from cases import linear_regression
-from pyro.infer import MCMC, NUTS
+from pyro.infer import MCMC, NUTS, Predictive
 from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 from scipy import stats
 from torch import nn
@@ -94,6 +94,32 @@ def test_point_network():
     assert data.attrs["inference_method"] == "point estimate"
     assert data.attrs["y_shift"] == pytest.approx(network.head.shift.tolist())
     assert {"torch_version", "pyro_version", "arviz_version", "inference_library_version"} <= set(data.attrs)
+
+
+@pytest.mark.parametrize("returned", ["torch", "numpy"])
+def test_draws_that_predictive_gives_have_the_shapes_of_weights(returned):
+    network, x, y = make(1, latent=True)
+    guide = AutoNormal(network.model, init_scale=0.1)
+    guide(x, y)
+    names = ["head.linear.bias", "head.linear.weight", "y"]
+    drawn = Predictive(network.model, guide=guide, num_samples=9, return_sites=names)(x)
+    assert drawn["head.linear.bias"].ndim == 3
+    assert "y" in drawn
+    drawn = {name: value.detach() if returned == "torch" else value.detach().numpy() for name, value in drawn.items()}
+    data = to_inference_data(network, x=x, y=y, posterior={**drawn, "offset": torch.arange(9.0)}, predictions=x[:4])
+    posterior = data["posterior"]
+    assert "y" not in posterior
+    assert values(data, "posterior", "offset")[0].tolist() == [*range(9)]
+    for name in names[:2]:
+        shape = network.get_buffer(f"{name}_start").shape
+        assert posterior[name].shape == (1, 9, *shape)
+        assert_close(values(data, "posterior", name), torch.as_tensor(drawn[name]).reshape(1, 9, *shape))
+    expected = posterior_predictive(network, drawn, x)
+    assert_close(values(data, "log_likelihood", "y")[0], expected.log_prob(y))
+    assert_close(values(data, "posterior", "mean")[0], expected.mean)
+    assert_close(values(data, "posterior_predictive", "y").mean(), expected.mean.mean(), rtol=0.2, atol=0.2)
+    with pytest.raises(ValueError, match="posterior: expected the sites"):
+        to_inference_data(network, x=x, y=y, posterior={"head.linear.bias": drawn["head.linear.bias"]})
 
 
 def test_draws_of_the_weights_stay_draws():
