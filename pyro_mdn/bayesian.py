@@ -3,7 +3,7 @@ r"""Predictive mixtures given draws of the weights from a posterior of any kind.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,7 @@ from pyro_mdn.isolation import KeepFrozen, isolated, own_generators
 from pyro_mdn.latent import latent_names, site_name
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.passes import Cost, cost_of
-from pyro_mdn.vectorized import MixtureTensors, OwnParameters, over_draws
+from pyro_mdn.vectorized import MixtureTensors, OwnParameters, in_parts, in_passes, over_draws
 
 __all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]
 
@@ -68,7 +67,8 @@ def posterior_predictive(
             with a warning where they should be.
         chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB, which is measured
             on two rows, and where one draw takes more, parts of the rows one after another. A backbone that mixes rows
-            has all of them at once, and with gradients to ``x`` the results of all passes are kept.
+            has all of them at once, and with gradients to ``x`` the results of all passes are kept. Members of an
+            ensemble go at once where there are gradients to their weights: use ``torch.no_grad()`` otherwise.
 
     Raises:
         ValueError: If the posterior is not one of this network's, there are not as many draws, it has no median to
@@ -92,7 +92,7 @@ def posterior_predictive(
     if isinstance(posterior, DeepEnsemble):
         _require_samples(num_samples, posterior.size)
         with evaluating(posterior):
-            return posterior.members(x, _spread(posterior.size, num_samples))
+            return posterior.members(x, _spread(posterior.size, num_samples), chunk_size=chunk_size)
     with evaluating(network):
         x = network.inputs(x)
         draws = draw_weights(network, posterior, x, num_samples)
@@ -239,6 +239,13 @@ def _mixtures(
     center: Mapping[str, Tensor] | None = None,
 ) -> GaussianMixture:
     """Mixtures given weights, ``(S, *batch)``; with a center, by outputs that are linear in the weights around it."""
+    whole = chunk_size is not None or x.ndim == len(network.input_shape)
+
+    def passes(function: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if whole:
+            return over_draws(lambda weights: function(weights, x), draws, network, chunk_size=chunk_size)
+        return in_passes(function, draws, x, network)
+
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
         if center is None and not network.is_described_by_raw:
 
@@ -247,56 +254,16 @@ def _mixtures(
                     return network(rows)
 
             called = MixtureTensors(call)
-            return called.mixture(*_in_passes(network, called, draws, x, chunk_size))
+            return called.mixture(*passes(called))
         if center is not None:
-            raw = _in_passes(network, partial(_linear, network, center), draws, x, chunk_size)
+            raw = passes(partial(_linear, network, center))
         elif is_dense(network):
-            raw = _in_parts(partial(_dense, network), dense_cost(network, draws), draws, x, chunk_size)
+            dense, cost = partial(_dense, network), dense_cost(network, draws)
+            raw = dense(draws, x, chunk_size) if whole else in_parts(dense, cost, draws, x)
         else:
-            raw = _in_passes(network, partial(_raw, network), draws, x, chunk_size)
+            raw = passes(partial(_raw, network))
     logits, locs, noise = raw
     return network.head.mixture((logits, locs, noise), network.head.shift, network.head.scale)
-
-
-def _in_passes(
-    network: MixtureDensityNetwork,
-    function: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]],
-    draws: Mapping[str, Tensor],
-    x: Tensor,
-    chunk_size: int | None,
-) -> tuple[Tensor, ...]:
-    """Results ``(S, N, ...)`` of a function of weights and rows, in passes that are measured."""
-
-    def run(draws: Mapping[str, Tensor], x: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
-        return over_draws(lambda weights: function(weights, x), draws, network, chunk_size=chunk_size)
-
-    if chunk_size is not None or x.ndim == len(network.input_shape):
-        return run(draws, x, chunk_size)
-    first = {name: value[0] for name, value in draws.items()}
-    with own_generators(), torch.no_grad():
-        cost = cost_of(partial(function, first), x, len(next(iter(draws.values()))))
-    return _in_parts(run, cost, draws, x)
-
-
-def _in_parts(
-    run: Callable[[Mapping[str, Tensor], Tensor, int | None], tuple[Tensor, ...]],
-    cost: Cost,
-    draws: Mapping[str, Tensor],
-    x: Tensor,
-    chunk_size: int | None = None,
-) -> tuple[Tensor, ...]:
-    """Results ``(S, N, ...)``: so many draws at a time and, where not even one fits into a pass, parts of the rows."""
-    if chunk_size is not None or x.ndim == 1:
-        return run(draws, x, chunk_size)
-    parts = x.split(rows := cost.rows(len(x)))
-    results = [run(draws, part, cost.units(rows)) for part in parts]
-    return tuple(_joined(same, parts) for same in zip(*results, strict=True))
-
-
-def _joined(results: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """Results ``(S, N, ...)`` of parts of the rows together; or those of any, where they are the same for all rows."""
-    by_row = all(result.shape[1] == len(part) for result, part in zip(results, parts, strict=True))
-    return torch.cat([*results], 1) if by_row and len(results) > 1 else results[0]
 
 
 # Raw parameters of the mixtures, ``(*batch, ...)`` given weights, ``(S, *batch, ...)`` given draws

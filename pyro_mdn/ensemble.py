@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from pyro_mdn import serialization
 from pyro_mdn.arrays import as_tensor
 from pyro_mdn.checks import require_counts
-from pyro_mdn.dense import dense_raw, is_dense
+from pyro_mdn.dense import dense_cost, dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.initialization import draw_anew_
 from pyro_mdn.isolation import isolated, require_seed, seeded
@@ -24,7 +24,7 @@ from pyro_mdn.loadable import require_loadable
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.network import MixtureDensityNetwork, evaluating, shapes_outside_backbone, warn_if_unlike
 from pyro_mdn.prediction import Prediction, predicted_in_parts
-from pyro_mdn.vectorized import mixtures_over_draws, over_draws
+from pyro_mdn.vectorized import MixtureTensors, in_parts, in_passes, over_draws
 
 __all__ = ["DeepEnsemble"]
 
@@ -104,18 +104,21 @@ class DeepEnsemble(nn.Module):
         """Average of the members' densities over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``."""
         return self.members(x).pool(0)
 
-    def members(self, x: Any, which: Tensor | slice = slice(None)) -> GaussianMixture:
+    def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
         """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
 
         Args:
             x: Inputs.
             which: Positions of the members, by default all.
+            chunk_size: Members in one pass at most. By default all where there are gradients or in training mode, and
+                otherwise as many as keep intermediate results at about 16 MB, with parts of the rows one after another
+                where one member takes more.
         """
         x = self.stacked.inputs(x)
         tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
         if not self.stacked.is_described_by_raw:
-            return self._called(x, tensors, shared=True)
-        raw = self._raw(x, tensors, shared=True)
+            return self._called(x, tensors, shared=True, chunk_size=chunk_size)
+        raw = self._raw(x, tensors, shared=True, chunk_size=chunk_size)
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return self.stacked.head.mixture(raw, shift, scale)
 
@@ -187,29 +190,53 @@ class DeepEnsemble(nn.Module):
         for name, tensor in member.state_dict().items():
             tensors[name][i].copy_(tensor)
 
-    def _raw(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _raw(
+        self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw parameters ``(M, *batch, ...)`` of the mixtures, for inputs that members share or have each their own."""
         if is_dense(self.stacked):
-            return dense_raw(self.stacked, x.unsqueeze(0) if shared else x, tensors)
+
+            def dense(tensors: Any, x: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+                return dense_raw(self.stacked, x.unsqueeze(0) if shared else x, tensors, chunk_size=chunk_size)
+
+            if not (shared and chunk_size is None and self._in_passes(x, tensors)):
+                return dense(tensors, x, chunk_size)
+            logits, locs, noise = in_parts(dense, dense_cost(self.stacked, tensors), tensors, x)
+            return logits, locs, noise
         raw = _Raw(self.stacked)
 
-        def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            own = x if shared else draw.pop("x")
-            return functional_call(raw, {f"network.{name}": tensor for name, tensor in draw.items()}, (own,))
+        def call(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
+            return functional_call(raw, {f"network.{name}": tensor for name, tensor in tensors.items()}, (x,))
 
-        with isolated():
-            logits, locs, noise = over_draws(call, tensors if shared else {**tensors, "x": x}, self.stacked)
+        logits, locs, noise = self._of_each(call, x, tensors, shared, chunk_size)
         return logits, locs, noise
 
-    def _called(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool) -> GaussianMixture:
+    def _called(
+        self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None
+    ) -> GaussianMixture:
         """Mixtures that calls of the networks give, ``(M, *batch)``."""
+        called = MixtureTensors(lambda tensors, x: functional_call(self.stacked, tensors, (x,)))
+        return called.mixture(*self._of_each(called, x, tensors, shared, chunk_size))
 
-        def call(draw: dict[str, Tensor]) -> GaussianMixture:
-            own = x if shared else draw.pop("x")
-            return functional_call(self.stacked, draw, (own,))
-
+    def _of_each(
+        self, call: Callable[..., Any], x: Tensor, tensors: dict[str, Tensor], shared: bool, chunk_size: int | None
+    ) -> tuple[Tensor, ...]:
+        """Results ``(M, *batch, ...)`` of a function of a member's tensors and of inputs."""
         with isolated():
-            return mixtures_over_draws(call, tensors if shared else {**tensors, "x": x}, self.stacked)
+            if shared and chunk_size is None and self._in_passes(x, tensors):
+                return in_passes(call, tensors, x, self.stacked)
+
+            def member(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+                own = x if shared else draw.pop("x")
+                return call(draw, own)
+
+            return over_draws(member, tensors if shared else {**tensors, "x": x}, self.stacked, chunk_size=chunk_size)
+
+    def _in_passes(self, x: Tensor, tensors: dict[str, Tensor]) -> bool:
+        """Whether intermediate results are not needed any more, and rows go through each member by themselves."""
+        kept = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors.values()))
+        training = any(part.training for part in self.stacked.modules())  # batch norm, and the noise of dropout
+        return x.ndim > len(self.stacked.input_shape) and not (kept or training)
 
     def _unit(self, tensor: Tensor, batch_dim: int) -> Tensor:
         """Shape ``(M, D)`` for a batch ``(M, ...)`` of mixtures."""

@@ -2,8 +2,9 @@ r"""Many networks at once: functions of weights, mapped over a leading axis of d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import pyro
@@ -12,9 +13,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pyro_mdn.isolation import own_generators
 from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.passes import Cost, cost_of
 
-__all__ = ["MixtureTensors", "OwnParameters", "mixtures_over_draws", "over_draws"]
+__all__ = ["MixtureTensors", "OwnParameters", "in_parts", "in_passes", "over_draws"]
 
 
 def over_draws(
@@ -56,16 +59,53 @@ def over_draws(
             raise ValueError(f"{expected}, got {part}: {error}") from error
 
 
-def mixtures_over_draws(
-    function: Callable[[dict[str, Tensor]], GaussianMixture],
+def in_passes(
+    function: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]],
     draws: Mapping[str, Tensor],
+    x: Tensor,
     module: nn.Module,
-    *,
-    chunk_size: int | None = None,
-) -> GaussianMixture:
-    """Apply a function that gives a mixture likewise, ``batch_shape`` ``(S, *batch)``; see :func:`over_draws`."""
-    tensors = MixtureTensors(function)
-    return tensors.mixture(*over_draws(tensors, draws, module, chunk_size=chunk_size))
+) -> tuple[Tensor, ...]:
+    """Results ``(S, N, ...)`` of a function of named tensors and rows, in passes that are measured.
+
+    Args:
+        function: Takes tensors without the first axis, and rows; returns a tuple of tensors ``(N, ...)``.
+        draws: The tensors, ``(S, ...)`` each.
+        x: The rows, ``(N, ...)``.
+        module: What the function calls.
+    """
+
+    def run(draws: Mapping[str, Tensor], x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
+        return over_draws(lambda tensors: function(tensors, x), draws, module, chunk_size=chunk_size)
+
+    first = {name: value[0] for name, value in draws.items()}
+    with own_generators(), torch.no_grad():
+        cost = cost_of(partial(function, first), x, len(next(iter(draws.values()))))
+    return in_parts(run, cost, draws, x)
+
+
+def in_parts(
+    run: Callable[[Mapping[str, Tensor], Tensor, int], tuple[Tensor, ...]],
+    cost: Cost,
+    draws: Mapping[str, Tensor],
+    x: Tensor,
+) -> tuple[Tensor, ...]:
+    """Results ``(S, N, ...)``: so many draws at a time and, where not even one fits into a pass, parts of the rows.
+
+    Args:
+        run: Takes all draws, some rows, and how many draws go at once.
+        cost: What one draw takes.
+        draws: Named tensors, ``(S, ...)`` each.
+        x: The rows, ``(N, ...)``.
+    """
+    parts = x.split(rows := cost.rows(len(x)))
+    results = [run(draws, part, cost.units(rows)) for part in parts]
+    return tuple(_joined(same, parts) for same in zip(*results, strict=True))
+
+
+def _joined(results: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Results ``(S, N, ...)`` of parts of the rows together; or those of any, where they are the same for all rows."""
+    by_row = all(result.shape[1] == len(part) for result, part in zip(results, parts, strict=True))
+    return torch.cat([*results], 1) if by_row and len(results) > 1 else results[0]
 
 
 class MixtureTensors:

@@ -26,6 +26,7 @@ from pyro_mdn import (
     WeightedSum,
     bayesianize,
     fit,
+    posterior_predictive,
     scores,
 )
 from pyro_mdn.data import Rows
@@ -101,6 +102,59 @@ def test_members_predict_as_alone(kind):
     assert_close(ensemble.members(x, torch.tensor([2, 0])).log_prob(y), expected[[2, 0]])
     for i, network in enumerate(members):
         assert_close(ensemble.member(i)(x).log_prob(y), network(x).log_prob(y))
+
+
+class Centered(nn.Module):
+    """A backbone that mixes rows."""
+
+    def forward(self, x):
+        return torch.cat([x, x - x.mean(0), x[:, :2]], -1)
+
+
+@pytest.mark.parametrize("use", ["members", "some", "posterior_predictive", "predict"])
+@pytest.mark.parametrize("kind", [*KINDS, "rows together", "hooked"])
+def test_passes_without_gradients_change_no_result(kind, use, monkeypatch):
+    members = networks(3, kind if kind in KINDS else "convolutional", noise=Full(homoscedastic=True))
+    if kind == "rows together":
+        members = [MixtureDensityNetwork(3, 1, 4, 8, backbone=Centered()) for _ in range(3)]
+    ensemble, (x, y) = DeepEnsemble(members).double().eval(), data(50)
+    x, y, seen = x.double(), y.double(), []
+    if kind == "hooked":
+        ensemble.stacked.register_forward_hook(lambda _, inputs, mixture: mixture.temper(2.0))
+    given = {
+        "members": lambda **chunks: ensemble.members(x, **chunks),
+        "some": lambda **chunks: ensemble.members(x, torch.tensor([2, 0]), **chunks),
+        "posterior_predictive": lambda **chunks: posterior_predictive(ensemble.stacked, ensemble, x, **chunks),
+        "predict": lambda **_: ensemble.predict(x).mixture,
+    }[use]
+    expected = given().log_prob(y).detach()
+    assert_close(given(chunk_size=2).log_prob(y), expected)
+    for limit in (1.0, 4000.0, 2.0**30):
+        monkeypatch.setattr("pyro_mdn.passes.BYTES", limit)
+        with torch.no_grad():
+            assert_close(given().log_prob(y), expected)
+    if kind in ("convolutional", "hooked"):
+        monkeypatch.setattr("pyro_mdn.passes.BYTES", 4000.0)
+        ensemble.stacked.backbone[1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+        with torch.no_grad():
+            given()
+        assert max(seen) < 50
+        if use != "predict":
+            given()  # there are gradients
+            assert max(seen) == 50
+
+
+def test_members_in_training_mode_go_at_once(monkeypatch):
+    """Rows are normalised together, and dropout draws what it drew before."""
+    norm = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.Dropout(0.5))
+    ensemble = DeepEnsemble(MixtureDensityNetwork(3, 1, 4, 8, backbone=norm), 3)
+    (x, y), results = data(50), []
+    for limit in (1.0, 2.0**30):
+        monkeypatch.setattr("pyro_mdn.passes.BYTES", limit)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(ensemble.members(x).log_prob(y))
+    assert_close(*results, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("noise", NOISE, ids=repr)
