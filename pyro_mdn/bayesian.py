@@ -160,8 +160,10 @@ def _at_own_sites(
         wanted: Sites of the network.
         x: What to call the model with; weights do not depend on it.
     """
-    model, missing = getattr(owner, "model", None), {*wanted} - draws.keys()
-    if not missing or not callable(model):
+    missing = {*wanted} - draws.keys()
+    # A guide that was pickled has lost its model.
+    model = getattr(owner, "model", None) if missing and getattr(owner, "_model", owner) is not None else None
+    if not callable(model):
         return dict(draws)
     names: list[str] = []
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.checks import is_inherited, is_plain
 from pyro_mdn.head import MixtureHead
+from pyro_mdn.isolation import give_way
 from pyro_mdn.network import FirstLinear, MixtureDensityNetwork
 from pyro_mdn.passes import Cost
 
@@ -63,6 +64,8 @@ def dense_raw(
     whole = None if apart else weight.new_empty(size, weight.shape[1], inputs.shape[1])
     parts = []
     for start in range(0, size, step):
+        if step < size:  # in one pass it may be a step of training, or compiled
+            give_way()
         own = {name: _part(tensor, start, step) for name, tensor in tensors.items()}
         out = None if whole is None else whole[start : start + step]
         parts.append(_channels(network, _part(inputs, start, step), own, out))

@@ -16,7 +16,7 @@ from torch.distributions import Distribution, biject_to, constraints
 from pyro_mdn.checks import is_inherited
 from pyro_mdn.data import Rows, as_rows
 from pyro_mdn.guides import log_density_at
-from pyro_mdn.isolation import isolated, own_generators
+from pyro_mdn.isolation import give_way, isolated, own_generators
 from pyro_mdn.latent import latent_names, starting_weights
 from pyro_mdn.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.passes import cost_of
@@ -138,6 +138,7 @@ class LogJoint:
         (gradient,) = torch.autograd.grad(value, vector)
         total = value.item()
         for inputs, y in self.chunks(self.size):
+            give_way()
             value = self.log_likelihood(self.unflatten(vector), inputs, y)
             gradient = gradient + torch.autograd.grad(value, vector)[0]
             total += value.item()

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_mdn.checks import all_finite, shown
 from pyro_mdn.guides import LaplaceGuide
 from pyro_mdn.head import MixtureHead
+from pyro_mdn.isolation import give_way
 from pyro_mdn.joint import LogJoint, reciprocal_variance, rows_of, undisturbed
 from pyro_mdn.network import MixtureDensityNetwork
 from pyro_mdn.vectorized import over_draws
@@ -126,6 +127,7 @@ def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
     total = _prior_precision(joint, weights)
     floor = total.diagonal().min()
     for inputs, y in joint.chunks(joint.rows(lambda part: (_jacobian(joint, mode, part),))):
+        give_way()
         jacobian = _jacobian(joint, mode, inputs)
         with torch.no_grad():
             raw = _joined(joint.raw(weights, inputs))

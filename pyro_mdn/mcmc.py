@@ -2,6 +2,7 @@ r"""Markov chain Monte Carlo over latent weights: Pyro's NUTS, and what tells wh
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
@@ -21,6 +22,7 @@ from torch.distributions import Distribution
 
 from pyro_mdn.checks import require_counts, shown
 from pyro_mdn.data import Rows
+from pyro_mdn.isolation import give_way
 from pyro_mdn.joint import (
     LogJoint,
     UnusualModelError,
@@ -181,13 +183,18 @@ def fit_mcmc(
             found: dict[str, Any] = {}
             torch.manual_seed(int(np.random.SeedSequence([root, number]).generate_state(1, np.uint64)[0]) >> 1)
             kernel, start = target.kernel(max_tree_depth=max_tree_depth, target_accept_prob=target_accept_prob)
+
+            def hook(kernel: Any, _: Any, stage: str, __: int) -> None:
+                give_way()
+                found.update(kernel.diagnostics() if "Sample" in stage else {})
+
             mcmc = MCMC(
                 kernel,
                 num_samples,
                 int(warmup_steps),
                 initial_params=start,
                 disable_progbar=not progress,
-                hook_fn=lambda kernel, _, stage, __: found.update(kernel.diagnostics() if "Sample" in stage else {}),
+                hook_fn=hook,
             )
             mcmc.run(rows.x, rows.y)
             return target.samples(mcmc.get_samples()), found
@@ -229,6 +236,7 @@ class _Joint:
 
     def kernel(self, **settings: Any) -> tuple[NUTS, dict[str, Tensor] | None]:
         def potential(values: Mapping[str, Tensor]) -> Tensor:
+            give_way()
             return -self.joint(self.joint.unflatten(self._weights(values["z"])))
 
         return NUTS(potential_fn=potential, **settings), {"z": _JITTER * torch.randn_like(self.loc)}
@@ -297,7 +305,10 @@ def _marked(positions: list[int], size: int) -> Tensor:
 @torch.no_grad()
 def _log_joint(target: _Joint | _Model, samples: Mapping[str, Tensor]) -> Tensor:
     chains, draws = next(iter(samples.values())).shape[:2]
-    values = [target({n: v[i, j] for n, v in samples.items()}) for i in range(chains) for j in range(draws)]
+    values = []
+    for i, j in itertools.product(range(chains), range(draws)):
+        give_way()
+        values.append(target({name: value[i, j] for name, value in samples.items()}))
     return torch.stack(values).reshape(chains, draws)
 
 

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_mdn.isolation import own_generators
+from pyro_mdn.isolation import give_way, own_generators
 from pyro_mdn.mixture import GaussianMixture
 from pyro_mdn.passes import Cost, cost_of
 
@@ -73,13 +73,19 @@ def in_passes(
         x: The rows, ``(N, ...)``.
         module: What the function calls.
     """
+    size = len(next(iter(draws.values())))
 
     def run(draws: Mapping[str, Tensor], x: Tensor, chunk_size: int) -> tuple[Tensor, ...]:
-        return over_draws(lambda tensors: function(tensors, x), draws, module, chunk_size=chunk_size)
+        results = []
+        for start in range(0, size, chunk_size):
+            give_way()
+            some = {name: value[start : start + chunk_size] for name, value in draws.items()}
+            results.append(over_draws(lambda tensors: function(tensors, x), some, module))
+        return results[0] if len(results) == 1 else tuple(torch.cat(same) for same in zip(*results, strict=True))
 
     first = {name: value[0] for name, value in draws.items()}
     with own_generators(), torch.no_grad():
-        cost = cost_of(partial(function, first), x, len(next(iter(draws.values()))))
+        cost = cost_of(partial(function, first), x, size)
     return in_parts(run, cost, draws, x)
 
 

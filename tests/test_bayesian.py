@@ -1103,6 +1103,8 @@ def test_guides_of_reparametrised_models(kind, larger, make_guide):
     if make_guide is AutoDelta:
         linear = posterior_predictive(network, guide, x, 1, linearize=True)
         assert_close(linear.log_prob(y), one_after_another(network, median, x, y))
+    with pytest.raises(ValueError, match="guide: expected the sites"):
+        posterior_predictive(network, pickle.loads(pickle.dumps(guide)), x, 3)  # without its model
     pyro.clear_param_store()
 
 

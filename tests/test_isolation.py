@@ -17,7 +17,16 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch.distributions import Distribution
 from torch.testing import assert_close
 
-from pyro_mdn import MixtureDensityNetwork, bayesianize, fit, posterior_predictive
+from pyro_mdn import (
+    DeepEnsemble,
+    MixtureDensityNetwork,
+    bayesianize,
+    fit,
+    fit_mcmc,
+    laplace,
+    posterior_predictive,
+    starting_weights,
+)
 from pyro_mdn.isolation import give_way, isolated, own_store, released, seeded, unvalidated
 from pyro_mdn.loop import copied
 
@@ -75,12 +84,13 @@ def test_threads_take_turns():
 class Watched(torch.nn.Module):
     """Identity that tells each training step to a function."""
 
-    def __init__(self, tell):
+    def __init__(self, tell, always=False):
         super().__init__()
+        self.always = always
         self.tell = [tell]  # functions of lists are not compared
 
     def forward(self, x):
-        if self.training:
+        if self.training or self.always:
             self.tell[0]()
         return x
 
@@ -130,6 +140,69 @@ def test_others_have_their_turn_between_the_steps_of_a_training():
     torch.manual_seed(3)
     torch.rand(15)
     assert torch.equal(torch.rand(4), after)
+
+
+def alone_or_with_others(use, tell, before):
+    """What a long computation gives, as tensors; others begin once the call does."""
+    layers = torch.nn.Sequential(torch.nn.Linear(1, 8, dtype=torch.float64), Watched(tell, always=True))
+    torch.manual_seed(0)
+    layers[0].reset_parameters()
+    network = MixtureDensityNetwork(1, 1, 2, 8, backbone=layers, seed=0).double()
+    network.initialize_(x := LINE.double(), x**2)
+    if use == "ensemble":
+        ensemble = DeepEnsemble([network] * 3).eval()
+        before()
+        with torch.no_grad():
+            return ensemble.members(x).locs
+    positive = dist.LogNormal(torch.tensor(0.0).double(), 1.0)
+    priors = {"model": lambda _, value: positive.expand(value.shape).to_event(value.ndim)}
+    bayesianize(network, layers="backbone", prior=priors.get(use))
+    if use == "laplace":
+        before()
+        return laplace(network, x, x**2, max_iter=30, progress=False).scale_tril
+    if use in ("mcmc", "model"):
+        quick = {"num_samples": 4, "warmup_steps": 4, "num_chains": 2, "max_tree_depth": 3, "seed": 0}
+        before()
+        return dict(fit_mcmc(network, x[:30], x[:30] ** 2, progress=False, **quick).samples)
+    weights = starting_weights(network)
+    draws = {
+        name: value + torch.arange(4.0).double().reshape(-1, *(1,) * value.ndim) for name, value in weights.items()
+    }
+    before()
+    return posterior_predictive(network, draws, x).locs
+
+
+@pytest.mark.filterwarnings("ignore::pyro_mdn.ConvergenceWarning")
+@pytest.mark.parametrize("use", ["laplace", "mcmc", "model", "draws", "ensemble"])
+def test_others_have_their_turn_during_long_computations(use, monkeypatch):
+    """As during a training: they find the process as the caller left it, and the results are the same."""
+    monkeypatch.setattr("pyro_mdn.passes.BYTES", 5000.0)
+    alone = alone_or_with_others(use, lambda: None, lambda: None)
+    ready, started, done, seen, turns = threading.Event(), threading.Event(), threading.Event(), [], []
+
+    def step():
+        if ready.is_set():
+            seen.append(done.is_set())
+            if len(seen) == 8:  # within the longest part
+                started.set()
+            time.sleep(0.002)
+
+    def other():
+        started.wait(10)
+        for _ in range(3):
+            with own_store():
+                turns.append((Distribution._validate_args, am_i_wrapped(), [*pyro.get_param_store()]))
+                torch.rand(5)
+        done.set()
+
+    pyro.param("mine", torch.ones(2))
+    validates, thread = Distribution._validate_args, threading.Thread(target=other)
+    thread.start()
+    together = alone_or_with_others(use, step, ready.set)
+    thread.join(10)
+    assert seen[-1], "the other thread had to wait for the end"
+    assert turns == [(validates, False, [])] * 3
+    assert_close(together, alone, rtol=0, atol=0)
 
 
 def test_trainings_in_threads_alternate():
