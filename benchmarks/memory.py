@@ -1,4 +1,6 @@
-"""How much memory do a log-density with its gradients and a training step take at most? Each in a process of its own.
+"""How much memory do a log-density with its gradients, a training step and a prediction by many draws take at most?
+
+Each in a process of its own.
 
 On a CPU it is what the process held at most beyond what it held with all inputs in place; on a GPU, what torch had
 allocated at most.
@@ -15,11 +17,13 @@ import torch
 from timing import DEVICE, GPU, machine, write
 from torch import nn
 
-from pyro_mdn import Full, MixtureDensityNetwork
+from pyro_mdn import Full, MixtureDensityNetwork, bayesianize, posterior_predictive, starting_weights
 
 CASES = [("full", 2048, 10, 8), ("full", 1024, 10, 16), ("diagonal", 65536, 5, 1), ("low rank", 1024, 5, 32)]
 STEP = (2048, 10, 8)
 WIDTH = 64
+DRAWS = (100, 100)  # images and draws
+SIDE = 28
 
 
 def density(who, case):
@@ -57,6 +61,21 @@ def step(who, case):
         optimizer.step()
 
     return run
+
+
+def predictive(_, case):
+    """Mixtures for images by draws of all weights of a small convolutional network."""
+    images, draws = case
+    convolutions = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1), nn.GELU(), nn.Flatten())
+    backbone = nn.Sequential(convolutions, nn.Linear(16 * SIDE**2, 4))
+    network = MixtureDensityNetwork((1, SIDE, SIDE), 1, 2, 4, backbone=backbone)
+    weights = starting_weights(bayesianize(network).to(DEVICE))
+    weights = {
+        name: value.expand(draws, *value.shape) * torch.randn(draws, *[1] * value.ndim, device=DEVICE)
+        for name, value in weights.items()
+    }
+    x = torch.randn(images, 1, SIDE, SIDE, device=DEVICE)
+    return lambda: posterior_predictive(network, weights, x)
 
 
 def peak(pipe, build, who, small, case):
@@ -103,7 +122,13 @@ def measure(*, smoke):
         rows.append({"what": f"log-density, {case[0]} {case[1:]}", "MiB": mib})
     small = (4, 2, 8)
     mib = {who: measured(step, who, small, small if smoke else STEP, tries) for who in ("ours", "torch")}
-    return [*rows, {"what": f"training step, full {STEP}", "MiB": mib}]
+    rows.append({"what": f"training step, full {STEP}", "MiB": mib})
+    return [*rows, prediction(tries, smoke=smoke)]
+
+
+def prediction(tries, *, smoke):
+    mib = {"ours": measured(predictive, "ours", (2, 2), (2, 2) if smoke else DRAWS, tries)}
+    return {"what": f"posterior_predictive, CNN, {DRAWS[0]} images, {DRAWS[1]} draws", "MiB": mib}
 
 
 def table(rows):
@@ -112,8 +137,9 @@ def table(rows):
     for row in rows:
         mib = row["MiB"]
         own = f"{mib['GaussianMixture']:.1f}" if "GaussianMixture" in mib else ""
-        share = f"{mib['ours'] / mib['torch']:.2f}" if mib["torch"] else ""
-        lines.append(f"| {row['what']} | {mib['ours']:.1f} | {own} | {mib['torch']:.1f} | {share} |")
+        share = f"{mib['ours'] / mib['torch']:.2f}" if mib.get("torch") else ""
+        torchs = f"{mib['torch']:.1f}" if "torch" in mib else ""
+        lines.append(f"| {row['what']} | {mib['ours']:.1f} | {own} | {torchs} | {share} |")
     return "\n".join(lines)
 
 
