@@ -169,7 +169,7 @@ def _at_own_sites(
 
     def compute(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         with KeepFrozen(), OwnParameters(), _WithoutStart():
-            sites = poutine.trace(poutine.condition(model, data=given)).get_trace(x).nodes
+            sites: dict[str, Any] = dict(poutine.trace(poutine.condition(model, data=given)).get_trace(x).nodes)
         # What is drawn is not observed: the posterior says nothing of it.
         names[:] = (name for name in sorted(missing) if name in sites and sites[name]["is_observed"])
         return tuple(sites[name]["value"] for name in names)

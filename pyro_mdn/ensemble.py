@@ -341,8 +341,8 @@ def _copied(network: M) -> M:
         # would take the weights of all.
         if parametrize.is_parametrized(part) and kind.__module__ == parametrize.__name__:
             members = {name: member for name, member in vars(kind).items() if name not in _OF_CLASSES}
-            own: Any = type(kind.__name__, kind.__bases__, members)
-            part.__class__ = own
+            alike: Any = type(kind.__name__, kind.__bases__, members)
+            part.__class__ = alike
     return copied
 
 
