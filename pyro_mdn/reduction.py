@@ -14,24 +14,44 @@ _ELEMENTS = 2**20
 
 
 class _Parts(NamedTuple):
-    """Components ``(K, N)`` and what is derived from them, changed in place; rows are the last dimension."""
+    """Components ``(K, N)`` and what is derived from them, in one table that is changed in place, ``(C, K, N)``."""
 
-    weights: Tensor
-    locs: Tensor  # (D, K, N)
-    columns: Tensor  # of the lower triangles of covariances, one after another, (D * (D + 1) / 2, K, N)
-    log_det: Tensor
-    place: Tensor  # in the order of the components that were given
+    table: Tensor
+    dim: int
 
-    def at(self, index: Tensor, rows: Tensor) -> _Parts:
-        """Component ``index[n]`` of each row n, ``(N,)``."""
-        return _Parts(*(t[..., index, rows] for t in self))
+    @property
+    def weights(self) -> Tensor:
+        return self.table[0]
+
+    @property
+    def log_det(self) -> Tensor:
+        return self.table[1]
+
+    @property
+    def place(self) -> Tensor:
+        """Position in the order of the components that were given."""
+        return self.table[2]
+
+    @property
+    def locs(self) -> Tensor:
+        """Means, ``(D, K, N)``."""
+        return self.table[3 : 3 + self.dim]
+
+    @property
+    def columns(self) -> Tensor:
+        """Columns of the lower triangles of covariances, one after another, ``(D * (D + 1) / 2, K, N)``."""
+        return self.table[3 + self.dim :]
+
+    def at(self, index: Tensor) -> _Parts:
+        """Component ``index[n]`` of each row n, ``(1, N)``."""
+        return _Parts(self.table.gather(1, index.expand(len(self.table), 1, -1)), self.dim)
 
     def span(self, start: int, stop: int) -> _Parts:
-        return _Parts(*(t[..., start:stop, :] for t in self))
+        return _Parts(self.table[:, start:stop], self.dim)
 
-    def put(self, index: Tensor, rows: Tensor, values: _Parts) -> None:
-        for tensor, value in zip(self, values, strict=True):
-            tensor[..., index, rows] = value
+    def put(self, index: Tensor, values: _Parts) -> None:
+        # A copy, since values may be those of a span of this table.
+        self.table.scatter_(1, index.expand(len(self.table), 1, -1), values.table.clone())
 
 
 def merge_components(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,10 +85,8 @@ def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> 
     Those that are left come first: the last one moves to where one was merged into another.
     """
     n, k = weights.shape
-    rows, place = torch.arange(n, device=weights.device), torch.arange(k, device=weights.device)
-    column, row = torch.triu_indices(*matrices.shape[-2:], device=matrices.device)
-    stored = weights.mT.clone(), locs.permute(2, 1, 0).clone(), matrices[..., row, column].permute(2, 1, 0).contiguous()
-    parts = _Parts(*stored, _eliminate(stored[2], locs.shape[-1])[0], place.unsqueeze(-1).expand(k, n).clone())
+    rows = torch.arange(n, device=weights.device)
+    parts = _as_parts(weights, locs, matrices)
     cost = _all_costs(parts)
     best, partner = cost.min(-1)
     for left in range(k - 1, count - 1, -1):
@@ -76,29 +94,57 @@ def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> 
         j = partner[i, rows]
         i, j = torch.minimum(i, j), torch.maximum(i, j)  # either may be the first of the two
         stale = (partner == i) | (partner == j)
-        parts.put(i, rows, _merge_pair(parts.at(i, rows), parts.at(j, rows)))
-        parts.put(j, rows, parts.at(torch.full_like(j, left), rows))
+        merged = _merge_pair(parts.at(i), parts.at(j))
+        parts.put(j, parts.span(left, left + 1))
         partner = torch.where(partner == left, j, partner)
         for tensor in (best, partner, stale):
             tensor[j, rows] = tensor[left].clone()
         cost[j, rows] = cost[left].clone()
-        cost[:, rows, j] = cost[:, :, left].clone()
+        _put_column(cost, j, cost[:, :, left].clone())
         now = cost[:left, :, :left]
-        new = _cost_of_merging(parts.span(0, left), parts.at(i, rows))
+        parts.put(i, merged)
+        pairs = _Pairs.of(merged, parts.span(0, left))
+        # Among the pairs is the new component with itself, whose matrix is its own.
+        merged.log_det.copy_(pairs.log_det.gather(0, i.unsqueeze(0)))
+        parts.put(i, merged)
+        new = pairs.cost(merged, parts.span(0, left))
         new[i, rows] = torch.inf
-        now[i, rows], now[:, rows, i] = new.T, new
+        now[i, rows] = new.T
+        _put_column(now, i, new)
         best, partner, stale = best[:left], partner[:left], stale[:left]
         closer = new < best
         best, partner, stale = torch.where(closer, new, best), torch.where(closer, i, partner), stale & ~closer
         stale[i, rows] = True
         where = stale.nonzero(as_tuple=True)
         best[where], partner[where] = now[where].min(-1)
-    kept = parts.span(0, count)
-    order = kept.place.argsort(0)
-    weights, locs, columns = (t.gather(-2, order.expand(t.shape)).transpose(0, -1) for t in kept[:3])
-    matrices = matrices.new_empty(*locs.shape, locs.shape[-1])
-    matrices[..., row, column] = matrices[..., column, row] = columns
-    return weights, locs, matrices
+    return _as_tensors(parts.span(0, count))
+
+
+def _put_column(cost: Tensor, index: Tensor, values: Tensor) -> None:
+    """Set the costs ``(K, N)`` of merging component ``index[n]`` of each row n, in quick terms."""
+    cost.scatter_(-1, index[:, None].expand(*values.shape, 1), values.unsqueeze(-1))
+
+
+def _as_parts(weights: Tensor, locs: Tensor, matrices: Tensor) -> _Parts:
+    n, k, dim = locs.shape
+    column, row = torch.triu_indices(dim, dim, device=matrices.device)
+    place = torch.arange(k, device=weights.device).to(weights).expand(n, k)
+    single = torch.stack([weights, torch.zeros_like(weights), place], -1)
+    table = torch.cat([single, locs, matrices[..., row, column]], -1).permute(2, 1, 0).contiguous()
+    parts = _Parts(table, dim)
+    parts.log_det.copy_(_eliminate(parts.columns.clone(), torch.zeros_like(parts.locs))[0])
+    return parts
+
+
+def _as_tensors(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, means and covariance matrices, with the rows first, in the order of the components that were given."""
+    order = parts.place.argsort(0)
+    kept = parts.table.gather(1, order.expand_as(parts.table)).permute(2, 1, 0)
+    parts = _Parts(kept.movedim(-1, 0), parts.dim)
+    column, row = torch.triu_indices(parts.dim, parts.dim, device=kept.device)
+    matrices = kept.new_empty(*kept.shape[:2], parts.dim, parts.dim)
+    matrices[..., row, column] = matrices[..., column, row] = parts.columns.movedim(0, -1)
+    return parts.weights, parts.locs.movedim(0, -1), matrices
 
 
 def _merge_pair(one: _Parts, other: _Parts) -> _Parts:
@@ -106,9 +152,8 @@ def _merge_pair(one: _Parts, other: _Parts) -> _Parts:
     share, inner, apart = _blend(one, other)
     squares = torch.cat([apart[i:] * apart[i] for i in range(len(apart))])
     columns = torch.addcmul(inner, share * (1 - share), squares)
-    log_det, _ = _eliminate(columns, len(apart))
-    place = torch.minimum(one.place, other.place)
-    return _Parts(one.weights + other.weights, one.locs + share * apart, columns, log_det, place)
+    single = torch.stack([one.weights + other.weights, one.log_det, torch.minimum(one.place, other.place)])
+    return _Parts(torch.cat([single, one.locs + share * apart, columns]), one.dim)
 
 
 def _blend(one: _Parts, other: _Parts) -> tuple[Tensor, Tensor, Tensor]:
@@ -118,44 +163,47 @@ def _blend(one: _Parts, other: _Parts) -> tuple[Tensor, Tensor, Tensor]:
     return share, torch.lerp(one.columns, other.columns, share), other.locs - one.locs
 
 
+class _Pairs(NamedTuple):
+    """Weights, and log-determinants of covariances, of pairs of components together."""
+
+    weights: Tensor
+    log_det: Tensor
+
+    @classmethod
+    def of(cls, one: _Parts, other: _Parts) -> _Pairs:
+        share, inner, apart = _blend(one, other)
+        log_det, squared = _eliminate(inner, apart)
+        # The determinant lemma, since the matrix itself may be singular in floating point.
+        return cls(one.weights + other.weights, log_det + (share * (1 - share) * squared).log1p())
+
+    def cost(self, one: _Parts, other: _Parts) -> Tensor:
+        return 0.5 * (self.weights * self.log_det - one.weights * one.log_det - other.weights * other.log_det)
+
+
 def _all_costs(parts: _Parts) -> Tensor:
     """Cost of merging each pair, ``(K, N, K)``; infinite with itself."""
     k, n = parts.weights.shape
-    cost = parts.weights.new_full((k, n, k), torch.inf)
-    for i in range(k - 1):
-        new = _cost_of_merging(parts.span(i + 1, k), parts.span(i, i + 1))
-        cost[i, :, i + 1 :], cost[i + 1 :, :, i] = new.T, new
+    cost = parts.table.new_full((k, n, k), torch.inf)
+    around = _Parts(torch.cat([parts.table, parts.table], 1), parts.dim)
+    first = torch.arange(k, device=cost.device)
+    for step in range(1, k // 2 + 1):  # so that each operation is on many pairs
+        second, other = (first + step) % k, around.span(step, step + k)
+        cost[first, :, second] = cost[second, :, first] = _Pairs.of(parts, other).cost(parts, other)
     return cost
 
 
-def _cost_of_merging(parts: _Parts, one: _Parts) -> Tensor:
-    """Cost of merging one component of each row with each of these, ``(K, N)``."""
-    one = one if one.weights.ndim == 2 else _Parts(*(t.unsqueeze(-2) for t in one))
-    share, inner, apart = _blend(one, parts)
-    log_det, squared = _eliminate(inner, len(apart), apart)
-    # The determinant lemma, since the matrix itself may be singular in floating point.
-    merged = log_det + (share * (1 - share) * squared).log1p()
-    weights = one.weights + parts.weights
-    return 0.5 * (weights * merged - one.weights * one.log_det - parts.weights * parts.log_det)
-
-
-def _eliminate(columns: Tensor, dim: int, vector: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _eliminate(columns: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     r"""Log-determinant, and :math:`v^\top \Sigma^{-1} v`, of matrices given by columns of their lower triangles.
 
-    A pivot that rounding has left below its share of the diagonal, where a Cholesky decomposition would fail, is
-    as large as that rounding.
+    Both arguments are overwritten. A pivot that rounding has left below its share of the diagonal, where a Cholesky
+    decomposition would fail, is as large as that rounding.
     """
-    rest, eps = [c.clone() for c in columns.split([*range(dim, 0, -1)])], torch.finfo(columns.dtype).eps
-    right = torch.zeros_like(columns[:dim]) if vector is None else vector.clone()
-    least = [eps * column[0] for column in rest]
-    log_det = squared = torch.zeros_like(columns[0])
+    rest, pivots = columns.split([*range(len(vector), 0, -1)]), torch.empty_like(vector)
+    least = torch.finfo(columns.dtype).eps * torch.stack([column[0] for column in rest])
     for j, column in enumerate(rest):
-        pivot = torch.maximum(column[0], least[j])
-        log_det = log_det + pivot.log()
+        pivot = torch.maximum(column[0], least[j], out=pivots[j])
         below = column[1:] / pivot
         for i, other in enumerate(rest[j + 1 :]):
             other.addcmul_(below[i:], column[i + 1], value=-1)
-        if vector is not None:
-            squared = squared + right[j].square() / pivot
-            right[j + 1 :].addcmul_(below, right[j], value=-1)
-    return log_det, squared
+        vector[j + 1 :].addcmul_(below, vector[j], value=-1)
+    return pivots.log().sum(0), (vector.square() / pivots).sum(0)

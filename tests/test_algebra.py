@@ -169,9 +169,10 @@ def test_reduction_keeps_mean_and_covariance(noise, count):
     assert_close(reduced.covariance_matrix, mixture.covariance_matrix)
 
 
-def test_reduction_follows_the_greedy_algorithm():
+@pytest.mark.parametrize(("dim", "n_components"), [(1, 9), (2, 8), (5, 7)])
+def test_reduction_follows_the_greedy_algorithm(dim, n_components):
     """Against the plain algorithm: all pairs, every time."""
-    mixture = make_mixture(Full(), (), dim=2, n_components=8)
+    mixture = make_mixture(Full(), (), dim=dim, n_components=n_components)
     parts = list(zip(mixture.logits.exp(), mixture.locs, mixture.covariance.matrix(), strict=True))
 
     def merged(a, b):
