@@ -49,8 +49,9 @@ def learn(score, seed, rounds, n_rows=2000, step=20, **settings):
 
 def draw(labels, curves, path):
     axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    for name, nll in curves.items():
-        axis.errorbar(labels, nll.mean(0), nll.std(0, ddof=1) / len(nll) ** 0.5, capsize=2, marker=".", label=name)
+    looks = [{"ls": ":", "marker": "s", "mfc": "white"}, {"ls": "--", "marker": "^"}, {"ls": "-", "marker": "o"}]
+    for (name, nll), look in zip(curves.items(), looks, strict=True):
+        axis.errorbar(labels, nll.mean(0), nll.std(0, ddof=1) / len(nll) ** 0.5, capsize=2, label=name, **look)
     axis.set(xlabel="labels", ylabel="held-out NLL (nats)", title="Which rows to label next")
     axis.legend(frameon=False, title="chosen by")
     figure.savefig(path, dpi=150)
