@@ -39,15 +39,16 @@ def exact_nll(x, y, points=4001):
     return (evidence.log() - log_likelihood(x, y).squeeze(-1)).mean().item()
 
 
-def draw(network, observed, path):
+def draw(network, x, y, path):
     """Observed pairs beside as many sampled ones, the density that they come from, and its regions."""
-    x, y = (values.float() for values in observed)
     figure, axes = plt.subplots(2, 2, figsize=(9, 8), sharex=True, sharey=True, layout="constrained")
     plots.plot_observed_vs_sampled(x, y, network.sample(x), ax=axes[0])
     grid = torch.linspace(-8, 8, 300).unsqueeze(-1)
     plots.plot_conditional_density(network(grid), grid, ax=axes[1, 0])
-    plots.plot_predictive_intervals(network(grid), grid, kind="highest density", ax=axes[1, 1])
-    path.parent.mkdir(parents=True, exist_ok=True)
+    regions = plots.plot_predictive_intervals(network(grid), grid, kind="highest density", ax=axes[1, 1])
+    regions.get_legend().remove()  # it would lie on a branch
+    handles = regions.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower right", ncols=3, title="regions of highest density")
     figure.savefig(path, dpi=120)
 
 
@@ -56,7 +57,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
-    args = parser.parse_args()
+    (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     settings, seeds = ({"max_epochs": 3}, 1) if args.smoke else ({}, args.seeds)
     held_out = simulate(10_000, torch.Generator().manual_seed(10_000))
     nll = []
@@ -68,7 +69,7 @@ def main():
         network = MixtureDensityNetwork(dim_in=1, dim_out=1, n_components=8)
         fit(network, x, y, validation=0.3, refit=True, seed=seed, progress=False, **settings)
         nll.append(network.loss(*held_out).mean().item())
-    draw(network, (x, y), args.out / "inverse_sine.png")
+    draw(network, x.float(), y.float(), args.out / "inverse_sine.png")
     print(f"held-out NLL (nats)\n{'exact':<10}{exact_nll(*held_out):8.3f}")
     for seed, value in enumerate(nll):
         print(f"{f'seed {seed}':<10}{value:8.3f}")

@@ -121,7 +121,7 @@ def _plot_joint_density(
     if observed is not None:
         _scatter(ax, observed[:, pair[0]], observed[:, pair[1]])
     ax.set(xlabel=names[pair[0]], ylabel=names[pair[1]])
-    ax.legend(title="highest density")
+    _legend_above(ax, title="highest density")
     return ax
 
 
@@ -162,7 +162,7 @@ def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Ax
         _shade(ax, x, shown - scale, shown + scale, weight, color)
     _number(ax, x, means, weights)
     ax.set(xlabel=label, ylabel=f"{names[output]}: mean ± std of components")
-    ax.legend(fontsize="small", title="component")
+    _legend_above(ax, fontsize="small", title="component")
     return ax
 
 
@@ -245,7 +245,7 @@ def plot_predictive_intervals(
     if observed is not None:
         _scatter(ax, x, observed[order, output])
     ax.set(xlabel=label, ylabel=names[output])
-    ax.legend(title=kind)
+    _legend_above(ax, title=kind)
     return ax
 
 
@@ -495,6 +495,19 @@ def _scatter(ax: Axes, x: Any, y: Any) -> None:
     area = ax.get_window_extent().width * ax.get_window_extent().height * (72 / ax.figure.dpi) ** 2
     size = min(max(0.01 * area / max(len(x), 1), 2.0), 10.0)
     ax.scatter(x, y, s=size, color="black", edgecolor="white", linewidth=0.04 * size)
+
+
+def _legend_above(ax: Axes, **settings: Any) -> None:
+    """Put the legend above what it explains: of areas, matplotlib does not know whether they leave room for it."""
+    first, box = ax.get_legend() is None, ax.get_window_extent()
+    legend = ax.legend(loc="upper right", ncols=2, **settings)
+    if legend.get_window_extent().width > box.width:
+        legend = ax.legend(loc="upper right", **settings)
+    if first:  # Data limits, not the limits of the axis: autoscaling goes on, and what is drawn later stays in sight.
+        share = min(1.1 * legend.get_window_extent().height / box.height, 0.5)
+        low, high = ax.dataLim.intervaly
+        ax.update_datalim([(0.0, low + (high - low) / (1 - share))], updatex=False)
+        ax.autoscale_view(scalex=False)
 
 
 def _axes(ax: Axes | None) -> Axes:

@@ -161,6 +161,25 @@ def test_components_without_weight_are_not_drawn():
     assert ax.get_ylim()[1] < 10
 
 
+@pytest.mark.parametrize("kind", ["components", "central", "highest density", "joint"])
+def test_legends_hide_nothing(kind):
+    x, mixture, _ = along(dim=2, scale=1.0)
+    _, axes = plt.subplots(2, 2)
+    for ax in axes.flat[: 1 + 3 * (kind == "central")]:
+        if kind == "joint":
+            plots.plot_conditional_density(mixture[0], ax=ax)
+        elif kind == "components":
+            plots.plot_components(mixture, x, ax=ax)
+        else:
+            plots.plot_predictive_intervals(mixture, x, kind=kind, ax=ax)
+        parts = [path.vertices for area in ax.collections for path in area.get_paths() if len(path.vertices)]
+        box = ax.get_legend().get_window_extent()
+        assert box.y0 > ax.transData.transform(np.concatenate(parts))[:, 1].max()
+        assert box.x0 >= ax.get_window_extent().x0
+        ax.scatter(0, 50)  # what is drawn later is in sight
+        assert ax.get_ylim()[1] > 50
+
+
 @pytest.mark.parametrize("kind", ["central", "shortest"])
 def test_intervals(kind):
     x, mixture, y = along()
