@@ -1,9 +1,10 @@
 r"""Temporarily change process-wide state, and restore it afterwards.
 
 That is Pyro's parameter store and handlers, the validation of distributions, and the random generators of torch. A lock
-lets one thread at a time change this state; others wait. What takes long, such as a training, calls :func:`give_way`
-between its steps: if another thread waits, the state of the process is put back, the other thread has its turn, and
-then the work goes on with the state that it had. If no thread waits, that costs a look at a set.
+lets one thread at a time change this state; others wait. Code that keeps the process for long, such as the loop of a
+training, must call :func:`give_way` between its steps: if another thread waits, the state of the process is put back,
+the other thread has its turn, and then the work goes on with the state that it had. If no thread waits, that costs a
+look at a set.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _TURN = threading.Condition(_PROCESS)  # notified by each thread that is done wi
 _PATIENCE = 0.01  # seconds that a thread which gives way waits for another to take its turn
 _waiting: set[object] = set()  # a ticket for each thread that waits for the process
 _holder = [0]  # the thread that has the process
-_active: list[_Own] = []  # what that thread has changed, in order
+_active: list[_Own] = []  # what that thread has changed, in order; empty while it gives way
 
 
 # Taking turns
@@ -91,7 +92,7 @@ def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) 
 def give_way() -> None:
     """Let other threads that wait for the process have it for a turn, as it was before this thread changed it."""
     if _waiting and _is_mine():
-        with _put_back():
+        with _put_back(), _ticket():  # a thread that has its turn may itself give way, back to this one
             _TURN.wait(_PATIENCE)
 
 
@@ -106,8 +107,9 @@ def released() -> Iterator[None]:
         try:
             yield
         finally:
-            for _ in range(depth):
-                _PROCESS.acquire()
+            with _ticket():  # not before: who gives way to a thread that does not wait loses that time
+                for _ in range(depth):
+                    _PROCESS.acquire()
 
 
 def _is_mine() -> bool:
@@ -117,21 +119,30 @@ def _is_mine() -> bool:
 
 @contextmanager
 def _put_back() -> Iterator[None]:
-    """Have the state of the others in place inside, with a ticket to go on."""
-    mine, ticket = _active[:], object()
+    """Have the state of the others in place inside, and afterwards again what this thread has changed."""
+    mine = _active[:]
     _active.clear()
     for own in reversed(mine):
         own.swap()
-    _waiting.add(ticket)
     _TURN.notify_all()
     try:
         yield
     finally:
-        _waiting.discard(ticket)
         _holder[0] = threading.get_ident()
         for own in mine:
             own.swap()
         _active.extend(mine)
+
+
+@contextmanager
+def _ticket() -> Iterator[None]:
+    """Count as a thread that waits for the process inside."""
+    ticket = object()
+    _waiting.add(ticket)
+    try:
+        yield
+    finally:
+        _waiting.discard(ticket)
 
 
 def _let_go() -> int:

@@ -27,6 +27,7 @@ from pyro_mdn import (
     posterior_predictive,
     starting_weights,
 )
+from pyro_mdn import MixtureDensityNetwork, bayesianize, fit, isolation, posterior_predictive
 from pyro_mdn.isolation import give_way, isolated, own_store, released, seeded, unvalidated
 from pyro_mdn.loop import copied
 
@@ -253,6 +254,31 @@ def test_callbacks_have_the_process_as_the_caller_left_it():
     torch.manual_seed(5)
     assert torch.equal(torch.stack([*draws, after]), torch.stack([torch.rand(3) for _ in range(4)]))
     assert_close(trained.state_dict(), alone.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_trainings_do_not_wait_for_a_callback(in_thread, monkeypatch):
+    """While a callback runs, its training has no use for the process: one that trains meanwhile waits for nobody."""
+    wait, waits = isolation._TURN.wait, []
+
+    def counted(timeout):
+        waits.append(inside.is_set())
+        return wait(timeout)
+
+    def train():
+        fit(MixtureDensityNetwork(1, 1, 2, 8, seed=1), LINE, LINE**2, **{**STEPS, "batch_size": 10})
+
+    def callback(result):
+        thread = threading.Thread(target=train)
+        inside.set()
+        for run in [thread.start, thread.join] if in_thread else [train]:
+            run()
+        inside.clear()
+
+    inside = threading.Event()
+    monkeypatch.setattr(isolation._TURN, "wait", counted)
+    fit(MixtureDensityNetwork(1, 1, 2, 8, seed=0), LINE, LINE**2, callbacks=[callback], **{**STEPS, "batch_size": 30})
+    assert sum(waits) == 0
 
 
 def test_the_process_is_whole_again_after_errors():
