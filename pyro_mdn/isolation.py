@@ -9,6 +9,7 @@ look at a set.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -154,6 +155,28 @@ def _let_go() -> int:
         except RuntimeError:  # it is not this thread's any more
             return depth
         depth += 1
+
+
+def _begin_anew() -> None:
+    """Have nobody wait in a process that was forked, nor have it, unless the thread that forked has it.
+
+    Other threads are not there any more. What one of them had changed is put back, but for the generators: it may have
+    held their lock, which then nothing gets any more.
+    """
+    global _PROCESS, _TURN
+    _waiting.clear()
+    if _active and not _is_mine():
+        for own in reversed(_active):
+            if own.put is not _put_generators:
+                own.put(own.kept)
+        _active.clear()
+    if not _active:
+        _PROCESS = threading.RLock()
+    _TURN = threading.Condition(_PROCESS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 # Pieces of state

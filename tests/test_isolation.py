@@ -3,8 +3,11 @@
 import contextlib
 import functools
 import itertools
+import os
+import signal
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pyro
@@ -304,6 +307,66 @@ def test_the_process_is_whole_again_after_errors():
     give_way()  # nothing to give: nothing happens
     with released():
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def succeeds_in_a_fork(function):
+    """Whether a function returns True in a process that was forked, within ten seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what is tested
+        child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        os._exit(0 if function() else 1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_beside_a_training_has_the_process():
+    """The thread that trained is not there; what it had changed is as it was, and no lock is left of it."""
+    latent = bayesianize(MixtureDensityNetwork(1, 1, 2, 8), layers="head")
+    pyro.param("mine", torch.ones(2))
+    state, entered, leave = (Distribution._validate_args, ["mine"]), threading.Event(), threading.Event()
+
+    def train():
+        with isolated(), seeded(1):
+            entered.set()
+            leave.wait(20)
+
+    def usable():
+        found = Distribution._validate_args, [*pyro.get_param_store()]
+        other = threading.Thread(target=lambda: seen.append(repr(latent)))
+        other.start()
+        other.join()
+        return found == state and repr(latent) == seen[0]
+
+    seen, thread = [], threading.Thread(target=train)
+    thread.start()
+    entered.wait(10)
+    try:
+        assert succeeds_in_a_fork(usable)
+    finally:
+        leave.set()
+        thread.join(10)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_of_the_thread_that_has_the_process_goes_on():
+    """As the workers of loaders do, and what is called back: the state it changed is its own, to be put back."""
+    validates = Distribution._validate_args
+
+    def goes_on(stack):
+        inside = isolation._is_mine(), Distribution._validate_args
+        stack.close()
+        return inside == (True, False) and Distribution._validate_args == validates
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(unvalidated())
+        assert succeeds_in_a_fork(lambda: goes_on(stack))
+        assert not Distribution._validate_args
+    with isolated():
+        with released():
+            assert succeeds_in_a_fork(lambda: repr(MixtureDensityNetwork(1, 1)))
+        assert not Distribution._validate_args
 
 
 @pytest.mark.parametrize("context", [isolated, unvalidated, lambda: seeded(1)])
