@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -569,16 +570,47 @@ def _require_backbone(source: str, custom: Any, backbone: nn.Module | None, stru
         raise ValueError(f"{source}: expected no backbone=, since the file has the usual hidden layers, got one")
 
 
+_MODES = threading.Lock()  # held for moments, never while code of others runs
+_evaluated: dict[int, tuple[nn.Module, bool, list[int]]] = {}  # parts by id, with the mode they had, and who is inside
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each part's own mode again."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+    """Evaluation mode, and each part's own mode again once nobody is inside, in whatever thread."""
+    parts, thread = [*module.modules()], threading.get_ident()
+    with _MODES:
+        for part in parts:
+            _evaluated.setdefault(id(part), (part, part.training, []))[2].append(thread)
     try:
+        module.eval()
         yield
     finally:
-        for part, training in modes:
-            part.training = training
+        with _MODES:
+            for part in parts:
+                _leave(part, thread)
+
+
+def _leave(part: nn.Module, thread: int) -> None:
+    """Count a thread out of the evaluation of a module; the last gives it the mode it had."""
+    _, training, inside = _evaluated[id(part)]
+    inside.remove(thread)
+    if not inside:
+        part.training = training
+        del _evaluated[id(part)]
+
+
+def _leave_for_others() -> None:
+    """Count out, in a process that was forked, the threads that are not there any more."""
+    global _MODES
+    _MODES = threading.Lock()  # one of them may have held it
+    for part, _, inside in [*_evaluated.values()]:
+        for thread in {*inside} - {threading.get_ident()}:
+            for _ in range(inside.count(thread)):
+                _leave(part, thread)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_for_others)
 
 
 def _is_latent(module: nn.Module | None) -> bool:

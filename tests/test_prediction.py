@@ -1,7 +1,11 @@
 """Predictions as arrays and data frames: those of the mixture, in parts, without gradients or randomness."""
 
 import copy
+import os
 import pickle
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
@@ -48,6 +52,104 @@ def test_predictions_are_those_of_the_mixture(noise, chunk_size, x):
     assert prediction.sample(4).shape == (4, ROWS, 2)
     assert_allclose(to_numpy(prediction.mixture.log_prob(y)), to_numpy(mixture.log_prob(y)))
     assert not prediction.mixture.locs.requires_grad
+
+
+class Noticed(nn.Module):
+    """Dropout that calls a function before each pass."""
+
+    def __init__(self, notice):
+        super().__init__()
+        self.notice, self.dropout = notice, nn.Dropout(0.5)
+
+    def forward(self, x):
+        self.notice()
+        return self.dropout(x)
+
+
+def noticed(notice):
+    return network(backbone=nn.Sequential(nn.Linear(3, 8), Noticed(notice))).train()
+
+
+def test_threads_predict_without_dropout(x):
+    """Each in evaluation mode to its end, whichever of them ends first; then the mode is that of before."""
+    entered = {name: threading.Event() for name in ("first", "second")}
+    left, means = threading.Event(), {}
+
+    def notice():
+        name = threading.current_thread().name
+        if name in entered:
+            entered[name].set()
+            (entered["second"] if name == "first" else left).wait(10)
+
+    def predict():
+        means[threading.current_thread().name] = net.predict(x).mean
+        if threading.current_thread().name == "first":
+            left.set()
+
+    net = noticed(notice)
+    frozen = net.backbone[0].eval()  # a mode of its own
+    threads = [threading.Thread(target=predict, name=name) for name in entered]
+    threads[0].start()
+    entered["first"].wait(10)
+    threads[1].start()
+    for thread in threads:
+        thread.join(20)
+    alone = copy.deepcopy(net).eval().predict(x).mean
+    for mean in means.values():
+        assert_allclose(mean, alone)
+    assert len(means) == 2
+    assert [part.training for part in net.modules()] == [part is not frozen for part in net.modules()]
+
+
+def test_threads_predict_alike(x):
+    """Many of them, however they fall together: every mean is that without dropout."""
+    net = noticed(lambda: None)
+    alone = copy.deepcopy(net).eval().predict(x).mean
+    with ThreadPoolExecutor(4) as pool:
+        means = list(pool.map(lambda _: net.predict(x, chunk_size=1).mean, range(60)))
+    assert_allclose(means, np.stack([alone] * 60))
+    assert all(part.training for part in net.modules())
+
+
+def test_modes_after_a_prediction_that_failed(x):
+    def refuse():
+        assert not net.training
+        raise ZeroDivisionError
+
+    net = noticed(refuse)
+    with pytest.raises(ZeroDivisionError):
+        net.predict(x)
+    assert all(part.training for part in net.modules())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_beside_a_prediction_has_the_modes_of_before(x):
+    """The thread that predicts is not in the child; a thread that forks while it predicts itself is."""
+    inside, leave, codes = threading.Event(), threading.Event(), []
+
+    def notice():
+        if threading.current_thread() is thread:
+            inside.set()
+            leave.wait(10)
+
+    def fork():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if child == 0:
+            os._exit(2 * net.training + other.training)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+    net, other = noticed(notice), noticed(fork)
+    thread = threading.Thread(target=net.predict, args=(x,))
+    thread.start()
+    inside.wait(10)
+    other.predict(x)
+    leave.set()
+    thread.join(10)
+    assert codes == [2]  # the first trains again, the other is still evaluated
+    assert net.training
+    assert other.training
 
 
 def test_draws_follow_the_distribution(x):
