@@ -247,7 +247,8 @@ class MixtureDensityNetwork(PyroModule):
 
         Args:
             x: Inputs ``(N, ..., dim_in)`` of any container and on any device.
-            chunk_size: Rows that go through the network at once, on its device.
+            chunk_size: Rows that go through the network at once, on its device. The first dimension of x is taken apart
+                without asking: a backbone whose rows depend on each other needs ``chunk_size=len(x)``.
 
         Raises:
             ValueError: If x is not usable, or if there are latent weights, which only a posterior has values of.

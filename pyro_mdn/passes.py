@@ -44,13 +44,13 @@ class Cost(NamedTuple):
 def cost_of(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, repeats: int = 1) -> Cost:
     """Measure what a function of rows takes, by calls with one row and with two.
 
-    Rows are separable if a row has the same results alone as beside another: not if they are the steps of a sequence
-    to a recurrent layer, for example.
+    Rows are separable if each of two has the same results alone as before, or after, the other: not if they are the
+    steps of a sequence to a recurrent layer, for example, which may run either way.
 
     Args:
         function: Takes rows, and returns tensors ``(N, ...)``, or ``(1, ...)`` of what is the same for all rows.
         x: All rows, ``(N, ...)``; with fewer than two, the function is called once.
-        repeats: How many such functions there are: if all surely fit into one pass, there is no second call.
+        repeats: How many such functions there are: if all surely fit into one pass, there is no other call.
     """
     if is_traced(x):  # numbers cannot be read: everything in one pass
         return Cost(0.0, 0.0, False)
@@ -60,7 +60,9 @@ def cost_of(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, repeats
         return Cost(0.0, one, False)
     beside, two = bytes_made(lambda: function(pair))
     each = max(0, two - one)
-    return Cost(max(0, one - each), each, all(map(_agree, alone, [part[-1:] for part in beside])))
+    separable = all(map(_agree, alone, [part[-1:] for part in beside]))
+    separable = separable and all(map(_agree, function(pair[:1]), [part[:1] for part in beside]))
+    return Cost(max(0, one - each), each, separable)
 
 
 def bytes_made(call: Callable[[], Any]) -> tuple[Any, int]:

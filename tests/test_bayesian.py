@@ -474,16 +474,23 @@ class Across(nn.Module):
 
     def __init__(self, kind):
         super().__init__()
-        kinds = {"sequence": nn.LSTM(6, 4), "steps": nn.Conv1d(6, 4, 3, padding=1), "set": nn.Linear(6, 4)}
-        self.kind, self.layer = kind, kinds[kind]
+        kinds = {"sequence": nn.LSTM(6, 4), "steps": nn.Conv1d(6, 4, 3, padding=1)}
+        self.kind, self.layer = kind, kinds.get(kind, nn.Linear(6, 4))
 
     def forward(self, x):
         if self.kind == "steps":
             return self.layer(x.mT).mT
-        return self.layer(x)[0] if self.kind == "sequence" else self.layer(x) - self.layer(x).mean(0)
+        return self.layer(x)[0] if self.kind == "sequence" else SETS[self.kind](self.layer(x))
 
 
-SMALL = ["mlp", "conv", "lstm", "called", "sequence", "steps", "set"]
+SETS = {
+    "set": lambda rows: rows - rows.mean(0),
+    "rows before": lambda rows: rows.cumsum(0),
+    "rows after": lambda rows: rows.flip(0).cumsum(0).flip(0),
+    "row before": lambda rows: torch.cat([torch.zeros_like(rows[:1]), rows[:-1]]),
+    "row after": lambda rows: torch.cat([rows[1:], torch.zeros_like(rows[:1])]),
+}
+SMALL = ["mlp", "conv", "lstm", "called", "sequence", "steps", *SETS]
 
 
 @pytest.mark.parametrize("backbone", SMALL)
