@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_mdn.checks import all_finite, describe, is_subclassed, unmasked
+from pyro_mdn.checks import all_finite, bounds, describe, is_subclassed, unmasked
 
 __all__ = [
     "Array",
@@ -200,9 +200,8 @@ def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dt
     Traceback (most recent call last):
     ValueError: x: expected finite numbers, got nan in row 1, column 1
     """
-    narrowed = values if dtype is None else values.to(dtype)
-    if not all_finite(narrowed):
-        _refuse(values, ~narrowed.isfinite(), name, "finite numbers", given, dtype)
+    if not _all_finite_in(values, dtype):
+        _refuse(values, ~values.to(dtype).isfinite(), name, "finite numbers", given, dtype)
 
 
 def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -210,9 +209,17 @@ def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: tor
 
     Arguments are those of :func:`require_finite`.
     """
-    narrowed = values if dtype is None else values.to(dtype)
-    if not all_finite(narrowed) and bool((infinite := narrowed.isinf()).any()):
+    if not _all_finite_in(values, dtype) and bool((infinite := values.to(dtype).isinf()).any()):
         _refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
+
+
+def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether no number is NaN, nor infinite in a precision; none is converted but the extremes."""
+    if dtype is None or dtype == values.dtype or torch.promote_types(values.dtype, dtype) == dtype:
+        return all_finite(values)
+    low, high = bounds(values)
+    most = torch.finfo(dtype).max
+    return -most <= low.item() <= high.item() <= most or bool(low.to(dtype).isfinite() & high.to(dtype).isfinite())
 
 
 def _refuse(values: Tensor, bad: Tensor, name: str, expected: str, given: Any, dtype: torch.dtype | None) -> None:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from pyro_mdn import serialization
-from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import require_counts
+from pyro_mdn.arrays import as_tensor, require_no_infinity
+from pyro_mdn.checks import is_known, require_counts
 from pyro_mdn.dense import dense_cost, dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.initialization import draw_anew_
@@ -137,7 +138,7 @@ class DeepEnsemble(nn.Module):
                 ``(*sample, M, *batch)``.
 
         Raises:
-            ValueError: If the shapes do not agree.
+            ValueError: If the shapes do not agree or, when Pyro validates, if a value is infinite or one of x NaN.
         """
         x, y = self.stacked.inputs(x), as_tensor(y, "y", self.stacked.x_shift.device)
         if x.ndim == len(self.stacked.input_shape) or len(x) != self.size:
@@ -156,6 +157,8 @@ class DeepEnsemble(nn.Module):
         expected = (*batch_shape, self.stacked.dim_out)
         if y.shape[-len(expected) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
+        if is_validation_enabled() and is_known(y):
+            require_no_infinity(y, "y", None, self.stacked.x_shift.dtype)
 
     def member(self, i: int) -> MixtureDensityNetwork:
         """Member number i as a network of its own: a copy."""

@@ -419,15 +419,16 @@ class MixtureDensityNetwork(PyroModule):
 
         Raises:
             ValueError: If there is something else than numbers, if a tensor is on another device, if the shape does
-                not fit or, when Pyro validates, if a number is not finite.
+                not fit or, when Pyro validates, if a number is not finite in the precision of the network.
         """
-        n, given, x = len(self.input_shape), x, as_tensor(x, "x", device := self._units()[0].device)
-        _require_device(x, "x", device)
+        unit = self._units()[0]
+        n, given, x = len(self.input_shape), x, as_tensor(x, "x", unit.device)
+        _require_device(x, "x", unit.device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(f"x: expected shape (*batch, {expected}), got {tuple(x.shape)}")
         if is_validation_enabled() and is_known(x):
-            require_finite(x, "x", given)
+            require_finite(x, "x", given, unit.dtype)
         return x
 
     def targets(self, y: Any, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
@@ -435,16 +436,17 @@ class MixtureDensityNetwork(PyroModule):
 
         Raises:
             ValueError: If there is something else than numbers, if the shape or the device of a tensor does not fit
-                or, when Pyro validates, if a value is infinite.
+                or, when Pyro validates, if a value is infinite, or beyond the precision of the network.
         """
-        given, y = y, as_tensor(y, "y", device := self._units()[0].device)
-        _require_device(y, "y", device)
+        unit = self._units()[0]
+        given, y = y, as_tensor(y, "y", unit.device)
+        _require_device(y, "y", unit.device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
         if is_validation_enabled() and is_known(y):
-            require_no_infinity(y, "y", given)
+            require_no_infinity(y, "y", given, unit.dtype)
         return y
 
     # Files

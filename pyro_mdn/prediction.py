@@ -173,14 +173,14 @@ def predicted_in_parts(
         chunk_size: Number of rows at a time.
 
     Raises:
-        ValueError: If x has no rows, or a number that is not finite.
+        ValueError: If x has no rows, or a number that is not finite in the precision of the network.
     """
     require_counts(chunk_size=chunk_size)
     rows = as_tensor(x, "x")
     if rows.ndim == 0 or not len(rows):
         raise ValueError(f"x: expected rows to predict, got {describe(x)}")
     network.require_batch(rows)
-    require_finite(rows, "x", x)
+    require_finite(rows, "x", x, network.x_shift.dtype)
     with torch.no_grad():
         parts = [predict(part.to(network.x_shift.device)) for part in rows.detach().split(chunk_size)]
     return Prediction(parts, like=x)

@@ -25,6 +25,7 @@ from pyro_mdn import (
     scores,
     to_inference_data,
 )
+from pyro_mdn import DeepEnsemble, Diagonal, Full, MixtureDensityNetwork, calibration, fit, scores, to_inference_data
 from pyro_mdn.arrays import as_array, as_tensor
 from pyro_mdn.checks import describe
 from pyro_mdn.sklearn import MDNRegressor
@@ -341,6 +342,29 @@ def test_errors_say_where_a_number_is_not_finite(x, message):
     for call in (network, lambda x: network.loss(x, np.zeros(len(x))), lambda x: fit(network, x, np.arange(len(x)))):
         with pytest.raises(ValueError, match="x: expected finite numbers, " + message):
             call(x)
+
+
+def test_numbers_beyond_the_precision_of_the_network_are_named():
+    network, x, y = MixtureDensityNetwork(3, 1), np.zeros((4, 3)), np.zeros((4, 1))
+    ensemble = DeepEnsemble(network, 2)
+    large_x, large_y = np.where(np.eye(4, 3) > 0, 1e60, x), np.array([[0], [0], [1e60], [0]])
+    message = r"x: expected finite numbers, got 1e\+60, beyond the range of torch.float32, .*0.*, and \d more"
+    for call in (network, network.raw, network.sample, network.predict, network.model, ensemble, ensemble.predict):
+        with pytest.raises(ValueError, match=message):
+            call(large_x)
+    for call in (lambda: network.loss(large_x, y), lambda: ensemble.loss([large_x] * 2, [y] * 2)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for call in (
+        lambda: network.loss(x, large_y),
+        lambda: network.model(x, large_y),
+        lambda: ensemble.loss([x] * 2, [large_y] * 2),
+    ):
+        with pytest.raises(ValueError, match=r"y: .*, got 1e\+60, beyond the range of torch.float32"):
+            call()
+    assert bool(network.double()(large_x).locs.isfinite().all())
+    missing = torch.tensor([[torch.nan], [3e38], [-3e38], [0.0]]).double()
+    assert network.float().loss(x, missing).shape == (4,)
 
 
 def test_errors_say_which_target_is_infinite_or_out_of_range():
