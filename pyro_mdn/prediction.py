@@ -112,8 +112,10 @@ class Prediction:
             kind: ``"central"`` leaves equal tails, ``"shortest"`` is the shortest single interval.
 
         Raises:
-            ValueError: If the mass is not in (0, 1) or the kind is unknown.
+            ValueError: If the mass is not one number in (0, 1) or the kind is unknown.
         """
+        if as_tensor(mass, "mass").ndim:
+            raise ValueError(f"mass: expected one number in (0, 1), got {describe(mass)}")
         ends = self._joined(lambda part: torch.stack(part.interval(mass, kind=kind), -1))
         return ends[..., 0], ends[..., 1]
 
@@ -130,17 +132,16 @@ class Prediction:
         values = iter(rows.split([part.batch_shape[0] for part in self._parts]))
         return self._joined(lambda part: part.log_prob(next(values)))
 
-    def to_frame(
-        self, quantiles: Sequence[float] = (0.05, 0.5, 0.95), *, output_names: Sequence[str] | None = None
-    ) -> DataFrame:
+    def to_frame(self, quantiles: Any = (0.05, 0.5, 0.95), *, output_names: Sequence[str] | None = None) -> DataFrame:
         """Make a pandas data frame of means, standard deviations and quantiles, with the index of the caller's rows.
 
         Args:
-            quantiles: Probabilities of the quantiles.
+            quantiles: Probabilities of the quantiles, in [0, 1]: one or several.
             output_names: Names of the outputs, by default y0, y1, ... of several. Columns have two levels then.
 
         Raises:
-            ValueError: If rows have further dimensions, as sequences have, or there are not D names.
+            ValueError: If rows have further dimensions, as sequences have, if a probability is outside of [0, 1], or
+                if there are not D different names.
         """
         import pandas as pd
 
@@ -148,10 +149,12 @@ class Prediction:
             shape = tuple(self._parts[0].batch_shape[1:])
             raise ValueError(f"to_frame: expected one distribution for each row, got {shape} of them")
         names = [f"y{i}" for i in range(self.dim)] if output_names is None else list(output_names)
-        if len(names) != self.dim or isinstance(output_names, str):
-            raise ValueError(f"output_names: expected {self.dim} of them, got {shown(output_names)}")
-        points = self.quantiles(quantiles)
-        statistics = {"mean": self.mean, "std": self.std} | {f"{q:g}": points[:, i] for i, q in enumerate(quantiles)}
+        if len(names) != self.dim or isinstance(output_names, str) or len(set(names)) != self.dim:
+            raise ValueError(f"output_names: expected {self.dim} of them, all different, got {shown(output_names)}")
+        levels = to_numpy(as_tensor(quantiles, "quantiles"))
+        levels = levels if levels.ndim else levels[None]
+        points = self.quantiles(levels)
+        statistics = {"mean": self.mean, "std": self.std} | {_label(q): points[:, i] for i, q in enumerate(levels)}
         columns = {(name, key): values[:, d] for d, name in enumerate(names) for key, values in statistics.items()}
         frame = pd.DataFrame(columns, index=self._index)
         return frame if self.dim > 1 or output_names is not None else frame.droplevel(0, axis=1)
@@ -184,6 +187,12 @@ def predicted_in_parts(
     with torch.no_grad():
         parts = [predict(part.to(network.x_shift.device)) for part in rows.detach().split(chunk_size)]
     return Prediction(parts, like=x)
+
+
+def _label(probability: np.floating[Any]) -> str:
+    """Shortest text that is this probability, in its own precision."""
+    text = f"{probability:g}"
+    return text if type(probability)(text) == probability else str(probability)
 
 
 def _labels(like: Any) -> Any:

@@ -211,6 +211,25 @@ def test_frames_have_the_index_of_the_caller(x):
     assert list(plain.index) == list(range(ROWS))
 
 
+@pytest.mark.parametrize(
+    ("levels", "labels"),
+    [
+        (0.5, ["0.5"]),
+        (np.float32(0.05), ["0.05"]),
+        (torch.tensor(0.05), ["0.05"]),
+        ((0.9999999, 0.99999999, 1), ["0.9999999", "0.99999999", "1"]),
+        (np.array([0.05, 0.1], np.float32), ["0.05", "0.1"]),
+        (pd.Series([1e-7, 0.123456789], index=[5, 6]), ["1e-07", "0.123456789"]),
+    ],
+)
+def test_frames_have_a_column_for_each_quantile(levels, labels, x):
+    prediction = network(dim_out=1).predict(x)
+    table = prediction.to_frame(levels)
+    assert list(table.columns) == ["mean", "std", *labels]
+    for label, level in zip(labels, np.atleast_1d(levels), strict=True):
+        assert_allclose(table[label], prediction.quantiles(level)[:, 0])
+
+
 def test_draws_of_weights_predict_their_average(x):
     net = bayesianize(network())
     with pytest.raises(ValueError, match="network: expected no latent weights, got some: use Prediction"):
@@ -231,6 +250,12 @@ def test_draws_of_weights_predict_their_average(x):
         (lambda n, x: n.predict(x, chunk_size=0), "chunk_size: expected a positive integer, got 0"),
         (lambda n, x: n.predict(x).quantiles(1.5), r"probabilities: expected one or several in \[0, 1\], got 1.5"),
         (lambda n, x: n.predict(x).interval(1.0), "mass: expected"),
+        (lambda n, x: n.predict(x).interval(np.array([0.5, 0.9])), r"mass: expected one .*, got ndarray"),
+        (lambda n, x: n.predict(x).interval([0.5, 0.9]), "mass: expected one number in .*, got list of 2"),
+        (lambda n, x: n.predict(x).interval("a"), "mass: expected numbers, got text"),
+        (lambda n, x: n.predict(x).to_frame(1.5), "probabilities: expected one or several"),
+        (lambda n, x: n.predict(x).to_frame("a"), "quantiles: expected numbers, got text"),
+        (lambda n, x: n.predict(x).to_frame(output_names=["a", "a"]), "output_names: expected 2 of them, all diff"),
         (lambda n, x: n.predict(x).log_prob(np.zeros((3, 2))), r"y: expected 7 rows, .*, got ndarray float64 \(3, 2\)"),
         (lambda n, x: n.predict(x).to_frame(output_names=["one"]), "output_names: expected 2"),
         (lambda n, x: Prediction([]), "mixture: expected a GaussianMixture with a batch of rows, got list of 0"),
