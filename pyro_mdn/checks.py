@@ -66,10 +66,13 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, str) and len(value) > 80:
         return repr(value[:80] + "...")
-    if isinstance(value, list | tuple) and len(value) <= _FEW:
+    if isinstance(value, list | tuple) and len(value) <= _FEW and all(map(_is_scalar, value)):
         return f"[{', '.join(map(shown, value))}]"
-    is_scalar = value is None or isinstance(value, bool | Number | str | np.generic | torch.dtype)
-    return repr(value.item() if isinstance(value, np.generic) else value) if is_scalar else describe(value)
+    return repr(value.item() if isinstance(value, np.generic) else value) if _is_scalar(value) else describe(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, bool | Number | str | np.generic | torch.dtype)
 
 
 def is_count(value: Any) -> bool:
