@@ -16,7 +16,7 @@ from pyro_mdn.checks import is_differentiated, is_known, require_unmapped, shown
 from pyro_mdn.correlated import plus
 from pyro_mdn.modes import find_modes
 from pyro_mdn.precision import in_widest_precision
-from pyro_mdn.shortest import shortest_tails
+from pyro_mdn.shortest import shortest_intervals
 
 __all__ = ["GaussianMixture"]
 
@@ -136,7 +136,9 @@ class GaussianMixture(MixtureAlgebra):
         left = right = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
         if kind == "shortest":
             require_unmapped("interval", *self._univariate())
-            left, right = shortest_tails(outside, *self._univariate())
+            left, right, *ends = shortest_intervals(outside, *self._univariate())
+            if not is_differentiated(*self._univariate()):
+                return ends[0], ends[1]
             left = self._follow_shortest(left, right)
             right = right + (left.detach() - left)
         return self.icdf(left), self._upper(right)
