@@ -162,7 +162,7 @@ def _basins(offset: int, outside: float, ends: _Ends) -> tuple[Tensor, _Ends, _E
 class _Bracket(NamedTuple):
     """Candidates that are refined: which they are, ``(P,)``, and what holds the minimum, ``(2, P)`` for both ends."""
 
-    index: Tensor
+    which: Tensor
     row: Tensor
     tail: Tensor
     low: Tensor
@@ -183,15 +183,15 @@ def _refine(
     Newton's method within brackets, until candidates have settled or can no longer be the shortest.
     """
     ends = (torch.stack([e.lower, e.upper]) for e in (start, lowest, highest))
-    index = torch.arange(len(rows), device=rows.device)
-    now = _Bracket(index, rows, start.tail, lowest.tail, highest.tail, *ends)
+    which = torch.arange(len(rows), device=rows.device)
+    now = _Bracket(which, rows, start.tail, lowest.tail, highest.tail, *ends)
     width, found = torch.full_like(start.tail, math.inf), start.tail.expand(3, -1).clone()
     shortest = width.new_full((int(rows.amax()) + 1 if len(rows) else 0,), math.inf)
     for _ in range(_STEPS):
         new, reached, ends, gain, settled = _newton_step(outside, parameters, now)
         # Of equal ones the last, where the densities agree best, and the ends are most accurate.
-        better = reached <= width[now.index] * torch.where(ends[0].isnan(), 1 + 1e-12, 1 + 1e-10)
-        where = now.index[better]
+        better = reached <= width[now.which] * torch.where(ends[0].isnan(), 1 + 1e-12, 1 + 1e-10)
+        where = now.which[better]
         width[where], found[0, where], found[1:, where] = reached[better], now.tail[better], ends[:, better]
         shortest.scatter_reduce_(0, now.row, reached, "amin")
         hopeless = reached - _SLACK * gain > shortest[now.row] * (1 + 1e-9)

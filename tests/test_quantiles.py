@@ -291,6 +291,19 @@ def least_width(mixture, mass):
     return width.min().item()
 
 
+@pytest.mark.parametrize("mass", [0.01, 0.1])  # where weights rounded to single precision do not move the ends far
+def test_ends_of_shortest_intervals_are_accurate_in_single_precision(mass):
+    """Those of the same mixture in double precision, to a rounding of where they are."""
+    locs, scale = 20 * torch.randn(300, 5, 1), 0.02 + 0.2 * torch.rand(300, 5, 1)
+    mixture = GaussianMixture(torch.randn(300, 5), locs, DiagonalCovariance(scale))
+    lower, upper = mixture.interval(mass, kind="shortest")
+    exact = GaussianMixture(mixture.logits.double(), locs.double(), DiagonalCovariance(scale.double()))
+    ends = exact.interval(mass, kind="shortest")
+    rounding = 2 * torch.finfo(torch.float32).eps * locs.abs().amax(1).double()
+    assert ((upper - lower).double() <= ends[1] - ends[0] + rounding).all()
+    assert ((exact.cdf(upper.double()) - exact.cdf(lower.double()) - mass).abs() <= 30 * rounding).all()
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3)], ids=str)
 def test_shortest_intervals_of_any_batch(shape):
     mixture = make_mixture(Diagonal(), shape)
