@@ -4,7 +4,8 @@
 The joint density of the next waiting and duration of Old Faithful, then the duration once the waiting is over.
 
 Knowing more does not always score better on 60 rows. The waiting says little about the duration beyond what the last
-eruption does: a small gain on most rows, which a few outweigh, above all one whose duration lies between the two modes.
+eruption does: a small gain on most rows, which a few outweigh, above all one whose duration lies between the two modes:
+its 3.0 min are a code for "medium", noted at night, as exactly 2 and 4 min are codes for "short" and "long".
 The example prints the paired difference with its standard error: about as large as itself, so no evidence either way.
 """
 
