@@ -42,9 +42,8 @@ def draw(network, x, y, path):
     axes = figure.subplots(2, 2)
     for axis, last, alike in zip(axes[0], [[85.0, 2.0], [75.0, 4.5]], [x[:, 1] < 3, x[:, 1] >= 3], strict=True):
         plots.plot_conditional_density(network(torch.tensor(last)), y=y[alike], ax=axis)
-        axis.get_legend().set_loc("lower left")
         axis.set(title=f"after {last[0]:.0f} min of waiting, {last[1]:.1f} of eruption")
-        axis.set(xlabel="next waiting (min)", ylabel="next duration (min)", xlim=(38, 112), ylim=(0.5, 6))
+        axis.set(xlabel="next waiting (min)", ylabel="next duration (min)", xlim=(38, 112), ylim=(0.5, 7.2))
     plots.plot_pit(scores.pit(network(x), y), output_names=NAMES, ax=axes[1, 0])
     plots.plot_calibration(network(x), y, output_names=NAMES, ax=axes[1, 1])
     figure.suptitle("Old Faithful: the next eruption, and 60 that were held out")
