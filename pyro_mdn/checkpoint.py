@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pyro_mdn import serialization
-from pyro_mdn.fingerprint import differing, incomparable
+from pyro_mdn.fingerprint import FORMS, differing, incomparable
 from pyro_mdn.loop import Loop
 
 __all__ = ["Checkpoint"]
@@ -44,7 +44,7 @@ class Checkpoint:
         self.run: dict[str, Any] = {}
         self._modules: dict[str, str] = {}  # described, at the start of the run
         self._changing: set[str] = set()  # entries of that which a training changes
-        self._describe: Callable[[], dict[str, str]] = dict
+        self._describe: Callable[[int], dict[str, str]] = lambda _: {}
         self._progress: dict[str, Any] = {}
         self._tensors: dict[str, Tensor] = {}
         if resume and self.path is not None and self.path.exists():
@@ -54,15 +54,17 @@ class Checkpoint:
             self.run, self._progress = config["run"], config["progress"]
             self._modules, self._changing = config.get("described", {}), {*config.get("changing", ())}
 
-    def require(self, run: Mapping[str, Any], describe: Callable[[], dict[str, str]]) -> None:
+    def require(self, run: Mapping[str, Any], describe: Callable[[int], dict[str, str]]) -> None:
         """Name the run; a ``ValueError`` that says what differs if the file is of another one.
 
         Args:
             run: What tells runs apart, in plain values.
-            describe: Function that describes the modules that are trained. What a training changes of them, such as a
-                counter, does not tell runs apart; it is found by describing them again when the file is written.
+            describe: Function that describes the modules that are trained, in one of ``FORMS``. What a training changes
+                of them, such as a counter, does not tell runs apart; it is found by describing them again when the file
+                is written.
         """
-        modules = describe()
+        modules = describe(0)
+        self._take_over(modules, describe)
         here, there = ({**run, **modules}, {**self.run, **self._modules})
         names = [name for name in run if self.run and run[name] != self.run.get(name)]
         names += [name for name in differing(modules, self._modules or modules) if name not in self._changing]
@@ -72,6 +74,13 @@ class Checkpoint:
         if self.run:
             self._warn_if_unsure(modules)
         self.run, self._modules, self._describe = dict(run), self._modules or modules, describe
+
+    def _take_over(self, modules: Mapping[str, str], describe: Callable[[int], dict[str, str]]) -> None:
+        """Have today's words in place of those in which an earlier version described the same."""
+        for form in FORMS[1:] if self._modules and differing(modules, self._modules) else ():
+            earlier = describe(form)
+            same = [name for name in modules if name in earlier and self._modules.get(name) == earlier[name]]
+            self._modules |= {name: modules[name] for name in same}
 
     def _warn_if_unsure(self, modules: Mapping[str, str]) -> None:
         unsure = (
@@ -91,7 +100,7 @@ class Checkpoint:
         """Checkpoint of a second training in the same run."""
         second = Checkpoint(self.second_path, self.every, resume=self.resume)
         second._changing |= self._changing
-        second.require({**self.run, "part": "refit"}, lambda: self._modules)
+        second.require({**self.run, "part": "refit"}, lambda form: self._describe(form) if form else self._modules)
         return second
 
     def forget_second(self) -> None:
@@ -114,7 +123,7 @@ class Checkpoint:
         if self.path is None or (epoch is not None and epoch % self.every):
             return
         progress, tensors = loop.state()
-        self._changing |= {*differing(self._modules, self._describe())}
+        self._changing |= {*differing(self._modules, self._describe(0))}
         modules = {"described": self._modules, "changing": sorted(self._changing)}
         config = {"kind": "checkpoint", "run": self.run, **modules, "progress": progress}
         try:

@@ -23,11 +23,19 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["described", "differing", "incomparable"]
+__all__ = ["FORMS", "described", "differing", "incomparable"]
+
+FORMS = range(4)  # today's form of a description, and those of earlier versions
 
 
 def described(
-    *, hooks: bool = True, buffers: bool = True, code: bool = True, values: bool = True, **modules: nn.Module
+    *,
+    hooks: bool = True,
+    buffers: bool = True,
+    code: bool = True,
+    values: bool = True,
+    form: int = 0,
+    **modules: nn.Module,
 ) -> dict[str, str]:
     """Describe what modules compute, apart from their weights, in words that are the same in every process.
 
@@ -47,6 +55,8 @@ def described(
         values: Whether the values of attributes are written as they are, or as digests, for a file: an attribute may
             be a secret. Numbers and names that torch and this library declare as settings of their modules are
             written in either case.
+        form: One of ``FORMS``: 0, or another for what earlier versions wrote into files for the same modules. An object
+            whose state was another then tells all of these in ``_fingerprinted(state)``, today's first.
         modules: Modules by name. Where one contains another, or shares a tensor with it, the text says so.
 
     >>> described(layer=nn.LeakyReLU(0.1))["layer.negative_slope"]
@@ -60,7 +70,7 @@ def described(
             places.setdefault(id(part), path)
             for leaf, tensor in _tensors(part):
                 places.setdefault(id(tensor), f"{path}.{leaf}")
-    writer = _Writer(places, hooks, buffers, code, values)
+    writer = _Writer(places, hooks, buffers, code, values, form)
     return {entry: text for name, module in modules.items() for entry, text in writer.entries(name, module)}
 
 
@@ -91,8 +101,10 @@ class _Used(NamedTuple):
 class _Writer:
     """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
 
-    def __init__(self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool) -> None:
-        self.places, self.buffers, self.code, self.values = places, buffers, code, values
+    def __init__(
+        self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool, form: int
+    ) -> None:
+        self.places, self.buffers, self.code, self.values, self.form = places, buffers, code, values, form
         self.hooks = _HOOKS if hooks else ()
         self.active: list[int] = []
         self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
@@ -199,9 +211,16 @@ class _Writer:
         usual = getattr(make, "__name__", None) == "__newobj__" and args == (type(value),)
         states = state if isinstance(state, tuple) else (state,)
         parts = [] if usual else [self._listed([make, *args])]
-        parts += [self._state(type(value), part) for part in states if part is not None]
+        parts += [self._state(type(value), self._formed(value, part)) for part in states if part is not None]
         parts += [self._listed(items or ()), self._listed(map(list, pairs or ()))] if items or pairs else []
         return f"{name}{''.join(parts)}"
+
+    def _formed(self, value: Any, state: Any) -> Any:
+        """State of an object in the form that is asked for, where the object knows others."""
+        if not isinstance(state, dict) or not hasattr(type(value), "_fingerprinted"):
+            return state
+        states = value._fingerprinted(state)
+        return states[min(self.form, len(states) - 1)]
 
     def _state(self, kind: type, state: Any) -> str:
         if not isinstance(state, dict):

@@ -24,7 +24,7 @@ from pyro_mdn import kernels, serialization
 from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity
 from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range, shown
 from pyro_mdn.density import complete_when_run
-from pyro_mdn.fingerprint import described, differing
+from pyro_mdn.fingerprint import FORMS, described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
 from pyro_mdn.isolation import KeepFrozen, own_generators, own_store, require_seed, seeded
 from pyro_mdn.loadable import require_loadable, shapes_of
@@ -553,12 +553,13 @@ def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], so
 
     Files of earlier versions do not say how it was built.
     """
-    # Files of earlier versions have all values in words, and name the classes that Pyro makes of others.
-    now, in_words = (described(network=network, buffers=False, code=False, values=values) for values in (False, True))
+    # Files of earlier versions have values in other forms, or in words, and name the classes that Pyro makes of others.
+    forms = [(values, form) for form in FORMS for values in (False, True)]
+    known = [described(network=network, buffers=False, code=False, values=values, form=form) for values, form in forms]
     then = {name: re.sub(r"^PyroModule\[(.+?)\]", r"\1", text) for name, text in config.get("structure", {}).items()}
-    lost = [(name, text) for name, text in then.items() if text not in (now.get(name), in_words.get(name))]
+    lost = [(name, text) for name, text in then.items() if all(text != k.get(name) for k in known)]
     if lost:
-        told = "; ".join(f"{name}: {text}, now {now.get(name)}" for name, text in lost)
+        told = "; ".join(f"{name}: {text}, now {known[0].get(name)}" for name, text in lost)
         warnings.warn(f"{source}: expected a network built like the one saved; {told}", stacklevel=3)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any, ClassVar
 
@@ -33,6 +33,8 @@ __all__ = [
     "as_noise_model",
 ]
 
+_FLAGS = ("tied", "homoscedastic")
+
 
 @dataclass(frozen=True)
 class NoiseModel(ABC):
@@ -50,8 +52,26 @@ class NoiseModel(ABC):
     common_unit: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name in ("tied", "homoscedastic"):
-            object.__setattr__(self, name, _flag(getattr(self, name), name))
+        for name in _FLAGS:
+            self._hold(name, _flag(getattr(self, name), name))
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Keep a setting as Python's own type; what is of that type already, as a default of the class, stays there."""
+        if type(getattr(self, name)) is not type(value):
+            object.__setattr__(self, name, value)
+
+    def _fingerprinted(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """State that fingerprints are of, and after it those of the same model in files of earlier versions.
+
+        They had numbers as they were given, and also the flags of ``Fixed``.
+        """
+        flags = {f.name: f.default for f in fields(self) if f.name in _FLAGS and not f.init}
+        flags = {name: flag for name, flag in flags.items() if flag is getattr(self, name)}
+        reals = {f.name for f in fields(self) if f.type == "float" and isinstance(state.get(f.name), Real)}
+        plain = {name: float(v) if name in reals else v for name, v in state.items() if name not in flags}
+        whole = {name: int(v) if name in reals and v.is_integer() else v for name, v in plain.items()}
+        of_numpy = {name: np.float64(v) if name in reals else v for name, v in plain.items()}
+        return [plain, whole, of_numpy, {**plain, **flags}]
 
     @abstractmethod
     def num_params(self, dim_out: int) -> int:
@@ -82,7 +102,7 @@ class _Learned(NoiseModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "min_scale", _positive(self.min_scale, "min_scale"))
+        self._hold("min_scale", _positive(self.min_scale, "min_scale"))
 
     def _positive(self, raw: Tensor) -> Tensor:
         return positive(raw, self.min_scale)
@@ -196,7 +216,7 @@ class LowRank(_Learned):
         super().__post_init__()
         if not is_count(self.rank):
             raise ValueError(f"rank: expected a positive integer, got {shown(self.rank)}")
-        object.__setattr__(self, "rank", int(self.rank))
+        self._hold("rank", int(self.rank))
 
     def num_params(self, dim_out: int) -> int:
         if self.rank > dim_out:
@@ -232,7 +252,7 @@ class Fixed(NoiseModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "scale", _positive(self.scale, "scale"))
+        self._hold("scale", _positive(self.scale, "scale"))
 
     def num_params(self, dim_out: int) -> int:
         return 0

@@ -296,9 +296,9 @@ class _Plan:
             "validation": held_out.digest() if held_out is not None else None,
         }
 
-    def described(self) -> dict[str, str]:
-        """Describe what the modules compute that are trained."""
-        return described(network=self.trainee.module, objective=self.objective, values=False)
+    def described(self, form: int = 0) -> dict[str, str]:
+        """Describe what the modules compute that are trained, in one of ``FORMS``."""
+        return described(network=self.trainee.module, objective=self.objective, values=False, form=form)
 
     def set_up(self, rows: Rows) -> Tensor:
         """Call the objective once: an AutoGuide makes its parameters then; a ``ValueError`` if it cannot be trained.

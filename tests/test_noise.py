@@ -1,3 +1,5 @@
+import copy
+import dataclasses
 import math
 from fractions import Fraction
 
@@ -18,6 +20,7 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     MixtureHead,
 )
+from pyro_mdn.fingerprint import described
 from pyro_mdn.noise import NOISE_MODELS, as_noise_model
 from pyro_mdn.serialization import noise_from_config, noise_to_config
 
@@ -30,6 +33,33 @@ def test_sharing_and_source(noise):
     matrix = make_mixture(noise, (5,)).covariance.expand((5, 3)).matrix()
     assert torch.equal(matrix[:, 0], matrix[:, 1]) is noise.tied
     assert torch.equal(matrix[0], matrix[1]) is noise.homoscedastic
+
+
+@pytest.mark.parametrize(
+    ("noise", "former"),
+    [
+        (Fixed(1), {"scale": 1}),
+        (Fixed(0.3), {"scale": 0.3, "tied": True, "homoscedastic": True}),
+        (Fixed(0.3), {"scale": np.float64(0.3)}),
+        (Full(min_scale=1), {"min_scale": 1}),
+        (LowRank(1, min_scale=2), {"min_scale": np.float64(2)}),
+    ],
+)
+def test_equal_noise_models_have_one_fingerprint(noise, former):
+    """Also one from a pickle of an earlier version, which held numbers as they were given."""
+    old = copy.copy(noise)
+    vars(old).update(former)
+    assert old == noise
+    fingerprints = [described(head=MixtureHead(2, 1, 1, noise=n))["head.noise"] for n in (noise, old)]
+    assert fingerprints[0] == fingerprints[1]
+    other = dataclasses.replace(noise, **{name: 0.7 for name in ("scale", "min_scale") if name in former})
+    assert described(head=MixtureHead(2, 1, 1, noise=other))["head.noise"] != fingerprints[0]
+
+
+def test_settings_of_a_class_stay_there():
+    assert vars(Fixed(0.3)) == {"scale": 0.3}
+    assert vars(Fixed(np.float32(2))) == {"scale": 2.0}
+    assert type(Full(min_scale=1).min_scale) is float
 
 
 @pytest.mark.parametrize("name", [name for name, noise in NOISE.items() if noise.common_unit])

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import errno
+import functools
 import logging
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,14 +18,21 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import pyro_mdn
 from pyro_mdn import (
     ContinuousRankedProbability,
     Diagonal,
+    Fixed,
+    Full,
+    Isotropic,
+    LowRank,
     MixtureDensityNetwork,
     NegativeLogLikelihood,
     fit,
     serialization,
+    training,
 )
+from pyro_mdn.fingerprint import FORMS, described
 
 SETTINGS = {"max_epochs": 6, "batch_size": 32, "checkpoint_every": 2, "seed": 0, "progress": False}
 
@@ -254,6 +263,63 @@ def test_what_training_changes_is_no_setting(tmp_path, refit, same):
     result = fit(resumed.network, x, y, objective=resumed, checkpoint=tmp_path / "run", resume=True, **settings)
     assert states_equal(resumed.network, whole.network)
     assert result.history == expected.history
+
+
+# Files of commit d591889, which had numbers in noise models as they were given, integers too. Networks are
+# MixtureDensityNetwork(1, 1, 1, [2], noise=) after torch.manual_seed(0), with Fixed(1), Fixed(0.3), Full(min_scale=1);
+# the checkpoint is that of resume_old with the last of these, without resume, that a callback stopped in epoch 2.
+OLD = Path(__file__).parent / "data" / "noise_d591889"
+OLD_NOISE = {"fixed_1": Fixed(1), "fixed_03": Fixed(0.3), "full_1": Full(min_scale=1)}
+
+
+@pytest.mark.parametrize("name", OLD_NOISE)
+def test_files_of_before_noise_models_had_floats(name):
+    loaded = MixtureDensityNetwork.load(OLD / f"{name}.safetensors")
+    assert loaded.head.noise == OLD_NOISE[name]
+
+
+def resume_old(path, noise):
+    x = torch.arange(-8.0, 8.0).unsqueeze(-1) / 8
+    settings = {"max_epochs": 2, "batch_size": 16, "validation": 0, "target_noise": 0.0, "checkpoint_every": 1}
+    trained = MixtureDensityNetwork(1, 1, 1, [2], noise=noise)
+    return fit(trained, x, x**2, checkpoint=path, resume=True, seed=0, progress=False, **settings)
+
+
+def test_runs_of_before_noise_models_had_floats(tmp_path):
+    for noise in (Full(min_scale=2), Full(min_scale=1, tied=True), Diagonal(min_scale=1)):
+        with pytest.raises(ValueError, match=r"expected a checkpoint of this run.*head\.noise"):
+            resume_old(OLD / "full_1.checkpoint", noise)
+    path = Path(shutil.copy(OLD / "full_1.checkpoint", tmp_path))
+    before = serialization.read_tensors(path)[0]["progress"]["result"]["history"]
+    result = resume_old(path, Full(min_scale=1))
+    assert len(result.history) == 2
+    assert result.history[:1] == before
+    assert resume_old(path, Full(min_scale=1.0)).best_loss == result.best_loss  # as it was written now
+    with pytest.raises(ValueError, match=r"expected a checkpoint of this run.*head\.noise"):
+        resume_old(path, Full(min_scale=2))
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("noise", [Fixed(1), Fixed(0.3), Diagonal(min_scale=1), LowRank(1, min_scale=2)], ids=repr)
+def test_every_form_of_earlier_versions_is_known(tmp_path, monkeypatch, noise, form, refit):
+    """Also in the file of a second training, and of files that are written on."""
+    (x, y), settings = data(), {**SETTINGS, "validation": 0.2, "refit": refit}
+    with monkeypatch.context() as patch:
+        for module in (pyro_mdn.network, training):
+            patch.setattr(module, "described", functools.partial(stated, form))
+        network(noise=noise).save(tmp_path / "model")
+        fit(network(noise=noise), x, y, checkpoint=tmp_path / "run", **settings)
+    MixtureDensityNetwork.load(tmp_path / "model")
+    for _ in range(2):
+        fit(network(noise=noise), x, y, checkpoint=tmp_path / "run", resume=True, **settings)
+    with pytest.raises(ValueError, match=r"expected a checkpoint of this run.*head\.noise"):
+        fit(network(noise=Isotropic()), x, y, checkpoint=tmp_path / "run", resume=True, **settings)
+
+
+def stated(number, /, **given):
+    """Describe in one form, whichever was asked for."""
+    return described(**{**given, "form": number})
 
 
 def test_files_and_objects_that_cannot_be_compared_are_named(tmp_path):
