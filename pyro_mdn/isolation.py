@@ -44,7 +44,7 @@ _TURN = threading.Condition(_PROCESS)  # notified by each thread that is done wi
 _PATIENCE = 0.01  # seconds that a thread which gives way waits for another to take its turn
 _waiting: set[object] = set()  # a ticket for each thread that waits for the process
 _holder = [0]  # the thread that has the process
-_active: list[_Own] = []  # what that thread has changed, in order; empty while it gives way
+_active: list[_Own] = []  # what that thread has changed, in order; empty while the state of the others is in place
 
 
 # Taking turns
@@ -81,7 +81,7 @@ def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) 
                 _active.append(own)
                 yield
             finally:
-                if own in _active:
+                if own in _active:  # it is not, if its first value was refused
                     _active.remove(own)
                 put(own.kept)
                 if _waiting:

@@ -278,7 +278,7 @@ class _Plan:
     settings: Settings
     seed: int
     cell: Tensor  # of targets on a grid, 0 for outputs that are on none
-    initialize: bool | Literal["anew"]
+    initialize: bool | Literal["anew"]  # as ``fit`` was told; in place of True, "anew" says ``reinitialize=True``
     compiled: bool
     counts_rows: bool  # whether the objective is an ELBO that has to know their number
 
