@@ -3,7 +3,7 @@ r"""The algebra of mixtures: conditioning, maps, products, and fewer components.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_mdn import kernels, reduction
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_differentiated, is_known, require_unmapped
+from pyro_mdn.checks import describe, is_count, is_differentiated, is_known, require_unmapped, shown
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, DiagonalCovariance
 from pyro_mdn.density import Dims, MixtureDensity, check_dims, has_missing
@@ -138,8 +138,9 @@ class MixtureAlgebra(MixtureDensity):
         References:
             Ha & Schmidhuber (2018), World Models.
         """
+        given, temperature = temperature, _number(temperature)
         if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+            raise ValueError(f"temperature: expected a positive number, got {shown(given)}")
         root, limits = math.sqrt(temperature), torch.finfo(self.locs.dtype)
         if not limits.tiny <= root <= limits.max:
             raise ValueError(f"temperature: expected a number with a root in {self.locs.dtype}, got {temperature}")
@@ -149,7 +150,7 @@ class MixtureAlgebra(MixtureDensity):
         return self._new(logits, self.locs, self.covariance.affine(scale))
 
     @in_widest_precision
-    def pool(self, dim: int, weights: Tensor | np.ndarray | Sequence[float] | None = None) -> Self:
+    def pool(self, dim: int, weights: Any = None) -> Self:
         r"""Average the density over batch dimension ``dim``: exactly one mixture of S·K components.
 
         .. math:: p(y) = \sum_{s=1}^S a_s \, p_s(y)
@@ -164,9 +165,7 @@ class MixtureAlgebra(MixtureDensity):
             ValueError: If there is no such batch dimension, nothing along it, or the weights do not fit it.
         """
         n = len(self.batch_shape)
-        if not -n <= dim < n:
-            raise ValueError(f"dim: expected one of {n} batch dimensions, got {dim}")
-        dim %= n
+        dim = _batch_dim(dim, n)
         full = (*self.batch_shape, self.n_components)
         log_weights = _log_weights(weights, self.batch_shape[dim], self.logits)
         logits = self.logits + log_weights.reshape(-1, *(1,) * (n - dim))
@@ -186,10 +185,11 @@ class MixtureAlgebra(MixtureDensity):
         Two diagonal or isotropic mixtures give a diagonal one, others a full one.
 
         Raises:
-            ValueError: If ``other`` has another number of outputs.
+            ValueError: If ``other`` is no mixture, or has another number of outputs.
         """
-        if other.dim != self.dim:
-            raise ValueError(f"product: expected a mixture over {self.dim} outputs, got {other.dim}")
+        if not isinstance(other, MixtureAlgebra) or other.dim != self.dim:
+            got = other.dim if isinstance(other, MixtureAlgebra) else shown(other)
+            raise ValueError(f"product: expected a mixture over {self.dim} outputs, got {got}")
         left, right = self._paired(1, other.n_components), other._paired(0, self.n_components)
         apart = right.locs - left.locs
         if left.covariance.is_diagonal and right.covariance.is_diagonal:
@@ -229,8 +229,9 @@ class MixtureAlgebra(MixtureDensity):
         Raises:
             ValueError: If the threshold is not in [0, 1), or if nothing would be left of a mixture.
         """
+        given, threshold = threshold, _number(threshold)
         if not 0 <= threshold < 1:
-            raise ValueError(f"threshold: expected a number in [0, 1), got {threshold}")
+            raise ValueError(f"threshold: expected a number in [0, 1), got {shown(given)}")
         small = self.logits < math.log(threshold) if threshold else torch.zeros_like(self.logits, dtype=torch.bool)
         if not small.numel():
             return self
@@ -257,8 +258,8 @@ class MixtureAlgebra(MixtureDensity):
         References:
             Runnalls (2007), Kullback-Leibler approach to Gaussian mixture reduction.
         """
-        if not 1 <= n_components <= self.n_components:
-            raise ValueError(f"n_components: expected 1 to {self.n_components}, got {n_components}")
+        if not is_count(n_components) or n_components > self.n_components:
+            raise ValueError(f"n_components: expected 1 to {self.n_components}, got {shown(n_components)}")
         require_unmapped("reduce", self.logits, self.locs, *self.covariance.tensors())
         with torch.no_grad():
             flat = self._flat(self.batch_shape)
@@ -275,12 +276,26 @@ class MixtureAlgebra(MixtureDensity):
         .. math:: \mathrm{Cov}(y) = \underbrace{E_s[\mathrm{Cov}(y \mid s)]}_{\text{aleatoric}} +
                   \underbrace{\mathrm{Cov}_s(E[y \mid s])}_{\text{epistemic}}
         """
-        n = len(self.batch_shape)
-        if not -n <= dim < n:
-            raise ValueError(f"dim: expected one of {n} batch dimensions, got {dim}")
-        deviation = self.mean - self.mean.mean(dim % n, keepdim=True)
-        epistemic = (deviation.unsqueeze(-1) * deviation.unsqueeze(-2)).mean(dim % n)
-        return VarianceSplit(self.covariance_matrix.mean(dim % n), epistemic)
+        dim = _batch_dim(dim, len(self.batch_shape))
+        deviation = self.mean - self.mean.mean(dim, keepdim=True)
+        epistemic = (deviation.unsqueeze(-1) * deviation.unsqueeze(-2)).mean(dim)
+        return VarianceSplit(self.covariance_matrix.mean(dim), epistemic)
+
+
+def _number(value: Any) -> float:
+    """Give back a number as it is, that of an array or tensor without dimensions, NaN of anything else."""
+    if isinstance(value, float | int):  # which compilers know how to trace
+        return value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) else math.nan
+
+
+def _batch_dim(dim: Any, n: int) -> int:
+    """Batch dimension counted from the first; a ``ValueError`` if it is none of n."""
+    if not isinstance(dim, Integral) or not -n <= dim < n:
+        raise ValueError(f"dim: expected one of {n} batch dimensions, got {shown(dim)}")
+    return int(dim) % n
 
 
 def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> tuple[Tensor, FullCovariance]:
@@ -293,16 +308,17 @@ def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> t
     return torch.linalg.solve_triangular(root, half, upper=False).squeeze(-1), covariance
 
 
-def _log_weights(weights: Tensor | np.ndarray | Sequence[float] | None, size: int, like: Tensor) -> Tensor:
+def _log_weights(weights: Any, size: int, like: Tensor) -> Tensor:
     if not size:
         raise ValueError("dim: expected mixtures along it, got none")
     if weights is None:
         return like.new_full((size,), -math.log(size))
-    weights = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
+    given, weights = weights, as_tensor(weights, "weights", like.device).to(like)
     total = weights.detach().sum()
     known = weights.shape == (size,) and is_known(weights)
     if weights.shape != (size,) or (known and not bool((weights >= 0).all() & (total > 0) & total.isfinite())):
-        raise ValueError(f"weights: expected {size} finite numbers, none negative and not all zero")
+        expected = f"{size} finite numbers, none negative and not all zero"
+        raise ValueError(f"weights: expected {expected}, got {describe(given)}")
     if is_differentiated(weights):  # a logarithm has no gradient at 0
         least = math.sqrt(torch.finfo(weights.dtype).tiny)
         weights = weights + (least - weights.detach()).clamp(min=0)

@@ -35,6 +35,7 @@ __all__ = [
     "require_numbers",
     "require_range",
     "require_unmapped",
+    "sample_shape_of",
     "shown",
     "unmasked",
     "unwrapped",
@@ -107,6 +108,18 @@ def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
         if value is not None and (not isinstance(value, Real) or not least <= float(value) < math.inf):
             kind = "not negative" if least == 0 else "positive"
             raise ValueError(f"{name}: expected a finite number that is {kind}, got {shown(value)}")
+
+
+def sample_shape_of(value: Any) -> tuple[int, ...]:
+    """Shape of independent draws, of which a number is one dimension; a ``ValueError`` if it is none.
+
+    >>> sample_shape_of(3), sample_shape_of([2, 3]), sample_shape_of(())
+    ((3,), (2, 3), ())
+    """
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(size, int | Integral | torch.SymInt) and size >= 0 for size in sizes):
+        raise ValueError(f"sample_shape: expected a number of draws, or a shape of them, got {shown(value)}")
+    return sizes
 
 
 def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pyro_mdn import kernels, serialization
 from pyro_mdn.arrays import as_tensor, require_finite, require_no_infinity
-from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range, shown
+from pyro_mdn.checks import is_count, is_hooked, is_inherited, is_known, require_range, sample_shape_of, shown
 from pyro_mdn.density import complete_when_run
 from pyro_mdn.fingerprint import FORMS, described, differing
 from pyro_mdn.head import MixtureHead, exact_buffers, single_at_least
@@ -228,15 +228,19 @@ class MixtureDensityNetwork(PyroModule):
             y = self.targets(y, features.shape[:-1], replicated=replicated)
             return -self.head.log_prob(features, complete_when_run(y))
 
-    def sample(self, x: Any, sample_shape: Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
+    def sample(self, x: Any, sample_shape: int | Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         r"""Draws of y given x, shape ``(*sample_shape, *batch, D)``.
 
         Args:
             x: Inputs ``(*batch, dim_in)``.
-            sample_shape: Shape of independent draws for each input.
+            sample_shape: Shape of independent draws for each input, or their number.
             temperature: :math:`\tau > 0` divides the logits by τ and multiplies the scales by √τ: below 1 draws
                 are more cautious, above 1 more adventurous (Ha & Schmidhuber, 2018, World Models).
+
+        Raises:
+            ValueError: If x is not usable, or ``sample_shape`` or the temperature is not what they have to be.
         """
+        sample_shape = sample_shape_of(sample_shape)
         with torch.no_grad(), self._context(warns=True):
             return self(x).temper(temperature).sample(sample_shape)
 

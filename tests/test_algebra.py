@@ -1,5 +1,7 @@
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
@@ -450,3 +452,49 @@ def test_bad_arguments_are_refused():
         mixture.affine(matrix=torch.full((2, 4), NAN))
     with pytest.raises(ValueError, match="expected one of 1 batch dimensions"):
         mixture.split_variance(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.reduce("a"), "n_components: expected 1 to 3, got 'a'"),
+        (lambda m: m.reduce(1.5), "n_components: expected 1 to 3, got 1.5"),
+        (lambda m: m.prune("a"), r"threshold: expected a number in \[0, 1\), got 'a'"),
+        (lambda m: m.prune(np.ones(2)), r"threshold: .*, got ndarray float64 \(2,\)"),
+        (lambda m: m.temper("a"), "temperature: expected a positive number, got 'a'"),
+        (lambda m: m.temper(None), "temperature: expected a positive number, got None"),
+        (lambda m: m.product("a"), "product: expected a mixture over 4 outputs, got 'a'"),
+        (lambda m: m.pool("a"), "dim: expected one of 1 batch dimensions, got 'a'"),
+        (lambda m: m.split_variance(0.5), "dim: expected one of 1 batch dimensions, got 0.5"),
+        (lambda m: m.pool(0, "abc"), "weights: expected numbers, got text"),
+        (lambda m: m.pool(0, {"a": 1}), "weights: expected numbers, got dict of 1"),
+        (lambda m: m.pool(0, [1.0]), "weights: expected 5 finite numbers, .*, got list of 1"),
+        (lambda m: m.pool(0, np.ma.masked_equal(range(5), 2)), "weights: expected 5 finite numbers"),
+    ],
+)
+def test_settings_of_another_type_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make_mixture(Diagonal(), (5,)))
+
+
+@pytest.mark.parametrize("kind", ["series", "array", "objects", "integers"])
+def test_weights_of_any_container(kind):
+    mixture, weights = (
+        make_mixture(Diagonal(), (2,)),
+        {
+            "series": pd.Series([1, 3], index=[5, 6]),
+            "array": np.array([1.0, 3.0])[::-1][::-1],
+            "objects": np.array([1, 3], object),
+            "integers": torch.tensor([1, 3]),
+        },
+    )
+    y = torch.randn(7, DIM)
+    density = mixture.log_prob(y.unsqueeze(1)).exp() @ torch.tensor([0.25, 0.75]).to(mixture.locs)
+    assert_close(mixture.pool(0, weights[kind]).log_prob(y).exp(), density)
+
+
+def test_settings_may_be_scalars_of_numpy_and_torch():
+    mixture = make_mixture(Diagonal())
+    for value in (np.float32(0.25), np.array(0.25), torch.tensor(0.25)):
+        assert_close(mixture.temper(value).locs, mixture.temper(0.25).locs)
+        assert_close(mixture.prune(value).logits, mixture.prune(0.25).logits)

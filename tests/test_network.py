@@ -1135,3 +1135,15 @@ def test_plain_calls_leave_a_running_svi_step_alone():
         Trace_ELBO().differentiable_loss(network.model, lambda *_: None, GOOD_X, GOOD_Y)
     network.loss(GOOD_X, GOOD_Y)
     assert all(site["value"].unconstrained() is not None for site in captured.trace.nodes.values())
+
+
+def test_draws_are_as_many_as_their_shape_says():
+    network, x = MixtureDensityNetwork(2, 1), torch.zeros(4, 2)
+    for shape in (3, np.int64(3), (3,), [3], torch.Size([3])):
+        torch.manual_seed(0)
+        draws = network.sample(x, shape)
+        torch.manual_seed(0)
+        assert torch.equal(draws, network(x).sample((3,)))
+    for shape in ("a", -1, 2.5, (2, "a"), None):
+        with pytest.raises(ValueError, match="sample_shape: expected a number of draws, or a shape of them, got"):
+            network.sample(x, shape)
