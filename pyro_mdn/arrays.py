@@ -5,12 +5,15 @@ All entry points share this conversion, so that what :func:`pyro_mdn.fit` takes 
 
 from __future__ import annotations
 
+import math
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributions import Distribution
 
 from pyro_mdn.checks import all_finite, bounds, describe, is_subclassed, unmasked
 
@@ -39,7 +42,8 @@ _INSTEAD = {
 def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Tensor:
     """Convert numbers of any container to a floating-point tensor.
 
-    A tensor of floating point comes back as it is, on its own device and with its graph. Everything else is copied:
+    A tensor of floating point comes back as it is, on its own device and with its graph. Everything else is copied, a
+    list of tensors with their graphs:
     floating point keeps its precision (extended precision becomes float64); booleans and integers of up to 16 bits
     become float32, wider ones float64, so that none below :math:`2^{53}` is rounded. What a mask hides, ``None`` and
     ``pandas.NA`` become NaN.
@@ -63,11 +67,27 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
         return _floating(unmasked(values) if is_subclassed(values) else values, name)
     if isinstance(values, float | int):  # which compilers know how to trace
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
+    if isinstance(values, list | tuple) and _holds_tensors(values):
+        return _stacked(values, name, device)
     array = _any_array(values, name)
     dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else _float_for(array.dtype.kind, array.itemsize)
     dtype = np.dtype(np.float64) if dtype.itemsize > 8 else dtype
     on_cpu = torch.tensor(np.ascontiguousarray(array, dtype).reshape(array.shape), device="cpu")
     return _moved(on_cpu, device)
+
+
+def _holds_tensors(values: list[Any] | tuple[Any, ...]) -> bool:
+    return any(isinstance(v, Tensor) or (isinstance(v, list | tuple) and _holds_tensors(v[:1])) for v in values)
+
+
+def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None) -> Tensor:
+    """Put tensors, and what is beside them, into one of the widest precision, which has their graphs."""
+    on = torch.device("cpu") if device is None else device
+    tensors = [_moved(as_tensor(math.nan if _is_missing(row) else row, name), on) for row in rows]
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(rows)}")
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    return torch.stack([tensor.to(dtype) for tensor in tensors])
 
 
 def _floating(values: Tensor, name: str) -> Tensor:
@@ -84,7 +104,7 @@ def _float_for(kind: str, itemsize: int) -> np.dtype[Any]:
 
 
 def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
-    if device is None or device.type == "cpu":
+    if device is None or tensor.device == device:
         return tensor
     return tensor.to(device, torch.float32 if device.type == "mps" and tensor.dtype == torch.float64 else None)
 
@@ -111,6 +131,8 @@ def _any_array(values: Any, name: str) -> Array:
         return _of_frame(values, name)
     if not isinstance(values, Tensor) and hasattr(values, "to_numpy"):
         return _of_column(values, name)
+    if any(isinstance(v, Distribution) for v in (values if isinstance(values, list | tuple) else [values])):
+        raise ValueError(f"{name}: expected numbers, got {describe(values)}")  # NumPy would index a batch of mixtures
     try:
         array = to_numpy(values)
     except (ValueError, TypeError) as error:  # of rows of unequal length, for one
@@ -149,11 +171,12 @@ def _of_frame(frame: Any, name: str) -> Array:
 
 
 def _of_column(column: Any, name: str) -> Array:
-    array = np.asarray(column)
-    if array.dtype.kind == "O" and str(getattr(column.dtype, "kind", "O")) in "fiub":  # of pandas, with missing ones
-        array = column.to_numpy(dtype=np.float64, na_value=np.nan)
-    if array.dtype.kind not in "fiub" and str(column.dtype).lower().startswith(("categor", "enum")):
+    dtype = getattr(column, "dtype", getattr(column, "type", None))  # of pandas or polars, or else of Arrow
+    if str(dtype).lower().startswith(("categor", "enum", "dictionary")):  # which may be numbers, or stand for them
         raise ValueError(f"{name}: expected numbers, got categories: encode them, by pandas.get_dummies for instance")
+    array = np.asarray(column)
+    if array.dtype.kind == "O" and str(getattr(dtype, "kind", "O")) in "fiub":  # of pandas, with missing ones
+        array = column.to_numpy(dtype=np.float64, na_value=np.nan)
     return _numbers(array, column, name)
 
 

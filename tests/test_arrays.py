@@ -113,6 +113,29 @@ def test_what_is_missing_becomes_nan(values):
     assert_close(as_tensor(values, "y"), torch.tensor([[1.0, 2.0], [3.0, torch.nan]]).double(), equal_nan=True)
 
 
+def test_lists_of_tensors_keep_their_graphs():
+    leaf, other = torch.ones(2, requires_grad=True), np.full(2, 3.0)
+    network = MixtureDensityNetwork(2, 1)
+    for rows in ([leaf, 2 * leaf], (leaf, 2 * leaf), [[leaf[0], leaf[1]], [2 * leaf[0], 2 * leaf[1]]]):
+        (gradient,) = torch.autograd.grad(network.loss(rows, [0.0, 1.0]).sum(), leaf)
+        (expected,) = torch.autograd.grad(network.loss(torch.stack([leaf, 2 * leaf]), [0.0, 1.0]).sum(), leaf)
+        assert_close(gradient, expected)
+    mixed = as_tensor([leaf, other, [None, 5], torch.tensor([6, 7])], "x")
+    assert_close(mixed, torch.tensor([[1, 1], [3, 3], [torch.nan, 5], [6, 7]]).double(), equal_nan=True)
+    assert_close(as_tensor([leaf[0], None], "x"), torch.tensor([1.0, torch.nan]).double(), equal_nan=True)
+    assert as_tensor([leaf.bfloat16()] * 2, "x").dtype == torch.bfloat16
+    copy = as_tensor([leaf.detach()], "x")
+    copy.zero_()
+    assert leaf.tolist() == [1, 1]
+
+
+def test_distributions_given_as_data_are_not_indexed(monkeypatch):
+    mixture = MixtureDensityNetwork(3, 1)(X)
+    monkeypatch.setattr(type(mixture), "__getitem__", lambda self, index: pytest.fail("indexed"))
+    with pytest.raises(ValueError, match=r"y: expected numbers, got GaussianMixture$"):
+        as_tensor(mixture, "y")
+
+
 def test_tensors_keep_their_graph_and_everything_else_is_a_copy():
     leaf = torch.ones(2, requires_grad=True)
     assert as_tensor(leaf, "x") is leaf
@@ -143,6 +166,17 @@ def test_tensors_keep_their_graph_and_everything_else_is_a_copy():
         ({"a": 1}, "x: expected numbers, got dict of 1"),
         ("text", "x: expected numbers, got text"),
         (object(), "x: expected numbers, got object"),
+        (pd.Categorical([1, 2, 3]), "x: expected numbers, got categories"),
+        (pd.Series([1.5, 2], dtype="category"), "x: expected numbers, got categories"),
+        (pd.CategoricalIndex([1, 2]), "x: expected numbers, got categories"),
+        (pd.DataFrame({"c": pd.Categorical([1, 2])}), "x, column 'c': expected numbers, got categories"),
+        (pl.Series(["1", "2"], dtype=pl.Enum(["1", "2"])), "x: expected numbers, got categories"),
+        (pa.array([1, 2, 1]).dictionary_encode(), "x: expected numbers, got categories"),
+        (MixtureDensityNetwork(3, 1)(X), "x: expected numbers, got GaussianMixture$"),
+        ([torch.distributions.Normal(torch.zeros(2), 1.0)] * 2, "x: expected numbers, got list of 2"),
+        ([torch.zeros(2), torch.zeros(3)], "x: expected numbers in rows of one length, got list of 2"),
+        ([torch.zeros(2), "text"], "x: expected numbers, got text"),
+        ([torch.tensor(1j)], "x: expected numbers, got complex numbers"),
     ],
 )
 def test_what_is_no_number_is_named(values, message):
