@@ -293,7 +293,7 @@ def _number(value: Any) -> float:
 
 def _batch_dim(dim: Any, n: int) -> int:
     """Batch dimension counted from the first; a ``ValueError`` if it is none of n."""
-    if not isinstance(dim, Integral) or not -n <= dim < n:
+    if not isinstance(dim, Integral) or not -n <= int(dim) < n:
         raise ValueError(f"dim: expected one of {n} batch dimensions, got {shown(dim)}")
     return int(dim) % n
 

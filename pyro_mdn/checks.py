@@ -117,7 +117,7 @@ def sample_shape_of(value: Any) -> tuple[int, ...]:
     ((3,), (2, 3), ())
     """
     sizes = tuple(value) if isinstance(value, Sequence) else (value,)
-    if not all(isinstance(size, int | Integral | torch.SymInt) and size >= 0 for size in sizes):
+    if not all(isinstance(size, int | np.integer | torch.SymInt) and size >= 0 for size in sizes):
         raise ValueError(f"sample_shape: expected a number of draws, or a shape of them, got {shown(value)}")
     return sizes
 

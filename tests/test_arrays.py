@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import pyro_mdn
 from pyro_mdn import (
+    DeepEnsemble,
     Diagonal,
     Full,
     GaussianMixture,
@@ -25,7 +26,6 @@ from pyro_mdn import (
     scores,
     to_inference_data,
 )
-from pyro_mdn import DeepEnsemble, Diagonal, Full, MixtureDensityNetwork, calibration, fit, scores, to_inference_data
 from pyro_mdn.arrays import as_array, as_tensor
 from pyro_mdn.checks import describe
 from pyro_mdn.sklearn import MDNRegressor

@@ -26,11 +26,11 @@ from pyro_mdn import (
     bayesianize,
     fit,
     fit_mcmc,
+    isolation,
     laplace,
     posterior_predictive,
     starting_weights,
 )
-from pyro_mdn import MixtureDensityNetwork, bayesianize, fit, isolation, posterior_predictive
 from pyro_mdn.isolation import give_way, isolated, own_store, released, seeded, unvalidated
 from pyro_mdn.loop import copied
 
