@@ -97,6 +97,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
 def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
     """Name and fields of a noise model.
 
+    >>> from pyro_mdn.noise import as_noise_model
     >>> noise_to_config(as_noise_model("fixed", 1, scale=0.5))
     {'name': 'Fixed', 'scale': 0.5}
     """
