@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from pyro_mdn import serialization
 from pyro_mdn.arrays import as_tensor, require_no_infinity
-from pyro_mdn.checks import is_known, require_counts
+from pyro_mdn.checks import is_known, require_counts, shown
 from pyro_mdn.dense import dense_cost, dense_raw, is_dense
 from pyro_mdn.fingerprint import described, differing, incomparable
 from pyro_mdn.initialization import draw_anew_
@@ -46,16 +46,16 @@ class DeepEnsemble(nn.Module):
             do not require a gradient. Or a sequence of networks, which become the members as they are.
         size: Number of members M; by default 10.
         seed: Seed of the members' first weights. By default they come from torch's generator, which a seed leaves
-            alone. Networks of a sequence have theirs already.
+            alone. Networks of a sequence have theirs already, and take none.
         bootstrap: Whether each member trains on rows drawn with replacement from its training rows (Breiman, 1996).
 
     Attributes:
         stacked: Network whose tensors have a leading axis of members; not to be called.
 
     Raises:
-        ValueError: If the size is not positive, if networks have latent weights, if they differ in more than the
-            values of their tensors (types, attributes, hooks), if layers share tensors, or if a layer has no
-            ``reset_parameters`` to initialise it anew.
+        ValueError: If the size is not positive, if there is a seed beside a sequence, if networks have latent weights,
+            if they differ in more than the values of their tensors (types, attributes, hooks), if layers share tensors,
+            or if a layer has no ``reset_parameters`` to initialise it anew.
 
     Warns:
         UserWarning: If networks have attributes that cannot be compared, such as a lock; those of the first are used.
@@ -91,6 +91,8 @@ class DeepEnsemble(nn.Module):
                 members = [_initialized_anew(network) for _ in range(size or 10)]
         else:
             members = list(network)
+            if seed is not None:
+                raise ValueError(f"seed: expected none beside networks with weights of their own, got {shown(seed)}")
             if not members or size not in (None, len(members)):
                 raise ValueError(f"size: expected one network at least, and as many as size={size}, got {len(members)}")
         self.stacked, self.size, self.bootstrap = _stack(members), len(members), bootstrap

@@ -22,7 +22,7 @@ from torch.distributions import Distribution
 
 from pyro_mdn.checks import require_counts, shown
 from pyro_mdn.data import Rows
-from pyro_mdn.isolation import give_way
+from pyro_mdn.isolation import give_way, require_seed
 from pyro_mdn.joint import (
     LogJoint,
     UnusualModelError,
@@ -328,5 +328,4 @@ def _require_settings(warmup_steps: Any, target_accept_prob: Any, seed: Any) -> 
         raise ValueError(f"warmup_steps: expected an integer that is not negative, got {shown(warmup_steps)}")
     if not isinstance(target_accept_prob, float) or not 0 < target_accept_prob < 1:
         raise ValueError(f"target_accept_prob: expected a number in (0, 1), got {shown(target_accept_prob)}")
-    if seed is not None and (not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63):
-        raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {shown(seed)}")
+    require_seed(seed)

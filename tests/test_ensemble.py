@@ -753,6 +753,8 @@ def test_refusals():
     with pytest.raises(ValueError, match=r"reset_parameters, got backbone \(Stubborn\)"):
         DeepEnsemble(stubborn, 2)
     assert DeepEnsemble([stubborn, stubborn])(x).n_components == 8
+    with pytest.raises(ValueError, match="seed: expected none beside networks with weights of their own, got 3"):
+        DeepEnsemble([make(), make()], seed=3)
     ensemble = DeepEnsemble(make(), 2)
     with pytest.raises(ValueError, match="guide: expected None"):
         fit(ensemble, x, y, guide=lambda x, y: None)

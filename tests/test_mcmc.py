@@ -290,6 +290,8 @@ def test_bad_input():
         {"target_accept_prob": 1.0},
         {"seed": -1},
         {"seed": 1.5},
+        {"seed": True},
+        {"seed": 2**63},
     ],
 )
 def test_bad_settings(settings):
