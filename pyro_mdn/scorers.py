@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_mdn import scores
 from pyro_mdn.arrays import as_array, as_tensor, is_frame
-from pyro_mdn.checks import unmasked
+from pyro_mdn.checks import describe, unmasked
 from pyro_mdn.mixture import GaussianMixture
 
 try:
@@ -145,8 +145,16 @@ def plain(values: Any, name: str) -> Any:
 
     Raises:
         ValueError: If there are dates, which scikit-learn takes for numbers of nanoseconds, or if a column of a data
-            frame is no numbers: it is named.
+            frame is no numbers: it is named. If numbers are complex, or rows of unequal length.
     """
+    array = values
+    if isinstance(values, list | tuple):
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
+    if getattr(getattr(array, "dtype", None), "kind", "") == "c":  # as scikit-learn says, which prints them
+        raise ValueError(f"{name}: expected numbers, got {describe(values)}: Complex data not supported")
     if is_frame(values) or getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
         as_array(values, name)
     return unmasked(values)

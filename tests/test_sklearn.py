@@ -507,3 +507,16 @@ def test_without_scikit_learn():
     code = "import sys; sys.modules['sklearn'] = None; import pyro_mdn.sklearn"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "ImportError: pyro_mdn.sklearn needs scikit-learn" in shown.stderr
+
+
+def test_complex_and_ragged_data_are_named_and_not_printed():
+    numbers, rows = np.ones((4, 2)), [[1, 2], [1], [1], [1]]
+    model = MDNRegressor(max_epochs=1)
+    for X, y, message in [
+        (numbers * 1j, numbers, r"X: expected numbers, got ndarray complex128 \(4, 2\): Complex data not supported$"),
+        (numbers, numbers * 1j, r"y: expected numbers, got ndarray complex128 \(4, 2\): Complex data not supported$"),
+        (rows, numbers, "X: expected numbers in rows of one length, got list of 4$"),
+        (numbers, rows, "y: expected numbers in rows of one length, got list of 4$"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.fit(X, y)
