@@ -18,7 +18,7 @@ from torch.distributions import constraints
 
 from pyro_mdn import kernels
 from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import all_finite, bounds, is_known, is_mapped, is_recorded, is_traced, unwrapped
+from pyro_mdn.checks import all_finite, bounds, is_known, is_mapped, is_recorded, is_traced, sample_shape_of, unwrapped
 from pyro_mdn.components import components
 from pyro_mdn.correlated import FullCovariance
 from pyro_mdn.covariance import Covariance, take_component
@@ -441,7 +441,7 @@ class MixtureDensity(dist.MixtureSameFamily):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Independent draws, shape ``(*sample_shape, *batch, D)``: a component each, then a point of it."""
         with torch.no_grad():
-            component = self._draw_components(torch.Size(sample_shape))
+            component = self._draw_components(torch.Size(sample_shape_of(sample_shape)))
             locs = take_component(self.locs, component, 1)
             noise = torch.randn_like(locs)
             return (locs + self.covariance.select(component).colorize(noise)).squeeze(-2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -328,5 +329,6 @@ def _probabilities(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check_mass(mass: float) -> None:
-    if not 0 < mass < 1:
-        raise ValueError(f"mass: expected a probability in (0, 1), got {mass}")
+    single = isinstance(mass, Real) or (isinstance(mass, Tensor) and mass.ndim == 0)
+    if not single or not 0 < float(mass) < 1:
+        raise ValueError(f"mass: expected a probability in (0, 1), got {shown(mass)}")

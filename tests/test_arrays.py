@@ -184,6 +184,17 @@ def test_what_is_no_number_is_named(values, message):
         as_tensor(values, "x")
 
 
+def test_shapes_of_draws_and_masses_are_numbers():
+    torch.manual_seed(0)
+    mixture = MixtureDensityNetwork(3, 1)(NUMBERS)
+    assert mixture.sample(3).shape == mixture.rsample(3).shape == mixture.sample([3]).shape == (3, 5, 1)
+    with pytest.raises(ValueError, match=r"sample_shape: expected a number of draws, or a shape of them, got 'a'"):
+        mixture.sample("a")
+    with pytest.raises(ValueError, match=r"mass: expected a probability in \(0, 1\), got ndarray float64 \(2,\)"):
+        mixture.interval(np.array([0.5, 0.9]))
+    assert_close(mixture.interval(torch.tensor(0.5)), mixture.interval(0.5))
+
+
 def test_values_are_never_printed():
     assert describe(torch.zeros(100, 3)) == "Tensor torch.float32 (100, 3)"
     assert describe(X) == "DataFrame (5, 3)"
