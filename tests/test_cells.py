@@ -99,9 +99,7 @@ def test_bad_use_of_cells():
     objective = NegativeLogLikelihood(network(), torch.ones(2))
     with pytest.raises(ValueError, match=r"y: expected vectors of 2, as the cells are, got shape \(7, 1\)"):
         objective(rows()[0], rows()[1][:, :1])
-    with pytest.raises(
-        ValueError, match=r"cell: expected 2 finite numbers, .*, got Tensor torch.float32"
-    ):
+    with pytest.raises(ValueError, match=r"cell: expected 2 finite numbers, .*, got Tensor torch.float32"):
         NegativeLogLikelihood(network(), torch.ones(3))
     one = NegativeLogLikelihood(network(dim=1), 1.0).eval()
     x, y = rows()[0], rows()[1][:, 0]
