@@ -57,7 +57,9 @@ def _density_ratio(value: Tensor) -> Tensor:
     """Standard normal density over cdf, the slope of :func:`normal_log_cdf`, in terms that autograd differentiates."""
     right, left = value.clamp(min=0), (-value).clamp(min=_FAR)
     density = torch.exp(-0.5 * right.square()) / math.sqrt(2 * math.pi)
-    middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * value.clamp(-_FAR, 0))
+    # Not by clamp, whose derivative at its ends is 1 or 0, depending on the version of torch.
+    between = torch.where((value >= -_FAR) & (value <= 0), value, -1.0)
+    middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * between)
     # Laplace's continued fraction, where the derivatives of erfcx would cancel.
     rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
     for k in range(_TERMS, 0, -1):
