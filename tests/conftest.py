@@ -1,13 +1,8 @@
-from contextlib import suppress
-
 import matplotlib
 import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-with suppress(ImportError):  # torch's timer imports it; under tests, where warnings are errors, that would fail halfway
-    import setuptools  # noqa: F401
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)

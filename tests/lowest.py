@@ -3,9 +3,6 @@
 import tomllib
 from pathlib import Path
 
-from pip._vendor.packaging.requirements import Requirement
-from pip._vendor.packaging.version import Version
-
 ROOT = Path(__file__).parents[1]
 TOOLS = {"pyright", "ruff"}  # they look at the code, and run none of it
 
@@ -31,6 +28,10 @@ def lowest(project):
 
 
 if __name__ == "__main__":
+    # Here alone, since pip imports distutils: tests that import this file would find setuptools at odds with it.
+    from pip._vendor.packaging.requirements import Requirement
+    from pip._vendor.packaging.version import Version
+
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
     for name, version in lowest(pyproject["project"]).items():
         print(f"{name}=={version}")
