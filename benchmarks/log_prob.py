@@ -79,23 +79,23 @@ def ours(kind, n, k, d):
 
 def kernel(kind, n, k, d):
     """What ``network.loss`` and ``fit`` go through."""
-    from pyro_mdn import layer
+    from pyro_mdn.tensors import layer_density
 
     whitening = noise_of(kind).whitening
     channels = 0.3 * torch.randn(k * (1 + d + width_of(kind, d)), n, device=DEVICE)
     y = torch.randn(n, d, device=DEVICE)
     channels.requires_grad_()
-    return gradient(lambda: layer.channel_log_density(whitening, k, width_of(kind, d), channels, y), [channels])
+    return gradient(lambda: layer_density.channel_log_density(whitening, k, width_of(kind, d), channels, y), [channels])
 
 
 def compiled(kind, n, k, d):
     """The same, compiled."""
-    from pyro_mdn import layer
+    from pyro_mdn.tensors import layer_density
 
     whitening, width = noise_of(kind).whitening, width_of(kind, d)
     channels = (0.3 * torch.randn(k * (1 + d + width), n, device=DEVICE)).requires_grad_()
     y = torch.randn(n, d, device=DEVICE)
-    density = torch.compile(lambda c: layer.channel_log_density(whitening, k, width, c, y), fullgraph=True)
+    density = torch.compile(lambda c: layer_density.channel_log_density(whitening, k, width, c, y), fullgraph=True)
     return gradient(lambda: density(channels), [channels])
 
 

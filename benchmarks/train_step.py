@@ -22,8 +22,9 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from pyro_mdn import Full, MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, bayesianize
-from pyro_mdn.data import InMemory, Rows
-from pyro_mdn.loop import Loop, Settings
+from pyro_mdn.networks.rows import Rows
+from pyro_mdn.training.batches.sources import InMemory
+from pyro_mdn.training.loop import Loop, Settings
 
 BATCHES, STEPS = 8, 400
 CASES = [(256, 64, ""), (256, 256, ""), (4096, 64, ""), (4096, 256, ""), (256, 64, "trained"), (2048, 64, "trained")]

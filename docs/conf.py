@@ -41,8 +41,8 @@ nitpick_ignore_regex = [
         r"(Tensor|Size|Module|Axes|DataFrame|PathLike|ArrayLike|DataLoader|Distribution|Any|Self|Callable|Sequence)",
     ),
 ]
-NOT_PUBLIC = ["pyro_mdn.kernels.Whitening", "pyro_mdn.guides.LaplaceGuide", "MixtureDensity"]
-NOT_PUBLIC += ["pyro_mdn.density.Mixture", "pyro_mdn.density.Origin"]
+NOT_PUBLIC = ["pyro_mdn.tensors.kernels.Whitening", "pyro_mdn.posteriors.guide_draws.LaplaceGuide", "MixtureDensity"]
+NOT_PUBLIC += ["pyro_mdn.distributions.density.Mixture", "pyro_mdn.distributions.density.Origin"]
 nitpick_ignore = [("py:class", name) for name in NOT_PUBLIC]
 
 html_theme = "furo"

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from pyro.infer import Predictive
 
 from pyro_mdn import Diagonal, Full, MixtureDensityNetwork, bayesianize, fit, laplace, plots, scores, to_inference_data
-from pyro_mdn.bayesian import posterior_predictive
 from pyro_mdn.calibration import uniformity_p_value
 from pyro_mdn.inference_data import compare, loo_pit
+from pyro_mdn.posteriors.predictive import posterior_predictive
 
 MODELS = {f"{type(noise).__name__}, K = {k}": (noise, k) for noise in (Diagonal(), Full()) for k in (1, 2, 5)}
 

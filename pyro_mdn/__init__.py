@@ -4,24 +4,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyro_mdn import scores, uncertainty
-from pyro_mdn.bayesian import posterior_predictive
-from pyro_mdn.correlated import FullCovariance, LowRankCovariance
-from pyro_mdn.covariance import Covariance, DiagonalCovariance, IsotropicCovariance
-from pyro_mdn.divergence import kl_monte_carlo, kl_variational_approximation
-from pyro_mdn.ensemble import DeepEnsemble
-from pyro_mdn.head import MixtureHead
+from pyro_mdn.distributions.covariance.base import Covariance, DiagonalCovariance, IsotropicCovariance
+from pyro_mdn.distributions.covariance.correlated import FullCovariance, LowRankCovariance
+from pyro_mdn.distributions.divergence import kl_monte_carlo, kl_variational_approximation
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.inference_data import to_inference_data
-from pyro_mdn.laplace import laplace
-from pyro_mdn.latent import bayesianize, starting_weights
-from pyro_mdn.loop import FitResult
-from pyro_mdn.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
-from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.network_model import NetworkModel
-from pyro_mdn.noise import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
-from pyro_mdn.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
-from pyro_mdn.prediction import Prediction
-from pyro_mdn.training import CollapseWarning, MissingTargetsWarning, fit
+from pyro_mdn.networks.ensemble import DeepEnsemble
+from pyro_mdn.networks.head import MixtureHead
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
+from pyro_mdn.networks.pyro_model import NetworkModel
+from pyro_mdn.posteriors.laplace import laplace
+from pyro_mdn.posteriors.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
+from pyro_mdn.posteriors.predictive import posterior_predictive
+from pyro_mdn.posteriors.priors import bayesianize, starting_weights
+from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
+from pyro_mdn.training.loop import FitResult
+from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 
 if TYPE_CHECKING:
     from pyro_mdn import calibration as calibration

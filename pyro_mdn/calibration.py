@@ -18,10 +18,10 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor
 
-from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import require_counts, shown
-from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import GaussianMixture
 from pyro_mdn.scores import observed_mean
+from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.checks import require_counts, shown
 
 __all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
 

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.arrays import Array, as_array, as_tensor, to_numpy
-from pyro_mdn.checks import require_counts
-from pyro_mdn.ensemble import DeepEnsemble
-from pyro_mdn.generations import assemble
-from pyro_mdn.isolation import seeded
-from pyro_mdn.labels import JOINT, Labels, by_chain
-from pyro_mdn.leave_one_out import LooPit, compare, loo, loo_pit
-from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.source import Source, predict
+from pyro_mdn.adapters.arviz_versions import assemble
+from pyro_mdn.adapters.leave_one_out import LooPit, compare, loo, loo_pit
+from pyro_mdn.adapters.sources import Source, predict
+from pyro_mdn.adapters.xarray_labels import JOINT, Labels, by_chain
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.networks.ensemble import DeepEnsemble
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.support.arrays import Array, as_array, as_tensor, to_numpy
+from pyro_mdn.support.checks import require_counts
+from pyro_mdn.support.process_state import seeded
 
 if TYPE_CHECKING:
     from xarray import Dataset

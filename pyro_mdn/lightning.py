@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from pyro_mdn.checks import require_numbers
-from pyro_mdn.data import Rows
-from pyro_mdn.isolation import own_store, require_owned
-from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.optimization import (
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.rows import Rows
+from pyro_mdn.support.checks import require_numbers
+from pyro_mdn.support.process_state import own_store, require_owned
+from pyro_mdn.training.optimizer import (
     FINAL_NOISE,
     INPUT_NOISE,
     LEARNING_RATE,

@@ -14,13 +14,23 @@ import numpy as np
 import torch
 
 from pyro_mdn import uncertainty
-from pyro_mdn.arrays import Array, as_array, to_numpy
-from pyro_mdn.checks import shown
-from pyro_mdn.density import check_dims
-from pyro_mdn.grids import PIXELS, along, cell_density, grid_of, in_parts, one_input, pooled, regions, targets_of
-from pyro_mdn.isolation import seeded
-from pyro_mdn.labels import names_of
-from pyro_mdn.mixture import GaussianMixture
+from pyro_mdn.adapters.density_grids import (
+    PIXELS,
+    along,
+    cell_density,
+    grid_of,
+    in_parts,
+    one_input,
+    pooled,
+    regions,
+    targets_of,
+)
+from pyro_mdn.adapters.xarray_labels import names_of
+from pyro_mdn.distributions.density import check_dims
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.support.arrays import Array, as_array, to_numpy
+from pyro_mdn.support.checks import shown
+from pyro_mdn.support.process_state import seeded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.special import erf, erfcx
 
-from pyro_mdn import kernels
-from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_subclassed, shown
-from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.precision import in_widest_precision
-from pyro_mdn.univariate import normal_log_cdf
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.precision import in_widest_precision
+from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.checks import is_subclassed, shown
+from pyro_mdn.tensors import kernels
+from pyro_mdn.tensors.univariate import normal_log_cdf
 
 __all__ = [
     "Comparison",

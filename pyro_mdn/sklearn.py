@@ -10,16 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.arrays import as_tensor
-from pyro_mdn.checks import is_count, require_counts, require_range, shown, unmasked
-from pyro_mdn.ensemble import DeepEnsemble
-from pyro_mdn.isolation import seeded
-from pyro_mdn.loop import FitResult
-from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.network import MixtureDensityNetwork
-from pyro_mdn.noise import NOISE_MODELS, NoiseModel, as_noise_model
-from pyro_mdn.optimization import LEARNING_RATE
-from pyro_mdn.scorers import (
+from pyro_mdn.adapters.sklearn_scorers import (
     TARGETS,
     Scorer,
     as_targets,
@@ -30,7 +21,16 @@ from pyro_mdn.scorers import (
     plain,
     predictive_distribution,
 )
-from pyro_mdn.training import fit
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.networks.ensemble import DeepEnsemble
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.noise_models import NOISE_MODELS, NoiseModel, as_noise_model
+from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.checks import is_count, require_counts, require_range, shown, unmasked
+from pyro_mdn.support.process_state import seeded
+from pyro_mdn.training.fit import fit
+from pyro_mdn.training.loop import FitResult
+from pyro_mdn.training.optimizer import LEARNING_RATE
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from pyro_mdn import kernels
-from pyro_mdn.checks import require_counts
-from pyro_mdn.mixture import GaussianMixture
-from pyro_mdn.precision import in_widest_precision
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.scores import Estimate
+from pyro_mdn.support.checks import require_counts
+from pyro_mdn.tensors import kernels
 
 __all__ = ["aleatoric_variance", "epistemic_variance", "mutual_information", "mutual_information_bounds"]
 

@@ -7,16 +7,8 @@ import torch
 from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
 from torch.testing import assert_close
 
-from pyro_mdn import (
-    Diagonal,
-    DiagonalCovariance,
-    Full,
-    FullCovariance,
-    GaussianMixture,
-    Isotropic,
-    IsotropicCovariance,
-    reduction,
-)
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, FullCovariance, GaussianMixture, Isotropic, IsotropicCovariance
+from pyro_mdn.distributions import merging
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 NAN = math.nan
@@ -219,7 +211,7 @@ def test_components_singular_in_floating_point_are_merged_by_their_distance(far)
     locs = (
         torch.tensor([0.0, 1e-3, far, far + 1e-3]).double()[None, :, None] * torch.tensor([1.0, 1 / 3, 1 / 7]).double()
     )
-    weights, kept, _ = reduction.merge_components(torch.full((1, 4), 0.25).double(), locs, matrices, 2)
+    weights, kept, _ = merging.merge_components(torch.full((1, 4), 0.25).double(), locs, matrices, 2)
     assert_close(weights, torch.full((1, 2), 0.5).double())
     assert_close(kept[0, :, 0], torch.tensor([0.5e-3, far + 0.5e-3]).double())
 

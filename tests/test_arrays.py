@@ -26,9 +26,9 @@ from pyro_mdn import (
     scores,
     to_inference_data,
 )
-from pyro_mdn.arrays import as_array, as_tensor
-from pyro_mdn.checks import describe
 from pyro_mdn.sklearn import MDNRegressor
+from pyro_mdn.support.arrays import as_array, as_tensor
+from pyro_mdn.support.checks import describe
 
 X = pd.DataFrame({"age": [3, 1, 4, 1, 5], "member": [True, False, True, True, False], "score": [0.5, 1.5, -1, 0, 2]})
 NUMBERS = X.astype(float).to_numpy()

@@ -46,11 +46,11 @@ from pyro_mdn import (
     posterior_predictive,
     starting_weights,
 )
-from pyro_mdn.bayesian import draw_weights
-from pyro_mdn.dense import is_dense
-from pyro_mdn.guides import draw_from
-from pyro_mdn.latent import fan_in_normal
-from pyro_mdn.vectorized import over_draws
+from pyro_mdn.networks.batched.functional import over_draws
+from pyro_mdn.networks.batched.layers import is_dense
+from pyro_mdn.posteriors.guide_draws import draw_from
+from pyro_mdn.posteriors.predictive import draw_weights
+from pyro_mdn.posteriors.priors import fan_in_normal
 
 GUIDES = [
     AutoNormal,
@@ -510,7 +510,7 @@ def test_passes_change_no_result(backbone, noise, linearize, monkeypatch):
     linearize = linearize and backbone not in ("lstm", "sequence", "called")  # forward mode has none of these
     results = []
     for size, limit in ((5, 1.0), (None, 1.0), (None, 4000.0), (None, 2.0**30)):
-        monkeypatch.setattr("pyro_mdn.passes.BYTES", limit)
+        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", limit)
         torch.manual_seed(3)
         results.append(posterior_predictive(network, guide, x, 5, linearize=linearize, chunk_size=size).log_prob(y))
     for result in results:

@@ -17,7 +17,7 @@ from pyro_mdn import (
     WeightedSum,
     fit,
 )
-from pyro_mdn.isolation import unvalidated
+from pyro_mdn.support.process_state import unvalidated
 
 
 def rows(n=7, dim=2):

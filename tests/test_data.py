@@ -14,9 +14,10 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_mdn import DeepEnsemble, Diagonal, Full, MissingTargetsWarning, MixtureDensityNetwork, fit
-from pyro_mdn.data import InMemory, Rows, Streamed, grid_spacing, prepare
+from pyro_mdn.networks.rows import Rows
 from pyro_mdn.scores import log_score
 from pyro_mdn.sklearn import MDNRegressor
+from pyro_mdn.training.batches.sources import InMemory, Streamed, grid_spacing, prepare
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 
@@ -739,7 +740,7 @@ class Counted(Dataset):
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_the_first_rows_of_a_loader_are_read_once(monkeypatch, size, shuffle):
     """For scalers, start, mean weight, the test of the objective, and the shares of components at the end."""
-    monkeypatch.setattr("pyro_mdn.training._ROWS_TO_START", 100)
+    monkeypatch.setattr("pyro_mdn.training.fit._ROWS_TO_START", 100)
     x = torch.randn(300, 2)
     rows = Counted(x, x[:, :1].sin())
     network = MixtureDensityNetwork(2, 1, 2, 8)

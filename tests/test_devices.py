@@ -26,7 +26,6 @@ from pyro_mdn import (
     bayesianize,
     fit,
     fit_mcmc,
-    kernels,
     kl_variational_approximation,
     laplace,
     posterior_predictive,
@@ -34,6 +33,7 @@ from pyro_mdn import (
     to_inference_data,
     uncertainty,
 )
+from pyro_mdn.tensors import kernels
 
 GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
 
-from pyro_mdn.fingerprint import described, differing, incomparable
+from pyro_mdn.support.fingerprint import described, differing, incomparable
 
 
 class Mode(enum.Enum):

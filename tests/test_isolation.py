@@ -26,13 +26,13 @@ from pyro_mdn import (
     bayesianize,
     fit,
     fit_mcmc,
-    isolation,
     laplace,
     posterior_predictive,
     starting_weights,
 )
-from pyro_mdn.isolation import give_way, isolated, own_store, released, seeded, unvalidated
-from pyro_mdn.loop import copied
+from pyro_mdn.support import process_state
+from pyro_mdn.support.process_state import give_way, isolated, own_store, released, seeded, unvalidated
+from pyro_mdn.training.loop import copied
 
 LATENT = ("head.linear.weight", "head.linear.bias")
 
@@ -180,7 +180,7 @@ def alone_or_with_others(use, tell, before):
 @pytest.mark.parametrize("use", ["laplace", "mcmc", "model", "draws", "ensemble"])
 def test_others_have_their_turn_during_long_computations(use, monkeypatch):
     """As during a training: they find the process as the caller left it, and the results are the same."""
-    monkeypatch.setattr("pyro_mdn.passes.BYTES", 5000.0)
+    monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 5000.0)
     alone = alone_or_with_others(use, lambda: None, lambda: None)
     ready, started, done, seen, turns = threading.Event(), threading.Event(), threading.Event(), [], []
 
@@ -262,7 +262,7 @@ def test_callbacks_have_the_process_as_the_caller_left_it():
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_trainings_do_not_wait_for_a_callback(in_thread, monkeypatch):
     """While a callback runs, its training has no use for the process: one that trains meanwhile waits for nobody."""
-    wait, waits = isolation._TURN.wait, []
+    wait, waits = process_state._TURN.wait, []
 
     def counted(timeout):
         waits.append(inside.is_set())
@@ -279,7 +279,7 @@ def test_trainings_do_not_wait_for_a_callback(in_thread, monkeypatch):
         inside.clear()
 
     inside = threading.Event()
-    monkeypatch.setattr(isolation._TURN, "wait", counted)
+    monkeypatch.setattr(process_state._TURN, "wait", counted)
     fit(MixtureDensityNetwork(1, 1, 2, 8, seed=0), LINE, LINE**2, callbacks=[callback], **{**STEPS, "batch_size": 30})
     assert sum(waits) == 0
 
@@ -355,7 +355,7 @@ def test_a_fork_of_the_thread_that_has_the_process_goes_on():
     validates = Distribution._validate_args
 
     def goes_on(stack):
-        inside = isolation._is_mine(), Distribution._validate_args
+        inside = process_state._is_mine(), Distribution._validate_args
         stack.close()
         return inside == (True, False) and Distribution._validate_args == validates
 

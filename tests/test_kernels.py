@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pyro_mdn import kernels, layer, triangles, univariate
-from pyro_mdn.whitening import (
+from pyro_mdn.distributions.covariance.whitening import (
     DiagonalWhitening,
     FullWhitening,
     LowRankWhitening,
@@ -18,6 +17,7 @@ from pyro_mdn.whitening import (
     RawFullWhitening,
     RawLowRankWhitening,
 )
+from pyro_mdn.tensors import kernels, layer_density, packed_triangles, univariate
 
 K, D, R = 3, 4, 2
 
@@ -43,16 +43,16 @@ CALLS = {
     kernels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
     kernels.sum_logs: lambda: (draw(5, 3, 4),),
     kernels.sum_outputs: lambda: (draw(5, 3, 4),),
-    triangles.pack_tril: lambda: (draw(5, 3, 4, 4),),
-    triangles.tril_add_transposed_: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
-    triangles.tril_matvec: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
-    triangles.tril_below: lambda: (draw(6, 3, 5), 4, draw(1, 3, 5)),
-    triangles.tril_block: lambda: (draw(6, 3, 5), 4, 1, 4),
-    triangles.tril_outer: lambda: (draw(4, 3, 5), draw(4, 3, 5), draw(6, 3, 5)),
-    triangles.tril_position: lambda: (torch.tensor([1, 3]), torch.tensor([0, 2]), 4),
-    triangles.tril_positions: lambda: (4,),
-    triangles.tril_solve: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
-    triangles.unpack_tril: lambda: (draw(5, 3, 4), draw(5, 3, 6)),
+    packed_triangles.pack_tril: lambda: (draw(5, 3, 4, 4),),
+    packed_triangles.tril_add_transposed_: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
+    packed_triangles.tril_matvec: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
+    packed_triangles.tril_below: lambda: (draw(6, 3, 5), 4, draw(1, 3, 5)),
+    packed_triangles.tril_block: lambda: (draw(6, 3, 5), 4, 1, 4),
+    packed_triangles.tril_outer: lambda: (draw(4, 3, 5), draw(4, 3, 5), draw(6, 3, 5)),
+    packed_triangles.tril_position: lambda: (torch.tensor([1, 3]), torch.tensor([0, 2]), 4),
+    packed_triangles.tril_positions: lambda: (4,),
+    packed_triangles.tril_solve: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
+    packed_triangles.unpack_tril: lambda: (draw(5, 3, 4), draw(5, 3, 6)),
     univariate.mixture_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
     univariate.mixture_log_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
     univariate.log_density_by_level: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
@@ -108,7 +108,7 @@ def by_autograd(name, *tensors, normalize=True):
 
 
 def test_every_kernel_is_covered():
-    modules = kernels, triangles, univariate
+    modules = kernels, packed_triangles, univariate
     assert {f.__name__ for f in CALLS} | ELSEWHERE == {name for module in modules for name in module.__all__}
 
 
@@ -177,7 +177,7 @@ def of_channels(name, *tensors):
     whitening, (width,) = WHITENINGS[name]
     logits, locs, value, factor = tensors
     parts = logits.T, locs.permute(2, 1, 0).flatten(0, 1), factor.permute(2, 1, 0).flatten(0, 1)
-    return layer.channel_log_density(whitening, logits.shape[-1], width, torch.cat(parts), value)
+    return layer_density.channel_log_density(whitening, logits.shape[-1], width, torch.cat(parts), value)
 
 
 def under_vmap(name, *tensors):
@@ -229,7 +229,7 @@ def test_channels_of_a_layer(name, batch, groups):
     value = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
 
     def together(channels, value):
-        return layer.channel_log_density(whitening, K, width, channels, value)
+        return layer_density.channel_log_density(whitening, K, width, channels, value)
 
     def apart(channels, value):
         logits, locs, raw = channels.split([K, K * D, width * groups])
@@ -253,7 +253,7 @@ def test_strides_of_channels_do_not_matter(name):
     channels, value = torch.randn(3, 2, K * (1 + D + width)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
     results = []
     for leaf in (channels, channels.contiguous()):
-        density = layer.channel_log_density(whitening, K, width, leaf.requires_grad_(), value)
+        density = layer_density.channel_log_density(whitening, K, width, leaf.requires_grad_(), value)
         results.append([density, *torch.autograd.grad(density.sum(), leaf)])
     assert_close(*results)
 
@@ -389,7 +389,7 @@ def test_gradients_of_one_component_in_closed_form():
     _, locs, value, diagonal, lower = arguments("full")
     one = [torch.zeros(5, 1).double(), locs[:, :1], value, diagonal[:, :1], lower[:, :1]]
     (grad,) = torch.autograd.grad(by_hand("full", *one).sum(), locs)
-    factor = triangles.unpack_tril(diagonal, lower)[:, 0]
+    factor = packed_triangles.unpack_tril(diagonal, lower)[:, 0]
     residual = (value - locs[:, 0]).unsqueeze(-1)
     assert_close(grad[:, 0], (factor.mT @ factor @ residual).squeeze(-1))
 
@@ -428,7 +428,7 @@ def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
         whitening, (width,) = WHITENINGS[name]
         channels = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
         channels[K * (1 + D) : K * (1 + 2 * D)] = raw
-        density = layer.channel_log_density(whitening, K, width, channels.requires_grad_(), torch.ones(1000, D))
+        density = layer_density.channel_log_density(whitening, K, width, channels.requires_grad_(), torch.ones(1000, D))
         (gradient,) = torch.autograd.grad(density.sum(), channels)
         assert density.isfinite().all(), name
         assert gradient.isfinite().all(), name

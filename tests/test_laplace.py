@@ -15,10 +15,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, Full, LowRank, MixtureDensityNetwork, bayesianize, laplace, posterior_predictive
-from pyro_mdn.bayesian import draw_weights
-from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.laplace import _site_precision, mode_and_scale
-from pyro_mdn.latent import starting_weights
+from pyro_mdn.posteriors.laplace import _site_precision, mode_and_scale
+from pyro_mdn.posteriors.log_joint import LogJoint, log_joint_of_model, rows_of, undisturbed
+from pyro_mdn.posteriors.predictive import draw_weights
+from pyro_mdn.posteriors.priors import starting_weights
 
 
 class Recurrent(nn.Module):
@@ -198,7 +198,7 @@ def test_chunks_give_the_same(monkeypatch):
     network, x, y = make(2)
     y[0, 0] = math.nan
     expected = moments(laplace(network, x, y, max_iter=3, progress=False))
-    monkeypatch.setattr("pyro_mdn.passes.BYTES", 30_000)
+    monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 30_000)
     monkeypatch.setitem(mode_and_scale.__globals__, "_BLOCK", 7)
     assert LogJoint(network, rows_of(network, x, y)).size < len(x)
     assert_close(moments(laplace(network, x, y, max_iter=3, progress=False)), expected)

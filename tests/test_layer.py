@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureHead, layer
+from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureHead
+from pyro_mdn.tensors import layer_density
 
 K, D, H, N = 3, 4, 5, 7
 NOISE = [Full(min_scale=1e-2), LowRank(2), Diagonal(), Isotropic()]
@@ -25,14 +26,14 @@ def arguments(noise, n=N):
 
 def by_channels(*arguments):
     *settings, weight, bias, features, value = arguments
-    return layer.channel_log_density(*settings, weight @ features.T + bias.unsqueeze(-1), value)
+    return layer_density.channel_log_density(*settings, weight @ features.T + bias.unsqueeze(-1), value)
 
 
 @every_noise
 def test_gradients_are_those_of_layer_and_density_apart(noise):
     settings, tensors = arguments(noise)
     results = []
-    for function in (layer.layer_log_density, by_channels):
+    for function in (layer_density.layer_log_density, by_channels):
         density = function(*settings, *tensors)
         results.append([density, *torch.autograd.grad(density.square().sum(), tensors)])
     assert_close(*results, rtol=1e-10, atol=1e-12)
@@ -40,7 +41,7 @@ def test_gradients_are_those_of_layer_and_density_apart(noise):
 
 @pytest.mark.parametrize("rows", [H - 2, H + 20])  # autograd's gradients, and ours
 def test_channels_are_those_of_a_linear_layer(rows, monkeypatch):
-    monkeypatch.setattr(layer, "_MANY_ROWS", N)
+    monkeypatch.setattr(layer_density, "_MANY_ROWS", N)
     torch.manual_seed(0)
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(rows,), (rows, H), (N, H)]]
 
@@ -48,22 +49,25 @@ def test_channels_are_those_of_a_linear_layer(rows, monkeypatch):
         return torch.nn.functional.linear(features, weight, bias).T
 
     results = [
-        [c := f(*tensors), *torch.autograd.grad(c.square().sum(), tensors)] for f in (layer.layer_channels, linear)
+        [c := f(*tensors), *torch.autograd.grad(c.square().sum(), tensors)]
+        for f in (layer_density.layer_channels, linear)
     ]
     assert_close(*results)
-    assert torch.autograd.gradcheck(layer.layer_channels, tensors)
-    assert torch.autograd.gradgradcheck(layer.layer_channels, tensors)
-    assert_close(torch.func.vmap(layer.layer_channels)(*(torch.stack([t, t]) for t in tensors))[1], results[1][0])
+    assert torch.autograd.gradcheck(layer_density.layer_channels, tensors)
+    assert torch.autograd.gradgradcheck(layer_density.layer_channels, tensors)
+    assert_close(
+        torch.func.vmap(layer_density.layer_channels)(*(torch.stack([t, t]) for t in tensors))[1], results[1][0]
+    )
     bias, weight, features = (t.detach().float().requires_grad_() for t in tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        layer.layer_channels(bias, weight, features).sum().backward()
+        layer_density.layer_channels(bias, weight, features).sum().backward()
     assert_close(bias.grad, torch.full((rows,), float(N)))
 
 
 @every_noise
 def test_a_graph_that_is_kept_gives_the_same_again(noise):
     settings, tensors = arguments(noise)
-    loss = layer.layer_log_density(*settings, *tensors).square().sum()
+    loss = layer_density.layer_log_density(*settings, *tensors).square().sum()
     first, second = (torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(2))
     assert_close(second, first, rtol=0, atol=0)
     assert_close(torch.autograd.grad(loss, tensors, create_graph=True), first, rtol=1e-8, atol=1e-9)
@@ -74,7 +78,7 @@ def test_second_derivatives(noise):
     settings, tensors = arguments(noise, n=4)
 
     def density(*tensors):
-        return layer.layer_log_density(*settings, *tensors)
+        return layer_density.layer_log_density(*settings, *tensors)
 
     assert torch.autograd.gradcheck(density, tensors)
     assert torch.autograd.gradgradcheck(density, tensors)
@@ -83,7 +87,7 @@ def test_second_derivatives(noise):
 @every_noise
 def test_batched_gradients(noise):
     settings, tensors = arguments(noise)
-    density = layer.layer_log_density(*settings, *tensors)
+    density = layer_density.layer_log_density(*settings, *tensors)
     cotangents = torch.eye(N, dtype=torch.float64)
     apart = [torch.autograd.grad(density, tensors, c, retain_graph=True) for c in cotangents]
     together = torch.autograd.grad(density, tensors, cotangents, is_grads_batched=True)
@@ -92,19 +96,19 @@ def test_batched_gradients(noise):
 
 @pytest.mark.parametrize("rows", [H - 2, H + 20])
 def test_batched_gradients_of_channels(rows, monkeypatch):
-    monkeypatch.setattr(layer, "_MANY_ROWS", N)
+    monkeypatch.setattr(layer_density, "_MANY_ROWS", N)
     torch.manual_seed(0)
     tensors = tuple(torch.randn(*shape, dtype=torch.float64) for shape in [(rows,), (rows, H), (N, H)])
-    expected = torch.autograd.functional.jacobian(layer.layer_channels, tensors)
-    assert_close(torch.autograd.functional.jacobian(layer.layer_channels, tensors, vectorize=True), expected)
+    expected = torch.autograd.functional.jacobian(layer_density.layer_channels, tensors)
+    assert_close(torch.autograd.functional.jacobian(layer_density.layer_channels, tensors, vectorize=True), expected)
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=["weight", "bias", "features", "value"])
 def test_only_what_is_wanted_is_differentiated(wanted):
     settings, tensors = arguments(Full())
-    (expected,) = torch.autograd.grad(layer.layer_log_density(*settings, *tensors).sum(), tensors[wanted])
+    (expected,) = torch.autograd.grad(layer_density.layer_log_density(*settings, *tensors).sum(), tensors[wanted])
     alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
-    layer.layer_log_density(*settings, *alone).sum().backward()
+    layer_density.layer_log_density(*settings, *alone).sum().backward()
     assert [t.grad is not None for t in alone] == [i == wanted for i in range(4)]
     assert_close(alone[wanted].grad, expected)
 
@@ -113,11 +117,11 @@ def test_only_what_is_wanted_is_differentiated(wanted):
 @pytest.mark.parametrize("of", ["channels", "layer"])
 def test_compiled_as_one_graph(noise, of):
     settings, tensors = arguments(noise)
-    function = layer.layer_log_density
+    function = layer_density.layer_log_density
     if of == "channels":
         weight, bias, features, value = tensors
         tensors = [(weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()]
-        function = layer.channel_log_density
+        function = layer_density.channel_log_density
     torch.compiler.reset()
     compiled = torch.compile(lambda *t: function(*settings, *t), backend="aot_eager", fullgraph=True)
     wanted, results = [t for t in tensors if t.requires_grad], []
@@ -133,7 +137,7 @@ def test_second_derivatives_of_compiled_densities_are_refused(noise):
     settings, (weight, bias, features, value) = arguments(noise)
     channels, value = (weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()
     torch.compiler.reset()
-    compiled = torch.compile(lambda c: layer.channel_log_density(*settings, c, value), backend="aot_eager")
+    compiled = torch.compile(lambda c: layer_density.channel_log_density(*settings, c, value), backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"does not (currently support double backward|require grad)"):
         torch.autograd.grad(compiled(channels).sum(), channels, create_graph=True)[0].sum().backward()
 
@@ -145,12 +149,12 @@ def test_transforms(noise, compiled):
     rows = [t.detach() for t in rows]
 
     def density(x, y):
-        return layer.layer_log_density(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
+        return layer_density.layer_log_density(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
 
     mapped = torch.vmap(density)
     torch.compiler.reset()
     mapped = torch.compile(mapped, backend="aot_eager", fullgraph=True) if compiled else mapped
-    assert_close(mapped(*rows), layer.layer_log_density(*settings, weight, bias, *rows))
+    assert_close(mapped(*rows), layer_density.layer_log_density(*settings, weight, bias, *rows))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (0,)])

@@ -9,8 +9,8 @@ import torch
 from scipy import special, stats
 
 from pyro_mdn import DiagonalCovariance, GaussianMixture, to_inference_data
+from pyro_mdn.adapters.pareto_smoothing import good_k, smoothed_weights
 from pyro_mdn.inference_data import compare, loo, loo_pit
-from pyro_mdn.pareto import good_k, smoothed_weights
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

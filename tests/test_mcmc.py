@@ -21,9 +21,9 @@ from pyro_mdn import (
     laplace,
     posterior_predictive,
 )
-from pyro_mdn.joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.latent import starting_weights
-from pyro_mdn.mcmc import _Joint, _Model, _target, _warn
+from pyro_mdn.posteriors.log_joint import LogJoint, log_joint_of_model, rows_of, undisturbed
+from pyro_mdn.posteriors.mcmc import _Joint, _Model, _target, _warn
+from pyro_mdn.posteriors.priors import starting_weights
 
 QUICK = {"num_samples": 6, "warmup_steps": 6, "num_chains": 2, "max_tree_depth": 3, "seed": 0, "progress": False}
 

@@ -38,9 +38,9 @@ from pyro_mdn import (
     MixtureHead,
     bayesianize,
     posterior_predictive,
-    serialization,
     starting_weights,
 )
+from pyro_mdn.support import tensor_files
 
 
 class Convolutional(nn.Module):
@@ -864,7 +864,7 @@ def test_hidden_layers_of_pyro_are_the_usual_ones(tmp_path, earlier):
     if earlier:
         config["custom_backbone"] = True
         config["structure"]["network.backbone"] = "PyroModule[Sequential](0, 1, 2, 3)"
-    serialization.write_tensors(path, config, network.state_dict())
+    tensor_files.write_tensors(path, config, network.state_dict())
     again = MixtureDensityNetwork.load(path, backbone=backbone)
     assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
 
@@ -911,7 +911,7 @@ def test_files_with_all_values_in_words_can_be_read(tmp_path):
     network.backbone.power = 2
     config = network.config()
     config["structure"]["network.backbone.power"] = "2"
-    serialization.write_tensors(path, config, network.state_dict())
+    tensor_files.write_tensors(path, config, network.state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MixtureDensityNetwork.load(path, backbone=network.backbone)
@@ -928,7 +928,7 @@ def test_files_without_a_structure_can_be_read(tmp_path, custom):
     sizes = {"dim_in": [3], "dim_out": 1, "n_components": 2, "hidden_dim": [4, 4]}
     noise = {"name": "Diagonal", "tied": False, "homoscedastic": False, "min_scale": 0.001}
     config = {**sizes, "noise": noise, "custom_backbone": custom}
-    serialization.write_tensors(path, config, network.state_dict())
+    tensor_files.write_tensors(path, config, network.state_dict())
     again = MixtureDensityNetwork.load(path, backbone=copy.deepcopy(backbone))
     assert_close(again.state_dict(), network.state_dict(), rtol=0, atol=0)
     if custom:
@@ -1121,7 +1121,7 @@ def test_shared_weights_stay_shared_in_files(tmp_path):
 @pytest.mark.parametrize("config", [{}, [], {"custom_backbone": False}, {"custom_backbone": False, "noise": "full"}])
 def test_foreign_configurations_are_refused(config, tmp_path):
     path = tmp_path / "foreign.safetensors"
-    serialization.write_tensors(path, config, {"weight": torch.zeros(2)})
+    tensor_files.write_tensors(path, config, {"weight": torch.zeros(2)})
     with pytest.raises(ValueError, match="expected"):
         MixtureDensityNetwork.load(path)
     with pytest.raises(ValueError, match="expected a file, got a directory"):

@@ -20,9 +20,8 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     MixtureHead,
 )
-from pyro_mdn.fingerprint import described
-from pyro_mdn.noise import NOISE_MODELS, as_noise_model
-from pyro_mdn.serialization import noise_from_config, noise_to_config
+from pyro_mdn.networks.noise_models import NOISE_MODELS, as_noise_model, noise_from_config, noise_to_config
+from pyro_mdn.support.fingerprint import described
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 

@@ -17,7 +17,7 @@ from pyro_mdn import (
     kl_monte_carlo,
     kl_variational_approximation,
 )
-from pyro_mdn.covariance import Covariance
+from pyro_mdn.distributions.covariance.base import Covariance
 
 NAMES = ("full", "low_rank-homoscedastic", "diagonal-tied", "isotropic", "full-tied-homoscedastic", "fixed")
 every_structure = pytest.mark.parametrize("noise", [NOISE[name] for name in NAMES], ids=NAMES)

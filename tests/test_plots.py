@@ -11,7 +11,8 @@ import torch
 from cases import make_mixture
 from scipy import integrate
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, grids, plots, scores, uncertainty
+from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, plots, scores, uncertainty
+from pyro_mdn.adapters import density_grids
 from pyro_mdn.calibration import ecdf_band, uniformity_p_value
 
 mpl.use("Agg")
@@ -238,7 +239,7 @@ def test_thresholds_of_highest_density(scale):
     locs, logits = 3 * torch.randn(6, 50, 1), torch.randn(6, 50).masked_fill(torch.rand(6, 50) < 0.2, -math.inf)
     mixture = GaussianMixture(logits, locs, DiagonalCovariance(scale * (0.5 + torch.rand(6, 50, 1))))
     log_density = mixture.log_prob(mixture.sample((20_000,)))
-    for mass, threshold in zip([0.9, 0.5], grids.log_thresholds(mixture, [0.9, 0.5]), strict=True):
+    for mass, threshold in zip([0.9, 0.5], density_grids.log_thresholds(mixture, [0.9, 0.5]), strict=True):
         assert torch.allclose((log_density >= threshold).float().mean(0), torch.tensor(mass), atol=0.02)
 
 
@@ -356,7 +357,7 @@ def test_moments_in_small_units():
     single = mixture._new(mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float()))
     small = single.affine(0.0, 1e-25)
     for one, other in [(single, small), (single.marginal(0), small.marginal(0))]:
-        assert np.allclose(grids._finest(other) * 1e25, grids._finest(one), rtol=1e-4)
+        assert np.allclose(density_grids._finest(other) * 1e25, density_grids._finest(one), rtol=1e-4)
         draws = [m.expand((3, ROWS)) for m in (one, other)]
         lines = [plots.plot_uncertainty_split(draw, x).lines[0].get_ydata() for draw in draws]
         assert np.allclose(lines[1] * 1e25, lines[0], rtol=1e-4)
@@ -428,7 +429,7 @@ def test_names_of_outputs():
 def test_large_posteriors_go_in_parts(monkeypatch):
     x, mixture, _ = along()
     whole = plots.plot_conditional_density(mixture, x).collections[0].get_array()
-    monkeypatch.setattr(grids, "_ELEMENTS", 10 * ROWS * 2)
+    monkeypatch.setattr(density_grids, "_ELEMENTS", 10 * ROWS * 2)
     assert np.allclose(plots.plot_conditional_density(mixture, x).collections[0].get_array(), whole)
 
 

@@ -18,9 +18,9 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 from pyro_mdn import DeepEnsemble, MixtureDensityNetwork, Prediction, bayesianize, posterior_predictive
-from pyro_mdn.arrays import to_numpy
 from pyro_mdn.calibration import coverage_table
 from pyro_mdn.scores import crps
+from pyro_mdn.support.arrays import to_numpy
 
 ROWS = 7
 

@@ -11,7 +11,7 @@ from scipy import integrate, optimize, stats
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, DiagonalCovariance, GaussianMixture, IsotropicCovariance
-from pyro_mdn.univariate import normal_log_cdf
+from pyro_mdn.tensors.univariate import normal_log_cdf
 
 NAN = math.nan
 

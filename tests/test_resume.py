@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import functools
+import json
 import logging
 import os
 import random
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import save_file
 from torch import nn
 
-import pyro_mdn
 from pyro_mdn import (
     ContinuousRankedProbability,
+    DeepEnsemble,
     Diagonal,
     Fixed,
     Full,
@@ -28,11 +30,13 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     NegativeLogLikelihood,
+    bayesianize,
     fit,
-    serialization,
-    training,
 )
-from pyro_mdn.fingerprint import FORMS, described
+from pyro_mdn.networks import network as network_module
+from pyro_mdn.support import tensor_files
+from pyro_mdn.support.fingerprint import FORMS, described
+from pyro_mdn.training import fit as fit_module
 
 SETTINGS = {"max_epochs": 6, "batch_size": 32, "checkpoint_every": 2, "seed": 0, "progress": False}
 
@@ -129,7 +133,7 @@ def test_without_resume_a_checkpoint_is_replaced(tmp_path):
     first, second = network(), network()
     fit(first, x, y, checkpoint=tmp_path / "run", **SETTINGS)
     fit(second, x, y, checkpoint=tmp_path / "run", **{**SETTINGS, "seed": 1})
-    _, tensors = serialization.read_tensors(tmp_path / "run")
+    _, tensors = tensor_files.read_tensors(tmp_path / "run")
     assert torch.equal(tensors["best.network.head.linear.weight"], second.head.linear.weight)
     assert not states_equal(first, second)
 
@@ -290,13 +294,56 @@ def test_runs_of_before_noise_models_had_floats(tmp_path):
         with pytest.raises(ValueError, match=r"expected a checkpoint of this run.*head\.noise"):
             resume_old(OLD / "full_1.checkpoint", noise)
     path = Path(shutil.copy(OLD / "full_1.checkpoint", tmp_path))
-    before = serialization.read_tensors(path)[0]["progress"]["result"]["history"]
+    before = tensor_files.read_tensors(path)[0]["progress"]["result"]["history"]
     result = resume_old(path, Full(min_scale=1))
     assert len(result.history) == 2
     assert result.history[:1] == before
     assert resume_old(path, Full(min_scale=1.0)).best_loss == result.best_loss  # as it was written now
     with pytest.raises(ValueError, match=r"expected a checkpoint of this run.*head\.noise"):
         resume_old(path, Full(min_scale=2))
+
+
+# Files of commit 0654dd6, which had all modules in one folder: networks MixtureDensityNetwork(2, 2, 2, [3]) in the
+# units of ``flat_data()``, and runs of three epochs that a callback ended after the first.
+FLAT = Path(__file__).parent / "data" / "flat_modules"
+EXPECTED = json.loads((FLAT / "expected.json").read_text())
+
+
+def flat_data():
+    x = torch.arange(-6.0, 6.0).reshape(-1, 2) / 6
+    return x, torch.stack([x.sum(1), x.prod(1)], 1)
+
+
+def flat_network(seed=0):
+    torch.manual_seed(seed)
+    made = MixtureDensityNetwork(2, 2, 2, [3])
+    made.initialize_(*flat_data())
+    return made
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FLAT.glob("*.safetensors")])
+def test_files_of_before_packages(name):
+    x, y = flat_data()
+    if name == "ensemble":
+        losses = -DeepEnsemble.load(FLAT / "ensemble.safetensors")(x).log_prob(y)
+    else:
+        backbone = nn.Sequential(nn.Linear(2, 3), nn.GELU()) if name == "backbone" else None
+        losses = MixtureDensityNetwork.load(FLAT / f"{name}.safetensors", backbone=backbone).loss(x, y)
+    assert torch.allclose(losses, torch.tensor(EXPECTED[name]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["network", "ensemble", "guide"])
+def test_runs_of_before_packages_go_on(tmp_path, name):
+    path = Path(shutil.copy(FLAT / f"{name}.checkpoint", tmp_path))
+    settings = {"max_epochs": 3, "batch_size": 6, "validation": 0, "seed": 0, "progress": False}
+    model = DeepEnsemble([flat_network(0), flat_network(1)]) if name == "ensemble" else flat_network()
+    if name == "guide":
+        bayesianize(model, prior_scale=1.0)
+        settings["guide"] = AutoNormal
+    before = tensor_files.read_tensors(path)[0]["progress"]["result"]["history"]
+    result = fit(model, *flat_data(), checkpoint=path, resume=True, **settings)
+    assert result.history[: len(before)] == before
+    assert [row["loss"] for row in result.history] == pytest.approx(EXPECTED[f"{name}.checkpoint"], abs=1e-4)
 
 
 @pytest.mark.parametrize("refit", [False, True])
@@ -306,7 +353,7 @@ def test_every_form_of_earlier_versions_is_known(tmp_path, monkeypatch, noise, f
     """Also in the file of a second training, and of files that are written on."""
     (x, y), settings = data(), {**SETTINGS, "validation": 0.2, "refit": refit}
     with monkeypatch.context() as patch:
-        for module in (pyro_mdn.network, training):
+        for module in (network_module, fit_module):
             patch.setattr(module, "described", functools.partial(stated, form))
         network(noise=noise).save(tmp_path / "model")
         fit(network(noise=noise), x, y, checkpoint=tmp_path / "run", **settings)
@@ -325,11 +372,11 @@ def stated(number, /, **given):
 def test_files_and_objects_that_cannot_be_compared_are_named(tmp_path):
     (x, y), path = data(), tmp_path / "run"
     fit(network(), x, y, checkpoint=path, **SETTINGS)
-    config, tensors = serialization.read_tensors(path)
+    config, tensors = tensor_files.read_tensors(path)
     del config["described"], config["changing"]
     others = {"network": "", "objective": ""}, {}
     for older, run in zip(({}, {"modules": {"network": "Other()"}, "changing": []}), others, strict=True):
-        serialization.write_tensors(path, {**config, **older, "run": {**config["run"], **run}}, tensors)
+        tensor_files.write_tensors(path, {**config, **older, "run": {**config["run"], **run}}, tensors)
         with pytest.warns(UserWarning, match="cannot tell whether .*the file does not describe them"):
             fit(network(), x, y, checkpoint=path, resume=True, **SETTINGS)
     path.unlink()

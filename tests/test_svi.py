@@ -36,7 +36,7 @@ from pyro_mdn import (
     starting_weights,
     to_inference_data,
 )
-from pyro_mdn.bayesian import draw_weights
+from pyro_mdn.posteriors.predictive import draw_weights
 
 NOISE, PRIOR = 0.3, 1.5
 
@@ -202,7 +202,7 @@ CODE = """
 import hashlib, sys, torch
 from pyro.infer.autoguide import AutoNormal
 from pyro_mdn import MixtureDensityNetwork, bayesianize, fit
-from pyro_mdn.bayesian import draw_weights
+from pyro_mdn.posteriors.predictive import draw_weights
 
 def run(name):
     generator = torch.Generator().manual_seed(ord(name))

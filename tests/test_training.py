@@ -34,9 +34,9 @@ from pyro_mdn import (
     bayesianize,
     fit,
 )
-from pyro_mdn.isolation import unvalidated
-from pyro_mdn.loop import copied
-from pyro_mdn.optimization import AveragedWeights, FusedAdamW
+from pyro_mdn.support.process_state import unvalidated
+from pyro_mdn.training.loop import copied
+from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 
@@ -208,7 +208,7 @@ def test_compiling_for_few_steps_warns(monkeypatch):
     x, y = fork(64)
     with pytest.warns(UserWarning, match="compiling takes longer than it saves in 6 steps"):
         fit(network(), x, y, compile=True, **QUICK)
-    monkeypatch.setattr("pyro_mdn.training._STEPS_TO_COMPILE", 6)
+    monkeypatch.setattr("pyro_mdn.training.fit._STEPS_TO_COMPILE", 6)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.filterwarnings("ignore", category=CollapseWarning)
@@ -702,8 +702,9 @@ def test_compilation_leaves_validation_as_it_was():
     code = """
 import torch
 from pyro_mdn import MixtureDensityNetwork, NegativeLogLikelihood
-from pyro_mdn.data import InMemory, Rows
-from pyro_mdn.loop import Loop, Settings
+from pyro_mdn.networks.rows import Rows
+from pyro_mdn.training.batches.sources import InMemory
+from pyro_mdn.training.loop import Loop, Settings
 network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
 settings = Settings(1, 1, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0)
 units = network.x_scale, network.head.scale
@@ -912,7 +913,7 @@ def test_an_interrupted_start_leaves_the_network_as_it_was(monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_mdn.training._Plan.loop", interrupt)
+    monkeypatch.setattr("pyro_mdn.training.fit._Plan.loop", interrupt)
     trained = network()
     with pytest.raises(KeyboardInterrupt):
         fit(trained, *fork(50), **QUICK)

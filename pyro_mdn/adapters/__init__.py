@@ -1,0 +1,1 @@
+"""What ArviZ, xarray, plots and scikit-learn take, built from mixtures and posteriors."""

@@ -1,0 +1,147 @@
+r"""Grids: mixtures along one input and densities over one output, as arrays that a figure shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.special import ndtri
+
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.support.arrays import Array, as_array, to_numpy
+
+__all__ = [
+    "PIXELS",
+    "along",
+    "cell_density",
+    "grid_of",
+    "in_parts",
+    "log_thresholds",
+    "one_input",
+    "pooled",
+    "regions",
+    "targets_of",
+]
+
+PIXELS, _MOST = 300, 1000
+"""Points of a grid: about as many as a figure has pixels, where each is a colour; at most, where there are contours."""
+
+_QUANTILES = 1000
+
+_ELEMENTS = 2**24
+"""Numbers in the largest tensor at once, where one point of a grid does not need more."""
+
+
+def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, GaussianMixture, Array]:
+    """Sorted values of x, its label, the average mixtures of one output in that order, and the order."""
+    values, label = one_input(x)
+    mixture = pooled(mixture)
+    if mixture.batch_shape != values.shape:
+        expected = f"batch shape ({len(values)},) or (S, {len(values)}) for x of shape {values.shape}"
+        raise ValueError(f"mixture: expected {expected}, got {tuple(mixture.batch_shape)}")
+    if len(np.unique(values)) < 2:
+        raise ValueError(f"x: expected two different values at least, got {len(np.unique(values))}")
+    if not 0 <= output < mixture.dim:
+        raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
+    order = np.argsort(values, kind="stable")
+    sorted_ = mixture.marginal(output)._flat(mixture.batch_shape)._pick(torch.from_numpy(order))
+    return values[order], label, sorted_, order
+
+
+def one_input(x: Any) -> tuple[Array, str]:
+    """Values of one input, numbers or times, and what to call it."""
+    columns = getattr(x, "columns", None)
+    name = getattr(x, "name", None) if columns is None else next(iter(columns), None)
+    values = to_numpy(x)
+    values = values if values.dtype.kind == "M" else as_array(x, "x")
+    values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+    if values.ndim != 1:
+        raise ValueError(f"x: expected values of one input, (N,) or (N, 1), got {values.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError("x: expected finite values, got NaN or Inf")
+    return values, "x" if name is None else str(name)
+
+
+def targets_of(y: Any, size: int | None = None, dim: int | None = None) -> Array:
+    """Targets ``(N, D)`` of any kind."""
+    rows = as_array(y, "y")
+    rows = rows[:, None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or size not in (None, rows.shape[0]) or dim not in (None, rows.shape[1]):
+        expected = f"({'N' if size is None else size}, {'D' if dim is None else dim})"
+        raise ValueError(f"y: expected shape {expected}, got {rows.shape}")
+    return rows
+
+
+def pooled(mixture: GaussianMixture) -> GaussianMixture:
+    """Average over draws of the weights, if the batch shape is ``(S, N)``."""
+    return mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
+
+
+def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> Tensor:
+    """Points over all but 0.1 % of each distribution of one output, two for each standard deviation up to ``most``."""
+    single = mixture.marginal(output)
+    low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
+    count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
+    margin = 0.05 * (high - low)
+    return torch.linspace(low - margin, high + margin, count, device="cpu").to(mixture.locs)
+
+
+def _finest(mixture: GaussianMixture) -> Tensor:
+    """Smallest standard deviation of an output, given the other if there are two, of components that matter."""
+    stddev, half_log_det = mixture.covariance.stddev(), mixture.covariance.half_log_det()
+    conditional = (half_log_det - stddev.log().sum(-1)).exp() * stddev.min(-1).values
+    matter = mixture.logits.exp() > 0.05 / mixture.n_components
+    return conditional.expand(mixture.logits.shape).masked_fill(~matter, math.inf).min(-1).values
+
+
+def cell_density(mixture: GaussianMixture, grid: Tensor) -> Tensor:
+    """Mean density within half a step of each point, ``(points, N)``: no mode is too narrow for it."""
+    step = grid[1] - grid[0]
+    ends = torch.cat([grid - step / 2, grid[-1:] + step / 2])
+    return in_parts(mixture.cdf, ends[:, None, None], mixture).diff(dim=0).squeeze(-1) / step
+
+
+def regions(mixture: GaussianMixture, grid: Tensor, masses: list[float]) -> Iterator[Tensor]:
+    """For each probability, ``(points, N)`` that are positive within the regions of highest density.
+
+    Where a mode is narrower than a step of the grid, regions are of whole cells, so that they do not fall between them.
+    """
+    density, step = cell_density(mixture, grid), grid[1] - grid[0]
+    coarse, narrow = density.clamp(min=torch.finfo(density.dtype).tiny).log(), _finest(mixture) < step
+    shown = torch.where(narrow, coarse, in_parts(mixture.log_prob, grid[:, None, None], mixture))
+    falling = coarse.sort(0, descending=True).values
+    inside = falling.exp().cumsum(0) * step
+    for mass, threshold in zip(masses, log_thresholds(mixture, masses), strict=True):
+        last = (inside < mass).sum(0, keepdim=True).clamp(max=len(grid) - 1)
+        of_cells = falling.gather(0, last).squeeze(0) - math.log(2)  # below the last one, which would be a point
+        yield shown - torch.where(narrow, torch.minimum(threshold, of_cells), threshold)
+
+
+def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor]:
+    """Log-density at the border of regions of highest density of one output, ``(N,)`` for each probability.
+
+    As ``mixture.highest_density_threshold``, from equally likely quantiles of the components in place of draws.
+    """
+    weights = mixture.logits.double().exp()
+    reached = weights.cumsum(-1)
+    level = (torch.arange(_QUANTILES, device=weights.device).to(weights) + 0.5) / _QUANTILES
+    component = torch.searchsorted(reached, level.expand(len(weights), -1).contiguous()).clamp(
+        max=weights.shape[-1] - 1
+    )
+    share = (level - (reached - weights).gather(-1, component)) / weights.gather(-1, component)
+    scale = mixture.covariance.stddev().expand(mixture.locs.shape)
+    locs, scale = (t.squeeze(-1).gather(-1, component) for t in (mixture.locs, scale))
+    points = locs + scale * ndtri(share.clamp(1e-6, 1 - 1e-6)).to(locs)
+    log_density = in_parts(mixture.log_prob, points.mT.unsqueeze(-1), mixture)
+    ranks = [min(max(round((1 - mass) * _QUANTILES), 1), _QUANTILES) for mass in masses]
+    return [log_density.kthvalue(rank, 0).values for rank in ranks]
+
+
+def in_parts(function: Callable[[Tensor], Tensor], points: Tensor, mixture: GaussianMixture) -> Tensor:
+    """Evaluate a function of a mixture at ``(points, ...)``, as many at a time as fit."""
+    one = torch.broadcast_shapes(points.shape[1:-1], mixture.batch_shape).numel() * mixture.n_components * mixture.dim
+    return torch.cat([function(part) for part in points.split(max(1, _ELEMENTS // one))])

@@ -1,0 +1,192 @@
+r"""Leave-one-out cross-validation from draws of a posterior: densities, comparisons, and exact transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_mdn.adapters.arviz_versions import comparison, dataset, effective_share, leave_one_out
+from pyro_mdn.adapters.pareto_smoothing import smoothed_weights, varies, warn_if_unreliable
+from pyro_mdn.adapters.sources import ENSEMBLE, POINT
+from pyro_mdn.adapters.xarray_labels import JOINT
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.support.arrays import Array, as_tensor
+
+__all__ = ["LooPit", "compare", "loo", "loo_pit"]
+
+_FEWEST_DRAWS = 50
+
+
+class LooPit(NamedTuple):
+    """Leave-one-out transforms ``(N, D)``, and Pareto's k of each row ``(N,)``: above 0.7 they are not reliable."""
+
+    pit: Tensor
+    pareto_k: Tensor
+
+
+def loo(data: Any, *, pointwise: bool = True) -> Any:
+    r"""Expected log predictive density by leave-one-out cross-validation, on the joint log-likelihood.
+
+    .. math:: \sum_n \log p(y_n \mid y_{-n})
+
+    by Pareto-smoothed importance sampling over draws from the posterior. The relative efficiency of the draws is that
+    of the likelihoods. The result is ArviZ's own, with the same numbers on 0.x (``elpd_loo``, ``p_loo``, ``loo_i``) and
+    1.x (``elpd``, ``p``, ``elpd_i``); ``se``, ``pareto_k`` and ``warning`` have the same names on both.
+
+    Pareto's k is infinite, never NaN, where nothing fits the largest weights: those of a chain that is stuck, or
+    weights too uneven for floating point. A row that has the same density under all draws has exactly this one, and
+    k = 0.
+
+    Args:
+        data: What :func:`pyro_mdn.to_inference_data` gave for draws from a posterior.
+        pointwise: Have the terms, and Pareto's k of each row.
+
+    Raises:
+        ValueError: If it is of a point estimate (also as a guide: ``AutoDelta``), an ensemble, or fewer than 50 draws,
+            for which it has no meaning:
+            :func:`pyro_mdn.scores.compare` compares those on held-out rows. If a log-likelihood is not finite.
+
+    Warns:
+        UserWarning: If Pareto's k of some rows is too large for that many draws.
+
+    References:
+        Vehtari, Gelman & Gabry (2017), Practical Bayesian model evaluation using leave-one-out cross-validation and
+        WAIC.
+
+    >>> from pyro_mdn import MixtureDensityNetwork, to_inference_data
+    >>> mixture = MixtureDensityNetwork(1, 1)(torch.randn(5, 1)).affine(0.01 * torch.randn(500, 1, 1))  # 500 draws
+    >>> int(loo(to_inference_data(mixture, y=torch.randn(5, 1))).n_data_points)
+    5
+    """
+    return _loo(data, pointwise, "loo")
+
+
+def compare(models: Mapping[str, Any], **settings: Any) -> Any:
+    """Compare models by :func:`loo`, and weight them; a pandas frame, from ArviZ, the best first.
+
+    Numbers are not rounded. These columns are there on ArviZ 0.x and 1.x, with the same meaning: ``rank``, ``elpd``,
+    ``p``, ``elpd_diff`` (the model less the best one, so never above 0), ``dse``, ``se``, ``weight`` and ``warning``.
+
+    Args:
+        models: What :func:`pyro_mdn.to_inference_data` gave for each, of the same targets of the same rows.
+        settings: For ``arviz.compare``.
+
+    Raises:
+        ValueError: If targets or the labels of their rows differ, there is one model only, or :func:`loo` refuses one.
+
+    Warns:
+        UserWarning: If Pareto's k of some rows of a model is too large.
+
+    References:
+        Yao, Vehtari, Simpson & Gelman (2018), Using stacking to average Bayesian predictive distributions.
+
+    >>> from pyro_mdn import MixtureDensityNetwork, to_inference_data
+    >>> y, mixture = torch.randn(5, 1), MixtureDensityNetwork(1, 1)(torch.randn(5, 1))
+    >>> draws = {"a": mixture.affine(0.01 * torch.randn(500, 1, 1)), "b": mixture.affine(0.01 * torch.randn(500, 1, 1))}
+    >>> sorted(compare({name: to_inference_data(draws[name], y=y) for name in draws}).index)
+    ['a', 'b']
+    """
+    if len(models) < 2:
+        raise ValueError(f"models: expected two at least, got {len(models)}")
+    observed = {name: dataset(data, "observed_data") for name, data in models.items()}
+    first, *others = observed
+    for name in others:
+        if not observed[first].equals(observed[name]):
+            expected = "the same targets of the same rows in the same order"
+            raise ValueError(f"models: expected {expected}, got others in {first!r} and {name!r}")
+    results = {}
+    for name, data in models.items():
+        results[name] = _loo(data, True, f"compare, {name!r}")
+    return comparison(results, settings)
+
+
+@torch.no_grad()
+def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
+    r"""Probability integral transforms of each row by the predictive distribution that did not see it.
+
+    .. math:: u_{nd} = \sum_s w_{sn} F_d(y_{nd} \mid x_n, \theta_s), \quad w_{sn} \propto 1 / p(y_n \mid x_n, \theta_s)
+
+    with Pareto-smoothed weights, and the mixture's own distribution function in place of draws. NaN where a target was
+    not observed. Pareto's k is that of :func:`loo`: infinite where nothing fits, 0 where all draws have the same
+    density.
+
+    Args:
+        mixture: Mixtures by draws from a posterior, ``(S, N)``.
+        y: Targets ``(N, D)`` that it was conditioned on, a tensor, array or data frame.
+        reff: Effective share of independent draws among them.
+
+    Raises:
+        ValueError: If there are fewer than 50 draws, they are all the same, or shapes do not agree.
+
+    Warns:
+        UserWarning: If Pareto's k of some rows is too large for that many draws.
+
+    References:
+        Gelfand, Dey & Chang (1992), Model determination using predictive distributions with implementation via
+        sampling-based methods.
+        Vehtari, Gelman & Gabry (2017), Practical Bayesian model evaluation using leave-one-out cross-validation and
+        WAIC.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> mixture = MixtureDensityNetwork(1, 1)(torch.randn(5, 1)).affine(0.01 * torch.randn(500, 1, 1))  # 500 draws
+    >>> loo_pit(mixture, torch.randn(5, 1)).pit.shape
+    torch.Size([5, 1])
+    """
+    y = as_tensor(y, "y", mixture.locs.device)
+    y = y.unsqueeze(-1) if y.ndim == 1 else y
+    if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
+        expected = "mixtures (S, N) and y of shape (N, D)"
+        raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
+    rows = mixture.log_prob(y).T.double().cpu().numpy()
+    _require_posterior(rows, "draws from a posterior")
+    log_weights, pareto_k = smoothed_weights(rows, reff)
+    warn_if_unreliable("loo_pit", pareto_k, rows.shape[1])
+    weights = torch.from_numpy(log_weights).exp().T.unsqueeze(-1).to(y.device)
+    pit = (weights * mixture.cdf(y)).sum(0).clamp(0, 1)
+    return LooPit(pit.to(y.dtype), torch.from_numpy(pareto_k))
+
+
+def _loo(data: Any, pointwise: bool, name: str) -> Any:
+    """Result of :func:`loo`, and a warning that has this name."""
+    likelihood, method = _joint_log_likelihood(data)
+    values = np.asarray(likelihood)
+    rows = values.reshape(-1, values.shape[2]).T
+    changing = _require_posterior(rows, method)
+    relative = values[..., changing]
+    reff = effective_share(np.exp(relative - relative.max((0, 1))))
+    log_weights, pareto_k = smoothed_weights(rows, reff)
+    unreliable = warn_if_unreliable(name, pareto_k, rows.shape[1], stacklevel=4)
+    return leave_one_out(likelihood, log_weights, pareto_k, reff, unreliable=unreliable, pointwise=pointwise)
+
+
+def _joint_log_likelihood(data: Any) -> tuple[Any, str]:
+    """Log-likelihood ``(chain, draw, N)`` of all outputs together, in float64, and the name of the inference."""
+    group = dataset(data, "log_likelihood")
+    names: list[Hashable] = list(group.data_vars)
+    method = str(data.attrs.get("inference_method", "draws from a posterior"))
+    if method in (POINT, ENSEMBLE):
+        raise _no_posterior(f"{'an' if method == ENSEMBLE else 'a'} {method}")
+    likelihood = group[JOINT if len(names) > 1 else names[0]]
+    return likelihood.transpose("chain", "draw", ...).astype(np.float64), method
+
+
+def _require_posterior(rows: Array, method: str) -> Array:
+    """Raise a ``ValueError`` unless log-likelihoods ``(N, S)`` are of draws from a posterior; which rows vary."""
+    if (draws := rows.shape[1]) < _FEWEST_DRAWS:
+        raise _no_posterior(f"{draws} draws")
+    if count := int((~np.isfinite(rows)).sum()):
+        raise ValueError(f"log_likelihood: expected finite numbers, got {count} of {rows.size} that are not")
+    changing = varies(rows)
+    if not changing.any():
+        raise _no_posterior(f"draws that are all the same, by {method}")
+    return changing
+
+
+def _no_posterior(got: str) -> ValueError:
+    expected = f"at least {_FEWEST_DRAWS} draws from a posterior"
+    advice = "held-out rows tell such predictions apart: pyro_mdn.scores.compare, and scores.pit"
+    return ValueError(f"leave-one-out: expected {expected}, got {got}; {advice}")

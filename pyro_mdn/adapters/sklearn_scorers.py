@@ -1,0 +1,207 @@
+r"""Scores of fitted scikit-learn estimators: ``scorer(estimator, X, y) -> float``, higher is better.
+
+For ``scoring=`` of ``cross_val_score``, ``GridSearchCV`` and the like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_mdn import scores
+from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.support.arrays import as_array, as_tensor, is_frame
+from pyro_mdn.support.checks import describe, unmasked
+
+try:
+    from sklearn.base import BaseEstimator
+    from sklearn.pipeline import Pipeline
+    from sklearn.utils import check_array
+    from sklearn.utils.metadata_routing import UNUSED
+except ImportError as error:
+    raise ImportError("pyro_mdn.sklearn needs scikit-learn: in a checkout pip install '.[sklearn]'") from error
+
+__all__ = [
+    "TARGETS",
+    "Scorer",
+    "as_targets",
+    "as_weight",
+    "neg_crps",
+    "neg_interval_score",
+    "neg_log_score",
+    "plain",
+    "predictive_distribution",
+]
+
+# What scikit-learn checks of targets: NaN is what was not observed.
+TARGETS: dict[str, Any] = {"dtype": np.float64, "ensure_2d": False, "ensure_all_finite": "allow-nan"}
+
+
+def predictive_distribution(estimator: Any, X: Any) -> GaussianMixture:
+    """Predictive distribution of a fitted estimator: of one that has it, or of the last step of a pipeline.
+
+    A pipeline offers ``predict`` of its last step, but not ``predict_distribution``: here X goes through the steps
+    before it. Of a search it is that of the best estimator.
+
+    Args:
+        estimator: An estimator with ``predict_distribution``, a ``Pipeline`` that ends in one, or a search such as
+            ``GridSearchCV`` over one.
+        X: Inputs ``(N, n_features)``.
+
+    Raises:
+        ValueError: If there is no distribution: a ``TransformedTargetRegressor``, say, only predicts.
+    """
+    if hasattr(estimator, "best_estimator_"):
+        return predictive_distribution(estimator.best_estimator_, X)
+    if isinstance(estimator, Pipeline):
+        before = estimator[:-1] if len(estimator) > 1 else None
+        return predictive_distribution(estimator[-1], X if before is None else before.transform(X))
+    if not hasattr(estimator, "predict_distribution"):
+        raise ValueError(f"estimator: expected predict_distribution, got {type(estimator).__name__} without")
+    return estimator.predict_distribution(X)
+
+
+def neg_log_score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+    r"""Mean log-likelihood :math:`\log p(y \mid x)` in nats: the log score with its sign changed.
+
+    An entry of y that is NaN was not observed: its row counts with the density of its other entries, and a row
+    without any does not count.
+
+    Args:
+        estimator: Anything that has a :func:`predictive_distribution`.
+        X: Inputs ``(N, n_features)``.
+        y: Targets ``(N,)`` or ``(N, D)``.
+        sample_weight: Weights of the rows, ``(N,)``.
+
+    Raises:
+        ValueError: If there is no distribution, or if the targets or weights are not usable.
+    """
+    return -_mean(scores.log_score(*_observed(estimator, X, y)), sample_weight)
+
+
+def neg_crps(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+    """Minus the continuous ranked probability score, in the units of y: mean over the observed rows, then outputs.
+
+    Arguments and errors are those of :func:`neg_log_score`.
+    """
+    return -_mean(scores.crps(*_observed(estimator, X, y)), sample_weight)
+
+
+def neg_interval_score(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    sample_weight: Any = None,
+    *,
+    mass: float = 0.9,
+    kind: Literal["central", "shortest"] = "central",
+) -> float:
+    """Minus the interval score (Winkler, 1972), in the units of y: mean over the observed rows, then outputs.
+
+    Arguments and errors are those of :func:`neg_log_score`; ``functools.partial`` sets the following two.
+
+    Args:
+        estimator: See there.
+        X: See there.
+        y: See there.
+        sample_weight: See there.
+        mass: Probability inside of the interval.
+        kind: ``"central"`` or ``"shortest"``.
+    """
+    return -_mean(scores.interval_score(*_observed(estimator, X, y), mass, kind=kind), sample_weight)
+
+
+class Scorer(BaseEstimator):
+    """A scorer that takes part in metadata routing, as ``make_scorer`` makes them.
+
+    To a function scikit-learn passes no weights, and does not say so.
+
+    Args:
+        scorer: A function of an estimator, X, y and ``sample_weight``, such as :func:`neg_crps`.
+
+    >>> Scorer(neg_crps).set_score_request(sample_weight=True)  # where routing is enabled
+    Traceback (most recent call last):
+    RuntimeError: This method is only available when metadata routing is enabled. ...
+    """
+
+    __metadata_request__score: ClassVar[dict[str, str]] = {"estimator": UNUSED}
+
+    def __init__(self, scorer: Callable[..., float]) -> None:
+        self.scorer = scorer
+
+    def score(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Score of an estimator; higher is better."""
+        return self.scorer(estimator, X, y, sample_weight)
+
+    __call__ = score
+
+
+def plain(values: Any, name: str) -> Any:
+    """Give back values, without their mask, for the checks of scikit-learn.
+
+    Raises:
+        ValueError: If there are dates, which scikit-learn takes for numbers of nanoseconds, or if a column of a data
+            frame is no numbers: it is named. If numbers are complex, or rows of unequal length.
+    """
+    array = values
+    if isinstance(values, list | tuple):
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
+    if getattr(getattr(array, "dtype", None), "kind", "") == "c":  # as scikit-learn says, which prints them
+        raise ValueError(f"{name}: expected numbers, got {describe(values)}: Complex data not supported")
+    if is_frame(values) or getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
+        as_array(values, name)
+    return unmasked(values)
+
+
+def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tensor:
+    """Targets as a tensor ``(N, D)`` in float64; NaN for missing ones.
+
+    Raises:
+        ValueError: If they are not numbers, infinite, or of another shape than ``(size, dim)``.
+    """
+    array = check_array(plain(y, "y"), input_name="y", **TARGETS)
+    columns = as_tensor(array, "y").reshape(len(array), -1)
+    if size is not None and columns.shape != (size, dim):
+        raise ValueError(f"y: expected shape {(size, dim)} as the prediction has it, got {array.shape}")
+    return columns
+
+
+def as_weight(sample_weight: Any, size: int) -> Tensor:
+    """Weights of rows as a tensor ``(size,)`` in float64; by default 1.
+
+    Raises:
+        ValueError: If they are not finite numbers of that shape, if one is negative, or if all are zero.
+    """
+    if sample_weight is None:
+        return torch.ones(size, dtype=torch.float64, device="cpu")
+    array = check_array(
+        plain(sample_weight, "sample_weight"), input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True}
+    )
+    if array.shape != (size,):
+        raise ValueError(f"sample_weight: expected shape ({size},), got {array.shape}")
+    if array.min() < 0 or array.max() <= 0:
+        got = "zero for all rows" if array.max() == 0 else f"{array.min()}"
+        raise ValueError(f"sample_weight: expected numbers that are not negative, one positive at least, got {got}")
+    return as_tensor(array, "sample_weight")
+
+
+def _observed(estimator: Any, X: Any, y: Any) -> tuple[GaussianMixture, Tensor]:
+    mixture = predictive_distribution(estimator, X)
+    return mixture, as_targets(y, mixture.batch_shape[0], mixture.dim)
+
+
+def _mean(losses: Tensor, sample_weight: Any) -> float:
+    """Mean over the rows of ``(N, ...)`` that are not NaN, weighted, then over what else there is."""
+    losses = losses.reshape(len(losses), -1)
+    weight = as_weight(sample_weight, len(losses)).unsqueeze(-1) * ~losses.isnan()
+    total = weight.sum(0)
+    if not bool((total > 0).all()):
+        raise ValueError("y: expected an observed target of positive weight in each column, got none in one")
+    return ((losses.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) * weight).sum(0) / total).mean().item()

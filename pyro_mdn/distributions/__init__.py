@@ -1,0 +1,1 @@
+"""The mixture, a Pyro distribution, and its closed-form algebra."""

@@ -1,0 +1,1 @@
+"""Covariance operators: each stores one factor and derives the rest."""

@@ -1,0 +1,81 @@
+"""The precision in which a mixture computes: the widest of its own, of its arguments, and single precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from pyro.distributions.torch import MixtureSameFamily  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+
+from pyro_mdn.distributions.covariance.base import Covariance
+from pyro_mdn.support.arrays import as_tensor
+
+__all__ = ["in_widest_precision"]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+_DATA = {"value", "values", "y", "shift", "scale", "matrix", "weights"}
+
+
+def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Have a function of a mixture compute in the widest precision, and give results in that of the mixture.
+
+    LAPACK knows no half precision, torch does not promote what it multiplies, and arguments in double precision keep
+    their digits until the result is rounded. Arguments whose names say that they are data are made tensors first, so
+    that every container has the precision of its numbers.
+    """
+    names = list(signature(function).parameters)
+
+    @wraps(function)
+    def computed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        given: dict[str, Any] = dict(zip(names[: len(args)], args, strict=False)) | kwargs
+        mixture = given.get(names[0])
+        if len(args) > len(names) or mixture is None:
+            return function(*args, **kwargs)  # for the error that Python raises
+        given = {name: _as_data(value, name, mixture) if name in _DATA else value for name, value in given.items()}
+        wide = _widest(mixture.dtype, given.values())
+        call: Any = function
+        if wide == mixture.dtype:
+            return call(**given)
+        return _converted(call(**{name: _converted(value, wide) for name, value in given.items()}), mixture.dtype)
+
+    return computed
+
+
+def _as_data(value: Any, name: str, mixture: Any) -> Any:
+    """Make data a tensor; single numbers and None stay what they are."""
+    plain = value is None or isinstance(value, float | int)
+    if plain or (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    return as_tensor(value, name, mixture.device)
+
+
+def _widest(own: torch.dtype, arguments: Iterable[Any]) -> torch.dtype:
+    wide = own if own.itemsize >= 4 else torch.float32
+    for argument in arguments:
+        dtype: Any = wide
+        if isinstance(argument, Tensor):
+            dtype = argument.dtype if argument.is_floating_point() else wide
+        elif isinstance(argument, MixtureSameFamily):
+            dtype = getattr(argument, "dtype", wide)
+        wide = wide if dtype == wide else torch.promote_types(wide, dtype)
+    return wide
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    """Give tensors of floating point, and what has some, another precision; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Covariance):
+        return value.map(lambda t, n: t.to(dtype))
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_converted(part, dtype) for part in value))
+    if type(value) is tuple:
+        return tuple(_converted(part, dtype) for part in value)
+    mixture: Any = value
+    return mixture.to(dtype) if isinstance(value, MixtureSameFamily) and hasattr(value, "dtype") else value

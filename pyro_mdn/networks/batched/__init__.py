@@ -1,0 +1,1 @@
+"""Many networks in one pass: draws of the weights, or members of an ensemble."""

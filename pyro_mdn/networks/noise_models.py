@@ -1,0 +1,358 @@
+r"""Noise models: structure × sharing × source of the component covariances.
+
+A noise model says how many raw channels a covariance needs, how they are constrained and which operator they make.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_mdn.distributions.covariance.base import Covariance, DiagonalCovariance, IsotropicCovariance
+from pyro_mdn.distributions.covariance.correlated import FullCovariance, LowRankCovariance
+from pyro_mdn.distributions.covariance.whitening import (
+    RawDiagonalWhitening,
+    RawFullWhitening,
+    RawLowRankWhitening,
+    positive,
+)
+from pyro_mdn.support.checks import is_count, shown
+from pyro_mdn.tensors import kernels
+
+__all__ = [
+    "NOISE_MODELS",
+    "Diagonal",
+    "Fixed",
+    "Full",
+    "Isotropic",
+    "LowRank",
+    "NoiseModel",
+    "as_noise_model",
+    "noise_from_config",
+    "noise_to_config",
+]
+
+_FLAGS = ("tied", "homoscedastic")
+
+
+@dataclass(frozen=True)
+class NoiseModel(ABC):
+    """How a network's raw outputs become component covariances.
+
+    Attributes:
+        tied: Whether all components share one covariance.
+        homoscedastic: Whether the covariance is the same for every input.
+        common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y. It is
+            the root mean square of the standard deviations of the outputs that are not constant in the data.
+    """
+
+    tied: bool
+    homoscedastic: bool
+    common_unit: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in _FLAGS:
+            self._hold(name, _flag(getattr(self, name), name))
+
+    def _hold(self, name: str, value: Any) -> None:
+        """Keep a setting as Python's own type; what is of that type already, as a default of the class, stays there."""
+        if type(getattr(self, name)) is not type(value):
+            object.__setattr__(self, name, value)
+
+    def _fingerprinted(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """State that fingerprints are of, and after it those of the same model in files of earlier versions.
+
+        They had numbers as they were given, and also the flags of ``Fixed``.
+        """
+        flags = {f.name: f.default for f in fields(self) if f.name in _FLAGS and not f.init}
+        flags = {name: flag for name, flag in flags.items() if flag is getattr(self, name)}
+        reals = {f.name for f in fields(self) if f.type == "float" and isinstance(state.get(f.name), Real)}
+        plain = {name: float(v) if name in reals else v for name, v in state.items() if name not in flags}
+        whole = {name: int(v) if name in reals and v.is_integer() else v for name, v in plain.items()}
+        of_numpy = {name: np.float64(v) if name in reals else v for name, v in plain.items()}
+        return [plain, whole, of_numpy, {**plain, **flags}]
+
+    @abstractmethod
+    def num_params(self, dim_out: int) -> int:
+        """Raw channels per covariance; a ``ValueError`` if the model does not fit ``dim_out``."""
+
+    @abstractmethod
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        """Covariance in standardised units from raw channels ``(*batch, K, num_params)``.
+
+        ``unit`` is the size of one standardised unit in the units of y, shape ``(D,)`` or ``(1,)``.
+        """
+
+    @property
+    def whitening(self) -> kernels.Whitening | None:
+        """What :meth:`build` and the whitening of its covariance come to, from raw channels; ``None`` if not known."""
+        return None
+
+    @abstractmethod
+    def start(self, scale: Tensor) -> Tensor:
+        """Raw channels ``(K, num_params)`` that give standard deviations ``(K, D)`` (at least ``min_scale``)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Learned(NoiseModel):
+    tied: bool = False
+    homoscedastic: bool = False
+    min_scale: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._hold("min_scale", _positive(self.min_scale, "min_scale"))
+
+    def _positive(self, raw: Tensor) -> Tensor:
+        return positive(raw, self.min_scale)
+
+    def _unconstrained(self, scale: Tensor) -> Tensor:
+        excess = (scale - self.min_scale).clamp(min=0.1 * self.min_scale)
+        return excess + torch.log(-torch.expm1(-excess))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagonal(_Learned):
+    r"""Independent outputs within a component: :math:`\Sigma_k = \mathrm{diag}(\sigma_k^2)`.
+
+    Args:
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation, in standardised units; it bounds the density.
+
+    >>> Diagonal(tied=True)
+    Diagonal(tied=True, homoscedastic=False, min_scale=0.001)
+    """
+
+    def num_params(self, dim_out: int) -> int:
+        return dim_out
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        return DiagonalCovariance(self._positive(raw))
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawDiagonalWhitening(self.min_scale)
+
+    def start(self, scale: Tensor) -> Tensor:
+        return self._unconstrained(scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Isotropic(_Learned):
+    r"""One standard deviation for all outputs: :math:`\Sigma_k = \sigma_k^2 I`, in the units of y.
+
+    All outputs have one standardised unit: the root mean square of the standard deviations of those that are not
+    constant in the data. A constant output has the same :math:`\sigma_k` as the others.
+
+    Args:
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation, in standardised units; it bounds the density.
+    """
+
+    common_unit: ClassVar[bool] = True
+
+    def num_params(self, dim_out: int) -> int:
+        return 1
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        return IsotropicCovariance(self._positive(raw).squeeze(-1), dim_out)
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawDiagonalWhitening(self.min_scale)
+
+    def start(self, scale: Tensor) -> Tensor:
+        return self._unconstrained(scale.square().mean(-1, keepdim=True).sqrt())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(_Learned):
+    r"""Unrestricted :math:`\Sigma_k`, through the inverse of its Cholesky factor.
+
+    Args:
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation of an output *given those before it*, in standardised units; it
+            bounds the density.
+
+    References:
+        Williams (1996), Using neural networks to model conditional multivariate densities.
+    """
+
+    def num_params(self, dim_out: int) -> int:
+        return dim_out * (dim_out + 1) // 2
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        diagonal, lower = kernels.split_channels(raw, [dim_out, raw.shape[-1] - dim_out])
+        return FullCovariance(self._positive(diagonal).reciprocal(), lower)
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawFullWhitening(self.min_scale)
+
+    def start(self, scale: Tensor) -> Tensor:
+        dim_out = scale.shape[-1]
+        lower = scale.new_zeros(*scale.shape[:-1], self.num_params(dim_out) - dim_out)
+        return torch.cat([self._unconstrained(scale), lower], -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(_Learned):
+    r"""Low rank plus diagonal: :math:`\Sigma_k = F_k F_k^\top + \mathrm{diag}(\sigma_k^2)`.
+
+    Args:
+        rank: Columns of F, at most the number of outputs.
+        tied: One covariance for all components.
+        homoscedastic: Learned, but the same for every input.
+        min_scale: Smallest standard deviation of the diagonal part, in standardised units; it bounds the density.
+    """
+
+    rank: int = field(default=2, kw_only=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_count(self.rank):
+            raise ValueError(f"rank: expected a positive integer, got {shown(self.rank)}")
+        self._hold("rank", int(self.rank))
+
+    def num_params(self, dim_out: int) -> int:
+        if self.rank > dim_out:
+            raise ValueError(f"rank: expected at most dim_out={dim_out}, got {self.rank}")
+        return dim_out * (self.rank + 1)
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        diagonal, factor = kernels.split_channels(raw, [dim_out, dim_out * self.rank])
+        return LowRankCovariance(factor.unflatten(-1, (dim_out, self.rank)), self._positive(diagonal))
+
+    @property
+    def whitening(self) -> kernels.Whitening:
+        return RawLowRankWhitening(self.min_scale)
+
+    def start(self, scale: Tensor) -> Tensor:
+        # A factor of zero would be a saddle point: its gradient vanishes there.
+        factor = 0.1 * scale.unsqueeze(-1) * torch.randn(*scale.shape, self.rank).to(scale)
+        return torch.cat([self._unconstrained(scale), factor.flatten(-2)], -1)
+
+
+@dataclass(frozen=True)
+class Fixed(NoiseModel):
+    r"""Known noise, nothing learned: :math:`\Sigma_k = \sigma^2 I`, in the units of y.
+
+    Args:
+        scale: Standard deviation :math:`\sigma`, in the units of y.
+    """
+
+    scale: float
+    tied: bool = field(default=True, init=False, repr=False)
+    homoscedastic: bool = field(default=True, init=False, repr=False)
+    common_unit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._hold("scale", _positive(self.scale, "scale"))
+
+    def num_params(self, dim_out: int) -> int:
+        return 0
+
+    def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
+        return IsotropicCovariance((self.scale / unit).to(raw), dim_out)
+
+    def start(self, scale: Tensor) -> Tensor:
+        return scale[..., :0]
+
+
+# The names that constructors, the estimator of scikit-learn and files share; files have those of the classes.
+NOISE_MODELS: Mapping[str, type[NoiseModel]] = {
+    "diagonal": Diagonal,
+    "fixed": Fixed,
+    "full": Full,
+    "isotropic": Isotropic,
+    "low_rank": LowRank,
+}
+
+
+def as_noise_model(
+    value: NoiseModel | str | None, dim_out: int, *, rank: int | None = None, scale: float | None = None
+) -> NoiseModel:
+    """Noise model that a name stands for, with its defaults; a noise model comes as it is, ``None`` is ``Diagonal()``.
+
+    Args:
+        value: Noise model or name.
+        dim_out: Number of outputs, which a rank cannot exceed.
+        rank: Rank of ``"low_rank"``; by default 2, but 1 for a single output.
+        scale: Standard deviation of ``"fixed"``, which needs it.
+
+    Raises:
+        ValueError: If there is no such name, or no scale where one is needed.
+
+    >>> as_noise_model("low_rank", 1).rank, as_noise_model(None, 1) == Diagonal()
+    (1, True)
+    """
+    if value is None or isinstance(value, NoiseModel):
+        return Diagonal() if value is None else value
+    if not isinstance(value, str) or value not in NOISE_MODELS:
+        raise ValueError(f"noise: expected a NoiseModel or one of {sorted(NOISE_MODELS)}, got {shown(value)}")
+    if value == "fixed":
+        if scale is None:
+            raise ValueError("noise: expected Fixed(scale) for a known scale, got 'fixed' without")
+        return Fixed(scale)
+    if value == "low_rank":
+        return LowRank(min(2, dim_out) if rank is None else rank)
+    kind: Any = NOISE_MODELS[value]
+    return kind()
+
+
+_NOISE_MODELS = {model.__name__: model for model in NOISE_MODELS.values()}
+
+
+def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
+    """Name and fields of a noise model.
+
+    >>> noise_to_config(as_noise_model("fixed", 1, scale=0.5))
+    {'name': 'Fixed', 'scale': 0.5}
+    """
+    name = type(noise).__name__
+    if _NOISE_MODELS.get(name) is not type(noise):
+        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)} to save, got {name}")
+    settings = {f.name: getattr(noise, f.name) for f in fields(noise) if f.init}
+    return {"name": name, **settings}
+
+
+def noise_from_config(config: Mapping[str, Any]) -> NoiseModel:
+    """Build the noise model that :func:`noise_to_config` described."""
+    if not isinstance(config, Mapping):
+        raise ValueError(f"noise: expected a name and settings, got {shown(config)}")
+    settings = dict(config)
+    name = settings.pop("name", None)
+    if not isinstance(name, str) or name not in _NOISE_MODELS:
+        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)}, got {shown(name)}")
+    try:
+        return _NOISE_MODELS[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"noise: expected the settings of {name}, got {settings}") from error
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}")
+    return bool(value)
+
+
+def _positive(value: Any, name: str) -> float:
+    """Number of Python, NumPy or a tensor without dimensions, as Python's."""
+    number = value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        number = value.item()
+    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < float(number) < math.inf:
+        raise ValueError(f"{name}: expected a positive finite number, got {shown(value)}")
+    return float(number)

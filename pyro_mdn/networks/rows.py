@@ -1,0 +1,174 @@
+r"""Rows of data: inputs, targets and weights, as tensors on the device of a network."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.support.arrays import as_tensor
+
+__all__ = ["Rows", "as_device_tensor", "as_rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs, targets and, unless all count alike, weights of some rows.
+
+    An entry of the targets is what has a vector of its own: a row or, of a sequence, a step.
+
+    Attributes:
+        weight: Weights of the rows ``(N,)``, or of the shape of y: 0 where it was not observed.
+        leading: Dimensions of x and y before those of one row.
+    """
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor | None = None
+    leading: ClassVar[int] = 1
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Any) -> Rows:
+        return Rows(self.x[index], self.y[index], None if self.weight is None else self.weight[index])
+
+    def informative(self) -> Rows:
+        """Rows that count, of which there has to be one; their weights have a mean of 1."""
+        rows = self.counted()
+        if not len(rows):
+            raise ValueError("x, y: expected rows of positive weight with a target, got none")
+        if rows.weight is None:
+            return rows
+        return Rows(rows.x, rows.y, rows.weight / rows.weight[rows.weight > 0].mean())
+
+    def counted(self) -> Rows:
+        """Rows that count, those of a positive weight and with an observed target; what else is missing weighs 0."""
+        if self.weight is None and not bool(self.y.isnan().any()):
+            return self
+        rows = self.masked()
+        weight: Any = rows.weight
+        rows = rows[_aligned(weight, weight.shape[:1]) > 0]
+        complete = self.weight is None and not bool(rows.y.isnan().any())
+        return Rows(rows.x, rows.y) if complete else rows
+
+    def masked(self) -> Rows:
+        """Have weights of the shape of y, 0 where it was not observed: losses may be of outputs, entries or rows."""
+        observed = (~self.y.isnan()).to(torch.promote_types(self.x.dtype, torch.float32))
+        return Rows(
+            self.x, self.y, observed if self.weight is None else observed * _aligned(self.weight, observed.shape)
+        )
+
+    def num_counted(self) -> Tensor:
+        """Number of rows of positive weight."""
+        return (self.weights(self.x.new_ones(self.x.shape[: self.leading])) > 0).sum()
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """Rows of several parts; where others have weights, those without count 1. Shorter sequences are padded."""
+        if all(part.y.ndim > 2 for part in parts):
+            steps = max(part.y.shape[1] for part in parts)
+            parts = [part._padded(steps) for part in parts]
+        x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+        if all(part.weight is None for part in parts):
+            return Rows(x, y)
+        weights: Any = [part.masked().weight for part in parts]
+        return Rows(x, y, torch.cat(weights))
+
+    def _padded(self, steps: int) -> Rows:
+        """Sequences of so many steps: to shorter ones are added some of x = 0 without a target."""
+        if (more := steps - self.y.shape[1]) == 0:
+            return self
+        rows: Any = self.masked()
+        return Rows(_longer(rows.x, more, 0.0), _longer(rows.y, more, torch.nan), _longer(rows.weight, more, 0.0))
+
+    def chunks(self, size: int) -> Iterator[Rows]:
+        """Successive rows, ``size`` at a time."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def weights(self, losses: Tensor) -> Tensor:
+        """Weights of losses of rows, entries or outputs: of the shape of y up to some dimension."""
+        if self.weight is None:
+            return torch.ones_like(losses)
+        return _aligned(self.weight, losses.shape).to(losses).expand_as(losses)
+
+    def totals(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses ``(N, ...)`` times their weights, and sum of the weights; for each member, if there are."""
+        first = self.leading - 1
+        if self.weight is None:
+            total = losses.flatten(first).sum(-1)
+            return total, torch.full_like(total, losses.numel() / total.numel())
+        weights = self.weights(losses)
+        counted = torch.where(weights > 0, losses, 0)  # that of a missing target may be NaN
+        return (counted * weights).flatten(first).sum(-1), weights.flatten(first).sum(-1)
+
+    def row_weight(self, losses: Tensor) -> Tensor:
+        """Mean over the rows of the sum of their weights, for losses of some of the rows."""
+        shape = *self.x.shape[: self.leading], *losses.shape[self.leading :]
+        return self.totals(losses.new_zeros(()).expand(shape))[1] / len(self)
+
+    def targets_per_row(self) -> float:
+        """Mean number of observed entries of a row."""
+        return _observed(self.y).sum().item() / math.prod(self.y.shape[: self.leading])
+
+    def digest(self) -> str:
+        """Checksum of the contents."""
+        digest = hashlib.sha256()
+        for tensor in (self.x, self.y, self.weight):
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _observed(y: Tensor) -> Tensor:
+    """Which entries of targets ``(..., D)`` have an output that was observed."""
+    return ~y.isnan().all(-1) if y.ndim > 1 else ~y.isnan()
+
+
+def _aligned(weight: Tensor, shape: Sequence[int]) -> Tensor:
+    """Weights for losses of a shape: a loss of several entries weighs what the heaviest does."""
+    while weight.shape != shape[: weight.ndim]:
+        weight = weight.amax(-1)
+    return weight.reshape(*weight.shape, *(1,) * (len(shape) - weight.ndim))
+
+
+def _longer(sequences: Tensor, more: int, padding: float) -> Tensor:
+    """Sequences ``(N, T, ...)`` with further steps."""
+    return torch.cat([sequences, sequences.new_full((len(sequences), more, *sequences.shape[2:]), padding)], 1)
+
+
+def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:
+    """Check arrays as a whole and make them tensors on the device of the network.
+
+    Raises:
+        ValueError: If they are not usable.
+    """
+    device, given = network.x_shift.device, (x, y)
+    x, y = as_device_tensor(x, f"{name}x", device), as_device_tensor(y, f"{name}y", device)
+    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
+        raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
+    weight = _as_weight(weight, len(x), x, device, f"{name}weight" if name else "sample_weight")
+    return Rows(*network.check(x, y, given=given), weight)
+
+
+def as_device_tensor(value: Any, name: str, device: torch.device) -> Tensor:
+    """Convert numbers of any container to a tensor on the device, without a graph."""
+    return as_tensor(value, name, device).detach().to(device)
+
+
+def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name: str) -> Tensor | None:
+    if weight is None:
+        return None
+    weight = as_device_tensor(weight, name, device).to(torch.float64)
+    if weight.shape != (rows,):
+        raise ValueError(f"{name}: expected shape ({rows},), got {tuple(weight.shape)}")
+    if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
+        raise ValueError(f"{name}: expected finite numbers that are not negative, one positive at least")
+    return (weight / weight.max()).to(torch.promote_types(like.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Posteriors over latent weights, and their predictive mixtures."""

@@ -1,0 +1,1 @@
+"""What every package needs: checks, conversion of users' arrays, process-wide state, files of tensors."""

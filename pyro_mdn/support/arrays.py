@@ -1,0 +1,267 @@
+r"""Convert what users have, such as NumPy arrays, data frames, lists and tensors, to arrays and tensors of numbers.
+
+All entry points share this conversion, so that what :func:`pyro_mdn.fit` takes is taken everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_mdn.support.checks import all_finite, bounds, describe, is_subclassed, unmasked
+
+__all__ = [
+    "Array",
+    "as_array",
+    "as_tensor",
+    "columns_of",
+    "is_frame",
+    "require_finite",
+    "require_no_infinity",
+    "to_numpy",
+]
+
+Array = NDArray[Any]
+
+_INSTEAD = {
+    "M": "dates: give them as numbers, such as days since a date",
+    "m": "time spans: give them as numbers, such as seconds",
+    "U": "text: encode it as numbers, such as one column for each category",
+    "S": "bytes: encode them as numbers",
+    "c": "complex numbers: give their real and imaginary parts as two columns",
+}
+
+
+def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Convert numbers of any container to a floating-point tensor.
+
+    A tensor of floating point comes back as it is, on its own device and with its graph. Everything else is copied, a
+    list of tensors with their graphs:
+    floating point keeps its precision (extended precision becomes float64); booleans and integers of up to 16 bits
+    become float32, wider ones float64, so that none below :math:`2^{53}` is rounded. What a mask hides, ``None`` and
+    ``pandas.NA`` become NaN.
+
+    Args:
+        values: A tensor, NumPy array, data frame or series (pandas or polars), or nested lists.
+        name: What to call it in errors.
+        device: Where to put what is no tensor; by default on the CPU.
+
+    Raises:
+        ValueError: If there is something else than numbers; a data frame's column is named.
+
+    >>> as_tensor([[1, 2], [3, None]], "x")
+    tensor([[1., 2.],
+            [3., nan]], dtype=torch.float64)
+    >>> as_tensor(["a"], "y")
+    Traceback (most recent call last):
+    ValueError: y: expected numbers, got text: encode it as numbers, such as one column for each category
+    """
+    if isinstance(values, Tensor):
+        return _floating(unmasked(values) if is_subclassed(values) else values, name)
+    if isinstance(values, float | int):  # which compilers know how to trace
+        return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
+    if isinstance(values, list | tuple) and _holds_tensors(values):
+        return _stacked(values, name, device)
+    array = _any_array(values, name)
+    dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else _float_for(array.dtype.kind, array.itemsize)
+    dtype = np.dtype(np.float64) if dtype.itemsize > 8 else dtype
+    on_cpu = torch.tensor(np.ascontiguousarray(array, dtype).reshape(array.shape), device="cpu")
+    return _moved(on_cpu, device)
+
+
+def _holds_tensors(values: list[Any] | tuple[Any, ...]) -> bool:
+    return any(isinstance(v, Tensor) or (isinstance(v, list | tuple) and _holds_tensors(v[:1])) for v in values)
+
+
+def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None) -> Tensor:
+    """Put tensors, and what is beside them, into one of the widest precision, which has their graphs."""
+    on = torch.device("cpu") if device is None else device
+    tensors = [_moved(as_tensor(math.nan if _is_missing(row) else row, name), on) for row in rows]
+    if any(tensor.shape != tensors[0].shape for tensor in tensors):
+        raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(rows)}")
+    dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    return torch.stack([tensor.to(dtype) for tensor in tensors])
+
+
+def _floating(values: Tensor, name: str) -> Tensor:
+    if values.is_floating_point():
+        return values
+    if values.is_complex():
+        raise ValueError(f"{name}: expected numbers, got {_INSTEAD['c']}")
+    wide = values.dtype.itemsize > 2 and values.device.type != "mps"  # which has no float64
+    return values.to(torch.float64 if wide else torch.float32)
+
+
+def _float_for(kind: str, itemsize: int) -> np.dtype[Any]:
+    return np.dtype(np.float32 if kind == "b" or itemsize <= 2 else np.float64)
+
+
+def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+    if device is None or tensor.device == device:
+        return tensor
+    return tensor.to(device, torch.float32 if device.type == "mps" and tensor.dtype == torch.float64 else None)
+
+
+def as_array(values: Any, name: str) -> Array:
+    """Convert numbers of any container, with a row for each observation, to a NumPy array; missing ones are NaN.
+
+    Floating point, integers and booleans stay what they are.
+
+    Raises:
+        ValueError: If there is something else than numbers, of which a data frame's column is named, or a single one.
+
+    >>> as_array(np.ma.masked_equal([1, -999], -999), "x")
+    array([ 1., nan])
+    """
+    array = _any_array(values, name)
+    if array.ndim == 0:
+        raise ValueError(f"{name}: expected a row for each observation, got a single number")
+    return array
+
+
+def _any_array(values: Any, name: str) -> Array:
+    if is_frame(values):
+        return _of_frame(values, name)
+    if not isinstance(values, Tensor) and hasattr(values, "to_numpy"):
+        return _of_column(values, name)
+    if any(isinstance(v, Distribution) for v in (values if isinstance(values, list | tuple) else [values])):
+        raise ValueError(f"{name}: expected numbers, got {describe(values)}")  # NumPy would index a batch of mixtures
+    try:
+        array = to_numpy(values)
+    except (ValueError, TypeError) as error:  # of rows of unequal length, for one
+        raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
+    return _numbers(array, values, name)
+
+
+def to_numpy(values: Any) -> Array:
+    """Array of a tensor on any device, with or without gradients, or of what NumPy takes; NaN where it is masked."""
+    if isinstance(values, Tensor):
+        values = unmasked(values).detach().resolve_conj().resolve_neg().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # which NumPy does not have
+    if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
+        values = [to_numpy(row) for row in values]
+    return np.asarray(unmasked(values))
+
+
+def is_frame(values: Any) -> bool:
+    """Whether this is a data frame, of pandas or polars, which may have columns of several types."""
+    return hasattr(values, "columns") and hasattr(values, "dtypes") and hasattr(values, "to_numpy")
+
+
+def columns_of(values: Any) -> list[Any] | None:
+    """Names of the columns of a data frame; None of anything else."""
+    return list(values.columns) if is_frame(values) else None
+
+
+def _of_frame(frame: Any, name: str) -> Array:
+    """Numbers of a data frame: column by column, since each may have a type of its own."""
+    series = [frame.iloc[:, i] for i in range(frame.shape[1])] if hasattr(frame, "iloc") else frame.get_columns()
+    labels = list(frame.columns)
+    columns = [_of_column(part, f"{name}, column {label!r}") for part, label in zip(series, labels, strict=True)]
+    if not columns:
+        return np.empty((len(frame), 0))
+    return np.stack(columns, 1)
+
+
+def _of_column(column: Any, name: str) -> Array:
+    dtype = getattr(column, "dtype", getattr(column, "type", None))  # of pandas or polars, or else of Arrow
+    if str(dtype).lower().startswith(("categor", "enum", "dictionary")):  # which may be numbers, or stand for them
+        raise ValueError(f"{name}: expected numbers, got categories: encode them, by pandas.get_dummies for instance")
+    array = np.asarray(column)
+    if array.dtype.kind == "O" and str(getattr(dtype, "kind", "O")) in "fiub":  # of pandas, with missing ones
+        array = column.to_numpy(dtype=np.float64, na_value=np.nan)
+    return _numbers(array, column, name)
+
+
+def _numbers(array: Array, values: Any, name: str) -> Array:
+    """Array of numbers, NaN where one is missing; a ``ValueError`` if there is something else."""
+    if array.dtype.kind in "fiub":
+        return array
+    if array.dtype.kind == "O" and array.size and (array.ndim or isinstance(values, int)):
+        return _of_objects(array, values, name)
+    raise ValueError(f"{name}: expected numbers, got {_INSTEAD.get(array.dtype.kind, describe(values))}")
+
+
+def _of_objects(array: Array, values: Any, name: str) -> Array:
+    """Numbers of objects: those that Python has, None and ``pandas.NA``."""
+    flat = [None if _is_missing(value) else value for value in array.ravel()]
+    for value in flat:
+        kind = np.asarray(value).dtype.kind  # of one object, such as a Timestamp
+        kind = "M" if hasattr(value, "isoformat") else kind
+        if kind in _INSTEAD:
+            raise ValueError(f"{name}: expected numbers, got {_INSTEAD[kind]}")
+    try:
+        return np.array([np.nan if value is None else float(value) for value in flat]).reshape(array.shape)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected numbers, got {describe(values)}") from error
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or type(value).__name__ in ("NAType", "NaTType")
+
+
+# Numbers that are not finite
+
+
+def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Raise a ``ValueError`` that says where the first number is that is NaN or infinite.
+
+    Args:
+        values: Numbers, ``(N, ...)``.
+        name: What to call them.
+        given: What they were converted from, which may have names of rows and columns.
+        dtype: Precision in which they have to be finite, if another.
+
+    >>> require_finite(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), "x")
+    Traceback (most recent call last):
+    ValueError: x: expected finite numbers, got nan in row 1, column 1
+    """
+    if not _all_finite_in(values, dtype):
+        _refuse(values, ~values.to(dtype).isfinite(), name, "finite numbers", given, dtype)
+
+
+def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Raise a ``ValueError`` that says where the first number is that is infinite; NaN stands for missing ones.
+
+    Arguments are those of :func:`require_finite`.
+    """
+    if not _all_finite_in(values, dtype) and bool((infinite := values.to(dtype).isinf()).any()):
+        _refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
+
+
+def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether no number is NaN, nor infinite in a precision; none is converted but the extremes."""
+    if dtype is None or dtype == values.dtype or torch.promote_types(values.dtype, dtype) == dtype:
+        return all_finite(values)
+    low, high = bounds(values)
+    most = torch.finfo(dtype).max
+    return -most <= low.item() <= high.item() <= most or bool(low.to(dtype).isfinite() & high.to(dtype).isfinite())
+
+
+def _refuse(values: Tensor, bad: Tensor, name: str, expected: str, given: Any, dtype: torch.dtype | None) -> None:
+    position = bad.nonzero()[0].tolist()
+    value = values[tuple(position)].item()
+    beyond = f", beyond the range of {dtype}," if np.isfinite(value) else ""
+    others = int(bad.sum()) - 1
+    more = f", and {others} more" if others else ""
+    raise ValueError(f"{name}: expected {expected}, got {value:g}{beyond}{_place(position, given)}{more}")
+
+
+def _place(position: list[int], given: Any) -> str:
+    """Say where an entry is, by the names that the caller's rows and columns have."""
+    if not position:
+        return ""
+    if len(position) > 2:
+        return f" at position {tuple(position)}"
+    row, columns, index = position[0], columns_of(given), getattr(given, "index", None)
+    label = "" if index is None or callable(index) or index[row] == row else f" (index {index[row]!r})"
+    if len(position) == 1:
+        return f" in row {row}{label}"
+    return f" in row {row}{label}, column {position[1] if columns is None else repr(columns[position[1]])}"

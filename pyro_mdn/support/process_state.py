@@ -1,0 +1,281 @@
+r"""Temporarily change process-wide state, and restore it afterwards.
+
+That is Pyro's parameter store and handlers, the validation of distributions, and the random generators of torch. A lock
+lets one thread at a time change this state; others wait. Code that keeps the process for long, such as the loop of a
+training, must call :func:`give_way` between its steps: if another thread waits, the state of the process is put back,
+the other thread has its turn, and then the work goes on with the state that it had. If no thread waits, that costs a
+look at a set.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from numbers import Integral
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions, infer, poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from torch import nn
+from torch.distributions import Distribution
+
+from pyro_mdn.support.checks import shown
+
+__all__ = [
+    "KeepFrozen",
+    "give_way",
+    "isolated",
+    "own_generators",
+    "own_store",
+    "released",
+    "require_owned",
+    "require_seed",
+    "seeded",
+    "unvalidated",
+]
+
+_PROCESS = threading.RLock()
+_TURN = threading.Condition(_PROCESS)  # notified by each thread that is done with the process, or gives way
+_PATIENCE = 0.01  # seconds that a thread which gives way waits for another to take its turn
+_waiting: set[object] = set()  # a ticket for each thread that waits for the process
+_holder = [0]  # the thread that has the process
+_active: list[_Own] = []  # what that thread has changed, in order; empty while the state of the others is in place
+
+
+# Taking turns
+
+
+class _Own:
+    """A piece of process-wide state of which a thread has a value of its own; ``kept`` is the value of the others."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
+        self.get, self.put, self.kept = get, put, get()
+
+    def swap(self) -> None:
+        """Exchange the value in place and the kept one."""
+        kept, self.kept = self.kept, self.get()
+        self.put(kept)
+
+
+@contextmanager
+def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) -> Iterator[None]:
+    """Have the process, once no other thread has it, with another value of a piece of its state inside.
+
+    By default that starts as the value there is.
+    """
+    ticket = object()
+    _waiting.add(ticket)
+    try:
+        with _PROCESS:
+            _waiting.discard(ticket)
+            _holder[0] = threading.get_ident()
+            own = _Own(get, put)
+            try:
+                if first is not None:
+                    put(first)
+                _active.append(own)
+                yield
+            finally:
+                if own in _active:  # it is not, if its first value was refused
+                    _active.remove(own)
+                put(own.kept)
+                if _waiting:
+                    _TURN.notify_all()
+    finally:
+        _waiting.discard(ticket)
+
+
+def give_way() -> None:
+    """Let other threads that wait for the process have it for a turn, as it was before this thread changed it."""
+    if _waiting and _is_mine():
+        with _put_back(), _ticket():  # a thread that has its turn may itself give way, back to this one
+            _TURN.wait(_PATIENCE)
+
+
+@contextmanager
+def released() -> Iterator[None]:
+    """Let go of the process inside, which is as it was before this thread changed it: for code of others."""
+    if not _is_mine():
+        yield
+        return
+    with _put_back():
+        depth = _let_go()
+        try:
+            yield
+        finally:
+            with _ticket():  # not before: who gives way to a thread that does not wait loses that time
+                for _ in range(depth):
+                    _PROCESS.acquire()
+
+
+def _is_mine() -> bool:
+    """Whether this thread has the process, and has changed something."""
+    return bool(_active) and _holder[0] == threading.get_ident()
+
+
+@contextmanager
+def _put_back() -> Iterator[None]:
+    """Have the state of the others in place inside, and afterwards again what this thread has changed."""
+    mine = _active[:]
+    _active.clear()
+    for own in reversed(mine):
+        own.swap()
+    _TURN.notify_all()
+    try:
+        yield
+    finally:
+        _holder[0] = threading.get_ident()
+        for own in mine:
+            own.swap()
+        _active.extend(mine)
+
+
+@contextmanager
+def _ticket() -> Iterator[None]:
+    """Count as a thread that waits for the process inside."""
+    ticket = object()
+    _waiting.add(ticket)
+    try:
+        yield
+    finally:
+        _waiting.discard(ticket)
+
+
+def _let_go() -> int:
+    """Release the lock as often as this thread has acquired it; the number of times."""
+    depth = 0
+    while True:
+        try:
+            _PROCESS.release()
+        except RuntimeError:  # it is not this thread's any more
+            return depth
+        depth += 1
+
+
+def _begin_anew() -> None:
+    """Have nobody wait in a process that was forked, nor have it, unless the thread that forked has it.
+
+    Other threads are not there any more. What one of them had changed is put back, but for the generators: it may have
+    held their lock, which then nothing gets any more.
+    """
+    global _PROCESS, _TURN
+    _waiting.clear()
+    if _active and not _is_mine():
+        for own in reversed(_active):
+            if own.put is not _put_generators:
+                own.put(own.kept)
+        _active.clear()
+    if not _active:
+        _PROCESS = threading.RLock()
+    _TURN = threading.Condition(_PROCESS)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+# Pieces of state
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Have Pyro's parameter store empty, no handlers of the caller's and nothing validated inside."""
+    with own_store(), unvalidated(), _own(_PYRO_STACK.copy, _put_handlers, []):
+        yield
+
+
+def _put_handlers(handlers: list[Any]) -> None:
+    _PYRO_STACK[:] = handlers
+
+
+def own_store() -> AbstractContextManager[None]:
+    """Have Pyro's parameter store empty inside."""
+    return _own(pyro.get_param_store().get_state, _put_store, {"params": {}, "constraints": {}})
+
+
+def _put_store(state: Any) -> None:
+    store = pyro.get_param_store()
+    store.get_state()  # removes references from the parameters, which then can be copied
+    store.clear()
+    store.set_state(state)
+
+
+def own_generators() -> AbstractContextManager[None]:
+    """Have torch's generators go on inside, and as they were afterwards."""
+    return _own(_generators, _put_generators)
+
+
+def _generators() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, range(torch.cuda.device_count()))]
+
+
+def _put_generators(states: list[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Have torch's generators start from a seed inside; with ``None``, let them go on, also afterwards."""
+    if seed is None:
+        yield
+        return
+    with own_generators():
+        torch.manual_seed(int(seed))
+        yield
+
+
+def unvalidated() -> AbstractContextManager[None]:
+    """Have nothing validated inside: under vmap, a test of values would have to read data."""
+    return _own(_validation, _put_validation, (False,) * 4)
+
+
+def _validation() -> tuple[bool, bool, bool, bool]:
+    pyros = distributions.is_validation_enabled(), infer.is_validation_enabled(), poutine.is_validation_enabled()
+    return *pyros, Distribution._validate_args
+
+
+def _put_validation(values: tuple[bool, bool, bool, bool]) -> None:
+    distributions.enable_validation(values[0])  # that of torch as well
+    infer.enable_validation(values[1])
+    poutine.enable_validation(values[2])
+    if values[3] != values[0]:
+        Distribution.set_default_validate_args(values[3])
+
+
+# Checks
+
+
+class KeepFrozen(Messenger):
+    """Keep frozen parameters out of Pyro's parameter store, which makes all that it takes require a gradient."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        _, *initial = msg["args"]
+        if initial and isinstance(initial[0], nn.Parameter) and not initial[0].requires_grad:
+            msg["value"], msg["stop"] = initial[0], True  # nor may a handler outside take it for one to train
+
+
+def require_owned(module: nn.Module) -> None:
+    """Raise a ``ValueError`` if the parameter store has parameters that are not the module's: nothing trains those."""
+    if store := pyro.get_param_store():
+        owned = {id(parameter) for parameter in module.parameters()}
+        if strangers := [name for name, p in store.named_parameters() if id(p) not in owned]:
+            raise ValueError(f"guide: expected a module that owns its parameters, got pyro.param for {strangers}")
+
+
+def require_seed(seed: Any) -> None:
+    """Raise a ``ValueError`` unless this is a seed of torch's generators, or ``None``.
+
+    >>> require_seed(-1)
+    Traceback (most recent call last):
+    ValueError: seed: expected an integer from 0 to 2**63 - 1, got -1
+    """
+    if seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= int(seed) < 2**63):
+        return
+    raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {shown(seed)}")

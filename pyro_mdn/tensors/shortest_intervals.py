@@ -1,0 +1,231 @@
+r"""Shortest interval of given probability under a univariate mixture.
+
+The width as a function of the probability below the interval has many local minima. The density is the same at both
+ends of each. A grid that follows every component finds them. Newton's method refines those that may be the shortest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.tensors import kernels, univariate
+
+__all__ = ["Shortest", "shortest_intervals"]
+
+_ELEMENTS = 2**16
+"""Points of the grid at once, where one row does not need more."""
+
+_STEPS = 10
+
+_SLACK = 4.0
+"""How many times more than Newton's method expects a step may gain; to second order it is a half."""
+
+
+class _Ends(NamedTuple):
+    """Candidates, in ascending order along the last dimension: tail below, lower and upper end."""
+
+    tail: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+class Shortest(NamedTuple):
+    """Shortest intervals, ``(*batch)``: probabilities below and above, and ends."""
+
+    left: Tensor
+    right: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+@torch.no_grad()
+def shortest_intervals(outside: float, logits: Tensor, locs: Tensor, scale: Tensor) -> Shortest:
+    """Find the shortest intervals that leave ``outside`` out.
+
+    Args:
+        outside: Probability outside the interval, in (0, 1).
+        logits: Normalised log-weights, ``(*batch, K)``.
+        locs: Means.
+        scale: Standard deviations; all of these broadcast.
+    """
+    parameters = torch.broadcast_tensors(logits, locs, scale)
+    batch, n_components = parameters[0].shape[:-1], parameters[0].shape[-1]
+    dtype = torch.promote_types(locs.dtype, torch.float32)
+    flat = [p.detach().reshape(-1, n_components).to(dtype) for p in parameters]
+    size = max(1, _ELEMENTS // (n_components * len(_nodes(locs))))
+    pieces = zip(*(p.split(size) for p in flat), strict=True)
+    parts = [_basins(start * size, outside, _on_grid(outside, *piece)) for start, piece in enumerate(pieces)]
+    rows = torch.cat([part[0] for part in parts])
+    candidates = [
+        _Ends(*(torch.cat(t) for t in zip(*ends, strict=True))) for ends in list(zip(*parts, strict=True))[1:]
+    ]
+    left, lower, upper = _narrowest(outside, flat, rows, candidates)
+    shortest = Shortest(*(t.to(locs) for t in (left, outside - left, lower, upper)))
+    _set_ends(shortest, lower.isnan().nonzero().squeeze(-1), *flat)
+    return Shortest(*(t.reshape(batch) for t in shortest))
+
+
+def _set_ends(shortest: Shortest, rows: Tensor, *parameters: Tensor) -> None:
+    """Set the ends of these rows, where a bracket has kept Newton's method from accurate ones, to quantiles."""
+    logits, locs, scale = (p[rows] for p in parameters)
+    left, right = (tail[rows].to(locs) for tail in (shortest.left, shortest.right))
+    shortest.lower[rows] = univariate.mixture_quantile(left, logits, locs, scale).to(shortest.lower)
+    shortest.upper[rows] = -univariate.mixture_quantile(right, logits, -locs, scale).to(shortest.upper)
+
+
+def _narrowest(outside: float, parameters: list[Tensor], rows: Tensor, candidates: list[_Ends]) -> Tensor:
+    """Probability below the shortest interval, lower and upper end, ``(3, N)``, for parameters ``(N, K)``."""
+    # The grid is in the dtype of the mixture; differences between nearly equal densities need more digits.
+    width, found = _refine(outside, rows, [p[rows].double() for p in parameters], *candidates)
+    count = len(parameters[0])
+    shortest = width.new_full((count,), math.inf).scatter_reduce(0, rows, width, "amin")
+    chosen = (width == shortest[rows]).nonzero().squeeze(-1)
+    none = width.new_tensor([outside / 2, math.nan, math.nan]).unsqueeze(-1).repeat(1, count)
+    return none.index_copy(1, rows[chosen], found[:, chosen])
+
+
+def _nodes(like: Tensor) -> Tensor:
+    """Points of the grid for a standard normal component, close where its density bends."""
+    half = [0.8, 1.6, 2.4, 3.4, 5.0, 8.5]
+    return like.new_tensor([-z for z in reversed(half)] + [0.0] + half)
+
+
+def _on_grid(outside: float, logits: Tensor, locs: Tensor, scale: Tensor) -> _Ends:
+    """Intervals one end of which is a point of the grid, ``(N, M)``: the other end is interpolated."""
+    points = (locs.unsqueeze(-1) + scale.unsqueeze(-1) * _nodes(locs)).flatten(-2).sort(-1).values
+    below, above, density = _tails(points, logits.exp(), locs, scale)
+    below, level = below.cummax(-1).values, (outside - above).cummax(-1).values  # rounding leaves them unsorted
+    log_density = density.clamp(min=torch.finfo(density.dtype).tiny).log()
+    # The ranks of each among the others sort the two: the positions of one, and those that are left.
+    after = torch.searchsorted(below, level)
+    before = after.new_zeros((len(after), after.shape[-1] + 1))
+    before = before.scatter_add_(-1, after, torch.ones_like(after)).cumsum(-1)[:, :-1]
+    count = torch.arange(after.shape[-1], device=after.device)
+    order = torch.cat([before + count, after + count], -1)
+    lower = _interpolate(level, below, after, points, log_density)
+    upper = _interpolate(below - outside, -above, before, points, log_density)
+    tail, lower, upper = torch.cat([below, level], -1), torch.cat([points, lower], -1), torch.cat([upper, points], -1)
+    return _Ends(*(torch.empty_like(t).scatter_(-1, order, t) for t in (tail, lower, upper)))
+
+
+def _tails(points: Tensor, weights: Tensor, locs: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability below and above points ``(N, M)``, and density; both tails keep their relative accuracy."""
+    passed, tail, density = (torch.zeros_like(points) for _ in range(3))
+    total = torch.zeros_like(points[:, :1])
+    precision = math.sqrt(0.5) / scale
+    height = weights * precision / math.sqrt(math.pi)
+    for k in range(locs.shape[-1]):  # one at a time, so that memory does not grow with the square of their number
+        standardized = (points - locs[:, k, None]).mul_(precision[:, k, None])
+        weight = weights[:, k, None]
+        passed.addcmul_(standardized >= 0, weight)
+        total = total + weight
+        tail.addcmul_(standardized.abs().erfc_().copysign_(standardized), weight, value=0.5)
+        density.addcmul_(kernels.exp(standardized.square_().neg_()), height[:, k, None])
+    return passed - tail, total - passed + tail, density
+
+
+def _interpolate(level: Tensor, levels: Tensor, after: Tensor, points: Tensor, log_density: Tensor) -> Tensor:
+    """Points at which a cumulative probability, known at ``points``, reaches ``level``: its logarithm bends little."""
+    before = (after - 1).clamp(0, points.shape[-1] - 2)
+    rise = log_density.diff(dim=-1).clamp(-50, 50)
+    rise = torch.where(rise.abs() < 1e-6, 1e-6, rise)
+    density, pace = levels.diff(dim=-1).reciprocal(), points.diff(dim=-1) / rise
+    share = ((level - levels.gather(-1, before)) * density.gather(-1, before)).clamp(0, 1).nan_to_num(0.5)
+    grown = (share * rise.expm1().gather(-1, before)).log1p()
+    return points.gather(-1, before) + grown * pace.gather(-1, before)
+
+
+def _basins(offset: int, outside: float, ends: _Ends) -> tuple[Tensor, _Ends, _Ends, _Ends]:
+    """Rows from ``offset``, and neighbours, of candidates narrower than these, perhaps near the narrowest, ``(P,)``."""
+    valid = (ends.tail > 0) & (ends.tail < outside)
+    width = torch.where(valid, ends.upper - ends.lower, math.inf)
+    outer = width.new_full((len(width), 1), math.inf)
+    before, after = torch.cat([outer, width[:, :-1]], -1), torch.cat([width[:, 1:], outer], -1)
+    # Between two candidates no interval is shorter than from the lower end of one to the upper end of the other.
+    step = torch.zeros_like(width)
+    step[:, :-1] = ends.lower.diff(dim=-1)
+    step[:, 1:] = torch.maximum(step[:, 1:], ends.upper.diff(dim=-1))
+    near = torch.maximum(width - step.abs(), 0.5 * width) <= width.amin(-1, keepdim=True)
+    rows, columns = ((width <= before) & (width <= after) & valid & near).nonzero().unbind(-1)
+    first = (ends.tail <= 0).sum(-1)[rows]
+    last = first + valid.sum(-1)[rows] - 1
+    # Two neighbours on each side, since widths are interpolated.
+    picks = torch.maximum(columns - 2, first), torch.minimum(columns + 2, last), columns
+    lowest, highest, start = (_Ends(*(t[rows, pick].double() for t in ends)) for pick in picks)
+    return offset + rows, lowest, highest, start
+
+
+class _Bracket(NamedTuple):
+    """Candidates that are refined: which they are, ``(P,)``, and what holds the minimum, ``(2, P)`` for both ends."""
+
+    which: Tensor
+    row: Tensor
+    tail: Tensor
+    low: Tensor
+    high: Tensor
+    ends: Tensor
+    smallest: Tensor
+    largest: Tensor
+
+    def keep(self, chosen: Tensor) -> _Bracket:
+        return _Bracket(*(t.index_select(-1, chosen) for t in self))
+
+
+def _refine(
+    outside: float, rows: Tensor, parameters: list[Tensor], lowest: _Ends, highest: _Ends, start: _Ends
+) -> tuple[Tensor, Tensor]:
+    """Width ``(P,)``, and tail below, lower and upper end ``(3, P)``, where the densities at both ends agree.
+
+    Newton's method within brackets, until candidates have settled or can no longer be the shortest.
+    """
+    ends = (torch.stack([e.lower, e.upper]) for e in (start, lowest, highest))
+    which = torch.arange(len(rows), device=rows.device)
+    now = _Bracket(which, rows, start.tail, lowest.tail, highest.tail, *ends)
+    width, found = torch.full_like(start.tail, math.inf), start.tail.expand(3, -1).clone()
+    shortest = width.new_full((int(rows.amax()) + 1 if len(rows) else 0,), math.inf)
+    for _ in range(_STEPS):
+        new, reached, ends, gain, settled = _newton_step(outside, parameters, now)
+        # Of equal ones the last, where the densities agree best, and the ends are most accurate.
+        better = reached <= width[now.which] * torch.where(ends[0].isnan(), 1 + 1e-12, 1 + 1e-10)
+        where = now.which[better]
+        width[where], found[0, where], found[1:, where] = reached[better], now.tail[better], ends[:, better]
+        shortest.scatter_reduce_(0, now.row, reached, "amin")
+        hopeless = reached - _SLACK * gain > shortest[now.row] * (1 + 1e-9)
+        chosen = (~(settled | hopeless)).nonzero().squeeze(-1)
+        now, parameters = new.keep(chosen), [p.index_select(0, chosen) for p in parameters]
+    return width, found
+
+
+def _newton_step(
+    outside: float, parameters: list[Tensor], now: _Bracket
+) -> tuple[_Bracket, Tensor, Tensor, Tensor, Tensor]:
+    """Next bracket, a bound of the width now, ends to first order, what the step may gain, whether it is over."""
+    logits, locs, scale = parameters
+    tail, ends = now.tail, now.ends
+    log_density, bend = univariate.log_density_by_level(ends, *parameters)
+    below = univariate.mixture_cdf(ends[0], *parameters)
+    above = univariate.mixture_cdf(-ends[1], logits, -locs, scale)
+    # How far the ends are from leaving this tail out, as a probability and, to first order, as a distance.
+    lack, stretch = torch.stack([tail - below, tail - outside + above]), (-log_density).exp()
+    corrected, error = ends + lack * stretch, (lack * stretch).abs().sum(0)
+    reached = corrected[1] - corrected[0] + error
+    excess, slope = ((log_density + bend * lack) * _signs(tail)).sum(0), (bend * _signs(tail)).sum(0)
+    low, high = torch.where(excess > 0, now.low, tail), torch.where(excess > 0, tail, now.high)
+    newton = tail - excess / slope
+    helps = (slope > 0) & (newton >= low) & (newton <= high)
+    new = torch.where(helps, newton, low + (high - low) / 2)
+    moved = (new - tail).abs()
+    reach = torch.where(helps, moved, torch.where(slope > 0, high - low, math.inf))
+    gain = reach * (stretch[1] - stretch[0]).abs() + error
+    settled = (moved <= 1e-12 * torch.minimum(tail, outside - tail)) & (error <= 1e-9 * reached)
+    ends = (ends + (lack + new - tail) * stretch).clamp(now.smallest, now.largest)
+    corrected = torch.where(error <= 1e-9 * reached, corrected, math.nan)  # what is first order elsewhere is not enough
+    return now._replace(tail=new, low=low, high=high, ends=ends), reached, corrected, gain, settled
+
+
+def _signs(like: Tensor) -> Tensor:
+    return like.new_tensor([[1.0], [-1.0]])

@@ -1,0 +1,1 @@
+"""Batches of rows from arrays, data sets and loaders."""

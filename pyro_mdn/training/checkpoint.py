@@ -1,0 +1,132 @@
+r"""Checkpoints: the whole state of a training run in one file, to go on from as if it had never stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyro_mdn.support import tensor_files
+from pyro_mdn.support.fingerprint import FORMS, differing, incomparable
+from pyro_mdn.training.loop import Loop
+
+__all__ = ["Checkpoint"]
+
+logger = logging.getLogger("pyro_mdn")
+
+
+class Checkpoint:
+    """File that a run writes its state to every few epochs, and takes it from again.
+
+    A write that fails, on a full disk say, is logged as an error; the last good file stays in place.
+
+    Args:
+        path: The file; ``None`` for none, and then nothing here does anything.
+        every: Epochs from one write to the next.
+        resume: Whether to read the file, if there is one. Nothing in it is executed.
+
+    Raises:
+        ValueError: If the file is damaged or not a checkpoint, if it could not be written, or if there is no path to
+            resume from.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, every: int, *, resume: bool) -> None:
+        if resume and path is None:
+            raise ValueError("resume: expected checkpoint= with the file to go on from")
+        self.path, self.every, self.resume = None if path is None else Path(path), every, resume
+        if self.path is not None and (self.path.is_dir() or not os.access(self.path.parent, os.W_OK)):
+            raise ValueError(f"checkpoint: expected a file in a directory that can be written to, got {path}")
+        self.run: dict[str, Any] = {}
+        self._modules: dict[str, str] = {}  # described, at the start of the run
+        self._changing: set[str] = set()  # entries of that which a training changes
+        self._describe: Callable[[int], dict[str, str]] = lambda _: {}
+        self._progress: dict[str, Any] = {}
+        self._tensors: dict[str, Tensor] = {}
+        if resume and self.path is not None and self.path.exists():
+            config, self._tensors = tensor_files.read_tensors(self.path)
+            if config.get("kind") != "checkpoint":
+                raise ValueError(f"{path}: expected a checkpoint, got another file of this library")
+            self.run, self._progress = config["run"], config["progress"]
+            self._modules, self._changing = config.get("described", {}), {*config.get("changing", ())}
+
+    def require(self, run: Mapping[str, Any], describe: Callable[[int], dict[str, str]]) -> None:
+        """Name the run; a ``ValueError`` that says what differs if the file is of another one.
+
+        Args:
+            run: What tells runs apart, in plain values.
+            describe: Function that describes the modules that are trained, in one of ``FORMS``. What a training changes
+                of them, such as a counter, does not tell runs apart; it is found by describing them again when the file
+                is written.
+        """
+        modules = describe(0)
+        self._take_over(modules, describe)
+        here, there = ({**run, **modules}, {**self.run, **self._modules})
+        names = [name for name in run if self.run and run[name] != self.run.get(name)]
+        names += [name for name in differing(modules, self._modules or modules) if name not in self._changing]
+        if names:
+            here, there = ({name: r.get(name) for name in names} for r in (here, there))
+            raise ValueError(f"{self.path}: expected a checkpoint of this run, {here}, got one of another, {there}")
+        if self.run:
+            self._warn_if_unsure(modules)
+        self.run, self._modules, self._describe = dict(run), self._modules or modules, describe
+
+    def _take_over(self, modules: Mapping[str, str], describe: Callable[[int], dict[str, str]]) -> None:
+        """Have today's words in place of those in which an earlier version described the same."""
+        for form in FORMS[1:] if self._modules and differing(modules, self._modules) else ():
+            earlier = describe(form)
+            same = [name for name in modules if name in earlier and self._modules.get(name) == earlier[name]]
+            self._modules |= {name: modules[name] for name in same}
+
+    def _warn_if_unsure(self, modules: Mapping[str, str]) -> None:
+        unsure = (
+            incomparable(modules)
+            if self._modules
+            else ["network and objective: the file does not describe them in a way known here"]
+        )
+        if unsure:
+            warnings.warn(f"{self.path}: cannot tell whether this is the same as in that run: {unsure}", stacklevel=4)
+
+    @property
+    def second_path(self) -> Path | None:
+        """File beside this one for a second training in the same run."""
+        return None if self.path is None else self.path.with_name(f"{self.path.name}.refit")
+
+    def second(self) -> Checkpoint:
+        """Checkpoint of a second training in the same run."""
+        second = Checkpoint(self.second_path, self.every, resume=self.resume)
+        second._changing |= self._changing
+        second.require({**self.run, "part": "refit"}, lambda form: self._describe(form) if form else self._modules)
+        return second
+
+    def forget_second(self) -> None:
+        """Delete what an earlier run left of a second training, unless this run goes on from its own file."""
+        if self.second_path is not None and not self._tensors:
+            self.second_path.unlink(missing_ok=True)
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """Tensors that were written beside the state under names ``group.…``."""
+        prefix = f"{group}."
+        return {name.removeprefix(prefix): t for name, t in self._tensors.items() if name.startswith(prefix)}
+
+    def restore(self, loop: Loop) -> None:
+        """Give a loop the state in the file, if one was read."""
+        if self._tensors:
+            loop.restore(self._progress, self._tensors)
+
+    def write(self, loop: Loop, beside: Mapping[str, Tensor], epoch: int | None = None) -> None:
+        """Replace the file by the state of a loop, and tensors beside it, if that is due after this epoch."""
+        if self.path is None or (epoch is not None and epoch % self.every):
+            return
+        progress, tensors = loop.state()
+        self._changing |= {*differing(self._modules, self._describe(0))}
+        modules = {"described": self._modules, "changing": sorted(self._changing)}
+        config = {"kind": "checkpoint", "run": self.run, **modules, "progress": progress}
+        try:
+            tensor_files.write_tensors(self.path, config, {**tensors, **beside})
+        except OSError as error:
+            logger.error("fit: the checkpoint was not written, the last one stays: %s", error)

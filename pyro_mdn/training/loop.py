@@ -1,0 +1,384 @@
+r"""The training loop: it knows an objective and batches, not what is being trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pyro_mdn.networks.rows import Rows
+from pyro_mdn.support.process_state import give_way, released, unvalidated
+from pyro_mdn.training.batches.sources import Batches, Streamed
+from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, blur, clip_, fading, joint_norm, warmup_cosine
+
+__all__ = ["FitResult", "Loop", "Settings", "copied"]
+
+logger = logging.getLogger("pyro_mdn")
+
+_EVALUATION_ROWS = 8192
+_STEPS_TO_FLUSH = 100  # in which the moments of an optimiser decay by five orders of magnitude
+
+
+@dataclass
+class FitResult:
+    """What a training run did.
+
+    Attributes:
+        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
+            validation) and ``lr``. Losses are weighted means over what was observed: of rows, or of steps.
+        best_epoch: Epoch whose averaged weights the network now has: that of the lowest validation loss; without
+            validation, the last.
+        best_loss: Their validation loss; without validation, the training loss.
+        stopped_early: Whether the validation loss had stopped improving, or a callback had enough, before the
+            last epoch.
+        interrupted: Whether Ctrl-C ended the training.
+        unobserved: Entries of y that were not observed, NaN or masked, by output: of all data given but those of
+            ``validation=(x, y)``, or of what the last pass over a loader read.
+        skipped_batches: Batches whose loss or gradient was not finite, where these are skipped.
+        seconds: Wall-clock time, with that of earlier runs that this one resumed.
+        component_weights: Share of the training rows that each component explains, ``K`` numbers; see
+            :attr:`effective_components`. Empty where the weights are latent.
+        refit_history: The same as ``history``, of a second training on all rows.
+        members: What it did for each member of an ensemble: ``history``, ``best_epoch``, ``best_loss``,
+            ``stopped_early`` and ``component_weights``. The history of the ensemble is their mean, its ``best_loss``
+            too; its ``best_epoch`` is the latest of theirs.
+        guide: The guide that was trained, if one was.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    stopped_early: bool = False
+    interrupted: bool = False
+    unobserved: list[int] = field(default_factory=list)
+    skipped_batches: int = 0
+    seconds: float = 0.0
+    component_weights: list[float] = field(default_factory=list)
+    refit_history: list[dict[str, float]] = field(default_factory=list)
+    members: list[FitResult] = field(default_factory=list)
+    guide: Any = None
+
+    @property
+    def effective_components(self) -> float:
+        r"""Effective number of components, :math:`\exp(-\sum_k w_k \log w_k)`; 1 if all but one are idle.
+
+        >>> FitResult(component_weights=[0.5, 0.5, 0.0]).effective_components
+        2.0
+        """
+        if not self.component_weights:
+            return math.nan
+        return math.exp(-sum(w * math.log(w) for w in self.component_weights if w > 0))
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the losses by epoch and mark the best one; return the axes. See :func:`pyro_mdn.plots.plot_training`."""
+        from pyro_mdn.plots import plot_training
+
+        return plot_training(self, ax=ax)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers that a run is made of; :func:`pyro_mdn.fit` documents them."""
+
+    max_epochs: int
+    patience: int
+    lr: float
+    weight_decay: float
+    input_noise: float
+    target_noise: float
+    final_noise: float
+    max_grad_norm: float
+    skip_bad_batches: bool = False
+    autocast: torch.dtype | None = None
+
+
+class Loop:
+    """Train an objective on batches, epoch by epoch.
+
+    Between epochs its whole state can be taken by :meth:`state` and given to another loop of the same making by
+    :meth:`restore`, which then goes on as this one would have.
+
+    Args:
+        objective: What to minimise; all its parameters that require a gradient are trained.
+        batches: What to train on.
+        held_out: What to judge epochs by, if anything.
+        units: Size of a standardised unit of x and of y.
+        settings: The numbers.
+        row_weight: What the weights of a row's losses come to on average: losses are divided by it, so that their
+            mean is over what was observed, and only the ratios of weights matter.
+        compiled: Whether to compile the objective.
+
+    Attributes:
+        matrix_dim: Dimensions of a weight matrix, which is decayed.
+        least_noise: Standard deviation, in the units of y, that the noise on y does not fade below, if there is one;
+            held-out targets have as much.
+    """
+
+    matrix_dim = 2
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        batches: Batches,
+        held_out: Rows | Streamed | None,
+        units: tuple[Tensor, Tensor],
+        settings: Settings,
+        *,
+        row_weight: Tensor | float = 1.0,
+        compiled: bool = False,
+    ) -> None:
+        self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
+        with unvalidated():  # torch.compile switches the validation of distributions off, for good
+            self.losses = torch.compile(objective, dynamic=True) if compiled else objective
+        self.row_weight = row_weight
+        self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
+        self.least_noise: Tensor | None = None
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
+        self.average = AveragedWeights(self.parameters)
+        self.best = copied(objective.state_dict())
+        self.step, self.steps = 0, settings.max_epochs * len(batches)
+        self.result = FitResult()
+
+    def run(
+        self,
+        *,
+        epochs: int | None = None,
+        callbacks: Sequence[Callable[[FitResult], object]] = (),
+        save: Callable[[int], object] | None = None,
+        progress: bool = False,
+    ) -> FitResult:
+        """Train until the last epoch, or until losses stop improving, a callback returns True, or Ctrl-C.
+
+        Args:
+            epochs: The last epoch, if not that of the settings.
+            callbacks: Called after each epoch with the result so far.
+            save: Called after them, with the number of the epoch.
+            progress: Show a progress bar.
+
+        Raises:
+            FloatingPointError: If a loss or gradient is not finite; the objective keeps its best weights.
+        """
+        result, start = self.result, time.perf_counter() - self.result.seconds
+        last = epochs or self.settings.max_epochs
+        bar = tqdm(total=last, initial=len(result.history), desc="fit", unit="epoch", disable=not progress)
+        try:
+            while len(result.history) < last and not result.stopped_early:
+                self._epoch(len(result.history) + 1)
+                result.seconds = time.perf_counter() - start
+                row = result.history[-1]
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", validation=f"{row['validation_loss']:.3f}")
+                logger.debug("epoch %(epoch)d: loss %(loss).4f, validation %(validation_loss).4f", row)
+                self.objective.eval()
+                for callback in callbacks:
+                    with released():
+                        answer = callback(result)
+                    result.stopped_early |= isinstance(answer, bool | np.bool_) and bool(answer)
+                if save is not None:
+                    save(len(result.history))
+        except KeyboardInterrupt:
+            result.interrupted = True
+            logger.warning("fit: interrupted after epoch %d; the weights of the best one are kept", len(result.history))
+        finally:
+            bar.close()
+            self.objective.load_state_dict(self.best)
+            self.optimizer.zero_grad()
+        return result
+
+    def _epoch(self, epoch: int) -> None:
+        loss = self._train(epoch)
+        self.result.unobserved = self.batches.gaps[0].tolist()
+        if epoch == 1 and any(self.result.unobserved):
+            logger.info("fit: %s entries of y, by output, were not observed", self.result.unobserved)
+        monitored = self._evaluate()
+        if self.held_out is not None and not self._sound(monitored):
+            raise FloatingPointError(f"fit: validation loss is {self._shown(monitored)} after epoch {epoch}")
+        lr = self.settings.lr * warmup_cosine(self.step - 1, self.steps)
+        self._judge(epoch, loss, monitored, lr)
+        losses = {"loss": loss.nanmean().item(), "validation_loss": monitored.nanmean().item()}
+        self.result.history.append({"epoch": epoch, **losses, "lr": lr})
+
+    def _judge(self, epoch: int, loss: Tensor, monitored: Tensor, lr: float) -> None:
+        """Keep the averaged weights if this epoch is the best so far."""
+        result = self.result
+        if self.held_out is None or monitored.item() < result.best_loss:
+            with self.average.swapped_in():
+                best = copied(self.objective.state_dict())
+            # Together, so that Ctrl-C does not part them.
+            self.best, result.best_epoch = best, epoch
+            result.best_loss = (loss if self.held_out is None else monitored).item()
+        result.stopped_early = epoch - result.best_epoch >= self.settings.patience
+
+    # Steps
+
+    def _train(self, epoch: int) -> Tensor:
+        """Mean loss over one pass, of what was observed."""
+        self.objective.train()
+        with unvalidated():  # what is wrong with the data shows in the losses
+            return self._pass(epoch)
+
+    def _pass(self, epoch: int) -> Tensor:
+        sums: list[Tensor] = []
+        for number, batch in enumerate(self.batches, start=1):
+            buffers = [b.clone() for b in self.objective.buffers()] if self.settings.skip_bad_batches else []
+            give_way()
+            try:
+                sums.append(self._step(batch))
+            except FloatingPointError as error:
+                where = f"{error} in epoch {epoch}, batch {number} of {len(self.batches)}"
+                if not self.settings.skip_bad_batches:
+                    raise FloatingPointError(f"fit: {where}") from error
+                logger.warning("fit: %s; skipped", where)
+                for buffer, before in zip(self.objective.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
+                self.result.skipped_batches += 1
+        if not sums:
+            raise FloatingPointError(f"fit: no batch of epoch {epoch} has a finite loss and gradient")
+        total, weight = torch.stack(sums).sum(0)
+        return total / weight
+
+    def _step(self, batch: Rows) -> Tensor:
+        """Change the weights; give the sum of the losses and that of their weights."""
+        step, self.step = self.step, self.step + 1
+        fade = fading(step, self.steps, self.settings.final_noise)
+        x = blur(batch.x, self.noise[0], fade)
+        y = blur(batch.y, *self._target_noise(fade))
+        self.optimizer.zero_grad()
+        total, weight = batch.totals(self._losses(x, y))
+        loss = total / (len(batch) * self.row_weight)
+        (loss if loss.ndim == 0 else loss.sum()).backward()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        # Together: to look at a number is to wait for the device.
+        looked_at = total.detach(), weight, loss.detach(), self._norm(gradients)
+        numbers = torch.stack(looked_at).cpu().double()
+        loss, norm = numbers[2], numbers[3]
+        if not self._sound(loss):
+            raise FloatingPointError(f"loss is {self._shown(loss)}")
+        if not self._sound(norm):
+            raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
+        self._clip(gradients, norm)
+        self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
+        if step % _STEPS_TO_FLUSH == 0:
+            self.optimizer.flush()
+        self.average.update(step)
+        return numbers[:2]
+
+    def _target_noise(self, fade: float) -> tuple[Tensor, float]:
+        """Standard deviation of the noise on targets, and a factor on it."""
+        if self.least_noise is None:
+            return self.noise[1], fade
+        return torch.maximum(fade * self.noise[1], self.least_noise), 1.0
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """Joint norm of the gradients: one, or one for each of what is trained side by side."""
+        return joint_norm(gradients)
+
+    def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """Scale gradients of this joint norm down to the largest that is allowed."""
+        clip_(gradients, norm.item(), self.settings.max_grad_norm)
+
+    def _sound(self, value: Tensor) -> bool:
+        """Whether a loss or a norm is finite."""
+        return math.isfinite(value.item())
+
+    def _shown(self, value: Tensor) -> str:
+        return str(value.item())
+
+    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
+        dtype = self.settings.autocast
+        with nullcontext() if dtype is None else torch.autocast(x.device.type, dtype=dtype):
+            return self.losses(x, y)
+
+    # Judging epochs
+
+    @torch.no_grad()
+    def _evaluate(self) -> Tensor:
+        """Mean held-out loss of the averaged weights; NaN if nothing is held out."""
+        if self.held_out is None:
+            return torch.tensor(math.nan, device="cpu")
+        self.objective.eval()
+        batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
+        with self.average.swapped_in(), unvalidated():
+            total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
+            for batch in batches:
+                give_way()
+                losses = self.objective(*self._off_grid(batch))
+                sums = torch.stack(batch.totals(losses.double())).cpu()
+                total, weight = total + sums[0], weight + sums[1]
+        return total / weight
+
+    def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
+        """Rows with the least noise on their targets, if there is any, and the same each time."""
+        if self.least_noise is None:
+            return batch.x, batch.y
+        generator = torch.Generator(batch.y.device).manual_seed(len(batch))
+        return batch.x, blur(batch.y, self.least_noise, generator=generator)
+
+    # State
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything that the next epoch depends on, as plain values and as tensors; not the data."""
+        tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average.averages)}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        tensors["generator"] = torch.get_rng_state()
+        for i, generator in enumerate(self._generators()):
+            tensors[f"generator.loader.{i}"] = generator.get_state()
+        if (device := self.noise[0].device).type == "cuda":
+            tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
+        return {"step": self.step, "result": dataclasses.asdict(self.result)}, tensors
+
+    def _generators(self) -> list[torch.Generator]:
+        """Generators of the loaders' own."""
+        return [*self.batches.generators(), *getattr(self.held_out, "generators", list)()]
+
+    def restore(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Take over a state; a ``ValueError``, before anything changes, if it is not one of such a loop."""
+        groups: dict[str, dict[str, Tensor]] = {"objective": {}, "best": {}, "average": {}, "optimizer": {}}
+        rest: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            group, _, key = name.partition(".")
+            groups.get(group, rest)[key if group in groups else name] = tensor
+        _require_alike(self.objective.state_dict(), groups["objective"])
+        _require_alike(self.best, groups["best"])
+        _require_alike({str(i): t for i, t in enumerate(self.average.averages)}, groups["average"])
+        _require_alike(self.optimizer.state(), groups["optimizer"])
+        self.objective.load_state_dict(groups["objective"])
+        for name, tensor in groups["best"].items():
+            self.best[name].copy_(tensor)
+        for i, average in enumerate(self.average.averages):
+            average.copy_(groups["average"][str(i)])
+        for name, tensor in self.optimizer.state().items():
+            tensor.copy_(groups["optimizer"][name])
+        device = self.noise[0].device
+        self.step, self.result = config["step"], FitResult(**config["result"])
+        self.result.members = [FitResult(**member) for member in config["result"]["members"]]
+        torch.set_rng_state(rest["generator"])
+        for i, generator in enumerate(self._generators()):
+            generator.set_state(rest[f"generator.loader.{i}"])
+        if "generator.cuda" in rest:
+            torch.cuda.set_rng_state(rest["generator.cuda"], device)
+
+
+def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of their own."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def _require_alike(expected: dict[str, Tensor], got: dict[str, Tensor]) -> None:
+    a = {(name, tuple(t.shape), t.dtype) for name, t in expected.items()}
+    b = {(name, tuple(t.shape), t.dtype) for name, t in got.items()}
+    if a != b:
+        raise ValueError(f"checkpoint: expected tensors of this model, got others for {sorted({n for n, *_ in a ^ b})}")

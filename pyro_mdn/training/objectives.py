@@ -1,0 +1,333 @@
+r"""Objectives: modules that a training loop minimises, one loss per row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pyro_mdn import scores
+from pyro_mdn.networks.batched.functional import OwnParameters, over_draws
+from pyro_mdn.networks.ensemble import DeepEnsemble
+from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.posteriors.guide_draws import draw_from, latent_sites, log_density_at, require_sites
+from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.checks import require_counts, require_numbers, shown
+from pyro_mdn.support.process_state import KeepFrozen, isolated, own_generators, own_store, require_owned, unvalidated
+
+__all__ = [
+    "ContinuousRankedProbability",
+    "Memberwise",
+    "NegativeElbo",
+    "NegativeLogLikelihood",
+    "WeightedSum",
+]
+
+
+class NegativeLogLikelihood(nn.Module):
+    r"""Objective :math:`-\log p(y \mid x)` in nats: one number per row, or per member and row of an ensemble.
+
+    A target that is NaN was not observed: the row's loss is that of its other targets. All that is known of a target
+    on a grid is the cell around it, where the density is taken as its mean
+
+    .. math:: \frac1S \sum_{s=1}^S p(y + u_s \odot c \mid x)
+
+    over a Latin hypercube :math:`u_s` of :math:`[-\tfrac12, \tfrac12]^D`, drawn anew by each call in training mode.
+    Otherwise the density could grow at the values of the targets without bound. On average this is no less than minus
+    the logarithm of the cell's probability over its volume (Burda, Grosse & Salakhutdinov, 2016).
+
+    Args:
+        network: Network, or an ensemble of them.
+        cell: Size c of the cells in the units of y, ``(D,)``; 0 for outputs that are on no grid.
+        num_points: Points S in each cell.
+
+    Raises:
+        ValueError: If the sizes of the cells are not D finite numbers, or if there are no points.
+
+    References:
+        McKay, Beckman & Conover (1979), A comparison of three methods for selecting values of input variables.
+        Theis, van den Oord & Bethge (2016), A note on the evaluation of generative models.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> NegativeLogLikelihood(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([8])
+    >>> counts = NegativeLogLikelihood(network, cell=torch.ones(1))
+    >>> counts(torch.randn(8, 1), torch.arange(8.0).unsqueeze(1)).shape
+    torch.Size([8])
+    >>> ensemble = DeepEnsemble(network, size=3)
+    >>> NegativeLogLikelihood(ensemble)(torch.randn(3, 8, 1), torch.randn(3, 8, 1)).shape
+    torch.Size([3, 8])
+    """
+
+    cell: Tensor | None
+    num_points: int
+
+    def __init__(
+        self,
+        network: MixtureDensityNetwork | DeepEnsemble,
+        cell: Any = None,
+        num_points: int = 8,
+    ) -> None:
+        super().__init__()
+        require_counts(num_points=num_points)
+        dim = (network.stacked if isinstance(network, DeepEnsemble) else network).dim_out
+        cell = None if cell is None else _as_cells(cell, dim)
+        self.network, self.num_points = network, int(num_points)
+        self.register_buffer("cell", cell, persistent=False)
+
+    def extra_repr(self) -> str:
+        """Describe the cells in a module's printout."""
+        return "" if self.cell is None else f"cell={self.cell.tolist()}, num_points={self.num_points}"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``, or ``(M, N, ...)`` for an ensemble."""
+        if self.cell is None:
+            return self.network.loss(x, y)
+        y = as_tensor(y, "y", self.cell.device)
+        y = y.unsqueeze(-1) if len(self.cell) == 1 and y.shape[-1:] != (1,) else y
+        losses = self.network.loss(x, self._in_cells(y, self.cell.to(y)), replicated=True)
+        return math.log(self.num_points) - losses.neg().logsumexp(0)
+
+    def _in_cells(self, y: Tensor, cell: Tensor) -> Tensor:
+        """Points ``(S, N, ..., D)`` around targets."""
+        if y.shape[-1:] != cell.shape:
+            raise ValueError(f"y: expected vectors of {len(cell)}, as the cells are, got shape {tuple(y.shape)}")
+        generator = None if self.training else torch.Generator(y.device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            # Where there is a generator, also one that is None, sizes cannot be symbols of a compiler.
+            size = (self.num_points, *shape)
+            if generator is None:
+                return torch.rand(size, device=y.device)
+            return torch.rand(size, device=y.device, generator=generator)
+
+        # Only how the strata of outputs are paired is random: those of the first one stay in order.
+        first = torch.arange(self.num_points, device=y.device).reshape(-1, *(1,) * y.ndim)
+        others = draw(*y.shape[:-1], y.shape[-1] - 1).argsort(0)
+        stratum = torch.cat([first.expand(-1, *y.shape[:-1], 1), others], -1)
+        within = draw(*y.shape) if self.training else 0.5
+        return y + cell * ((stratum + within) / self.num_points - 0.5)
+
+
+def _as_cells(cell: Any, dim: int) -> Tensor:
+    """Sizes of cells ``(D,)`` from one for each output, or one for all."""
+    sizes = as_tensor(cell, "cell")
+    if sizes.shape not in ((), (dim,)) or not bool((sizes.isfinite() & (sizes >= 0)).all()):
+        raise ValueError(f"cell: expected {dim} finite numbers, none negative, got {shown(cell)}")
+    return sizes.expand(dim).contiguous()
+
+
+class ContinuousRankedProbability(nn.Module):
+    r"""Objective CRPS, summed over the outputs, each in its standardised unit; one number per row.
+
+    .. math:: \sum_d \mathrm{CRPS}(F_d(\cdot \mid x), y_d) / s_d
+
+    Bounded where a log-density is not, so that no single row dominates. A target that is NaN adds nothing.
+
+    References:
+        Gneiting & Raftery (2007), Strictly proper scoring rules, prediction, and estimation.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> ContinuousRankedProbability(network)(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, network: MixtureDensityNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``."""
+        mixture = self.network(x)
+        y = self.network.targets(y, mixture.batch_shape)
+        missing = y.isnan()
+        score = scores.crps(mixture, torch.where(missing, mixture.mean.detach(), y)) / self.network.head.scale
+        return score.masked_fill(missing, 0.0).sum(-1)
+
+
+class NegativeElbo(nn.Module):
+    r"""Objective −ELBO of ``network.model`` and a guide, in nats per row.
+
+    .. math:: E_{q(w)}\left[-\log p(y_n \mid x_n, w)\right] + \frac{\beta}{N} \, \mathrm{KL}(q(w) \,\|\, p(w))
+
+    by Monte Carlo with pathwise gradients; its mean over rows times N is minus the ELBO of a minibatch. In evaluation
+    mode it is the first term alone, the score of held-out rows under draws from the guide.
+
+    Pyro's parameter store stays as it was: all that is trained are parameters of this module.
+
+    Args:
+        network: Network with latent weights. One without has no second term.
+        guide: Guide of ``network.model``; an AutoGuide is set up by the first call.
+        num_data: Rows in the whole of the data, N.
+        num_particles: Draws of the weights for each estimate.
+        kl_weight: :math:`\beta`; 1 is the ELBO.
+        kl_warmup: Steps over which :math:`\beta` grows from 0 to that (Bowman et al., 2016).
+
+    Raises:
+        ValueError: If a count is not positive or, when called, if the guide has other sites than the model, draws
+            from a distribution without pathwise gradients, or has parameters in Pyro's store alone.
+
+    References:
+        Kingma & Welling (2014), Auto-encoding variational Bayes.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        network: MixtureDensityNetwork,
+        guide: Callable[..., Any],
+        num_data: int,
+        *,
+        num_particles: int = 1,
+        kl_weight: float = 1.0,
+        kl_warmup: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_data < 1 or num_particles < 1:
+            raise ValueError(f"num_data, num_particles: expected 1 at least, got {num_data} and {num_particles}")
+        require_numbers(least=0.0, kl_weight=kl_weight, kl_warmup=kl_warmup)
+        self.network, self.guide = network, guide
+        self.num_data, self.num_particles = num_data, num_particles
+        self.kl_weight, self.kl_warmup = kl_weight, kl_warmup
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device="cpu"))
+        self._is_owned = False
+
+    def extra_repr(self) -> str:
+        """Describe the estimate in a module's printout."""
+        guide = "" if isinstance(self.guide, nn.Module) else f", guide={getattr(self.guide, '__name__', self.guide)}"
+        kl = f"kl_weight={self.kl_weight}, kl_warmup={self.kl_warmup}"
+        return f"num_data={self.num_data}, num_particles={self.num_particles}, {kl}{guide}"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N,)``."""
+        with own_store():
+            draws, log_q = self.draw(x, y)
+            losses, log_prior = self.score(draws, x, y)
+            if not self._is_owned:
+                self._require_owned(x, y)
+        if not self.training or not draws:
+            return losses.mean(0)
+        self.step += 1
+        beta = self.kl_weight * min(1.0, self.step.item() / max(1, self.kl_warmup))
+        return losses.mean(0) + beta * (log_q - log_prior).mean() / self.num_data
+
+    def draw(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws at all sites of the guide, ``(S, ...)`` by name, and their log-density, ``(S,)``."""
+        return draw_from(self.guide, self.num_particles, x, y, num_data=self._num_data(x), pathwise=True)
+
+    @torch.no_grad()
+    def _require_owned(self, x: Tensor, y: Tensor) -> None:
+        """Raise a ``ValueError`` if a parameter would not be trained; under vmap, none gets to the store."""
+        with own_generators(), KeepFrozen(), evaluating(self):  # no statistics of a backbone's are to count rows twice
+            for part in (self.guide, self.network.model):
+                poutine.trace(part).get_trace(x, y, num_data=self._num_data(x))
+        require_owned(self)
+        self._is_owned = True
+
+    def _num_data(self, x: Tensor) -> int:
+        """Rows in the whole of the data; of those held out there may be more."""
+        return self.num_data if self.training else max(self.num_data, len(x))
+
+    def score(self, draws: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses ``(S, N)`` of the rows given draws, and the log-density ``(S,)`` of the draws under the prior."""
+
+        def score(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            model = poutine.condition(self.network.model, data=draw)
+            trace = poutine.trace(model).get_trace(x, y, num_data=self._num_data(x))
+            require_sites("guide", expected=latent_sites(trace, draw).keys() - {"y"}, got=draw.keys())
+            likelihood: dict[str, Any] = dict(trace.nodes["y"])
+            log_prior = log_density_at(draw, trace)
+            return -likelihood["fn"].log_prob(likelihood["value"]), log_prior
+
+        if not draws and not self.network.latent and type(self.network).model is MixtureDensityNetwork.model:
+            return self.network.loss(x, y).unsqueeze(0), y.new_zeros(1)  # nothing is latent: no need to trace the model
+        if self.num_particles == 1 or not draws:
+            losses, log_prior = score({name: value[0] for name, value in draws.items()})
+            return losses.unsqueeze(0), log_prior.unsqueeze(0)
+        with unvalidated(), OwnParameters():
+            losses, log_prior = over_draws(score, draws, self.network)
+        return losses, log_prior
+
+
+class Memberwise(nn.Module):
+    r"""Any objective over ``ensemble.stacked``, for each member of the ensemble and each of its rows, ``(M, N)``.
+
+    Args:
+        objective: Objective whose tensors all have a leading axis of members, as those of ``ensemble.stacked`` do.
+        size: Number of members.
+
+    Raises:
+        ValueError: If a tensor of the objective has no such axis.
+
+    >>> ensemble = DeepEnsemble(MixtureDensityNetwork(1, 1), size=3)
+    >>> crps = Memberwise(ContinuousRankedProbability(ensemble.stacked), 3)
+    >>> crps(torch.randn(3, 8, 1), torch.randn(3, 8, 1)).shape
+    torch.Size([3, 8])
+    """
+
+    def __init__(self, objective: nn.Module, size: int) -> None:
+        super().__init__()
+        self.objective = objective
+        for name, tensor in self._tensors().items():
+            if tensor.shape[:1] != (size,):
+                raise ValueError(
+                    f"objective: expected a first axis of {size} members, got {name} {tuple(tensor.shape)}"
+                )
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each member's rows, shape ``(M, N, ...)``."""
+
+        def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            rows = draw.pop("x"), draw.pop("y")
+            return (functional_call(self.objective, draw, rows, tie_weights=False),)
+
+        with isolated():
+            return over_draws(call, {**self._tensors(), "x": x, "y": y}, self.objective)[0]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Tensors by name, each place once: ``functional_call`` would leave one that it put there twice."""
+        parts = [(name and f"{name}.", part) for name, part in self.objective.named_modules()]
+        return {
+            prefix + name: tensor
+            for prefix, part in parts
+            for named in (part.named_parameters, part.named_buffers)
+            for name, tensor in named(recurse=False)
+        }
+
+
+class WeightedSum(nn.Module):
+    r"""Objective :math:`\sum_i a_i \, \ell_i(x, y)`.
+
+    Args:
+        objectives: Objectives.
+        weights: Their weights, finite and not negative.
+
+    Raises:
+        ValueError: If there is not one weight to each objective or a weight is not usable.
+
+    >>> network = MixtureDensityNetwork(1, 1)
+    >>> both = WeightedSum([NegativeLogLikelihood(network), ContinuousRankedProbability(network)], [1.0, 0.5])
+    >>> both(torch.randn(8, 1), torch.randn(8, 1)).shape
+    torch.Size([8])
+    """
+
+    def __init__(self, objectives: Sequence[nn.Module], weights: Sequence[float]) -> None:
+        super().__init__()
+        if not objectives or len(objectives) != len(weights) or not all(0 <= w < math.inf for w in weights):
+            raise ValueError(f"weights: expected one for each of {len(objectives)} objectives, got {list(weights)}")
+        self.objectives, self.weights = nn.ModuleList(objectives), [float(w) for w in weights]
+
+    def extra_repr(self) -> str:
+        """Describe the weights in a module's printout."""
+        return f"weights={self.weights}"
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of each row, shape ``(N, ...)``."""
+        losses = [w * objective(x, y) for w, objective in zip(self.weights, self.objectives, strict=True)]
+        return torch.stack(losses).sum(0)
