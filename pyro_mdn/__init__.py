@@ -4,16 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyro_mdn import scores, uncertainty
-from pyro_mdn.distributions.covariance.base import Covariance, DiagonalCovariance, IsotropicCovariance
-from pyro_mdn.distributions.covariance.correlated import FullCovariance, LowRankCovariance
-from pyro_mdn.distributions.divergence import kl_monte_carlo, kl_variational_approximation
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.covariance.base import Covariance
+from pyro_mdn.distributions.covariance.diagonal import DiagonalCovariance, IsotropicCovariance
+from pyro_mdn.distributions.covariance.full import FullCovariance
+from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance
+from pyro_mdn.distributions.covariance.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
+from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.families.normal import Normal, NormalComponents
+from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponents
+from pyro_mdn.distributions.gaussian.divergence import kl_monte_carlo, kl_variational_approximation
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.networks.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.networks.pyro_model import NetworkModel
 from pyro_mdn.posteriors.laplace import laplace
 from pyro_mdn.posteriors.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
@@ -34,12 +41,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CollapseWarning",
+    "Components",
     "ContinuousRankedProbability",
     "ConvergenceWarning",
     "Covariance",
     "DeepEnsemble",
     "Diagonal",
     "DiagonalCovariance",
+    "Family",
     "FitResult",
     "Fixed",
     "Full",
@@ -50,14 +59,19 @@ __all__ = [
     "LowRank",
     "LowRankCovariance",
     "MissingTargetsWarning",
+    "Mixture",
     "MixtureDensityNetwork",
     "MixtureHead",
     "NegativeElbo",
     "NegativeLogLikelihood",
     "NetworkModel",
     "NoiseModel",
+    "Normal",
+    "NormalComponents",
     "PosteriorSamples",
     "Prediction",
+    "StudentT",
+    "StudentTComponents",
     "WeightedSum",
     "bayesianize",
     "fit",

@@ -18,7 +18,7 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.scores import observed_mean
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import require_counts, shown

@@ -15,7 +15,7 @@ from pyro_mdn.adapters.arviz_versions import assemble
 from pyro_mdn.adapters.leave_one_out import LooPit, compare, loo, loo_pit
 from pyro_mdn.adapters.sources import Source, predict
 from pyro_mdn.adapters.xarray_labels import JOINT, Labels, by_chain
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.arrays import Array, as_array, as_tensor, to_numpy
@@ -153,7 +153,7 @@ def _quantities(mixture: GaussianMixture, names: Sequence[str], chains: int) -> 
         "stddev": (lambda: mixture.stddev, "output"),
         "weights": (lambda: mixture.logits.exp(), "component"),
         "locs": (lambda: mixture.locs, "component output"),
-        "scales": (lambda: mixture.covariance.stddev().expand(mixture.locs.shape), "component output"),
+        "scales": (lambda: mixture.components.stddev().expand(mixture.locs.shape), "component output"),
         "entropy_bounds": (lambda: torch.stack(mixture.entropy_bounds(), -1), "bound"),
     }
     if unknown := [name for name in names if name not in known]:

@@ -26,8 +26,8 @@ from pyro_mdn.adapters.density_grids import (
     targets_of,
 )
 from pyro_mdn.adapters.xarray_labels import names_of
-from pyro_mdn.distributions.density import check_dims
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.parameters import check_dims
 from pyro_mdn.support.arrays import Array, as_array, to_numpy
 from pyro_mdn.support.checks import shown
 from pyro_mdn.support.process_state import seeded
@@ -164,7 +164,7 @@ def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Ax
     x, label, mixture, _ = along(mixture, x, output)
     ax = _axes(ax)
     weights, means = to_numpy(mixture.logits.exp()), to_numpy(mixture.locs[..., 0])
-    scales = to_numpy(mixture.covariance.stddev().expand(mixture.locs.shape)[..., 0])
+    scales = to_numpy(mixture.components.stddev().expand(mixture.locs.shape)[..., 0])
     for k, (weight, mean, scale) in enumerate(zip(weights.T, means.T, scales.T, strict=True)):
         color, shown = _COLORS[k % 7], np.where(weight < 0.01, np.nan, mean)
         legend = f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}"
@@ -441,8 +441,7 @@ def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0,
     values, label, _, order = along(mixture, x, output)
     ax = _axes(ax)
     # In double precision, where the squares of small and large units are in range.
-    covariance = mixture.covariance.map(lambda t, n: t.double())
-    mixture = mixture._new(mixture.logits.double(), mixture.locs.double(), covariance)
+    mixture = mixture.double()
     noise, doubt = uncertainty.aleatoric_variance(mixture), uncertainty.epistemic_variance(mixture)
     looks = [{"color": "0.75", "linewidth": 4}, {"color": _COLORS[0]}, {"color": _COLORS[1], "linestyle": "--"}]
     parts = {"total": noise + doubt, "aleatoric: noise": noise, "epistemic: open": doubt}

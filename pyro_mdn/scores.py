@@ -16,15 +16,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.special import erf, erfcx
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
-from pyro_mdn.support.checks import is_subclassed, shown
-from pyro_mdn.tensors import kernels
-from pyro_mdn.tensors.univariate import normal_log_cdf
+from pyro_mdn.support.checks import shown
+from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
+from pyro_mdn.tensors.numerics import norm
 
 __all__ = [
     "Comparison",
@@ -63,11 +61,11 @@ def observed_mean(values: Tensor) -> Estimate:
         raise ValueError("y: expected an observed entry in each column, got none in one")
     mean = values.nanmean(0)
     deviation = (values - mean).masked_fill(~observed, 0.0)
-    return Estimate(mean, kernels.norm(deviation.movedim(0, -1)) / ((count - 1) * count).to(values.dtype).sqrt())
+    return Estimate(mean, norm(deviation.movedim(0, -1)) / ((count - 1) * count).to(values.dtype).sqrt())
 
 
 @in_widest_precision
-def log_score(mixture: GaussianMixture, y: Any) -> Tensor:
+def log_score(mixture: Mixture, y: Any) -> Tensor:
     r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952).
 
     Entries of y that are NaN were not observed: the density is that of the others, and the score NaN if there are none.
@@ -86,7 +84,7 @@ class Comparison(NamedTuple):
 
 
 @torch.no_grad()
-def compare(predictions: Mapping[str, GaussianMixture], y: Any) -> dict[str, Comparison]:
+def compare(predictions: Mapping[str, Mixture], y: Any) -> dict[str, Comparison]:
     """Compare predictions of held-out targets by their log scores, row by row; the best comes first.
 
     For single networks and small ensembles, where leave-one-out cross-validation by importance sampling has no
@@ -127,7 +125,7 @@ def compare(predictions: Mapping[str, GaussianMixture], y: Any) -> dict[str, Com
 
 
 @in_widest_precision
-def crps(mixture: GaussianMixture, y: Any) -> Tensor:
+def crps(mixture: Mixture, y: Any) -> Tensor:
     r"""Continuous ranked probability score of each output, in its units, in closed form.
 
     .. math:: \mathrm{CRPS}(F, y) = E|Y - y| - \tfrac12 E|Y - Y'|
@@ -144,71 +142,12 @@ def crps(mixture: GaussianMixture, y: Any) -> Tensor:
     >>> crps(normal, torch.zeros(1))
     tensor([0.2337])
     """
-    y = mixture.as_points(y, "y")
-    locs = mixture.locs
-    weights = mixture.logits.exp().unsqueeze(-1).expand(locs.shape)
-    scale = mixture.covariance.stddev().expand(locs.shape)
-    distance = (weights * _mean_absolute(y.unsqueeze(-2) - locs, scale)).sum(-2)
-    # Squares of scales in a unit of their size, a power of two, neither over- nor underflow.
-    unit = torch.exp2(scale.detach().amax(-2, keepdim=True).log2().round())
-    spread = _half_spread(weights, locs / unit, (scale / unit).square())
-    return distance - spread * unit.squeeze(-2)
-
-
-def _half_spread(weights: Tensor, locs: Tensor, variance: Tensor) -> Tensor:
-    """Half of E|Y - Y'|, ``(*batch, D)``, from parameters ``(*batch, K, D)``."""
-    if is_subclassed(weights, locs, variance):  # derivatives by hand would be lost on them
-        distances = [_against_all(k, weights, locs, variance)[0] for k in range(locs.shape[-2])]
-        return 0.5 * (weights * torch.stack(distances, -2)).sum(-2)
-    return _HalfSpread.apply(weights, locs, variance)[0]
-
-
-class _HalfSpread(torch.autograd.Function):
-    """The same, one component against all at a time, so that memory stays O(N·K·D).
-
-    The gradients are sums over the same pairs, and are taken along: with respect to weights, locations and variances.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weights: Tensor, locs: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        # Allocated first: small tensors kept between large temporary ones would fragment the memory.
-        distance, slope, density = (torch.empty_like(locs) for _ in range(3))
-        for k in range(locs.shape[-2]):
-            distance[..., k, :], slope[..., k, :], density[..., k, :] = _against_all(k, weights, locs, variance)
-        return 0.5 * (weights * distance).sum(-2), distance, weights * slope, weights * density
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tuple(grads[0].unsqueeze(-2) * gradient for gradient in ctx.saved_tensors)
-
-
-def _against_all(k: int, weights: Tensor, locs: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums over all components of E|Y_k - Y_l| and of its derivatives, ``(*batch, D)`` each."""
-    apart, scale = locs[..., k, None, :] - locs, (variance[..., k, None, :] + variance).sqrt()
-    ratio = apart / scale
-    density = kernels.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
-    slope = erf(math.sqrt(0.5) * ratio)
-    distance = 2 * scale * density + apart * slope
-    return (weights * distance).sum(-2), (weights * slope).sum(-2), (weights * density / scale).sum(-2)
-
-
-def _mean_absolute(shift: Tensor, scale: Tensor) -> Tensor:
-    """E|shift + scale Z| for standard normal Z."""
-    ratio = shift / scale
-    density = kernels.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
-    return 2 * scale * density + shift * erf(math.sqrt(0.5) * ratio)
+    y, marginals = mixture.as_points(y, "y"), mixture.univariate()
+    return distance_to(marginals, y) - half_mean_difference(marginals)
 
 
 @in_widest_precision
-def energy_score(mixture: GaussianMixture, y: Any, *, num_samples: int = 1000) -> Estimate:
+def energy_score(mixture: Mixture, y: Any, *, num_samples: int = 1000) -> Estimate:
     r"""Energy score of all outputs jointly, in their units: the multivariate CRPS.
 
     .. math:: \mathrm{ES}(F, y) = E\lVert Y - y \rVert - \tfrac12 E\lVert Y - Y' \rVert
@@ -227,14 +166,14 @@ def energy_score(mixture: GaussianMixture, y: Any, *, num_samples: int = 1000) -
         raise ValueError(f"num_samples: expected 2 at least, got {num_samples}")
     sample_shape = (num_samples, *(1,) * max(0, y.ndim - 1 - len(mixture.batch_shape)))
     first, second = mixture.rsample(sample_shape), mixture.rsample(sample_shape)
-    to_target = 0.5 * (kernels.norm(first - y) + kernels.norm(second - y))
-    scores = to_target - 0.5 * kernels.norm(first - second)
+    to_target = 0.5 * (norm(first - y) + norm(second - y))
+    scores = to_target - 0.5 * norm(first - second)
     deviation = (scores - scores.mean(0)).movedim(0, -1)
-    return Estimate(scores.mean(0), kernels.norm(deviation) / math.sqrt(num_samples * (num_samples - 1)))
+    return Estimate(scores.mean(0), norm(deviation) / math.sqrt(num_samples * (num_samples - 1)))
 
 
 @in_widest_precision
-def pinball(mixture: GaussianMixture, y: Any, q: float) -> Tensor:
+def pinball(mixture: Mixture, y: Any, q: float) -> Tensor:
     r"""Quantile loss of each output at probability ``q``; Koenker & Bassett (1978).
 
     .. math:: (y - F^{-1}(q)) \, (q - 1\{y < F^{-1}(q)\})
@@ -248,7 +187,7 @@ def pinball(mixture: GaussianMixture, y: Any, q: float) -> Tensor:
 
 @in_widest_precision
 def interval_score(
-    mixture: GaussianMixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
+    mixture: Mixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> Tensor:
     r"""Width of each output's interval, plus a penalty for missing it; Winkler (1972).
 
@@ -261,17 +200,15 @@ def interval_score(
 
 
 @in_widest_precision
-def coverage(
-    mixture: GaussianMixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central"
-) -> Tensor:
+def coverage(mixture: Mixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central") -> Tensor:
     """Whether each output lies in its interval of probability ``mass``: 1 or 0, to be averaged; NaN if missing."""
     y = mixture.as_points(y, "y")
     lower, upper = mixture.interval(mass, kind=kind)
-    return ((lower <= y) & (y <= upper)).to(mixture.locs.dtype).masked_fill(y.isnan(), torch.nan)
+    return ((lower <= y) & (y <= upper)).to(mixture.dtype).masked_fill(y.isnan(), torch.nan)
 
 
 @in_widest_precision
-def pit(mixture: GaussianMixture, y: Any, cell: Any = 0.0) -> Tensor:
+def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
     r"""Probability integral transform of each output, exact: uniform if the mixture is right; Dawid (1984).
 
     Targets on a grid (counts, rounded numbers) stand for their cells, as in :class:`pyro_mdn.NegativeLogLikelihood`.
@@ -304,7 +241,7 @@ def pit(mixture: GaussianMixture, y: Any, cell: Any = 0.0) -> Tensor:
 
 
 @in_widest_precision
-def mean_pit(mixture: GaussianMixture, y: Any, cell: Any, points: Any = None) -> Tensor:
+def mean_pit(mixture: Mixture, y: Any, cell: Any, points: Any = None) -> Tensor:
     r"""Distribution function of :func:`pit` at ``points``, its draws averaged out; the points themselves if uniform.
 
     .. math:: \bar F(u) = \frac1N \sum_n \min\left(1, \max\left(0,
@@ -330,10 +267,10 @@ def mean_pit(mixture: GaussianMixture, y: Any, cell: Any, points: Any = None) ->
     return torch.stack(shares)
 
 
-def _cell_ends(mixture: GaussianMixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
+def _cell_ends(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
     """Distribution function at the ends of the cells around y; the same tensor twice if there are none."""
     y = mixture.as_points(y, "y")
-    size = as_tensor(cell, "cell", mixture.device).to(mixture.locs)
+    size = as_tensor(cell, "cell", mixture.device).to(mixture.components.locs)
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
         raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {shown(cell)}")
     if not bool(size.any()):
@@ -343,7 +280,7 @@ def _cell_ends(mixture: GaussianMixture, y: Any, cell: Any) -> tuple[Tensor, Ten
 
 
 @in_widest_precision
-def interval_log_score(mixture: GaussianMixture, y: Any, width: float) -> Tensor:
+def interval_log_score(mixture: Mixture, y: Any, width: float) -> Tensor:
     r"""Negative log-probability, in nats, of the interval of that ``width`` around each output; never negative.
 
     .. math:: -\log\left( F(y + h/2) - F(y - h/2) \right)
@@ -356,33 +293,11 @@ def interval_log_score(mixture: GaussianMixture, y: Any, width: float) -> Tensor
     if not width > 0:
         raise ValueError(f"width: expected a positive number, got {width}")
     y = mixture.as_points(y, "y")
-    scale = mixture.covariance.stddev()
-    centre, half = (y.unsqueeze(-2) - mixture.locs) / scale, 0.5 * width / scale
-    return -(mixture.logits.unsqueeze(-1) + _log_mass(centre, half.expand(centre.shape))).logsumexp(-2)
-
-
-def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
-    """Log-probability that a standard normal variable lies within ``half`` of ``centre``."""
-    centre = centre.abs()
-    narrow = half * (1 + centre) < torch.finfo(centre.dtype).eps ** 0.25
-    aside = ~narrow & (half < centre)
-    around = ~narrow & ~aside
-    # A narrow interval would cancel: Taylor's series of the density around its centre.
-    small, at = half.masked_fill(~narrow, 1.0), centre.masked_fill(~narrow, 0.0)
-    series = -0.5 * at.square() + small.log() + small.square() * (at.square() - 1) / 6 + 0.5 * math.log(2 / math.pi)
-    # By symmetry all of it in the lower tail, where the logarithms are accurate.
-    wide, at = half.masked_fill(~around, 1.0), centre.masked_fill(~around, 0.0)
-    upper, lower = normal_log_cdf(wide - at), normal_log_cdf(-wide - at)
-    difference = upper + torch.log(-torch.expm1(lower - upper))
-    # Beside the mode, without what both ends have in common: their logarithms would be huge, and all but the same.
-    wide, at = half.masked_fill(~aside, 1.0), centre.masked_fill(~aside, 2.0)
-    inner, outer = (erfcx(math.sqrt(0.5) * end) for end in (at - wide, at + wide))
-    tail = -0.5 * (at - wide).square() + torch.log(0.5 * (inner - (-2 * at * wide).exp() * outer))
-    return torch.where(narrow, series, torch.where(aside, tail, difference))
+    return -mixture.univariate().log_mass(y, 0.5 * width)
 
 
 @in_widest_precision
-def dawid_sebastiani(mixture: GaussianMixture, y: Any) -> Tensor:
+def dawid_sebastiani(mixture: Mixture, y: Any) -> Tensor:
     r"""Score of mean and covariance alone, shape ``(*sample, *batch)``; Dawid & Sebastiani (1999).
 
     .. math:: \log\det\Sigma + (y - \mu)^\top \Sigma^{-1} (y - \mu)

@@ -21,10 +21,10 @@ from pyro_mdn.adapters.sklearn_scorers import (
     plain,
     predictive_distribution,
 )
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.networks.noise_models import NOISE_MODELS, NoiseModel, as_noise_model
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import is_count, require_counts, require_range, shown, unmasked
 from pyro_mdn.support.process_state import seeded
@@ -300,7 +300,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def _noise(self, dim_out: int) -> NoiseModel:
         if self.noise is None:
-            raise ValueError(f"noise: expected a NoiseModel or one of {sorted(NOISE_MODELS)}, got None")
+            raise ValueError(f"noise: expected a NoiseModel or one of {NoiseModel.names()}, got None")
         if isinstance(self.noise, str) and self.noise == "fixed" and self.noise_scale is None:
             raise ValueError("noise_scale: expected a number for noise='fixed', got None")
         return as_noise_model(self.noise, dim_out, rank=self.rank, scale=self.noise_scale)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.special import entr
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.covariance.low_rank import low_rank_capacitance
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.scores import Estimate
 from pyro_mdn.support.checks import require_counts
-from pyro_mdn.tensors import kernels
 
 __all__ = ["aleatoric_variance", "epistemic_variance", "mutual_information", "mutual_information_bounds"]
 
@@ -168,14 +168,14 @@ def _split(mixture: GaussianMixture, per_row: int) -> Iterator[GaussianMixture]:
     """Mixtures of ``batch_shape`` ``(S, rows)``, few enough rows each that need ``per_row`` numbers in memory."""
     n_draws, *batch = mixture.batch_shape
     n_rows, size = math.prod(batch), max(1, _ELEMENTS // per_row)
-    covariance = mixture.covariance.expand((*mixture.batch_shape, mixture.n_components))
+    components = mixture.components.expand((*mixture.batch_shape, mixture.n_components))
     for start in range(0, max(1, n_rows), size):
 
         def rows(tensor: Tensor, start: int = start) -> Tensor:
             flat = tensor.reshape(n_draws, n_rows, *tensor.shape[1 + len(batch) :])
             return flat[:, start : start + size]
 
-        yield mixture._new(rows(mixture.logits), rows(mixture.locs), covariance.map(lambda t, n: rows(t)))
+        yield mixture.reweighted(rows(mixture.logits), components.map(lambda t, n: rows(t)))
 
 
 # Monte Carlo
@@ -185,7 +185,7 @@ def _information_gains(draws: GaussianMixture, each: int) -> Tensor:
     """What each of ``each`` draws of y from each mixture tells about which one it came from, ``(each, S, rows)``."""
     n_draws, n_rows = draws.batch_shape
     y = draws.sample((each,)).flatten(0, 1).unsqueeze(1)
-    size = max(1, _ELEMENTS // max(1, draws.locs.numel()))
+    size = max(1, _ELEMENTS // max(1, draws.components.locs.numel()))
     remaining = [entr(draws.log_prob(some).softmax(1)).sum(1) for some in y.split(size)]
     gains = (math.log(n_draws) - torch.cat(remaining)).clamp(min=0)
     return gains.reshape(each, n_draws, n_rows)
@@ -223,8 +223,7 @@ def _by_component(draws: GaussianMixture) -> GaussianMixture:
     """Mixtures over the draws, one for each component: ``batch_shape`` ``(rows, K)``."""
     logits = draws.logits.movedim(0, -1)
     unused = (logits == -math.inf).all(-1, keepdim=True)
-    covariance = draws.covariance.map(lambda t, n: t.movedim(0, 2))
-    return draws._new(logits.masked_fill(unused, 0.0), draws.locs.movedim(0, 2), covariance)
+    return draws.reweighted(logits.masked_fill(unused, 0.0), draws.components.map(lambda t, n: t.movedim(0, 2)))
 
 
 def _surprise(weights: Tensor) -> Tensor:
@@ -258,7 +257,7 @@ def _distances(draws: GaussianMixture, pooled: GaussianMixture, s: int) -> Tenso
         pulled = apart / (1 + ratio).sqrt()
     else:
         images = others.whiten(own.root().movedim(-1, 0))
-        capacitance = kernels.low_rank_capacitance(images.movedim(0, -2))
+        capacitance = low_rank_capacitance(images.movedim(0, -2))
         trace, widening = images.square().sum((0, -1)), capacitance.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         pulled = torch.linalg.solve_triangular(capacitance, apart.unsqueeze(-1), upper=False).squeeze(-1)
     log_ratio = others.half_log_det() - own.half_log_det()

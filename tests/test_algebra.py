@@ -8,7 +8,7 @@ from cases import BATCH_SHAPES, DIM, NOISE, make_mixture
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, DiagonalCovariance, Full, FullCovariance, GaussianMixture, Isotropic, IsotropicCovariance
-from pyro_mdn.distributions import merging
+from pyro_mdn.distributions.gaussian import merging
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 NAN = math.nan
@@ -343,7 +343,7 @@ def test_modes_of_a_row_do_not_depend_on_the_others():
     mixture = make_mixture(Diagonal(), (500,), n_components=20)
     modes = mixture.modes()
     for row in (0, 77, 499):
-        alone = mixture._pick(torch.tensor([row])).modes()[0]
+        alone = mixture[torch.tensor([row])].modes()[0]
         assert_close(modes[row, : len(alone)], alone)
         assert modes[row, len(alone) :].isnan().all()
 
@@ -430,7 +430,7 @@ def test_batches_without_rows(noise):
 
 def test_bad_arguments_are_refused():
     mixture = make_mixture(Diagonal())
-    with pytest.raises(ValueError, match="expected a mixture over 4 outputs, got 2"):
+    with pytest.raises(ValueError, match="expected a Gaussian mixture over 4 outputs, got 2"):
         mixture.product(make_mixture(Diagonal(), dim=2))
     with pytest.raises(ValueError, match="n_components: expected 1 to 3, got 4"):
         mixture.reduce(4)
@@ -455,7 +455,7 @@ def test_bad_arguments_are_refused():
         (lambda m: m.prune(np.ones(2)), r"threshold: .*, got ndarray float64 \(2,\)"),
         (lambda m: m.temper("a"), "temperature: expected a positive number, got 'a'"),
         (lambda m: m.temper(None), "temperature: expected a positive number, got None"),
-        (lambda m: m.product("a"), "product: expected a mixture over 4 outputs, got 'a'"),
+        (lambda m: m.product("a"), "product: expected a Gaussian mixture over 4 outputs, got 'a'"),
         (lambda m: m.pool("a"), "dim: expected one of 1 batch dimensions, got 'a'"),
         (lambda m: m.split_variance(0.5), "dim: expected one of 1 batch dimensions, got 0.5"),
         (lambda m: m.pool(0, "abc"), "weights: expected numbers, got text"),

@@ -33,7 +33,8 @@ from pyro_mdn import (
     to_inference_data,
     uncertainty,
 )
-from pyro_mdn.tensors import kernels
+from pyro_mdn.distributions.families.kernels import NormalKernel
+from pyro_mdn.tensors.mixture_density import mixture_log_density
 
 GPU = torch.cuda.is_available()
 on_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
@@ -411,7 +412,7 @@ def test_transforms():
     logits, locs, covariance = mixture.logits, mixture.locs, mixture.covariance
 
     def row(logits, locs, diagonal, lower, y):
-        return kernels.mixture_log_density(covariance.whitening, logits, locs, y, diagonal, lower)
+        return mixture_log_density(NormalKernel(covariance.whitening), logits, locs, y, diagonal, lower)
 
     got = torch.func.vmap(row)(logits, locs, covariance.diagonal, covariance.lower, y)
     assert_close(got, mixture.log_prob(y))

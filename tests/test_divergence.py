@@ -64,8 +64,8 @@ def test_far_components_make_the_approximation_exact():
     """Components that do not overlap: the divergence is the weighted sum of theirs and of the weights'."""
     p = make_mixture(Diagonal(), ())
     locs = p.locs + 1e3 * torch.arange(3.0).double().unsqueeze(-1)
-    p = p._new(p.logits, locs, p.covariance)
-    q = p._new(torch.zeros(3).double(), locs + 0.1, p.covariance)
+    p = GaussianMixture(p.logits, locs, p.covariance)
+    q = GaussianMixture(torch.zeros(3).double(), locs + 0.1, p.covariance)
     value, error = kl_monte_carlo(p, q, num_samples=50_000)
     assert (kl_variational_approximation(p, q) - value).abs() < 5 * error
 

@@ -172,9 +172,12 @@ def test_tied_and_untied_covariances_and_dtypes_are_joined():
     [
         ([make_mixture(Full(), n_components=2)], "expected equal numbers of components and outputs"),
         ([make_mixture(Full(), dim=3)], "expected equal numbers of components and outputs"),
-        ([make_mixture(Diagonal())], "structures of covariances, got FullCovariance of .* and DiagonalCovariance"),
+        (
+            [make_mixture(Diagonal())],
+            "structures of components, got covariance=FullCovariance of .* and covariance=DiagonalCovariance",
+        ),
         ([make_mixture(Full(), (2, 5))], "expected equal batch shapes"),
-        ([torch.zeros(3)], "expected one Gaussian mixture at least, got GaussianMixture, Tensor"),
+        ([torch.zeros(3)], "expected one mixture at least, got GaussianMixture, Tensor"),
     ],
 )
 def test_what_cannot_be_joined_is_named(others, message):
@@ -185,7 +188,7 @@ def test_what_cannot_be_joined_is_named(others, message):
 def test_bad_calls_are_refused():
     mixture = make_mixture(LowRank(2))
     for function in (GaussianMixture.cat, GaussianMixture.stack):
-        with pytest.raises(ValueError, match="expected one Gaussian mixture at least, got none"):
+        with pytest.raises(ValueError, match="expected one mixture at least, got none"):
             function([])
         with pytest.raises(ValueError, match="dim: expected"):
             function([mixture], 2)

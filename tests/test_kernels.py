@@ -9,15 +9,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pyro_mdn.distributions.covariance.whitening import (
-    DiagonalWhitening,
-    FullWhitening,
+from pyro_mdn.distributions.covariance.diagonal import DiagonalWhitening, RawDiagonalWhitening
+from pyro_mdn.distributions.covariance.full import FullWhitening, RawFullWhitening
+from pyro_mdn.distributions.covariance.low_rank import (
     LowRankWhitening,
-    RawDiagonalWhitening,
-    RawFullWhitening,
     RawLowRankWhitening,
+    gram_schmidt,
+    low_rank_capacitance,
+    low_rank_project,
 )
-from pyro_mdn.tensors import kernels, layer_density, packed_triangles, univariate
+from pyro_mdn.distributions.families.kernels import EllipticalKernel, NormalKernel
+from pyro_mdn.distributions.families.normal import (
+    NORMAL,
+    normal_cdf,
+    normal_log_cdf,
+    normal_log_density,
+    relative_log_density,
+)
+from pyro_mdn.distributions.families.student_t import (
+    KnownStudentTRadial,
+    RawStudentTRadial,
+    StudentTLaw,
+    StudentTRadial,
+)
+from pyro_mdn.tensors import channels, mixture_density, numerics, packed_triangles
+from pyro_mdn.tensors.channel_density import channel_log_density
+from pyro_mdn.tensors.channels import Layout
+from pyro_mdn.tensors.univariate import UnivariateMixture
 
 K, D, R = 3, 4, 2
 
@@ -27,22 +45,22 @@ def draw(*shape):
 
 
 CALLS = {
-    kernels.cat_channels: lambda: (draw(5, 3, 2), draw(5, 3, 4)),
-    kernels.exp: lambda: (draw(5, 3),),
-    kernels.gram_schmidt: lambda: (draw(2, 4, 3, 5),),
-    kernels.location_and_scale: lambda: (draw(5, 3),),
-    kernels.logits_gradient: lambda: (draw(3, 5), draw(3, 5).log_softmax(0)),
-    kernels.log_sum_exp: lambda: (draw(3, 5),),
-    kernels.low_rank_capacitance: lambda: (draw(5, 3, 4, 2),),
-    kernels.low_rank_project: lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
-    kernels.norm: lambda: (draw(5, 3, 4),),
-    kernels.normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
-    kernels.normalize_logits: lambda: (draw(5, 3),),
-    kernels.shares: lambda: (draw(3, 5),),
-    kernels.relative_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
-    kernels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
-    kernels.sum_logs: lambda: (draw(5, 3, 4),),
-    kernels.sum_outputs: lambda: (draw(5, 3, 4),),
+    channels.cat_channels: lambda: (draw(5, 3, 2), draw(5, 3, 4)),
+    numerics.exp: lambda: (draw(5, 3),),
+    gram_schmidt: lambda: (draw(2, 4, 3, 5),),
+    numerics.location_and_scale: lambda: (draw(5, 3),),
+    mixture_density.logits_gradient: lambda: (draw(3, 5), draw(3, 5).log_softmax(0)),
+    numerics.log_sum_exp: lambda: (draw(3, 5),),
+    low_rank_capacitance: lambda: (draw(5, 3, 4, 2),),
+    low_rank_project: lambda: (draw(5, 3, 4, 2), draw(5, 3, 4)),
+    numerics.norm: lambda: (draw(5, 3, 4),),
+    normal_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
+    channels.normalize_logits: lambda: (draw(5, 3),),
+    numerics.shares: lambda: (draw(3, 5),),
+    relative_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
+    channels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
+    numerics.sum_logs: lambda: (draw(5, 3, 4),),
+    channels.sum_outputs: lambda: (draw(5, 3, 4),),
     packed_triangles.pack_tril: lambda: (draw(5, 3, 4, 4),),
     packed_triangles.tril_add_transposed_: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
     packed_triangles.tril_matvec: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
@@ -53,17 +71,10 @@ CALLS = {
     packed_triangles.tril_positions: lambda: (4,),
     packed_triangles.tril_solve: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
     packed_triangles.unpack_tril: lambda: (draw(5, 3, 4), draw(5, 3, 6)),
-    univariate.mixture_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
-    univariate.mixture_log_cdf: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
-    univariate.log_density_by_level: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
-    univariate.mixture_log_density: lambda: (draw(5), draw(5, 3), draw(5, 3), draw(5, 3)),
-    univariate.mixture_quantile: lambda: (draw(5) / 2, kernels.normalize_logits(draw(5, 3)), draw(5, 3), draw(5, 3)),
-    univariate.normal_cdf: lambda: (draw(5),),
-    univariate.normal_log_cdf: lambda: (3 * draw(5),),
+    normal_cdf: lambda: (draw(5),),
+    normal_log_cdf: lambda: (3 * draw(5),),
 }
-ELSEWHERE = {"Whitening", "channels_first", "channels_last", "mixture_log_density", "differentiable_gradients"}
-ELSEWHERE |= {"density_backward", "density_by_autograd", "density_forward"}
-ELSEWHERE |= {"constant", "negligible", "with_channels", "follow_root", "is_gradient_traced"}
+ELSEWHERE = {"Layout", "channels_first", "channels_last", "with_channels", "constant", "negligible", "positive"}
 
 # Each with the channels of its factors, for D outputs.
 WHITENINGS = {
@@ -76,6 +87,18 @@ WHITENINGS = {
     "raw full": (RawFullWhitening(1e-2), [D * (D + 1) // 2]),
     "raw low rank": (RawLowRankWhitening(1e-2), [D * (R + 1)]),
 }
+KERNELS = {name: (NormalKernel(whitening), widths) for name, (whitening, widths) in WHITENINGS.items()}
+KERNELS |= {
+    f"{name} student": (
+        EllipticalKernel(whitening, RawStudentTRadial(1.0) if name.startswith("raw") else StudentTRadial(), 1),
+        [*widths, 1],
+    )
+    for name, (whitening, widths) in WHITENINGS.items()
+}
+KERNELS["raw full known student"] = (
+    EllipticalKernel(RawFullWhitening(1e-2), KnownStudentTRadial(3.0), 0),
+    [D * (D + 1) // 2],
+)
 # Batch shapes of logits, locations, values and factors, and components of the factors.
 SHAPES = {
     "alike": ((5,), (5,), (5,), (5,), K),
@@ -88,28 +111,54 @@ SHAPES = {
     "locations alone": ((), (2, 3), (3,), (1, 1), K),
     "value alone": ((5,), (), (), (), K),
 }
-every_whitening = pytest.mark.parametrize("name", WHITENINGS)
+every_kernel = pytest.mark.parametrize("name", KERNELS)
 
 
 def arguments(name, shapes="alike", dtype=torch.float64):
     torch.manual_seed(0)
     logits, locs, value, factors, groups = SHAPES[shapes]
     tensors = [torch.randn(*logits, K), torch.randn(*locs, K, D), torch.randn(*value, D)]
-    tensors += [torch.rand(*factors, groups, width) + 0.3 for width in WHITENINGS[name][1]]
+    tensors += [torch.rand(*factors, groups, width) + 0.3 for width in KERNELS[name][1]]
     return [t.to(dtype).requires_grad_() for t in tensors]
 
 
 def by_hand(name, *tensors, normalize=True):
-    return kernels.mixture_log_density(WHITENINGS[name][0], *tensors, normalize=normalize)
+    return mixture_density.mixture_log_density(KERNELS[name][0], *tensors, normalize=normalize)
 
 
 def by_autograd(name, *tensors, normalize=True):
-    return kernels.density_by_autograd(WHITENINGS[name][0], normalize, *tensors)
+    return mixture_density.density_by_autograd(KERNELS[name][0], normalize, *tensors)
 
 
 def test_every_kernel_is_covered():
-    modules = kernels, packed_triangles, univariate
-    assert {f.__name__ for f in CALLS} | ELSEWHERE == {name for module in modules for name in module.__all__}
+    modules = channels, numerics, packed_triangles
+    named = {name for module in modules for name in module.__all__}
+    assert named - ELSEWHERE <= {f.__name__ for f in CALLS}
+
+
+UNIVARIATE = {
+    "cdf": (draw(5),),
+    "log_cdf": (draw(5),),
+    "log_density_by_level": (draw(5),),
+    "log_mass": (draw(5), draw(5)),
+    "log_prob": (draw(5),),
+    "quantile": (draw(5) / 2,),
+}
+
+
+@pytest.mark.parametrize("method", UNIVARIATE)
+@pytest.mark.parametrize("law", ["normal", "student"])
+def test_univariate_mixtures_compile_as_one_graph(method, law):
+    logits, locs, scale = channels.normalize_logits(draw(5, 3)), draw(5, 3), draw(5, 3)
+
+    def call(df, *points):
+        mixture = UnivariateMixture(logits, locs, scale, StudentTLaw(df) if law == "student" else NORMAL)
+        return getattr(mixture, method)(*points)
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    df = 3 * draw(5, 3) + 1
+    assert_close(compiled(df, *UNIVARIATE[method]), call(df, *UNIVARIATE[method]))
 
 
 @pytest.mark.parametrize("kernel", CALLS, ids=lambda kernel: kernel.__name__)
@@ -122,15 +171,15 @@ def test_compiles_as_one_graph(kernel):
 
 def test_channels_first_and_last_are_views_and_inverses():
     tensor = torch.randn(2, 5, 3, 4)
-    first = kernels.channels_first(tensor, 2)
+    first = channels.channels_first(tensor, 2)
     assert first.shape == (4, 3, 2, 5)
     assert first.data_ptr() == tensor.data_ptr()
-    assert torch.equal(kernels.channels_last(first, 2), tensor)
+    assert torch.equal(channels.channels_last(first, 2), tensor)
 
 
 def test_norms_of_what_is_not_finite():
     rows = torch.tensor([[3.0, 4.0], [math.inf, 1.0], [math.nan, 1.0], [3e30, 4e30], [0.0, 0.0]])
-    assert_close(kernels.norm(rows), torch.tensor([5.0, math.inf, math.nan, 5e30, 0.0]), equal_nan=True)
+    assert_close(numerics.norm(rows), torch.tensor([5.0, math.inf, math.nan, 5e30, 0.0]), equal_nan=True)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4])
@@ -152,7 +201,7 @@ def test_dependent_columns_of_a_low_rank_factor_cost_no_digits(size):
 # Gradients by hand
 
 
-@every_whitening
+@every_kernel
 @pytest.mark.parametrize("shapes", SHAPES)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gradients_by_hand_are_those_of_autograd(name, shapes, normalize):
@@ -165,7 +214,7 @@ def test_gradients_by_hand_are_those_of_autograd(name, shapes, normalize):
     assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
-@every_whitening
+@every_kernel
 @pytest.mark.parametrize("shapes", ["alike", "tied", "many values"])
 def test_second_derivatives(name, shapes):
     tensors = arguments(name, shapes)
@@ -174,10 +223,11 @@ def test_second_derivatives(name, shapes):
 
 
 def of_channels(name, *tensors):
-    whitening, (width,) = WHITENINGS[name]
-    logits, locs, value, factor = tensors
-    parts = logits.T, locs.permute(2, 1, 0).flatten(0, 1), factor.permute(2, 1, 0).flatten(0, 1)
-    return layer_density.channel_log_density(whitening, logits.shape[-1], width, torch.cat(parts), value)
+    kernel, widths = KERNELS[name]
+    logits, locs, value, *factors = tensors
+    parts = logits.T, *(t.permute(2, 1, 0).flatten(0, 1) for t in (locs, *factors))
+    layout = Layout(logits.shape[-1], locs.shape[-1], tuple((width, logits.shape[-1]) for width in widths))
+    return channel_log_density(kernel, layout, torch.cat(parts), value)
 
 
 def under_vmap(name, *tensors):
@@ -189,8 +239,8 @@ def compiled_channels(name, *tensors):
     return torch.compile(of_channels, backend="eager", fullgraph=True)(name, *tensors)
 
 
-PATHS = [(name, path) for name in WHITENINGS for path in (by_hand, by_autograd, under_vmap)]
-PATHS += [(name, path) for name in WHITENINGS if name.startswith("raw") for path in (of_channels, compiled_channels)]
+PATHS = [(name, path) for name in KERNELS for path in (by_hand, by_autograd, under_vmap)]
+PATHS += [(name, path) for name in KERNELS if name.startswith("raw") for path in (of_channels, compiled_channels)]
 
 
 def with_shares_of_all_sizes(name):
@@ -199,7 +249,7 @@ def with_shares_of_all_sizes(name):
     n, k = 64, 20
     logits = torch.linspace(0, -140, k).expand(n, k)
     locs = torch.linspace(0, 16, k)[:, None] + 0.01 * torch.randn(n, k, D)
-    factors = [0.3 + 0.3 * torch.rand(n, k, width) for width in WHITENINGS[name][1]]
+    factors = [0.3 + 0.3 * torch.rand(n, k, width) for width in KERNELS[name][1]]
     return [t.clone().requires_grad_() for t in (logits, locs, 20 * torch.rand(n, D), *factors)]
 
 
@@ -207,7 +257,7 @@ def has_subnormal(numbers):
     return bool(((numbers != 0) & (numbers.abs() < torch.finfo(torch.float32).tiny)).any())
 
 
-@pytest.mark.parametrize(("name", "path"), PATHS)
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, path in PATHS if "student" not in name])
 def test_no_gradient_is_a_subnormal_number(name, path):
     tensors = with_shares_of_all_sizes(name)
     gradients = torch.autograd.grad(path(name, *tensors).mean(), tensors)
@@ -219,46 +269,49 @@ def test_no_gradient_is_a_subnormal_number(name, path):
         assert_close(gradient, exact.float(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name in WHITENINGS if name.startswith("raw")])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("raw")])
 @pytest.mark.parametrize("batch", [(5,), (2, 3), ()])
 @pytest.mark.parametrize("groups", [K, 1])
 def test_channels_of_a_layer(name, batch, groups):
-    whitening, (width,) = WHITENINGS[name]
+    kernel, widths = KERNELS[name]
     torch.manual_seed(0)
-    channels = torch.randn(K + K * D + width * groups, *batch, dtype=torch.float64, requires_grad=True)
+    layout = Layout(K, D, tuple((width, groups) for width in widths))
+    drawn = torch.randn(sum(layout.sizes), *batch, dtype=torch.float64, requires_grad=True)
     value = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
 
-    def together(channels, value):
-        return layer_density.channel_log_density(whitening, K, width, channels, value)
+    def together(drawn, value):
+        return channel_log_density(kernel, layout, drawn, value)
 
-    def apart(channels, value):
-        logits, locs, raw = channels.split([K, K * D, width * groups])
-        logits, locs = kernels.channels_last(logits, 1), kernels.channels_last(locs.reshape(D, K, *batch), 2)
-        factor = kernels.channels_last(raw.reshape(width, groups, *batch), 2)
-        return kernels.mixture_log_density(whitening, logits, locs, value, factor)
+    def apart(drawn, value):
+        logits, locs, *raw = drawn.split([K, K * D, *(width * groups for width in widths)])
+        logits, locs = channels.channels_last(logits, 1), channels.channels_last(locs.reshape(D, K, *batch), 2)
+        shaped = [part.reshape(width, groups, *batch) for part, width in zip(raw, widths, strict=True)]
+        factors = [channels.channels_last(part, 2) for part in shaped]
+        return mixture_density.mixture_log_density(kernel, logits, locs, value, *factors)
 
     results = [
-        [density := f(channels, value), *torch.autograd.grad(density.square().sum(), (channels, value))]
+        [density := f(drawn, value), *torch.autograd.grad(density.square().sum(), (drawn, value))]
         for f in (together, apart)
     ]
     assert_close(*results, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(together, (channels, value))
-    assert torch.autograd.gradgradcheck(together, (channels, value))
+    assert torch.autograd.gradcheck(together, (drawn, value))
+    assert torch.autograd.gradgradcheck(together, (drawn, value))
 
 
-@pytest.mark.parametrize("name", [name for name in WHITENINGS if name.startswith("raw")])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("raw")])
 def test_strides_of_channels_do_not_matter(name):
-    whitening, (width,) = WHITENINGS[name]
+    kernel, widths = KERNELS[name]
     torch.manual_seed(0)
-    channels, value = torch.randn(3, 2, K * (1 + D + width)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
+    layout = Layout(K, D, tuple((width, K) for width in widths))
+    drawn, value = torch.randn(3, 2, sum(layout.sizes)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
     results = []
-    for leaf in (channels, channels.contiguous()):
-        density = layer_density.channel_log_density(whitening, K, width, leaf.requires_grad_(), value)
+    for leaf in (drawn, drawn.contiguous()):
+        density = channel_log_density(kernel, layout, leaf.requires_grad_(), value)
         results.append([density, *torch.autograd.grad(density.sum(), leaf)])
     assert_close(*results)
 
 
-@every_whitening
+@every_kernel
 def test_transforms_of_torch_func(name):
     tensors = [t.detach() for t in arguments(name)]
 
@@ -284,7 +337,7 @@ def test_transforms_of_torch_func(name):
     assert_close(torch.func.jvp(total, tuple(tensors), tangents)[1], along)
 
 
-@every_whitening
+@every_kernel
 def test_gradients_compile_as_one_graph(name):
     tensors = arguments(name)
     torch.compiler.reset()
@@ -296,12 +349,12 @@ def test_gradients_compile_as_one_graph(name):
     assert_close(*results)
 
 
-@every_whitening
+@every_kernel
 def test_strides_do_not_matter(name):
     tensors = arguments(name)
     strided = [
-        kernels.channels_last(kernels.channels_first(t, n).contiguous(), n)
-        for t, n in zip(tensors, (1, 2, 1, 2, 2), strict=False)
+        channels.channels_last(channels.channels_first(t, n).contiguous(), n)
+        for t, n in zip(tensors, (1, 2, 1, 2, 2, 2), strict=False)
     ]
     strided = [t.detach().requires_grad_() for t in strided]
     expanded = [t.detach()[:1].expand(5, *t.shape[1:]).requires_grad_() for t in tensors]
@@ -316,7 +369,7 @@ def gradients(name, tensors):
     return [density, *torch.autograd.grad(density.sum(), tensors)]
 
 
-@every_whitening
+@every_kernel
 def test_nothing_that_is_given_or_kept_changes(name):
     tensors = arguments(name)
     before = [t.detach().clone() for t in tensors]
@@ -331,7 +384,7 @@ def test_one_tensor_in_two_places():
     logits, value = draw(5, K), draw(5, D)
 
     def density(both):
-        return kernels.mixture_log_density(DiagonalWhitening(), logits, both, value, both)
+        return mixture_density.mixture_log_density(NormalKernel(DiagonalWhitening()), logits, both, value, both)
 
     assert torch.autograd.gradcheck(density, both)
     assert torch.autograd.gradgradcheck(density, both)
@@ -349,7 +402,7 @@ def test_only_some_gradients_are_wanted():
             )
 
 
-@every_whitening
+@every_kernel
 def test_single_precision(name):
     double, single = arguments(name), arguments(name, dtype=torch.float32)
     assert_close(gradients(name, single), [t.float() for t in gradients(name, double)], rtol=2e-4, atol=2e-5)
@@ -381,7 +434,7 @@ def test_low_rank_gradients_do_not_cancel(exponent, ratio):
 
 def test_a_density_that_underflows_everywhere_is_minus_infinity():
     tensors = [torch.zeros(2), torch.zeros(2, 1), torch.full((1,), 1e25), torch.ones(2, 1)]
-    assert kernels.mixture_log_density(DiagonalWhitening(), *tensors).item() == -math.inf
+    assert mixture_density.mixture_log_density(NormalKernel(DiagonalWhitening()), *tensors).item() == -math.inf
 
 
 def test_gradients_of_one_component_in_closed_form():
@@ -399,7 +452,7 @@ def test_gradients_of_one_component_in_closed_form():
 def test_logarithms_of_pairs_are_those_of_each(dim, unit):
     factors = (unit * draw(dim, 3, 1000)).float().requires_grad_()
     expected = factors.detach().double().log().sum(0)
-    found = kernels.sum_logs(factors)
+    found = numerics.sum_logs(factors)
     assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
     (grad,) = torch.autograd.grad(found.sum(), factors)
     assert_close(grad, 1 / factors.detach())
@@ -410,7 +463,7 @@ def test_logarithms_of_pairs_are_those_of_each(dim, unit):
 def test_logarithms_of_pairs_are_not_traced(unit):
     """What was in range when it was traced may not be later."""
     factors = draw(4, 3, 1000).float().detach()
-    traced = torch.jit.trace(kernels.sum_logs, (factors,))
+    traced = torch.jit.trace(numerics.sum_logs, (factors,))
     assert_close(traced(unit * factors), (unit * factors).double().log().sum(0).float(), rtol=1e-6, atol=1e-6)
 
 
@@ -425,11 +478,12 @@ def test_densities_in_units_whose_square_is_out_of_range(unit):
 @pytest.mark.parametrize("raw", [-1e25, 1e25])
 def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
     for name in ("raw diagonal", "raw full", "raw low rank"):
-        whitening, (width,) = WHITENINGS[name]
-        channels = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
-        channels[K * (1 + D) : K * (1 + 2 * D)] = raw
-        density = layer_density.channel_log_density(whitening, K, width, channels.requires_grad_(), torch.ones(1000, D))
-        (gradient,) = torch.autograd.grad(density.sum(), channels)
+        kernel, (width,) = KERNELS[name]
+        drawn = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
+        drawn[K * (1 + D) : K * (1 + 2 * D)] = raw
+        layout = Layout(K, D, ((width, K),))
+        density = channel_log_density(kernel, layout, drawn.requires_grad_(), torch.ones(1000, D))
+        (gradient,) = torch.autograd.grad(density.sum(), drawn)
         assert density.isfinite().all(), name
         assert gradient.isfinite().all(), name
 

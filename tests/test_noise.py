@@ -20,7 +20,7 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     MixtureHead,
 )
-from pyro_mdn.networks.noise_models import NOISE_MODELS, as_noise_model, noise_from_config, noise_to_config
+from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.support.fingerprint import described
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
@@ -163,11 +163,10 @@ def test_names_of_noise_models(name, dim, tmp_path):
 
 def test_every_noise_model_has_a_name_that_files_know():
     for model in (*NAMES.values(), Fixed(0.3)):
-        assert noise_from_config(noise_to_config(model)) == model
-    assert {type(model) for model in (*NAMES.values(), Fixed(0.3))} == {*NOISE_MODELS.values()}
-    assert [type(as_noise_model(name, 2, scale=0.3)).__name__ for name in NOISE_MODELS] == [
-        model.__name__ for model in NOISE_MODELS.values()
-    ]
+        assert NoiseModel.from_config(model.to_config()) == model
+    assert {type(model) for model in (*NAMES.values(), Fixed(0.3))} == {*NoiseModel.known.values()}
+    named = [type(as_noise_model(name, 2, scale=0.3)).__name__ for name in NoiseModel.names()]
+    assert named == sorted(NoiseModel.known)
 
 
 @pytest.mark.parametrize("one", [np.float32, np.float16, np.float64, np.int64, np.asarray, torch.tensor, Fraction])

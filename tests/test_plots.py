@@ -332,7 +332,7 @@ def test_calibration():
     assert legend(ax) == ["95 % band", "a", "b"]
     for i, rows in enumerate([slice(5, None), slice(None)]):
         line = ax.lines[1 + i]
-        part, targets = mixture._flat(mixture.batch_shape)._pick(torch.arange(ROWS)[rows]), y[rows]
+        part, targets = mixture.flatten(mixture.batch_shape)[torch.arange(ROWS)[rows]], y[rows]
         expected = [scores.coverage(part, targets, mass)[:, i].mean() for mass in (0.2, 0.5, 0.9)]
         assert np.allclose(line.get_ydata(), expected)
 
@@ -354,7 +354,9 @@ def test_uncertainty_split():
 def test_moments_in_small_units():
     """In single precision, where their squares underflow."""
     x, mixture, _ = along(2)
-    single = mixture._new(mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float()))
+    single = GaussianMixture(
+        mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float())
+    )
     small = single.affine(0.0, 1e-25)
     for one, other in [(single, small), (single.marginal(0), small.marginal(0))]:
         assert np.allclose(density_grids._finest(other) * 1e25, density_grids._finest(one), rtol=1e-4)

@@ -11,7 +11,7 @@ from scipy import integrate, optimize, stats
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, DiagonalCovariance, GaussianMixture, IsotropicCovariance
-from pyro_mdn.tensors.univariate import normal_log_cdf
+from pyro_mdn.distributions.families.normal import normal_log_cdf
 
 NAN = math.nan
 
@@ -274,7 +274,7 @@ def test_shortest_interval_of_random_mixtures(n_components, mass):
     mixture = GaussianMixture(0.5 * torch.randn(3, n_components).double(), locs, DiagonalCovariance(scale))
     lower, upper = mixture.interval(mass, kind="shortest")
     for row in range(3):
-        assert (upper - lower)[row].item() <= least_width(mixture._pick(torch.tensor([row])), mass) * (1 + 1e-8)
+        assert (upper - lower)[row].item() <= least_width(mixture[torch.tensor([row])], mass) * (1 + 1e-8)
 
 
 def least_width(mixture, mass):

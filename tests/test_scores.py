@@ -286,7 +286,9 @@ def test_energy_scores_in_any_unit(noise, unit):
     for scale in (1.0, unit):
         torch.manual_seed(0)
         locs = single.locs.clone().requires_grad_()
-        value, error = energy_score(single._with(locs, single.covariance).affine(0.0, scale), y * scale)
+        value, error = energy_score(
+            GaussianMixture(single.logits, locs, single.covariance).affine(0.0, scale), y * scale
+        )
         (gradient,) = torch.autograd.grad(value.sum() / scale, locs)
         got.append((value / scale, error / scale, gradient))
     for one, other in zip(*got, strict=True):

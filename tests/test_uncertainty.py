@@ -127,7 +127,7 @@ def test_upper_bound_is_exact_for_draws_that_hardly_differ():
     mixture = GaussianMixture(torch.zeros(1).double(), locs, DiagonalCovariance(torch.ones(1, 1).double()))
     expected = 0.5 * torch.log1p(epistemic_variance(mixture) / aleatoric_variance(mixture)).squeeze()
     assert_close(mutual_information_bounds(mixture)[1], expected, rtol=1e-4, atol=0)
-    assert_close(by_quadrature(mixture._new(mixture.logits, locs.unsqueeze(1), mixture.covariance))[0], expected)
+    assert_close(by_quadrature(GaussianMixture(mixture.logits, locs.unsqueeze(1), mixture.covariance))[0], expected)
 
 
 @every_noise
@@ -165,7 +165,7 @@ def test_nested_batches_and_none():
     mixture = by_draws(Full(), batch_shape=(2, 3))
     bounds, (value, error) = mutual_information_bounds(mixture), mutual_information(mixture)
     for i in range(2):
-        row = mixture._new(mixture.logits[:, i], mixture.locs[:, i], mixture.covariance.map(lambda t, n: t[:, i]))  # noqa: B023
+        row = GaussianMixture(mixture.logits[:, i], mixture.locs[:, i], mixture.covariance.map(lambda t, n: t[:, i]))  # noqa: B023
         assert_close(mutual_information_bounds(row), tuple(bound[i] for bound in bounds))
         other, other_error = mutual_information(row)
         assert ((other - value[i]).abs() < 5 * (other_error.square() + error[i].square()).sqrt()).all()

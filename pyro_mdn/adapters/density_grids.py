@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.special import ndtri
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.support.arrays import Array, as_array, to_numpy
 
 __all__ = [
@@ -36,7 +35,7 @@ _ELEMENTS = 2**24
 """Numbers in the largest tensor at once, where one point of a grid does not need more."""
 
 
-def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, GaussianMixture, Array]:
+def along(mixture: Mixture, x: Any, output: int) -> tuple[Array, str, Mixture, Array]:
     """Sorted values of x, its label, the average mixtures of one output in that order, and the order."""
     values, label = one_input(x)
     mixture = pooled(mixture)
@@ -48,7 +47,7 @@ def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, Ga
     if not 0 <= output < mixture.dim:
         raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
     order = np.argsort(values, kind="stable")
-    sorted_ = mixture.marginal(output)._flat(mixture.batch_shape)._pick(torch.from_numpy(order))
+    sorted_ = mixture.marginal(output).flatten(mixture.batch_shape)[torch.from_numpy(order)]
     return values[order], label, sorted_, order
 
 
@@ -76,12 +75,12 @@ def targets_of(y: Any, size: int | None = None, dim: int | None = None) -> Array
     return rows
 
 
-def pooled(mixture: GaussianMixture) -> GaussianMixture:
+def pooled(mixture: Mixture) -> Mixture:
     """Average over draws of the weights, if the batch shape is ``(S, N)``."""
     return mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
 
 
-def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> Tensor:
+def grid_of(mixture: Mixture, output: int = 0, *, most: int = _MOST) -> Tensor:
     """Points over all but 0.1 % of each distribution of one output, two for each standard deviation up to ``most``."""
     single = mixture.marginal(output)
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
@@ -90,22 +89,21 @@ def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> 
     return torch.linspace(low - margin, high + margin, count, device="cpu").to(mixture.locs)
 
 
-def _finest(mixture: GaussianMixture) -> Tensor:
+def _finest(mixture: Mixture) -> Tensor:
     """Smallest standard deviation of an output, given the other if there are two, of components that matter."""
-    stddev, half_log_det = mixture.covariance.stddev(), mixture.covariance.half_log_det()
-    conditional = (half_log_det - stddev.log().sum(-1)).exp() * stddev.min(-1).values
+    conditional = mixture.components.narrowest()
     matter = mixture.logits.exp() > 0.05 / mixture.n_components
     return conditional.expand(mixture.logits.shape).masked_fill(~matter, math.inf).min(-1).values
 
 
-def cell_density(mixture: GaussianMixture, grid: Tensor) -> Tensor:
+def cell_density(mixture: Mixture, grid: Tensor) -> Tensor:
     """Mean density within half a step of each point, ``(points, N)``: no mode is too narrow for it."""
     step = grid[1] - grid[0]
     ends = torch.cat([grid - step / 2, grid[-1:] + step / 2])
     return in_parts(mixture.cdf, ends[:, None, None], mixture).diff(dim=0).squeeze(-1) / step
 
 
-def regions(mixture: GaussianMixture, grid: Tensor, masses: list[float]) -> Iterator[Tensor]:
+def regions(mixture: Mixture, grid: Tensor, masses: list[float]) -> Iterator[Tensor]:
     """For each probability, ``(points, N)`` that are positive within the regions of highest density.
 
     Where a mode is narrower than a step of the grid, regions are of whole cells, so that they do not fall between them.
@@ -121,7 +119,7 @@ def regions(mixture: GaussianMixture, grid: Tensor, masses: list[float]) -> Iter
         yield shown - torch.where(narrow, torch.minimum(threshold, of_cells), threshold)
 
 
-def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor]:
+def log_thresholds(mixture: Mixture, masses: list[float]) -> list[Tensor]:
     """Log-density at the border of regions of highest density of one output, ``(N,)`` for each probability.
 
     As ``mixture.highest_density_threshold``, from equally likely quantiles of the components in place of draws.
@@ -133,15 +131,19 @@ def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor
         max=weights.shape[-1] - 1
     )
     share = (level - (reached - weights).gather(-1, component)) / weights.gather(-1, component)
-    scale = mixture.covariance.stddev().expand(mixture.locs.shape)
-    locs, scale = (t.squeeze(-1).gather(-1, component) for t in (mixture.locs, scale))
-    points = locs + scale * ndtri(share.clamp(1e-6, 1 - 1e-6)).to(locs)
+    logits, locs, scale, law = mixture.univariate()
+
+    def picked(tensor: Tensor) -> Tensor:
+        return tensor.squeeze(-2).expand(logits.squeeze(-2).shape).gather(-1, component)
+
+    standard = law.map(lambda t, n: picked(t)).two_sided_quantile(share.clamp(1e-6, 1 - 1e-6).to(locs))
+    points = picked(locs) + picked(scale) * standard
     log_density = in_parts(mixture.log_prob, points.mT.unsqueeze(-1), mixture)
     ranks = [min(max(round((1 - mass) * _QUANTILES), 1), _QUANTILES) for mass in masses]
     return [log_density.kthvalue(rank, 0).values for rank in ranks]
 
 
-def in_parts(function: Callable[[Tensor], Tensor], points: Tensor, mixture: GaussianMixture) -> Tensor:
+def in_parts(function: Callable[[Tensor], Tensor], points: Tensor, mixture: Mixture) -> Tensor:
     """Evaluate a function of a mixture at ``(points, ...)``, as many at a time as fit."""
     one = torch.broadcast_shapes(points.shape[1:-1], mixture.batch_shape).numel() * mixture.n_components * mixture.dim
     return torch.cat([function(part) for part in points.split(max(1, _ELEMENTS // one))])

@@ -13,7 +13,7 @@ from pyro_mdn.adapters.arviz_versions import comparison, dataset, effective_shar
 from pyro_mdn.adapters.pareto_smoothing import smoothed_weights, varies, warn_if_unreliable
 from pyro_mdn.adapters.sources import ENSEMBLE, POINT
 from pyro_mdn.adapters.xarray_labels import JOINT
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.support.arrays import Array, as_tensor
 
 __all__ = ["LooPit", "compare", "loo", "loo_pit"]

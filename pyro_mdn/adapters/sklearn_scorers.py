@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import scores
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.support.arrays import as_array, as_tensor, is_frame
 from pyro_mdn.support.checks import describe, unmasked
 

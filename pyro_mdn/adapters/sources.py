@@ -12,7 +12,7 @@ from pyro.infer import MCMC
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.posteriors.guide_draws import LaplaceGuide

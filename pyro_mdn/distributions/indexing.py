@@ -2,22 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import prod
 from numbers import Integral
 from types import EllipsisType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.covariance.base import Covariance
-from pyro_mdn.tensors import kernels
+from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.tensors.channels import channels_first, channels_last
 
-__all__ = ["Parameters", "indexed", "joined"]
+if TYPE_CHECKING:
+    from pyro_mdn.distributions.mixture import Mixture
 
-Parameters = tuple[Tensor, Tensor, Covariance]
-"""Log-weights ``(*batch, K)``, locations ``(*batch, K, D)`` and covariances, whose batch may be broadcast."""
+M = TypeVar("M", bound="Mixture")
+
+__all__ = ["Parameters", "cat", "expand", "flatten", "indexed", "iterate", "joined", "length", "rows_of", "stack"]
+
+Parameters = tuple[Tensor, Components]
+"""Log-weights ``(*batch, K)`` and components, whose batch may be broadcast."""
+
+
+def rows_of(mixture: M, rows: Any) -> M:
+    """Mixtures of some rows of the batch, as a tensor of shape ``batch_shape`` would be indexed.
+
+    Integers, slices, masks, arrays of integers, tuples of these, ``...`` and ``None``. Components are not indexed:
+    ``mixture[..., 0]`` is the first along the last batch dimension.
+
+    Raises:
+        IndexError: If there is no such row, or if there are more indices than batch dimensions.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> mixture = GaussianMixture(torch.zeros(5, 1), torch.zeros(5, 1, 2), IsotropicCovariance(torch.ones(1)))
+    >>> mixture[0].batch_shape, mixture[1:3].batch_shape, len(mixture)
+    (torch.Size([]), torch.Size([2]), 5)
+    """
+    return mixture.derived(*indexed((mixture.logits, mixture.components), rows))
+
+
+def length(mixture: Mixture) -> int:
+    """Size of the first batch dimension; a ``TypeError`` if there is none."""
+    if not mixture.batch_shape:
+        raise TypeError("len: expected a mixture with a batch dimension, got one of batch_shape ()")
+    return mixture.batch_shape[0]
+
+
+def iterate(mixture: M) -> Iterator[M]:
+    """Iterate over the first batch dimension; a ``TypeError`` if there is none."""
+    return (mixture[i] for i in range(len(mixture)))
+
+
+def cat(mixtures: Iterable[M], dim: int = 0) -> M:
+    """Put mixtures one after another along batch dimension ``dim``, as ``torch.cat`` does tensors.
+
+    Raises:
+        ValueError: If there are none, or if they do not agree in all but that dimension of their batches, in
+            their numbers of components and outputs and in the family and structure of their components.
+    """
+    listed = _listed(mixtures)
+    return listed[0].derived(*joined([(m.logits, m.components) for m in listed], dim))
+
+
+def stack(mixtures: Iterable[M], dim: int = 0) -> M:
+    """Put mixtures side by side along a new batch dimension ``dim``, as ``torch.stack`` does tensors.
+
+    Raises:
+        ValueError: If there are none or they do not agree, as for :meth:`cat`.
+    """
+    listed = _listed(mixtures)
+    n = len(listed[0].batch_shape) + 1
+    if not -n <= dim < n:
+        raise ValueError(f"dim: expected a place among {n - 1} batch dimensions, got {dim}")
+    dim %= n
+    if any(m.batch_shape != listed[0].batch_shape for m in listed):
+        shapes = ", ".join(str(tuple(m.batch_shape)) for m in listed)
+        raise ValueError(f"stack: expected mixtures of equal batch shape, got {shapes}")
+    return type(listed[0]).cat([m[(*(slice(None),) * dim, None)] for m in listed], dim)
+
+
+def expand(mixture: M, batch_shape: Sequence[int], _instance: object = None) -> M:
+    """Expand to ``batch_shape``; a view."""
+    shape = torch.Size(batch_shape)
+    locs = mixture.components.locs.expand(*shape, -1, -1)
+    return mixture.reweighted(mixture.logits.expand(*shape, -1), replace(mixture.components, locs=locs))
+
+
+def flatten(mixture: M, batch_shape: torch.Size) -> M:
+    """Expand to ``batch_shape``, and flatten that to one dimension."""
+    size = batch_shape.numel()
+
+    def flat(tensor: Tensor, event_dim: int) -> Tensor:
+        event = tensor.shape[tensor.ndim - event_dim :]
+        return tensor.expand(*batch_shape, *event).reshape(size, *event)
+
+    return mixture.reweighted(flat(mixture.logits, 1), mixture.components.map(lambda t, n: flat(t, n + 1)))
+
+
+def _listed(mixtures: Iterable[M]) -> list[M]:
+    listed: list[Any] = [*mixtures]
+    if not listed or not all(hasattr(m, "components") and hasattr(m, "derived") for m in listed):
+        got = ", ".join(type(m).__name__ for m in listed) or "none"
+        raise ValueError(f"mixtures: expected one mixture at least, got {got}")
+    return listed
 
 
 def indexed(parameters: Parameters, rows: Any) -> Parameters:
@@ -28,8 +117,9 @@ def indexed(parameters: Parameters, rows: Any) -> Parameters:
     Raises:
         IndexError: If there is no such row, or if there are more indices than batch dimensions.
     """
-    batch_shape = parameters[0].shape[:-1]
-    pick = _picker(batch_shape, parameters[0].device, rows)
+    logits, components = parameters
+    batch_shape = logits.shape[:-1]
+    pick = _picker(batch_shape, logits.device, rows)
 
     def of_rows(tensor: Tensor, event_dim: int) -> Tensor:
         own = tensor.shape[: tensor.ndim - event_dim]
@@ -37,9 +127,7 @@ def indexed(parameters: Parameters, rows: Any) -> Parameters:
             return tensor.reshape(tensor.shape[tensor.ndim - event_dim :])
         return pick(tensor if own == batch_shape else tensor.expand(*batch_shape, *tensor.shape[len(own) :]), event_dim)
 
-    logits, locs, covariance = parameters
-    picked = pick(logits, 1), pick(locs, 2)
-    return *picked, covariance.map(lambda t, n: of_rows(t, n + 1))
+    return pick(logits, 1), components.map(lambda t, n: of_rows(t, n + 1))
 
 
 def _picker(batch_shape: torch.Size, device: torch.device, rows: Any) -> Callable[[Tensor, int], Tensor]:
@@ -53,7 +141,7 @@ def _picker(batch_shape: torch.Size, device: torch.device, rows: Any) -> Callabl
 
     def pick(tensor: Tensor, event_dim: int) -> Tensor:
         flat = tensor.reshape(count, *tensor.shape[tensor.ndim - event_dim :])
-        return kernels.channels_last(kernels.channels_first(flat, event_dim)[..., positions], event_dim)
+        return channels_last(channels_first(flat, event_dim)[..., positions], event_dim)
 
     return pick
 
@@ -78,37 +166,52 @@ def joined(several: Sequence[Parameters], dim: int) -> Parameters:
     """Parameters of mixtures one after another along batch dimension ``dim``.
 
     Raises:
-        ValueError: If they do not agree in all but that dimension, or in the structure of their covariances.
+        ValueError: If they do not agree in all but that dimension, or in the family and structure of their components.
     """
-    shapes = [logits.shape[:-1] for logits, _, _ in several]
+    shapes = [logits.shape[:-1] for logits, _ in several]
     n = len(shapes[0])
     if not n or not -n <= dim < n:
         raise ValueError(f"dim: expected one of {n} batch dimensions, got {dim}")
     dim %= n
     _require_alike("batch shapes, but for their dimension to join", [(*s[:dim], *s[dim + 1 :]) for s in shapes])
-    _require_alike("numbers of components and outputs", [tuple(locs.shape[-2:]) for _, locs, _ in several])
-    _require_alike("devices", [str(logits.device) for logits, _, _ in several])
-    covariances = [covariance for _, _, covariance in several]
-    _require_alike("structures of covariances", [_structure(covariance) for covariance in covariances])
-    logits, locs = (torch.cat(parts, dim) for parts in zip(*((p[0], p[1]) for p in several), strict=True))
-    return logits, locs, _joined_covariances(covariances, shapes, dim)
+    _require_alike("numbers of components and outputs", [tuple(c.locs.shape[-2:]) for _, c in several])
+    _require_alike("devices", [str(logits.device) for logits, _ in several])
+    every = [components for _, components in several]
+    _require_alike("structures of components", [_structure(components) for components in every])
+    return torch.cat([logits for logits, _ in several], dim), _joined_components(every, shapes, dim)
 
 
-def _joined_covariances(covariances: Sequence[Covariance], shapes: Sequence[torch.Size], dim: int) -> Covariance:
-    """Put covariances together that are broadcast over a batch; only the dimension to join is expanded."""
+def _joined_components(several: Sequence[Components], shapes: Sequence[torch.Size], dim: int) -> Components:
+    """Put components together; of tensors that are broadcast over a batch, only the dimension to join is expanded."""
+    together = iter(
+        [
+            _joined(tensors, event_dim, shapes, dim)
+            for tensors, event_dim in zip(
+                zip(*(c.tensors() for c in several), strict=True), _event_dims(several[0]), strict=True
+            )
+        ]
+    )
+    return several[0].map(lambda t, n: next(together))
+
+
+def _joined(tensors: Sequence[Tensor], event_dim: int, shapes: Sequence[torch.Size], dim: int) -> Tensor:
     n = len(shapes[0])
-    own = [(*(1,) * (n + 1 - len(c.batch_shape)), *c.batch_shape) for c in covariances]
+    own = [(*(1,) * (n + 1 + event_dim - t.ndim), *t.shape) for t in tensors]
     before = torch.broadcast_shapes(*(o[:dim] for o in own))
     after = torch.broadcast_shapes(*(o[dim + 1 :] for o in own))
-    expanded = [c.expand((*before, s[dim], *after)) for c, s in zip(covariances, shapes, strict=True)]
-    joined = iter([torch.cat(parts, dim) for parts in zip(*(c.tensors() for c in expanded), strict=True)])
-    return covariances[0].map(lambda t, n: next(joined))
+    return torch.cat([t.expand(*before, s[dim], *after) for t, s in zip(tensors, shapes, strict=True)], dim)
 
 
-def _structure(covariance: Covariance) -> str:
+def _event_dims(components: Components) -> list[int]:
+    dims: list[int] = []
+    components.map(lambda t, n: dims.append(n) or t)
+    return dims
+
+
+def _structure(components: Components) -> str:
     sizes: list[tuple[int, ...]] = []
-    covariance.map(lambda t, n: sizes.append(tuple(t.shape[t.ndim - n :])) or t)
-    return f"{type(covariance).__name__} of {sizes}"
+    components.map(lambda t, n: sizes.append(tuple(t.shape[t.ndim - n :])) or t)
+    return f"{components.describe()} of {sizes}"
 
 
 def _require_alike(what: str, values: Sequence[Any]) -> None:

@@ -1,334 +1,278 @@
-r"""The Gaussian mixture: its quantiles, its transport to uniforms, and the shape of its density."""
+r"""The mixture: a Pyro distribution of weights and components of one family."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import Any, Literal
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
 
+import pyro.distributions as dist
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_mdn.distributions.algebra import MixtureAlgebra
-from pyro_mdn.distributions.covariance.correlated import plus
-from pyro_mdn.distributions.modes import find_modes
-from pyro_mdn.distributions.precision import in_widest_precision
-from pyro_mdn.support.arrays import as_tensor
-from pyro_mdn.support.checks import is_differentiated, is_known, require_unmapped, shown
-from pyro_mdn.tensors import kernels, univariate
-from pyro_mdn.tensors.shortest_intervals import shortest_intervals
+from pyro_mdn.distributions import algebra, density, indexing, precision, quantiles, transport
+from pyro_mdn.distributions.families.components import Components, not_closed
+from pyro_mdn.distributions.parameters import Origin, broadcast, check_shapes
+from pyro_mdn.support.checks import all_finite, bounds, is_known, is_recorded, is_traced
+from pyro_mdn.tensors.channels import normalize_logits
 
-__all__ = ["GaussianMixture"]
+__all__ = ["Mixture"]
 
 
-class GaussianMixture(MixtureAlgebra):
-    r"""Mixture of :math:`K` Gaussians over :math:`\mathbb{R}^D`.
+class Mixture(dist.MixtureSameFamily):
+    r"""Mixture of :math:`K` components of one family over :math:`\mathbb{R}^D`.
 
-    .. math:: p(y) = \sum_{k=1}^K w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)
+    .. math:: p(y) = \sum_{k=1}^K w_k \, p_k(y)
 
-    A Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Every closed form is
-    differentiable, and is again a mixture where it is a distribution.
+    A Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Closed forms are
+    differentiable, and are again mixtures where they are distributions. An operation that is not closed for the family
+    raises a ``NotImplementedError`` that says what to use. :class:`pyro_mdn.GaussianMixture` has more of them.
 
     Results have the precision of the parameters, which may also be half. They are computed in single precision at
     least, and in double if an argument is. A batch of mixtures is indexed like a tensor: ``mixture[rows]``.
 
     Args:
         logits: Log-weights up to a constant, shape ``(*batch, K)``. A weight of zero is ``-inf``.
-        locs: Component means, shape ``(*batch, K, D)``.
-        covariance: Component covariances; a component axis of 1 ties them.
+        components: Components of one family, with locations ``(*batch, K, D)``.
         validate_args: Check values of parameters and arguments; by default as ``pyro.enable_validation`` was told.
 
     Raises:
-        ValueError: If shapes or dtypes do not agree or, when validating, if a parameter is not finite or a
-            covariance not positive definite.
+        ValueError: If shapes or dtypes do not agree or, when validating, if a parameter is not in its range.
 
-    References:
-        Bishop (1994), Mixture Density Networks.
-
-    >>> from pyro_mdn import DiagonalCovariance
-    >>> locs, covariance = torch.tensor([[-1.0], [1.0]]), DiagonalCovariance(torch.ones(1, 1))
-    >>> mixture = GaussianMixture(torch.zeros(2), locs, covariance)
-    >>> mixture.mean, mixture.variance
-    (tensor([0.]), tensor([2.]))
+    >>> from pyro_mdn import DiagonalCovariance, StudentTComponents
+    >>> scales = DiagonalCovariance(torch.ones(1, 1))
+    >>> components = StudentTComponents(torch.tensor([[-1.0], [1.0]]), scales, torch.tensor([4.0]))
+    >>> Mixture(torch.zeros(2), components).variance
+    tensor([3.])
     """
 
     has_rsample = True
+    arg_constraints: ClassVar[dict[str, Any]] = {}  # the parameters are checked together, by _validate
+    support: ClassVar[constraints.Constraint] = constraints.real_vector
+    _origin: Origin | None = None
 
-    # Quantiles, one output at a time
+    def __init__(self, logits: Tensor, components: Components, *, validate_args: bool | None = None) -> None:
+        components = check_shapes(logits, components)
+        self._set(normalize_logits(logits), components, validate_args)
+        if bool(self._validate_args) and is_known(logits, *components.tensors()):
+            self._validate()
 
-    @in_widest_precision
-    def cdf(self, value: Any) -> Tensor:
-        r"""Marginal cumulative distribution of each output, shape ``(*sample, *batch, D)``.
+    def _set(self, logits: Tensor, components: Components, validate_args: bool | None) -> None:
+        locs = components.locs
+        batch_shape = broadcast(logits.shape[:-1], locs.shape[:-2], components.batch_shape[:-1])
+        self.logits = logits if logits.shape[:-1] == batch_shape else logits.expand(*batch_shape, -1)
+        if locs.shape[:-2] != batch_shape:
+            components = replace(components, locs=locs.expand(*batch_shape, -1, -1))
+        self.components = components
+        self._initialize(torch.Size(batch_shape), torch.Size(locs.shape[-1:]), validate_args)
 
-        .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
-        """
-        value = self._points(value)
-        return univariate.mixture_cdf(value, *self._univariate())
+    def _initialize(self, batch_shape: torch.Size, event_shape: torch.Size, validate_args: bool | None) -> None:
+        """Set shapes and validation, by default as Pyro is set: ``torch.compile`` ends that of torch, for good."""
+        validates = is_validation_enabled() if validate_args is None else validate_args
+        torch.distributions.Distribution.__init__(self, batch_shape, event_shape, validates)
 
-    @in_widest_precision
-    def sf(self, value: Any) -> Tensor:
-        """Marginal survival function 1 - F of each output, ``(*sample, *batch, D)``, accurate where it is small."""
-        value = self._points(value)
-        logits, locs, scale = self._univariate()
-        return univariate.mixture_cdf(-value, logits, -locs, scale)
+    def _validate(self) -> None:
+        if not is_known(self.logits, *self.components.tensors()):
+            return
+        if bool(bounds(self.logits)[0].isnan()):
+            raise ValueError("logits: expected numbers below +inf, one at least finite; got NaN, +inf or all -inf")
+        if not all_finite(self.components.locs):
+            raise ValueError("locs: expected finite numbers, got NaN or Inf")
+        self.components.validate()
 
-    @in_widest_precision
-    def log_cdf(self, value: Any) -> Tensor:
-        """Logarithm of :meth:`cdf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+    # How mixtures are built from others
 
-        The log-likelihood of an observation of which only an upper limit is known (left-censored). Differentiable
-        twice. Entries that are NaN are NaN, and add nothing to gradients.
+    @classmethod
+    def of_components(cls, logits: Tensor, components: Components, *, validate_args: bool | None = None) -> Self:
+        """Mixture of this class, whatever its constructor takes."""
+        new = cls.__new__(cls)
+        Mixture.__init__(new, logits, components, validate_args=validate_args)
+        return new
 
-        >>> from pyro_mdn import IsotropicCovariance
-        >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
-        >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
-        tensor([-8.0461e+02, -6.9315e-01])
-        """
-        value = self._points(value)
-        return univariate.mixture_log_cdf(value, *self._univariate())
+    @classmethod
+    def deferred(cls, origin: Origin) -> Self:
+        """Mixture whose parameters are built when they are asked for; its density comes from the origin itself."""
+        new = cls.__new__(cls)
+        new._origin = origin
+        new._initialize(origin.batch_shape, torch.Size((origin.dim,)), None)
+        if new._validate_args and not is_traced() and not origin.is_moderate():
+            new._validate()
+        return new
 
-    @in_widest_precision
-    def log_sf(self, value: Any) -> Tensor:
-        """Logarithm of :meth:`sf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+    def reweighted(self, logits: Tensor, components: Components) -> Self:
+        """Mixture of parameters derived from valid ones, whose log-weights are still to be normalised."""
+        new = self.of_components(logits, components, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
 
-        The log-likelihood of an observation of which only a lower limit is known (right-censored); see :meth:`log_cdf`.
-        """
-        value = self._points(value)
-        logits, locs, scale = self._univariate()
-        return univariate.mixture_log_cdf(-value, logits, -locs, scale)
+    def derived(self, logits: Tensor, components: Components) -> Self:
+        """Mixture of parameters derived from valid ones, with normalised log-weights."""
+        new = type(self).__new__(type(self))
+        new._set(logits, components, self._validate_args)
+        return new
 
-    @in_widest_precision
-    def icdf(self, value: Any) -> Tensor:
-        """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
+    def with_components(self, components: Components) -> Self:
+        """Mixture with the same weights; a ``ValueError`` if the components do not fit them."""
+        return self.derived(self.logits, check_shapes(self.logits, components))
 
-        Gradients are those of the implicit function, also with respect to ``value``.
+    @cached_property
+    def _parameters(self) -> tuple[Tensor, Components]:
+        """What the origin makes, with a graph if what it is made from has one, wherever it is asked for."""
+        assert self._origin is not None
+        with torch.inference_mode(False), torch.enable_grad():
+            return self._origin.parameters()
 
-        Args:
-            value: Probabilities, broadcast against ``(*batch, D)``; 0 and 1 give ∓inf.
+    # In a mixture with parameters of its own these two are set.
 
-        Raises:
-            ValueError: If a probability is outside [0, 1] or the shape does not fit.
-        """
-        q = as_tensor(value, "value", self.locs.device).to(self.locs)
-        q = _probabilities(q, (*self.batch_shape, self.dim))
-        return univariate.mixture_quantile(q, *self._univariate())
+    @cached_property
+    def logits(self) -> Tensor:
+        """Normalised log-weights, ``(*batch, K)``."""
+        return self._parameters[0]
 
-    def _univariate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Parameters of the marginals: logits ``(*batch, 1, K)``, locations and scales ``(*batch, D, K)``."""
-        return self.logits.unsqueeze(-2), self.locs.mT, self.covariance.stddev().mT
+    @cached_property
+    def components(self) -> Components:
+        """Components; what they share may have a batch or component axis of 1."""
+        return self._parameters[1]
 
-    @in_widest_precision
-    def interval(self, mass: float, *, kind: Literal["central", "shortest"] = "central") -> tuple[Tensor, Tensor]:
-        """Lower and upper ends, ``(*batch, D)`` each, of an interval with probability ``mass`` for each output.
+    @property
+    def locs(self) -> Tensor:
+        """Locations of the components, ``(*batch, K, D)``."""
+        return self.components.locs
 
-        Args:
-            mass: Probability inside, in (0, 1).
-            kind: ``"central"`` leaves equal tails; ``"shortest"`` is the shortest single interval, which contains
-                the points of highest density if there is one mode. All local minima of the width are compared.
+    def origin_for(self, value: Tensor) -> Origin | None:
+        """Give what has the density without the parameters: once, for one point each, while none is built or set."""
+        origin, built = self._origin, self.__dict__
+        if origin is None or "logits" in built or "components" in built or "_asked" in built:
+            return None
+        if is_recorded():  # what runs later must look at its own points
+            return None
+        self._asked = True  # whoever asks again may ask a hundred times
+        return origin if value.is_floating_point() and value.shape[:-1] == self.batch_shape else None
 
-        Raises:
-            ValueError: If the mass is not in (0, 1) or the kind is unknown.
-        """
-        _check_mass(mass)
-        if kind not in ("central", "shortest"):
-            raise ValueError(f"kind: expected 'central' or 'shortest', got {shown(kind)}")
-        outside = 1 - mass
-        left = right = self.locs.new_full((*self.batch_shape, self.dim), outside / 2)
-        if kind == "shortest":
-            require_unmapped("interval", *self._univariate())
-            left, right, *ends = shortest_intervals(outside, *self._univariate())
-            if not is_differentiated(*self._univariate()):
-                return ends[0], ends[1]
-            left = self._follow_shortest(left, right)
-            right = right + (left.detach() - left)
-        return self.icdf(left), self._upper(right)
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(batch_shape={tuple(self.batch_shape)}, n_components={self.n_components}, "
+            f"dim={self.dim}, {self.components.describe()})"
+        )
 
-    def _upper(self, tail: Tensor) -> Tensor:
-        """Point with probability ``tail`` above it, for each output."""
-        logits, locs, scale = self._univariate()
-        return -univariate.mixture_quantile(tail, logits, -locs, scale)
+    # Size, precision, device
 
-    def _follow_shortest(self, left: Tensor, right: Tensor) -> Tensor:
-        """Give the probabilities below shortest intervals their derivatives: the density is the same at both ends."""
-        parameters = self._univariate()
-        if not is_differentiated(*parameters):
-            return left
+    @property
+    def n_components(self) -> int:
+        """Number of components K."""
+        return self.logits.shape[-1]
 
-        def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
-            ends = self.icdf(tail), self._upper(right + (left - tail))
-            (low, bend_low), (high, bend_high) = (univariate.log_density_by_level(end, *parameters) for end in ends)
-            slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
-            # Two shortest intervals that become one: there are no derivatives.
-            return low - high, slope.masked_fill(~(slope > 1e-3 * terms), math.inf)
+    @property
+    def dim(self) -> int:
+        """Number of outputs D."""
+        return self.event_shape[0]
 
-        return univariate.follow_root(left, equation)
+    @property
+    def validates(self) -> bool:
+        """Whether values of arguments are checked."""
+        return bool(self._validate_args)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters."""
+        if self._origin is None or "components" in self.__dict__:
+            return self.components.locs.dtype
+        return self._origin.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.components.locs.device
+
+    # An array of mixtures
+
+    __getitem__ = indexing.rows_of
+    __len__ = indexing.length
+    __iter__ = indexing.iterate
+    __deepcopy__ = precision.copied
+    cat, stack = staticmethod(indexing.cat), staticmethod(indexing.stack)
+    expand, flatten = indexing.expand, indexing.flatten
+    to, cpu, double, float, detach = precision.to, precision.cpu, precision.double, precision.single, precision.detach
+
+    def __bool__(self) -> bool:
+        """Return ``True``, also for an empty batch: handlers ask whether there is a distribution."""
+        return True
+
+    # What MixtureSameFamily promises
+
+    @property
+    def mixture_distribution(self) -> dist.Categorical:
+        """Distribution of the component index."""
+        return dist.Categorical(logits=self.logits, validate_args=False)
+
+    @property
+    def component_distribution(self) -> dist.TorchDistribution:
+        """Distribution of the components, with ``batch_shape`` ``(*batch, K)``."""
+        return self.components.expand((*self.batch_shape, self.n_components)).as_pyro()
+
+    # Density
+
+    as_points = density.as_points
+    log_prob = density.log_prob
+    component_log_prob = density.component_log_prob
+    relative_joint_log_prob = density.relative_joint_log_prob
+    responsibilities = density.responsibilities
+
+    # Draws
+
+    sample = density.sample
+    rsample = transport.rsample
+
+    # Moments
+
+    mean, variance, stddev = property(density.mean), property(density.variance), property(density.stddev)
+    covariance_matrix = property(density.covariance_matrix)
+    as_gaussian = density.as_gaussian
+    split_variance = density.split_variance
+
+    # What is again a mixture
+
+    marginal = algebra.marginal
+    condition = algebra.condition
+    affine = algebra.affine
+    temper = algebra.temper
+    pool = algebra.pool
+    prune = algebra.prune
+
+    # One output at a time
+
+    univariate = quantiles.univariate
+    cdf, sf = quantiles.cdf, quantiles.sf
+    log_cdf, log_sf = quantiles.log_cdf, quantiles.log_sf
+    icdf = quantiles.icdf
+    interval = quantiles.interval
 
     # Regions of highest density
 
-    @in_widest_precision
-    def highest_density_threshold(self, mass: float, *, num_samples: int = 10_000) -> Tensor:
-        r"""Log-density above which the points have probability ``mass``, shape ``(*batch,)``, from draws.
-
-        .. math:: P(\log p(Y) \ge t) = \text{mass}
-
-        Raises:
-            ValueError: If the mass is not in (0, 1).
-
-        References:
-            Hyndman (1996), Computing and graphing highest density regions.
-        """
-        _check_mass(mass)
-        densities = self.log_prob(self.sample((num_samples,)))
-        return densities.quantile(1 - mass, 0) if densities.numel() else densities[0]
-
-    def in_highest_density_region(self, value: Any, mass: float, *, num_samples: int = 10_000) -> Tensor:
-        """Whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
-        return self.log_prob(value) >= self.highest_density_threshold(mass, num_samples=num_samples)
+    highest_density_threshold = quantiles.highest_density_threshold
+    in_highest_density_region = quantiles.in_highest_density_region
 
     # Transport to and from independent uniforms
 
-    @in_widest_precision
-    def rosenblatt(self, value: Any) -> Tensor:
-        r"""Conditional probability integral transforms, shape ``(*sample, *batch, D)``.
+    rosenblatt = transport.rosenblatt
+    inverse_rosenblatt = transport.inverse_rosenblatt
 
-        .. math:: u_d = F(y_d \mid y_1, \dots, y_{d-1})
+    # Closed for normal components alone
 
-        If y follows the mixture, they are independent and uniform. If what is observed was rounded, or is a count, they
-        are not, nor are they with a draw from each cell: of such targets test each output, by
-        :func:`pyro_mdn.scores.pit` with ``cell``.
+    def product(self, other: Any) -> Any:
+        """Normalised product of two densities: closed for normal components alone."""
+        not_closed("product", self.components, "GaussianMixture has it, as has `as_gaussian`")
 
-        References:
-            Rosenblatt (1952), Remarks on a multivariate transformation.
-        """
-        value = self._points(value)
+    def reduce(self, n_components: int) -> Any:
+        """Merge components: closed for normal components alone."""
+        not_closed("reduce", self.components, "prune drops components that weigh little")
 
-        def walk(d: int, *conditional: Tensor) -> Tensor:
-            levels.append(univariate.mixture_cdf(value[..., d], *conditional))
-            return value[..., d]
-
-        levels: list[Tensor] = []
-        self._walk(walk)
-        return torch.stack(levels, -1)
-
-    @in_widest_precision
-    def inverse_rosenblatt(self, value: Any) -> Tensor:
-        """Points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``.
-
-        Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
-        """
-        value = _probabilities(self._points(value), (*self.batch_shape, self.dim))
-        return self._walk(lambda d, *conditional: univariate.mixture_quantile(value[..., d], *conditional))
-
-    @in_widest_precision
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        r"""Draws with pathwise gradients to locations, covariances and logits, ``(*sample_shape, *batch, D)``.
-
-        The draw is that of :meth:`sample`. Its derivatives keep the conditional probability integral transforms
-        fixed, one output after another. For modes far apart the gradients of the logits are right on average, but
-        vary without bound: the few draws between the modes carry all of it.
-
-        References:
-            Figurnov, Mohamed & Mnih (2018), Implicit reparameterization gradients.
-            Graves (2016), Stochastic backpropagation through mixture density distributions.
-        """
-        draws = self.sample(sample_shape).detach()  # in forward mode they have derivatives: those of the components
-
-        def follow(d: int, *conditional: Tensor) -> Tensor:
-            logits, locs, scale = conditional
-            level = univariate.mixture_cdf(draws[..., d], logits, locs, scale).detach()
-
-            def equation(point: Tensor) -> tuple[Tensor, Tensor]:
-                slope = univariate.mixture_log_density(point, logits, locs, scale).exp()
-                return univariate.mixture_cdf(point, logits, locs, scale) - level, slope
-
-            return univariate.follow_root(draws[..., d], equation)
-
-        if is_differentiated(self.logits, self.locs, *self.covariance.tensors()):
-            return self._walk(follow)
-        return draws
-
-    def _walk(self, choose: Callable[..., Tensor]) -> Tensor:
-        """Choose outputs in order, each from its univariate mixture given those before it.
-
-        ``choose(d, logits, locs, scale)`` sees parameters ``(*sample, *batch, K)`` and returns ``(*sample, *batch)``.
-        """
-        covariance, logits = self.covariance.triangular(), self.logits
-        residuals: list[Tensor] = []
-        outputs: list[Tensor] = []
-        for d in range(self.dim):
-            shift, scale = covariance.next_output(residuals)
-            locs = self.locs[..., d] + shift
-            outputs.append(choose(d, logits, locs, scale))
-            standardized = (outputs[-1].unsqueeze(-1) - locs) / scale
-            density = kernels.relative_log_density(standardized.unsqueeze(-1), scale.log())
-            logits = kernels.normalize_logits(logits + density)
-            residuals.append(outputs[-1].unsqueeze(-1) - self.locs[..., d])
-        return torch.stack(outputs, -1)
-
-    # Shape of the density
-
-    @in_widest_precision
     def modes(self) -> Tensor:
-        """Local maxima of the density, highest first, shape ``(*batch, M, D)``; NaN where a mixture has fewer than M.
+        """Local maxima of the density: found for normal components alone."""
+        not_closed("modes", self.components, "evaluate log_prob on a grid, or climb from the locations")
 
-        By climbing from each component's mean; a maximum that none of them leads to, which is rare, is not among them.
-        Not differentiable.
-
-        References:
-            Carreira-Perpiñán (2000), Mode-finding for mixtures of Gaussian distributions.
-        """
-        if not self.batch_shape.numel():
-            return self.locs[..., :0, :].detach()
-        require_unmapped("modes", self.logits, self.locs, *self.covariance.tensors())
-        with torch.no_grad():
-            flat = self._flat(self.batch_shape)
-            precision_tril = flat.covariance.expand((len(flat.locs), self.n_components)).precision_tril().double()
-            log_weights = (flat.logits - flat.covariance.half_log_det()).double()
-            precisions = precision_tril.mT @ precision_tril
-            points, distinct = find_modes(log_weights, flat.locs.double(), precisions)
-            points = points.masked_fill(~distinct.unsqueeze(-1), math.nan)
-            first = torch.argsort((~distinct).to(torch.int8), dim=-1, stable=True)
-            points = points.gather(1, first.unsqueeze(-1).expand_as(points))[:, : int(distinct.sum(-1).max())]
-        return points.reshape(*self.batch_shape, *points.shape[1:]).to(self.locs)
-
-    @in_widest_precision
     def entropy_bounds(self) -> tuple[Tensor, Tensor]:
-        r"""Lower and upper bound of the differential entropy in nats, shape ``(*batch,)`` each.
-
-        .. math:: -\sum_k w_k \log \sum_l w_l \, \mathcal{N}(\mu_k \mid \mu_l, \Sigma_k + \Sigma_l) \le H \le
-                  \sum_k w_k \left( -\log w_k + \tfrac12 \log\det(2 \pi e \Sigma_k) \right)
-
-        The upper bound is also kept below the entropy of the Gaussian with the same covariance.
-
-        References:
-            Huber et al. (2008), On entropy approximation for Gaussian mixture random vectors.
-        """
-        weights, constant = self.logits.exp(), 0.5 * self.dim * math.log(2 * math.pi * math.e)
-        surprise = -self.logits.masked_fill(weights == 0, 0.0)
-        components = (weights * (surprise + self.covariance.half_log_det())).sum(-1)
-        gaussian = self.as_gaussian().half_log_det().squeeze(-1)
-        lower = torch.zeros_like(components)
-        covariance = self.covariance.expand((*self.covariance.batch_shape[:-1], self.n_components))
-        axis = len(covariance.batch_shape) - 1
-        for k in range(self.n_components):
-            summed = plus(covariance, covariance.map(lambda t, n, k=k: t.narrow(axis, k, 1)))
-            crossed = self._with(self.locs, summed).log_prob(self.locs[..., k, :])
-            lower = lower - weights[..., k] * crossed
-        return lower, torch.minimum(components, gaussian) + constant
-
-
-def _probabilities(value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Broadcast probabilities with outputs of this shape; a ``ValueError`` if they are none, or do not fit."""
-    if is_known(value) and not bool(((value >= 0) & (value <= 1)).all()):
-        raise ValueError("value: expected probabilities in [0, 1]")
-    try:
-        return value.expand(torch.broadcast_shapes(value.shape, shape))
-    except RuntimeError as error:
-        raise ValueError(f"value: expected a shape that broadcasts with {shape}, got {tuple(value.shape)}") from error
-
-
-def _check_mass(mass: float) -> None:
-    single = isinstance(mass, Real) or (isinstance(mass, Tensor) and mass.ndim == 0)
-    if not single or not 0 < float(mass) < 1:
-        raise ValueError(f"mass: expected a probability in (0, 1), got {shown(mass)}")
+        """Bounds of the entropy: closed for normal components alone."""
+        not_closed("entropy_bounds", self.components, "average -log_prob over draws")

@@ -1,20 +1,27 @@
-"""The precision in which a mixture computes: the widest of its own, of its arguments, and single precision."""
+"""Precision and device of a mixture, and the precision in which it computes."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from functools import wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from pyro.distributions.torch import MixtureSameFamily  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
-from pyro_mdn.distributions.covariance.base import Covariance
 from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.tensors.channels import normalize_logits
+from pyro_mdn.tensors.tensor_batch import TensorBatch
 
-__all__ = ["in_widest_precision"]
+if TYPE_CHECKING:
+    from pyro_mdn.distributions.mixture import Mixture
+
+M = TypeVar("M", bound="Mixture")
+
+__all__ = ["copied", "cpu", "detach", "double", "in_widest_precision", "single", "to"]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -71,7 +78,7 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
     """Give tensors of floating point, and what has some, another precision; all else as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, Covariance):
+    if isinstance(value, TensorBatch):
         return value.map(lambda t, n: t.to(dtype))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_converted(part, dtype) for part in value))
@@ -79,3 +86,55 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
         return tuple(_converted(part, dtype) for part in value)
     mixture: Any = value
     return mixture.to(dtype) if isinstance(value, MixtureSameFamily) and hasattr(value, "dtype") else value
+
+
+# Conversions
+
+
+def to(mixture: M, *args: Any, **kwargs: Any) -> M:
+    """Move the parameters to another device or floating-point dtype; arguments are those of ``torch.Tensor.to``.
+
+    In a wider precision the weights are normalised again.
+
+    Raises:
+        ValueError: If the dtype is not of floating point.
+    """
+    dtype = mixture.components.locs.new_empty(0).to(*args, **kwargs).dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"to: expected a floating-point dtype, got {dtype}")
+    components = mixture.components.map(lambda t, n: t.to(*args, **kwargs))
+    if dtype == mixture.dtype:
+        return mixture.derived(mixture.logits.to(*args, **kwargs), components)
+    wide = normalize_logits(mixture.logits.to(torch.promote_types(mixture.dtype, dtype)))
+    return mixture.derived(wide.to(*args, **kwargs), components)
+
+
+def cpu(mixture: M) -> M:
+    """Move the parameters to the CPU."""
+    return to(mixture, "cpu")
+
+
+def double(mixture: M) -> M:
+    """Convert the parameters to double precision."""
+    return to(mixture, torch.float64)
+
+
+def single(mixture: M) -> M:
+    """Convert the parameters to single precision."""
+    return to(mixture, torch.float32)
+
+
+def detach(mixture: M) -> M:
+    """Return the mixture without a graph: no gradients flow to its parameters."""
+    return mixture.derived(mixture.logits.detach(), mixture.components.map(lambda t, n: t.detach()))
+
+
+def copied(mixture: M, memo: dict[int, Any]) -> M:
+    """Copy the parameters; what was computed from others is copied without its graph, which torch cannot copy."""
+
+    def copy_of(tensor: Tensor, event_dim: int = 0) -> Tensor:
+        return copy.deepcopy(tensor if tensor.is_leaf else tensor.detach(), memo)
+
+    new = mixture.derived(copy_of(mixture.logits), mixture.components.map(copy_of))
+    memo[id(mixture)] = new
+    return new

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.support.arrays import Array, as_tensor, require_finite, to_numpy
 from pyro_mdn.support.checks import describe, require_counts, shown
 
@@ -49,10 +49,10 @@ class Prediction:
     ((3, 1), (3, 1), (3, 3, 1))
     """
 
-    def __init__(self, mixture: GaussianMixture | Sequence[GaussianMixture], *, like: Any = None) -> None:
-        parts = [mixture] if isinstance(mixture, GaussianMixture) else list(mixture)
-        if not parts or not all(isinstance(part, GaussianMixture) and part.batch_shape for part in parts):
-            raise ValueError(f"mixture: expected a GaussianMixture with a batch of rows, got {describe(mixture)}")
+    def __init__(self, mixture: Mixture | Sequence[Mixture], *, like: Any = None) -> None:
+        parts = [mixture] if isinstance(mixture, Mixture) else list(mixture)
+        if not parts or not all(isinstance(part, Mixture) and part.batch_shape for part in parts):
+            raise ValueError(f"mixture: expected a Mixture with a batch of rows, got {describe(mixture)}")
         self._parts, self._index = parts, _labels(like)
         if self._index is not None and len(self._index) != len(self):
             raise ValueError(f"like: expected {len(self)} rows, as many as there are mixtures, got {len(self._index)}")
@@ -75,9 +75,9 @@ class Prediction:
         return self._parts[0].dim
 
     @property
-    def mixture(self) -> GaussianMixture:
+    def mixture(self) -> Mixture:
         """Distribution of all rows, on the device of the network and without a graph."""
-        return GaussianMixture.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
+        return Mixture.cat(self._parts) if len(self._parts) > 1 else self._parts[0]
 
     @property
     def mean(self) -> Array:
@@ -160,13 +160,11 @@ class Prediction:
         return frame if self.dim > 1 or output_names is not None else frame.droplevel(0, axis=1)
 
     @torch.no_grad()
-    def _joined(self, function: Callable[[GaussianMixture], Tensor], dim: int = 0) -> Array:
+    def _joined(self, function: Callable[[Mixture], Tensor], dim: int = 0) -> Array:
         return np.concatenate([to_numpy(function(part)) for part in self._parts], dim)
 
 
-def predicted_in_parts(
-    predict: Callable[[Tensor], GaussianMixture], x: Any, network: Inputs, chunk_size: int
-) -> Prediction:
+def predicted_in_parts(predict: Callable[[Tensor], Mixture], x: Any, network: Inputs, chunk_size: int) -> Prediction:
     """Predict some rows at a time, so that memory for intermediate results stays small.
 
     Args:

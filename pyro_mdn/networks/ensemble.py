@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.predictions import Prediction, predicted_in_parts
+from pyro_mdn.distributions.transforms import Units
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
 from pyro_mdn.networks.files import require_loadable
 from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating, shapes_outside_backbone, warn_if_unlike
+from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.starting_point import draw_anew_
 from pyro_mdn.support import tensor_files
 from pyro_mdn.support.arrays import as_tensor, require_no_infinity
@@ -103,11 +105,11 @@ class DeepEnsemble(nn.Module):
         """Describe the ensemble in a module's printout."""
         return f"size={self.size}, bootstrap={self.bootstrap}"
 
-    def forward(self, x: Any) -> GaussianMixture:
+    def forward(self, x: Any) -> Mixture:
         """Average of the members' densities over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``."""
         return self.members(x).pool(0)
 
-    def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
+    def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> Mixture:
         """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
 
         Args:
@@ -122,8 +124,7 @@ class DeepEnsemble(nn.Module):
         if not self.stacked.is_described_by_raw:
             return self._called(x, tensors, shared=True, chunk_size=chunk_size)
         raw = self._raw(x, tensors, shared=True, chunk_size=chunk_size)
-        shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
-        return self.stacked.head.mixture(raw, shift, scale)
+        return self.stacked.head.mixture(raw, self._units(tensors, raw[0].ndim - 1))
 
     def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
         """Predict rows by the average density; see :meth:`MixtureDensityNetwork.predict`."""
@@ -152,8 +153,7 @@ class DeepEnsemble(nn.Module):
             return -mixture.log_prob(y)
         raw = self._raw(x, tensors, shared=False)
         self._require_targets(y, raw[0].shape[:-1], replicated=replicated)
-        shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
-        return -self.stacked.head.log_density(raw, y, shift, scale)
+        return -self.stacked.head.log_density(raw, y, self._units(tensors, raw[0].ndim - 1))
 
     def _require_targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool) -> None:
         expected = (*batch_shape, self.stacked.dim_out)
@@ -195,30 +195,24 @@ class DeepEnsemble(nn.Module):
         for name, tensor in member.state_dict().items():
             tensors[name][i].copy_(tensor)
 
-    def _raw(
-        self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _raw(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None) -> Raw:
         """Raw parameters ``(M, *batch, ...)`` of the mixtures, for inputs that members share or have each their own."""
         if is_dense(self.stacked):
 
-            def dense(tensors: Any, x: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
+            def dense(tensors: Any, x: Tensor, chunk_size: int | None) -> Raw:
                 return dense_raw(self.stacked, x.unsqueeze(0) if shared else x, tensors, chunk_size=chunk_size)
 
             if not (shared and chunk_size is None and self._in_passes(x, tensors)):
                 return dense(tensors, x, chunk_size)
-            logits, locs, noise = in_parts(dense, dense_cost(self.stacked, tensors), tensors, x)
-            return logits, locs, noise
+            return in_parts(dense, dense_cost(self.stacked, tensors), tensors, x)
         raw = _Raw(self.stacked)
 
         def call(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
             return functional_call(raw, {f"network.{name}": tensor for name, tensor in tensors.items()}, (x,))
 
-        logits, locs, noise = self._of_each(call, x, tensors, shared, chunk_size)
-        return logits, locs, noise
+        return self._of_each(call, x, tensors, shared, chunk_size)
 
-    def _called(
-        self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None
-    ) -> GaussianMixture:
+    def _called(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None) -> Mixture:
         """Mixtures that calls of the networks give, ``(M, *batch)``."""
         called = MixtureTensors(lambda tensors, x: functional_call(self.stacked, tensors, (x,)))
         return called.mixture(*self._of_each(called, x, tensors, shared, chunk_size))
@@ -243,9 +237,14 @@ class DeepEnsemble(nn.Module):
         training = any(part.training for part in self.stacked.modules())  # batch norm, and the noise of dropout
         return x.ndim > len(self.stacked.input_shape) and not (kept or training)
 
-    def _unit(self, tensor: Tensor, batch_dim: int) -> Tensor:
-        """Shape ``(M, D)`` for a batch ``(M, ...)`` of mixtures."""
-        return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), -1)
+    def _units(self, tensors: dict[str, Tensor], batch_dim: int) -> Units:
+        """Map to the units of y of each member, for a batch ``(M, ...)`` of mixtures."""
+
+        def aligned(tensor: Tensor) -> Tensor:
+            return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), *tensor.shape[1:])
+
+        head = self.stacked.head
+        return head.transform.units({name: aligned(tensors[f"head.{name}"]) for name, _ in head.named_buffers()})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}
@@ -301,7 +300,7 @@ class _Raw(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Raw:
         return self.network.head.raw(self.network.features(x))
 
 

@@ -12,24 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from pyro_mdn.distributions.density import has_missing
-from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.networks.noise_models import NoiseModel, as_noise_model
-from pyro_mdn.networks.raw_parameters import ChannelMixture, RawMixture, log_unit, split_channels
+from pyro_mdn.distributions.covariance.noise_models import NoiseModel
+from pyro_mdn.distributions.families.family import Family, as_family
+from pyro_mdn.distributions.families.normal import Normal
+from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.transforms import Standardize, TargetTransform, Units
+from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
-from pyro_mdn.tensors import kernels
-from pyro_mdn.tensors.layer_density import layer_channels, layer_log_density
+from pyro_mdn.tensors.channel_density import layer_channels
 
 __all__ = ["MixtureHead", "exact_buffers", "single_at_least", "starting_value"]
 
 
 class MixtureHead(nn.Module):
-    r"""Linear layer whose outputs parameterise a Gaussian mixture in the units of y.
+    r"""Linear layer whose outputs parameterise a mixture in the units of y.
 
-    .. math:: p(y \mid h) = \sum_k w_k(h) \, \mathcal{N}(y \mid \mu_k(h), \Sigma_k(h))
+    .. math:: p(y \mid h) = \sum_k w_k(h) \, p_k(y \mid h)
 
-    The layer works in standardised units; the buffers ``shift`` and ``scale`` hold the units of y
-    (0 and 1 until :meth:`initialize_` is called), in single precision also where weights have less.
+    The layer works in standardised units. The tensors of the target transform, which are buffers ``shift`` and
+    ``scale`` by default, hold the units of y (0 and 1 until :meth:`initialize_` is called), in single precision also
+    where weights have less.
 
     Args:
         in_features: Width of the features.
@@ -37,6 +39,7 @@ class MixtureHead(nn.Module):
         n_components: Number of components K.
         noise: Noise model of the components, or ``"diagonal"``, ``"full"``, ``"isotropic"`` or ``"low_rank"`` for one
             with its default settings; by default ``Diagonal()``.
+        family: Family of the components, or its name, such as ``"student_t"``; by default ``Normal(noise)``.
 
     Raises:
         ValueError: If a width is not a positive integer or the noise model does not fit ``dim_out``.
@@ -48,9 +51,10 @@ class MixtureHead(nn.Module):
     GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
     """
 
-    _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise")  # for fingerprints
+    _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise", "family")  # for fingerprints
 
-    noise: NoiseModel
+    family: Family
+    transform: TargetTransform
     in_features: int
     dim_out: int
     n_components: int
@@ -61,24 +65,41 @@ class MixtureHead(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, in_features: int, dim_out: int, n_components: int, *, noise: NoiseModel | str | None = None
+        self,
+        in_features: int,
+        dim_out: int,
+        n_components: int,
+        *,
+        noise: NoiseModel | str | None = None,
+        family: Family | str | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
             if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
-        self.noise = as_noise_model(noise, dim_out)
+        self.family, self.transform = as_family(family, noise, dim_out, Normal), Standardize()
+        self.noise: NoiseModel = self.family.noise
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
-        n_noise = self.noise.num_params(dim_out) * (1 if self.noise.tied else n_components)
-        learned_here = n_noise if self.noise.homoscedastic else 0
-        self.sizes = [n_components, n_components * dim_out, n_noise - learned_here]
+        widths = {True: 0, False: 0}  # of blocks, by whether they are homoscedastic
+        for block in self.family.blocks(dim_out):
+            widths[block.homoscedastic] += block.width * (1 if block.tied else n_components)
+        self.sizes = [n_components, n_components * dim_out, widths[False]]
         self.linear = nn.Linear(in_features, sum(self.sizes))
-        self.raw_noise = nn.Parameter(torch.empty(learned_here)) if learned_here else None
+        self.raw_noise = nn.Parameter(torch.empty(widths[True])) if widths[True] else None
         single = single_at_least(torch.get_default_dtype())
-        self.register_buffer("shift", torch.zeros(dim_out, dtype=single))
-        self.register_buffer("scale", torch.ones(1 if self.noise.common_unit else dim_out, dtype=single))
+        for name, tensor in self.transform.identity(dim_out, common_unit=self.noise.common_unit).items():
+            self.register_buffer(name, tensor.to(single))
         self.start_anywhere()
+
+    @property
+    def units(self) -> Units:
+        """Map to the units of y."""
+        return self.transform.units(self._buffers)
+
+    def units_in(self, dtype: torch.dtype) -> Units:
+        """Map to the units of y, computed in another precision."""
+        return self.transform.units({name: b if b is None else b.to(dtype) for name, b in self._buffers.items()})
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -91,23 +112,26 @@ class MixtureHead(nn.Module):
         self._start(torch.zeros(self.n_components), torch.randn(shape), torch.ones(shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with exact_buffers(self, "shift", "scale"):
+        with exact_buffers(self, *self.transform.identity(1, common_unit=True)):
             return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Describe the head in a module's printout."""
-        return f"dim_out={self.dim_out}, n_components={self.n_components}, noise={self.noise}"
+        return f"dim_out={self.dim_out}, n_components={self.n_components}, family={self.family}"
 
-    def forward(self, features: Tensor) -> GaussianMixture:
+    def forward(self, features: Tensor) -> Mixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
-        if self.raw_noise is not None or self.noise.whitening is None:
-            return self.mixture(self.raw(features), self.shift, self.scale)
+        if self.raw_noise is not None or self.family.kernel is None:
+            return self.mixture(self.raw(features), self.units)
         # Clones, because the mixture stays as it is when the units change.
-        predicted = self._predicted(features, self.shift.clone(), self.scale.clone())
-        return predicted.mixture() if is_traced(predicted.channels) else GaussianMixture.deferred(predicted)
+        units = self.transform.units({name: None if b is None else b.clone() for name, b in self._buffers.items()})
+        predicted = self._predicted(features, units)
+        if is_traced(predicted.channels):
+            return predicted.mixture()
+        return mixture_class(self.family).deferred(predicted)
 
-    def _predicted(self, features: Tensor, shift: Tensor, scale: Tensor) -> ChannelMixture:
-        return ChannelMixture(self.noise, self.n_components, self.dim_out, self.channels(features), shift, scale)
+    def _predicted(self, features: Tensor, units: Units) -> ChannelParameters:
+        return ChannelParameters(self.family, self.n_components, self.dim_out, self.channels(features), units)
 
     def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
@@ -121,38 +145,24 @@ class MixtureHead(nn.Module):
         if not y.is_floating_point() or y.shape[-len(expected) :] != expected:
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
         if self.raw_noise is not None:
-            return self.log_density(self.raw(features), y, self.shift, self.scale)
-        whitening = self.noise.whitening if self._is_quicker_as_one(features) else None
-        if whitening is None or y.ndim > features.ndim or has_missing(y):
-            return self._predicted(features, self.shift, self.scale).log_density(y)
-        weight, bias = self.linear.weight, self.linear.bias
-        value = ((y - self.shift) / self.scale).to(weight.dtype)
-        settings = whitening, self.n_components, self.noise.num_params(self.dim_out)
-        flat = features.reshape(-1, self.in_features), value.reshape(-1, self.dim_out)
-        density = layer_log_density(*settings, weight, bias, *flat).reshape(y.shape[:-1])
-        return density - log_unit(self.noise, self.dim_out, self.scale)
+            return self.log_density(self.raw(features), y, self.units)
+        return self._predicted(features, self.units).log_prob(y)
 
-    def _is_quicker_as_one(self, features: Tensor) -> bool:
-        """Whether layer and density may be one function, and are quicker that way: with many channels."""
-        many = sum(self.sizes) > self.in_features and _is_affine(self.linear)
-        return many and _is_exact(features, self.linear.weight)
-
-    def log_density(self, raw: tuple[Tensor, Tensor, Tensor], y: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def log_density(self, raw: Raw, y: Tensor, units: Units) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` under :meth:`mixture` of the same arguments, without that."""
-        return RawMixture(self.noise, *raw, shift, scale).log_density(y)
+        return RawParameters(self.family, raw, units).log_prob(y)
 
-    def mixture(self, raw: tuple[Tensor, Tensor, Tensor], shift: Tensor, scale: Tensor) -> GaussianMixture:
+    def mixture(self, raw: Raw, units: Units) -> Mixture:
         """Mixture in the units of y that :meth:`raw` describes, of any batch shape.
 
         Args:
-            raw: Raw logits, locations and noise.
-            shift: Location of the standardised units, shape ``(*batch, D)`` (broadcast).
-            scale: Their size, likewise; one number for all outputs if the noise model has a common unit.
+            raw: Raw logits, locations and blocks of the family.
+            units: Map to the units of y, whose tensors broadcast with the batch.
         """
-        return RawMixture(self.noise, *raw, shift, scale).mixture()
+        return RawParameters(self.family, raw, units).mixture()
 
-    def raw(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits ``(*batch, K)``, locations ``(*batch, K, D)`` and noise: what :meth:`mixture` takes.
+    def raw(self, features: Tensor) -> Raw:
+        """Raw logits ``(*batch, K)``, locations ``(*batch, K, D)`` and blocks of the family, as :meth:`mixture` takes.
 
         Views of one channel-first product, in float32 at least.
         """
@@ -172,15 +182,15 @@ class MixtureHead(nn.Module):
             channels = channels.reshape(channels.shape[0], *features.shape[:-1])
         return _accumulated(channels)
 
-    def split(self, channels: Tensor, raw_noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits, locations and noise as :meth:`raw` gives them, from channels ``(C, *batch)`` of the linear layer.
+    def split(self, channels: Tensor, raw_noise: Tensor | None) -> Raw:
+        """Raw parameters as :meth:`raw` gives them, from channels ``(C, *batch)`` of the linear layer.
 
         Args:
             channels: What the layer gives.
-            raw_noise: Channels ``(C', *batch)`` (broadcast) of noise that does not depend on the features, if any.
+            raw_noise: Channels ``(C', *batch)`` (broadcast) of the blocks that do not depend on the features, if any.
         """
-        noise = None if raw_noise is None else _accumulated(raw_noise)
-        return split_channels(self.noise, self.n_components, self.dim_out, _accumulated(channels), noise)
+        own = None if raw_noise is None else _accumulated(raw_noise)
+        return raw_from_channels(self.family, self.n_components, self.dim_out, _accumulated(channels), own)
 
     @torch.no_grad()
     def initialize_(self, y: Tensor) -> None:
@@ -197,36 +207,32 @@ class MixtureHead(nn.Module):
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
         if bool(y.isinf().any() | y.isnan().all(0).any()):
             raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
-        shift, scale = kernels.location_and_scale(y.cpu(), common_unit=self.noise.common_unit)
-        self.shift.copy_(shift)
-        self.scale.copy_(scale)
-        self._start(*_clusters(_filled((y.cpu() - shift) / scale), self.n_components))
+        fitted = self.transform.fit(y.cpu(), common_unit=self.noise.common_unit)
+        for name, tensor in fitted.items():
+            getattr(self, name).copy_(tensor)
+        standardized = self.transform.units(fitted).standardize(y.cpu())
+        self._start(*_clusters(_filled(standardized), self.n_components))
 
     @torch.no_grad()
     def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:
         """Let the biases alone give this mixture, ``(K,)``, ``(K, D)`` and ``(K, D)``."""
-        if self.noise.tied:
-            scale = scale.square().mean(0, keepdim=True).sqrt()
         bias = starting_value(self.linear, "bias")
         if not isinstance(bias, Tensor):
             expected = "expected a layer with a bias, which the components start from"
             raise ValueError(f"head.linear: {expected}, got {type(self.linear).__name__}: replace it after initialize_")
-        raw = self.noise.start(scale).T.flatten().to(bias)
-        if self.sizes[-1] != len(raw):
-            starting_value(self, "raw_noise").copy_(raw)
-            raw = raw[:0]
-        bias.copy_(torch.cat([logits.to(raw), locs.T.flatten().to(raw), raw]))
+        blocks = zip(self.family.blocks(self.dim_out), self.family.start(scale), strict=True)
+        raw: dict[bool, list[Tensor]] = {True: [], False: []}
+        for block, start in blocks:
+            raw[block.homoscedastic].append(start.T.flatten().to(bias))
+        own = starting_value(self, "raw_noise")
+        if own is not None:
+            own.copy_(torch.cat(raw[True]))
+        bias.copy_(torch.cat([logits.to(bias), locs.T.flatten().to(bias), *raw[False]]))
 
 
 def _is_affine(layer: nn.Module) -> bool:
     """Whether a layer is a plain linear one, with a bias."""
     return is_plain(layer, nn.Linear) and layer._parameters.get("bias", layer) is not None
-
-
-def _is_exact(features: Tensor, weight: Tensor) -> bool:
-    """Whether products of these are of single precision at least; others are accumulated in it."""
-    exact = features.dtype == weight.dtype and features.dtype.itemsize >= 4
-    return exact and not torch.is_autocast_enabled(features.device.type)
 
 
 def single_at_least(dtype: torch.dtype) -> torch.dtype:

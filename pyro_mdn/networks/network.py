@@ -20,18 +20,21 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
+from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.density import complete_when_run
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.families.normal import Normal
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.predictions import Prediction, predicted_in_parts
 from pyro_mdn.networks.files import require_loadable, shapes_of
 from pyro_mdn.networks.head import MixtureHead, exact_buffers, single_at_least
-from pyro_mdn.networks.noise_models import NoiseModel, noise_from_config, noise_to_config
+from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.support import tensor_files
 from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
 from pyro_mdn.support.checks import is_count, is_hooked, is_inherited, is_known, require_range, sample_shape_of, shown
 from pyro_mdn.support.fingerprint import FORMS, described, differing
 from pyro_mdn.support.process_state import KeepFrozen, own_generators, own_store, require_seed, seeded
-from pyro_mdn.tensors import kernels
+from pyro_mdn.tensors.numerics import location_and_scale
 
 __all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating", "shapes_outside_backbone", "warn_if_unlike"]
 
@@ -56,6 +59,8 @@ class MixtureDensityNetwork(PyroModule):
             features that it returns.
         noise: Noise model of the components, by default ``Diagonal()``; or ``"diagonal"``, ``"full"``,
             ``"isotropic"`` or ``"low_rank"`` for one with its default settings.
+        family: Family of the components, by default ``Normal(noise)``; or its name, such as ``"student_t"``, beside
+            which ``noise`` may be given.
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
         seed: Seed of the first weights, but for those of a ``backbone``, which has its own. By default they come from
             torch's generator, which a seed leaves alone.
@@ -91,6 +96,7 @@ class MixtureDensityNetwork(PyroModule):
         hidden_dim: int | Sequence[int] = 64,
         *,
         noise: NoiseModel | str | None = None,
+        family: Family | str | None = None,
         backbone: nn.Module | None = None,
         seed: int | None = None,
     ) -> None:
@@ -105,7 +111,7 @@ class MixtureDensityNetwork(PyroModule):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
         with seeded(seed):
             self.backbone = _mlp([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
-            self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise)
+            self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise, family=family)
         single = single_at_least(torch.get_default_dtype())
         self.register_buffer("x_shift", torch.zeros(self.input_shape, dtype=single))
         self.register_buffer("x_scale", torch.ones(self.input_shape, dtype=single))
@@ -131,7 +137,7 @@ class MixtureDensityNetwork(PyroModule):
     # Outside Pyro's handlers a call is plain PyTorch: it does not touch the global parameter store, where another
     # network's weights may stand under the same names.
 
-    def __call__(self, x: Any) -> GaussianMixture:
+    def __call__(self, x: Any) -> Mixture:
         """Mixture over y for inputs x, in the units of y; see :meth:`forward`.
 
         Warns:
@@ -170,8 +176,8 @@ class MixtureDensityNetwork(PyroModule):
         self._pyro_context.used = False
         super()._pyro_set_supermodule(name, context)
 
-    def raw(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits, locations and noise for inputs x: what ``head.mixture`` makes a mixture of."""
+    def raw(self, x: Any) -> Raw:
+        """Raw logits, locations and blocks of the family for inputs x: what ``head.mixture`` makes a mixture of."""
         with self._context(warns=True):
             return self.head.raw(self.features(x))
 
@@ -187,7 +193,7 @@ class MixtureDensityNetwork(PyroModule):
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
         return _is_latent(self)
 
-    def forward(self, x: Any) -> GaussianMixture:
+    def forward(self, x: Any) -> Mixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
 
         Its numbers are tensors with a graph, so that gradients can flow to the weights; :meth:`predict` gives arrays.
@@ -338,7 +344,7 @@ class MixtureDensityNetwork(PyroModule):
         observed = ~y.isnan().all(-1)
         if not bool(observed.all()):
             x, y = x[observed], y[observed]
-        shift, scale = kernels.location_and_scale(x.reshape(-1, *self.input_shape).cpu())
+        shift, scale = location_and_scale(x.reshape(-1, *self.input_shape).cpu())
         self.head.initialize_(y.reshape(-1, self.dim_out))
         self.x_shift.copy_(shift)
         self.x_scale.copy_(scale)
@@ -486,7 +492,7 @@ class MixtureDensityNetwork(PyroModule):
             "dim_out": self.dim_out,
             "n_components": self.n_components,
             "hidden_dim": list(self.hidden_dim),
-            "noise": noise_to_config(self.head.noise),
+            **_family_to_config(self.head.family),
             "custom_backbone": _is_custom(self.backbone, [*self.input_shape, *self.hidden_dim]),
             "structure": described(network=self, buffers=False, code=False, values=False),
         }
@@ -524,17 +530,29 @@ class MixtureDensityNetwork(PyroModule):
         structure = config.pop("structure", {})
         _require_backbone(source, config.pop("custom_backbone"), backbone, structure)
         try:
-            noise = noise_from_config(config.pop("noise"))
+            family = _family_from_config(config)
             with own_generators():  # the first weights do not stay
-                return cls(**config, noise=noise, backbone=backbone)
+                return cls(**config, **family, backbone=backbone)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error
+
+
+def _family_to_config(family: Family) -> dict[str, Any]:
+    """Noise model of normal components, or another family."""
+    return {"noise": family.noise.to_config()} if type(family) is Normal else {"family": family.to_config()}
+
+
+def _family_from_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Take the arguments out of a configuration that say which family it is."""
+    if "family" in config:
+        return {"family": Family.from_config(config.pop("family"))}
+    return {"noise": NoiseModel.from_config(config.pop("noise"))}
 
 
 def shapes_outside_backbone(network: MixtureDensityNetwork) -> tuple[Shapes, Shapes]:
     """Shapes by name of the tensors that a new network of these settings has, and of those of this one."""
     with torch.device("meta"):
-        head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, noise=network.head.noise)
+        head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, family=network.head.family)
     expected = shapes_of({f"head.{name}": tensor for name, tensor in head.state_dict().items()})
     got = shapes_of(network.state_dict())
     units = dict.fromkeys(("x_shift", "x_scale"), network.input_shape)

@@ -2,88 +2,85 @@ r"""Raw outputs of a head, and the mixture that they describe in the units of y.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.covariance.base import Covariance
-from pyro_mdn.distributions.density import has_missing, log_density
-from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.networks.noise_models import NoiseModel
+from pyro_mdn.distributions.density import has_missing
+from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.families.family import Family, layout_of
+from pyro_mdn.distributions.families.normal import Normal
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.transforms import Units
 from pyro_mdn.support.checks import bounds
-from pyro_mdn.tensors import kernels
-from pyro_mdn.tensors.layer_density import channel_log_density
+from pyro_mdn.tensors.channel_density import channel_log_density
+from pyro_mdn.tensors.channels import channels_last
+from pyro_mdn.tensors.mixture_density import mixture_log_density
 
-__all__ = ["ChannelMixture", "RawMixture", "log_unit", "split_channels"]
+__all__ = ["ChannelParameters", "Raw", "RawParameters", "mixture_class", "raw_from_channels"]
 
-
-def log_unit(noise: NoiseModel, dim: int, scale: Tensor) -> Tensor:
-    """Logarithm of the volume of a standardised unit of D outputs."""
-    logs = scale.log().sum(-1)
-    return dim * logs if noise.common_unit else logs
+Raw = tuple[Tensor, ...]
+"""Raw log-weights ``(*batch, K)``, locations ``(*batch, K, D)`` and blocks of a family ``(*batch, K | 1, width)``."""
 
 
-class RawMixture(NamedTuple):
-    """Mixture in unconstrained numbers, and the units of y in which they are meant.
+class RawParameters(NamedTuple):
+    """Parameters of a mixture as unconstrained numbers, with the family and the units that give them their meaning.
 
     Attributes:
-        noise: Noise model, which makes covariances of its channels.
-        logits: Log-weights up to a constant, ``(*batch, K)``.
-        locs: Standardised locations, ``(*batch, K, D)``.
-        factors: Raw channels of the noise, ``(*batch, K, num_params)`` (broadcast).
-        shift: Location of the standardised units, ``(*batch, D)`` (broadcast).
-        scale: Their size, likewise; one number for all outputs if the noise model has a common unit.
+        family: Family of the components.
+        raw: Log-weights up to a constant, locations in standardised units, and blocks, which broadcast.
+        units: Map to the units of y.
     """
 
-    noise: NoiseModel
-    logits: Tensor
-    locs: Tensor
-    factors: Tensor
-    shift: Tensor
-    scale: Tensor
+    family: Family
+    raw: Raw
+    units: Units
 
-    def log_density(self, y: Tensor) -> Tensor:
+    def log_prob(self, y: Tensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
-        value = ((y - self.shift) / self.scale).to(self.locs.dtype)
-        if has_missing(y):  # an entry without a density has no unit
-            log_units = self.scale.log().expand(y.shape).masked_fill(y.isnan(), 0.0)
-            return self._standardized(validate_args=False).log_prob(value) - log_units.sum(-1)
-        if (whitening := self.noise.whitening) is not None:
-            density = kernels.mixture_log_density(whitening, self.logits, self.locs, value, self.factors)
+        logits, locs, *blocks = self.raw
+        value = self.units.standardize(y).to(locs.dtype)
+        if has_missing(y):
+            observed = ~y.isnan()
+            return self._standardized(validate_args=False).log_prob(value) - self.units.log_volume(y, observed=observed)
+        if (kernel := self.family.kernel) is not None:
+            density = mixture_log_density(kernel, logits, locs, value, *blocks)
         else:
-            density = log_density(self.logits, self.locs, self._covariance(), value)
-        return density - log_unit(self.noise, self.locs.shape[-1], self.scale)
+            density = self._components().mixture_log_prob(logits, value, normalize=True)
+        return density - self.units.log_volume(y)
 
-    def mixture(self, *, validate_args: bool | None = None) -> GaussianMixture:
+    def mixture(self, *, validate_args: bool | None = None) -> Mixture:
         """Mixture in the units of y."""
-        return self._standardized(validate_args=validate_args).affine(self.shift, self.scale)
+        return self.units.push(self._standardized(validate_args=validate_args))
 
-    def _standardized(self, *, validate_args: bool | None) -> GaussianMixture:
-        return GaussianMixture(self.logits, self.locs, self._covariance(), validate_args=validate_args)
+    def _standardized(self, *, validate_args: bool | None) -> Mixture:
+        kind = mixture_class(self.family)
+        return kind.of_components(self.raw[0], self._components(), validate_args=validate_args)
 
-    def _covariance(self) -> Covariance:
-        return self.noise.build(self.factors, self.locs.shape[-1], self.scale)
+    def _components(self) -> Components:
+        _, locs, *blocks = self.raw
+        return self.family.build(locs, blocks, self.units.unit)
 
 
-class ChannelMixture(NamedTuple):
+class ChannelParameters(NamedTuple):
     """The same in one tensor of channels, from which densities are quickest.
 
     Attributes:
-        noise: Noise model that has a whitening, and depends on the inputs.
+        family: Family of the components that has a kernel, and no homoscedastic blocks.
         n_components: Number of components K.
         dim: Number of outputs D.
-        channels: K logits, D·K locations and the channels of the noise, ``(C, *batch)``.
-        shift: Location of the standardised units, ``(D,)``.
-        scale: Their size, ``(D,)``, or ``(1,)`` if the noise model has a common unit.
+        channels: K logits, D·K locations and the blocks of the family, ``(C, *batch)``.
+        units: Map to the units of y.
     """
 
-    noise: NoiseModel
+    family: Family
     n_components: int
     dim: int
     channels: Tensor
-    shift: Tensor
-    scale: Tensor
+    units: Units
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -95,58 +92,64 @@ class ChannelMixture(NamedTuple):
         """Precision of the parameters."""
         return self.channels.dtype
 
-    def log_density(self, y: Tensor) -> Tensor:
+    def log_prob(self, y: Tensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
-        whitening = self.noise.whitening
-        if whitening is None or y.shape[:-1] != self.batch_shape or has_missing(y):
-            return self._raw().log_density(y)
-        value, width = ((y - self.shift) / self.scale).to(self.dtype), self.noise.num_params(self.dim)
-        density = channel_log_density(whitening, self.n_components, width, self.channels, value)
-        return density - log_unit(self.noise, self.dim, self.scale)
+        kernel = self.family.kernel
+        if kernel is None or y.shape[:-1] != self.batch_shape or has_missing(y):
+            return self._raw().log_prob(y)
+        layout = layout_of(self.family, self.dim, self.n_components)
+        density = channel_log_density(kernel, layout, self.channels, self.units.standardize(y).to(self.dtype))
+        return density - self.units.log_volume(y)
 
-    def mixture(self, *, validate_args: bool | None = None) -> GaussianMixture:
+    def mixture(self, *, validate_args: bool | None = None) -> Mixture:
         """Mixture in the units of y."""
         return self._raw().mixture(validate_args=validate_args)
 
-    def parameters(self) -> tuple[Tensor, Tensor, Covariance]:
-        """Normalised log-weights, locations and covariances in the units of y."""
+    def parameters(self) -> tuple[Tensor, Components]:
+        """Normalised log-weights and components in the units of y."""
         mixture = self.mixture(validate_args=False)
-        return mixture.logits, mixture.locs, mixture.covariance
+        return mixture.logits, mixture.components
 
     def is_moderate(self) -> bool:
         """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
         # In one tensor: to look at a number is to wait for the device.
-        extremes = [end for tensor in (self.scale, self.shift, self.channels) for end in bounds(tensor)]
+        extremes = [end for tensor in (*self.units.tensors(), self.channels) for end in bounds(tensor)]
         least, *others = torch.stack(extremes).tolist()
         limit = torch.finfo(self.dtype).max ** 0.5
         return least * limit > 1 and all(abs(end) < limit for end in others)
 
-    def _raw(self) -> RawMixture:
-        raw = split_channels(self.noise, self.n_components, self.dim, self.channels)
-        return RawMixture(self.noise, *raw, self.shift, self.scale)
+    def _raw(self) -> RawParameters:
+        return RawParameters(
+            self.family, raw_from_channels(self.family, self.n_components, self.dim, self.channels), self.units
+        )
 
 
-def split_channels(
-    noise: NoiseModel, n_components: int, dim: int, channels: Tensor, raw_noise: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Raw logits, locations and noise of a :class:`RawMixture`: views of channels ``(C, *batch)``.
+def mixture_class(family: Family) -> type[Mixture]:
+    """Class of the mixtures of a family."""
+    return GaussianMixture if isinstance(family, Normal) else Mixture
+
+
+def raw_from_channels(family: Family, n_components: int, dim: int, channels: Tensor, own: Tensor | None = None) -> Raw:
+    """Raw parameters as views of channels ``(C, *batch)``.
 
     Args:
-        noise: Noise model.
+        family: Family of the components.
         n_components: Number of components K.
         dim: Number of outputs D.
-        channels: K logits, D·K locations and, without ``raw_noise``, the channels of the noise.
-        raw_noise: Channels ``(C', *batch)`` (broadcast) of noise that does not depend on the inputs, if any; missing
-            dimensions of the batch are added.
+        channels: K logits, D·K locations and the blocks that depend on the inputs.
+        own: Channels ``(C', *batch)`` (broadcast) of the blocks that do not, if any; missing dimensions of the batch
+            are added.
     """
-    n = n_components * dim
-    logits, locs, own = channels.split_with_sizes([n_components, n, channels.shape[0] - n_components - n])
-    if raw_noise is not None:
-        own = raw_noise.reshape(*raw_noise.shape, *(1,) * (channels.ndim - raw_noise.ndim))
-    return kernels.channels_last(logits, 1), _grouped(locs, dim), _grouped(own, noise.num_params(dim))
+    logits, locs, predicted = layout_of(family, dim, n_components).split(channels)
+    own = channels.new_empty(0) if own is None else own
+    blocks, fixed = iter(predicted), iter(_blocks_of(own, family, dim, n_components, channels.ndim))
+    every = [next(fixed if block.homoscedastic else blocks) for block in family.blocks(dim)]
+    return channels_last(logits, 1), channels_last(locs, 2), *(channels_last(block, 2) for block in every)
 
 
-def _grouped(channels: Tensor, width: int) -> Tensor:
-    """View ``(width · K, *batch)`` as ``(*batch, K, width)``."""
-    groups = channels.shape[0] // width if width else 1
-    return kernels.channels_last(channels.reshape(width, groups, *channels.shape[1:]), 2)
+def _blocks_of(own: Tensor, family: Family, dim: int, n_components: int, ndim: int) -> Sequence[Tensor]:
+    """Homoscedastic blocks ``(width, groups, *batch)`` of a tensor of all their channels."""
+    shapes = [(b.width, 1 if b.tied else n_components) for b in family.blocks(dim) if b.homoscedastic]
+    own = own.reshape(*own.shape, *(1,) * (ndim - own.ndim))
+    parts = own.split_with_sizes([width * groups for width, groups in shapes])
+    return [part.reshape(*shape, *own.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]

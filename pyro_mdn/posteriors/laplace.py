@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pyro_mdn.networks.batched.functional import over_draws
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.posteriors.guide_draws import LaplaceGuide
 from pyro_mdn.posteriors.log_joint import LogJoint, reciprocal_variance, rows_of, undisturbed
 from pyro_mdn.support.checks import all_finite, shown
@@ -167,7 +168,7 @@ def _output_root(head: MixtureHead, raw: Tensor, y: Tensor, latent: Tensor) -> T
     Outputs that are not ``latent``, ``(N, ..., C)``, are constants.
     """
     raw = raw.double().requires_grad_()
-    density = head.log_density(_split(head, raw), y.double(), head.shift.double(), head.scale.double())
+    density = head.log_density(_split(head, raw), y.double(), head.units_in(torch.float64))
     (gradient,) = torch.autograd.grad(-density.sum(), raw, create_graph=True)
     # Rows do not depend on each other: a derivative of the sum is that of each.
     columns = [torch.autograd.grad(g.sum(), raw, retain_graph=True)[0] for g in gradient.unbind(-1)]
@@ -176,18 +177,19 @@ def _output_root(head: MixtureHead, raw: Tensor, y: Tensor, latent: Tensor) -> T
     return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
 
 
-def _joined(raw: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _joined(raw: Raw) -> Tensor:
     """Raw outputs ``(*batch, C)`` in one tensor."""
-    logits, locs, noise = raw
-    return torch.cat([logits, locs.flatten(-2), noise.flatten(-2).expand(*logits.shape[:-1], -1)], -1)
+    logits, *others = raw
+    return torch.cat([logits, *(part.flatten(-2).expand(*logits.shape[:-1], -1) for part in others)], -1)
 
 
-def _split(head: MixtureHead, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split(head: MixtureHead, joined: Tensor) -> Raw:
     """Inverse of :func:`_joined`."""
-    n_components, width = head.n_components, head.noise.num_params(head.dim_out)
-    logits, locs, noise = joined.tensor_split([n_components, n_components * (1 + head.dim_out)], -1)
-    groups = noise.shape[-1] // width if width else 1
-    return logits, locs.unflatten(-1, (n_components, head.dim_out)), noise.unflatten(-1, (groups, width))
+    n_components = head.n_components
+    blocks = [(1 if block.tied else n_components, block.width) for block in head.family.blocks(head.dim_out)]
+    shapes = [(n_components, head.dim_out), *blocks]
+    logits, *parts = joined.split([n_components, *(groups * width for groups, width in shapes)], -1)
+    return logits, *(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _prior_precision(joint: LogJoint, weights: dict[str, Tensor]) -> Tensor:

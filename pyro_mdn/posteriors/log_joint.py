@@ -15,6 +15,7 @@ from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.networks.batched.functional import OwnParameters
 from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.rows import Rows, as_rows
 from pyro_mdn.posteriors.guide_draws import log_density_at
 from pyro_mdn.posteriors.priors import latent_names, starting_weights
@@ -105,9 +106,9 @@ class LogJoint:
 
     def _densities(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
         head = self.network.head
-        return head.log_density(self.raw(weights, inputs), y, head.shift, head.scale)
+        return head.log_density(self.raw(weights, inputs), y, head.units)
 
-    def raw(self, weights: Weights, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def raw(self, weights: Weights, inputs: Tensor) -> Raw:
         """Raw outputs of the head given weights; of some of ``inputs``."""
         with OwnParameters(), poutine.condition(data=dict(weights)), self.network._context():
             return self.network.head.raw(inputs) if self.in_head else self.network.raw(inputs)

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.networks.batched.functional import MixtureTensors, OwnParameters, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
 from pyro_mdn.networks.ensemble import DeepEnsemble
@@ -264,8 +264,7 @@ def _mixtures(
             raw = dense(draws, x, chunk_size) if whole else in_parts(dense, cost, draws, x)
         else:
             raw = passes(partial(_raw, network))
-    logits, locs, noise = raw
-    return network.head.mixture((logits, locs, noise), network.head.shift, network.head.scale)
+    return network.head.mixture(raw, network.head.units)
 
 
 # Raw parameters of the mixtures, ``(*batch, ...)`` given weights, ``(S, *batch, ...)`` given draws

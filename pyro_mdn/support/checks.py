@@ -31,6 +31,7 @@ __all__ = [
     "is_subclassed",
     "is_traced",
     "is_transformed",
+    "plain_number",
     "require_counts",
     "require_numbers",
     "require_range",
@@ -74,6 +75,19 @@ def shown(value: Any) -> str:
 
 def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool | Number | str | np.generic | torch.dtype)
+
+
+def plain_number(value: Any) -> float:
+    """Give back a number as it is, that of an array or tensor without dimensions, NaN of anything else.
+
+    >>> plain_number(np.float32(0.5)), plain_number("0.5")
+    (0.5, nan)
+    """
+    if isinstance(value, float | int) and not isinstance(value, bool):  # which compilers know how to trace
+        return value
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
 
 
 def is_count(value: Any) -> bool:

@@ -7,12 +7,14 @@ ends of each. A grid that follows every component finds them. Newton's method re
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.tensors import kernels, univariate
+from pyro_mdn.tensors.numerics import exp
+from pyro_mdn.tensors.univariate import UnivariateMixture
 
 __all__ = ["Shortest", "shortest_intervals"]
 
@@ -43,61 +45,64 @@ class Shortest(NamedTuple):
 
 
 @torch.no_grad()
-def shortest_intervals(outside: float, logits: Tensor, locs: Tensor, scale: Tensor) -> Shortest:
+def shortest_intervals(outside: float, mixture: UnivariateMixture) -> Shortest:
     """Find the shortest intervals that leave ``outside`` out.
 
     Args:
         outside: Probability outside the interval, in (0, 1).
-        logits: Normalised log-weights, ``(*batch, K)``.
-        locs: Means.
-        scale: Standard deviations; all of these broadcast.
+        mixture: Univariate mixtures, ``(*batch)``.
     """
-    parameters = torch.broadcast_tensors(logits, locs, scale)
-    batch, n_components = parameters[0].shape[:-1], parameters[0].shape[-1]
-    dtype = torch.promote_types(locs.dtype, torch.float32)
-    flat = [p.detach().reshape(-1, n_components).to(dtype) for p in parameters]
-    size = max(1, _ELEMENTS // (n_components * len(_nodes(locs))))
-    pieces = zip(*(p.split(size) for p in flat), strict=True)
-    parts = [_basins(start * size, outside, _on_grid(outside, *piece)) for start, piece in enumerate(pieces)]
+    locs = mixture.locs
+    shape = torch.broadcast_shapes(mixture.logits.shape, locs.shape, mixture.scale.shape)
+    batch, dtype = shape[:-1], torch.promote_types(locs.dtype, torch.float32)
+    flat = _changed(mixture, lambda t: t.detach().expand(shape).reshape(-1, shape[-1]).to(dtype))
+    size = max(1, _ELEMENTS // (shape[-1] * mixture.law.grid(locs).shape[-1]))
+    parts = [
+        _basins(start, outside, _on_grid(outside, _changed(flat, lambda t, start=start: t[start : start + size])))
+        for start in range(0, max(1, batch.numel()), size)
+    ]
     rows = torch.cat([part[0] for part in parts])
     candidates = [
         _Ends(*(torch.cat(t) for t in zip(*ends, strict=True))) for ends in list(zip(*parts, strict=True))[1:]
     ]
     left, lower, upper = _narrowest(outside, flat, rows, candidates)
     shortest = Shortest(*(t.to(locs) for t in (left, outside - left, lower, upper)))
-    _set_ends(shortest, lower.isnan().nonzero().squeeze(-1), *flat)
+    _set_ends(shortest, lower.isnan().nonzero().squeeze(-1), flat)
     return Shortest(*(t.reshape(batch) for t in shortest))
 
 
-def _set_ends(shortest: Shortest, rows: Tensor, *parameters: Tensor) -> None:
+def _changed(mixture: UnivariateMixture, function: Callable[[Tensor], Tensor]) -> UnivariateMixture:
+    """Apply a function to all parameters, those of the law included."""
+    logits, locs, scale, law = mixture
+    return UnivariateMixture(function(logits), function(locs), function(scale), law.map(lambda t, n: function(t)))
+
+
+def _set_ends(shortest: Shortest, rows: Tensor, mixture: UnivariateMixture) -> None:
     """Set the ends of these rows, where a bracket has kept Newton's method from accurate ones, to quantiles."""
-    logits, locs, scale = (p[rows] for p in parameters)
-    left, right = (tail[rows].to(locs) for tail in (shortest.left, shortest.right))
-    shortest.lower[rows] = univariate.mixture_quantile(left, logits, locs, scale).to(shortest.lower)
-    shortest.upper[rows] = -univariate.mixture_quantile(right, logits, -locs, scale).to(shortest.upper)
+    if not len(rows):
+        return
+    some = _changed(mixture, lambda t: t[rows])
+    left, right = (tail[rows].to(some.locs) for tail in (shortest.left, shortest.right))
+    shortest.lower[rows] = some.quantile(left).to(shortest.lower)
+    shortest.upper[rows] = -some.mirrored().quantile(right).to(shortest.upper)
 
 
-def _narrowest(outside: float, parameters: list[Tensor], rows: Tensor, candidates: list[_Ends]) -> Tensor:
+def _narrowest(outside: float, mixture: UnivariateMixture, rows: Tensor, candidates: list[_Ends]) -> Tensor:
     """Probability below the shortest interval, lower and upper end, ``(3, N)``, for parameters ``(N, K)``."""
     # The grid is in the dtype of the mixture; differences between nearly equal densities need more digits.
-    width, found = _refine(outside, rows, [p[rows].double() for p in parameters], *candidates)
-    count = len(parameters[0])
+    width, found = _refine(outside, rows, _changed(mixture, lambda t: t[rows].double()), *candidates)
+    count = len(mixture.locs)
     shortest = width.new_full((count,), math.inf).scatter_reduce(0, rows, width, "amin")
     chosen = (width == shortest[rows]).nonzero().squeeze(-1)
     none = width.new_tensor([outside / 2, math.nan, math.nan]).unsqueeze(-1).repeat(1, count)
     return none.index_copy(1, rows[chosen], found[:, chosen])
 
 
-def _nodes(like: Tensor) -> Tensor:
-    """Points of the grid for a standard normal component, close where its density bends."""
-    half = [0.8, 1.6, 2.4, 3.4, 5.0, 8.5]
-    return like.new_tensor([-z for z in reversed(half)] + [0.0] + half)
-
-
-def _on_grid(outside: float, logits: Tensor, locs: Tensor, scale: Tensor) -> _Ends:
+def _on_grid(outside: float, mixture: UnivariateMixture) -> _Ends:
     """Intervals one end of which is a point of the grid, ``(N, M)``: the other end is interpolated."""
-    points = (locs.unsqueeze(-1) + scale.unsqueeze(-1) * _nodes(locs)).flatten(-2).sort(-1).values
-    below, above, density = _tails(points, logits.exp(), locs, scale)
+    locs, scale = mixture.locs.unsqueeze(-1), mixture.scale.unsqueeze(-1)
+    points = (locs + scale * mixture.law.grid(mixture.locs)).flatten(-2).sort(-1).values
+    below, above, density = _tails(points, mixture)
     below, level = below.cummax(-1).values, (outside - above).cummax(-1).values  # rounding leaves them unsorted
     log_density = density.clamp(min=torch.finfo(density.dtype).tiny).log()
     # The ranks of each among the others sort the two: the positions of one, and those that are left.
@@ -112,19 +117,19 @@ def _on_grid(outside: float, logits: Tensor, locs: Tensor, scale: Tensor) -> _En
     return _Ends(*(torch.empty_like(t).scatter_(-1, order, t) for t in (tail, lower, upper)))
 
 
-def _tails(points: Tensor, weights: Tensor, locs: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _tails(points: Tensor, mixture: UnivariateMixture) -> tuple[Tensor, Tensor, Tensor]:
     """Probability below and above points ``(N, M)``, and density; both tails keep their relative accuracy."""
+    logits, locs, scale, law = mixture
     passed, tail, density = (torch.zeros_like(points) for _ in range(3))
     total = torch.zeros_like(points[:, :1])
-    precision = math.sqrt(0.5) / scale
-    height = weights * precision / math.sqrt(math.pi)
+    weights, precision = logits.exp(), scale.reciprocal()
     for k in range(locs.shape[-1]):  # one at a time, so that memory does not grow with the square of their number
-        standardized = (points - locs[:, k, None]).mul_(precision[:, k, None])
-        weight = weights[:, k, None]
-        passed.addcmul_(standardized >= 0, weight)
+        own, weight = law.map(lambda t, n, k=k: t[:, k, None]), weights[:, k, None]
+        z = (points - locs[:, k, None]).mul_(precision[:, k, None])
+        passed.addcmul_(z >= 0, weight)
         total = total + weight
-        tail.addcmul_(standardized.abs().erfc_().copysign_(standardized), weight, value=0.5)
-        density.addcmul_(kernels.exp(standardized.square_().neg_()), height[:, k, None])
+        tail.addcmul_(own.outer_tail(z).copysign_(z), weight)
+        density.addcmul_(exp(own.log_density(z)), weight * precision[:, k, None])
     return passed - tail, total - passed + tail, density
 
 
@@ -176,7 +181,7 @@ class _Bracket(NamedTuple):
 
 
 def _refine(
-    outside: float, rows: Tensor, parameters: list[Tensor], lowest: _Ends, highest: _Ends, start: _Ends
+    outside: float, rows: Tensor, mixture: UnivariateMixture, lowest: _Ends, highest: _Ends, start: _Ends
 ) -> tuple[Tensor, Tensor]:
     """Width ``(P,)``, and tail below, lower and upper end ``(3, P)``, where the densities at both ends agree.
 
@@ -188,7 +193,7 @@ def _refine(
     width, found = torch.full_like(start.tail, math.inf), start.tail.expand(3, -1).clone()
     shortest = width.new_full((int(rows.amax()) + 1 if len(rows) else 0,), math.inf)
     for _ in range(_STEPS):
-        new, reached, ends, gain, settled = _newton_step(outside, parameters, now)
+        new, reached, ends, gain, settled = _newton_step(outside, mixture, now)
         # Of equal ones the last, where the densities agree best, and the ends are most accurate.
         better = reached <= width[now.which] * torch.where(ends[0].isnan(), 1 + 1e-12, 1 + 1e-10)
         where = now.which[better]
@@ -196,19 +201,17 @@ def _refine(
         shortest.scatter_reduce_(0, now.row, reached, "amin")
         hopeless = reached - _SLACK * gain > shortest[now.row] * (1 + 1e-9)
         chosen = (~(settled | hopeless)).nonzero().squeeze(-1)
-        now, parameters = new.keep(chosen), [p.index_select(0, chosen) for p in parameters]
+        now, mixture = new.keep(chosen), _changed(mixture, lambda t, chosen=chosen: t.index_select(0, chosen))
     return width, found
 
 
 def _newton_step(
-    outside: float, parameters: list[Tensor], now: _Bracket
+    outside: float, mixture: UnivariateMixture, now: _Bracket
 ) -> tuple[_Bracket, Tensor, Tensor, Tensor, Tensor]:
     """Next bracket, a bound of the width now, ends to first order, what the step may gain, whether it is over."""
-    logits, locs, scale = parameters
     tail, ends = now.tail, now.ends
-    log_density, bend = univariate.log_density_by_level(ends, *parameters)
-    below = univariate.mixture_cdf(ends[0], *parameters)
-    above = univariate.mixture_cdf(-ends[1], logits, -locs, scale)
+    log_density, bend = mixture.log_density_by_level(ends)
+    below, above = mixture.cdf(ends[0]), mixture.mirrored().cdf(-ends[1])
     # How far the ends are from leaving this tail out, as a probability and, to first order, as a distance.
     lack, stretch = torch.stack([tail - below, tail - outside + above]), (-log_density).exp()
     corrected, error = ends + lack * stretch, (lack * stretch).abs().sum(0)

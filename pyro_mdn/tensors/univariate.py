@@ -1,171 +1,222 @@
-r"""Univariate mixtures on raw tensors: parameters ``(*batch, K)``, values ``(*batch)``."""
+r"""Univariate mixtures on raw tensors, and the laws of their components."""
 
-from __future__ import annotations  # torch 2.6 does not compile those of inner functions
+from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.special import erfc, erfcx, ndtri
+from torch.special import ndtr
 
-from pyro_mdn.support.checks import is_differentiated, is_recorded, unwrapped
-from pyro_mdn.tensors.kernels import exp, log_sum_exp
+from pyro_mdn.support.checks import is_differentiated
+from pyro_mdn.tensors.numerics import exp, log_sum_exp
+from pyro_mdn.tensors.roots import follow_root, solve_tail
+from pyro_mdn.tensors.tensor_batch import TensorBatch
 
-__all__ = [
-    "follow_root",
-    "log_density_by_level",
-    "mixture_cdf",
-    "mixture_log_cdf",
-    "mixture_log_density",
-    "mixture_quantile",
-    "normal_cdf",
-    "normal_log_cdf",
-]
+__all__ = ["Law", "TailAndDensity", "UnivariateMixture"]
+
+TailAndDensity = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Function of points that gives their cumulative distribution and density."""
+
+_GRID = (-8.5, -5.0, -3.4, -2.4, -1.6, -0.8, 0.0, 0.8, 1.6, 2.4, 3.4, 5.0, 8.5)
 
 
-_FAR, _TERMS = 5.0, 18
-"""Standard deviations from which on so many terms of a continued fraction are accurate in double precision."""
+@dataclass(frozen=True, eq=False)
+class Law(TensorBatch):
+    """Law of a univariate component at location 0 and scale 1; it is symmetric unless :meth:`mirrored` says otherwise.
 
-
-def normal_cdf(value: Tensor) -> Tensor:
-    """Standard normal cdf, accurate in the lower tail, where ``torch.special.ndtr`` rounds to multiples of eps."""
-    return 0.5 * erfc(-math.sqrt(0.5) * value)
-
-
-def normal_log_cdf(value: Tensor) -> Tensor:
-    """Logarithm of the standard normal cdf, with its derivatives up to the second, accurate in both tails.
-
-    Those of ``torch.special.log_ndtr`` are wrong far out: in single precision from about -100 on.
-
-    >>> normal_log_cdf(torch.tensor([-1e4, 0.0, 10.0]))
-    tensor([-5.0000e+07, -6.9315e-01, -7.6199e-24])
+    Tensors that it stores, such as degrees of freedom, have the shape ``(*batch, K)`` and no further dimension.
     """
-    with torch.no_grad():
-        low = value.clamp(max=0)
-        lower = (0.5 * erfcx(-math.sqrt(0.5) * low)).log() - 0.5 * low.square()
-        known = torch.where(value < -1, lower, torch.log1p(-0.5 * erfc(math.sqrt(0.5) * value)))
-    if not is_differentiated(value):
-        return known
-    # By the midpoint rule, whose first and second derivatives are right where both ends are the same point.
-    finite = torch.where(value.isfinite(), value, 0.0)
-    start = finite.detach()
-    return known.detach() + (finite - start) * _density_ratio(0.5 * (finite + start))
+
+    @abstractmethod
+    def log_density(self, z: Tensor) -> Tensor:
+        """Log-density at z."""
+
+    @abstractmethod
+    def cdf(self, z: Tensor) -> Tensor:
+        """Cumulative distribution at z, with relative accuracy in the lower tail, and differentiable."""
+
+    @abstractmethod
+    def quantile(self, q: Tensor) -> Tensor:
+        """Inverse of :meth:`cdf` for q in [0, 1/2], or a good approximation of it; without gradients."""
+
+    @abstractmethod
+    def mean_distance(self, z: Tensor) -> Tensor:
+        r"""Expected distance :math:`E|Z - z|`; infinite if there is no mean."""
+
+    def log_cdf(self, z: Tensor) -> Tensor:
+        """Logarithm of :meth:`cdf`, accurate also where that underflows if the law knows better than the logarithm."""
+        return self.cdf(z).clamp(min=torch.finfo(z.dtype).tiny).log()
+
+    def relative_log_density(self, z: Tensor, log_scale: Tensor) -> Tensor:
+        """Log-density at ``(*batch, K)`` in units of a scale, up to a constant for all components."""
+        return self.log_density(z) - log_scale
+
+    def slope(self, z: Tensor) -> Tensor:
+        """Derivative of the log-density; without a graph."""
+        with torch.enable_grad():
+            point = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.log_density(point).sum(), point)
+        return slope
+
+    def mirrored(self) -> Law:
+        """Law of -Z."""
+        return self
+
+    def log_mass(self, centre: Tensor, half: Tensor) -> Tensor:
+        """Log-probability of the interval within ``half`` of a centre, accurate in both tails and where it is narrow."""
+        law, at = self.mirrored(), -centre.abs()  # in the lower tail logarithms are accurate
+        if law is not self:
+            above = centre > 0
+            return torch.where(above, law._log_lower_mass(at, half), self._log_lower_mass(at, half))
+        return self._log_lower_mass(at, half)
+
+    def _log_lower_mass(self, centre: Tensor, half: Tensor) -> Tensor:
+        narrow = half * (1 + centre.abs()) < torch.finfo(centre.dtype).eps ** 0.25
+        width = torch.where(narrow, half, 1.0).log() + math.log(2)
+        wide = torch.where(narrow, 1.0, half)
+        upper, lower = self.log_cdf(centre + wide), self.log_cdf(centre - wide)
+        difference = upper + torch.log(-torch.expm1((lower - upper).clamp(max=-torch.finfo(centre.dtype).tiny)))
+        return torch.where(narrow, self.log_density(centre) + width, difference)
+
+    def tail_and_density(self, weights: Tensor, locs: Tensor, scale: Tensor) -> TailAndDensity:
+        """Cumulative distribution and density of a mixture as one function, which root finding calls often."""
+        height = weights / scale
+
+        def function(point: Tensor) -> tuple[Tensor, Tensor]:
+            z = (point.unsqueeze(-1) - locs) / scale
+            return (weights * self.cdf(z)).sum(-1), (height * exp(self.log_density(z))).sum(-1)
+
+        return function
+
+    def outer_tail(self, z: Tensor) -> Tensor:
+        """Probability beyond z on its side of 0: below z where it is negative, above z where it is positive."""
+        below = self.cdf(-z.abs())
+        law = self.mirrored()
+        return below if law is self else torch.where(z > 0, law.cdf(-z.abs()), below)
+
+    def two_sided_quantile(self, q: Tensor) -> Tensor:
+        """Quantile for q in [0, 1]."""
+        lower, upper = self.quantile(q.clamp(max=0.5)), -self.mirrored().quantile((1 - q).clamp(max=0.5))
+        return torch.where(q > 0.5, upper, lower)
+
+    def followed_quantile(self, q: Tensor) -> Tensor:
+        """Quantile for q in (0, 1/2], with gradients of the parameters of the law."""
+        root = self.quantile(q).detach()
+        if not is_differentiated(*self.tensors()):
+            return root
+        return follow_root(root, lambda point: (self.cdf(point) - q, self.log_density(point).exp()))
+
+    def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor | None:
+        """Half the expected distance of two draws from a mixture, ``(*batch)``; ``None`` if it has no closed form."""
+        return None
+
+    def grid(self, like: Tensor) -> Tensor:
+        """Thirteen points in ascending order, close to each other where the density bends; ``(*batch, K, 13)``."""
+        probabilities = ndtr(like.new_tensor(_GRID[: len(_GRID) // 2]))
+        spread = self.map(lambda t, n: t.unsqueeze(-1))
+        lower = spread.quantile(probabilities)
+        upper = -spread.mirrored().quantile(probabilities).flip(-1)
+        return torch.cat([lower, torch.zeros_like(lower[..., :1]), upper], -1)
 
 
-def _density_ratio(value: Tensor) -> Tensor:
-    """Standard normal density over cdf, the slope of :func:`normal_log_cdf`, in terms that autograd differentiates."""
-    right, left = value.clamp(min=0), (-value).clamp(min=_FAR)
-    density = torch.exp(-0.5 * right.square()) / math.sqrt(2 * math.pi)
-    # Not by clamp, whose derivative at its ends is 1 or 0, depending on the version of torch.
-    between = torch.where((value >= -_FAR) & (value <= 0), value, -1.0)
-    middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * between)
-    # Laplace's continued fraction, where the derivatives of erfcx would cancel.
-    rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
-    for k in range(_TERMS, 0, -1):
-        rest = left + k / rest
-    ratio = torch.where(value < -_FAR, rest, middle)
-    return torch.where(value > 0, density / (1 - 0.5 * erfc(math.sqrt(0.5) * right)), ratio)
+class UnivariateMixture(NamedTuple):
+    """A univariate mixture: parameters ``(*batch, K)`` that broadcast; values have the shape ``(*batch)``.
 
-
-def mixture_log_density(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
-    """Log-density of a univariate mixture."""
-    standardized = (value.unsqueeze(-1) - locs) / scale
-    constant = 0.5 * math.log(2 * math.pi)
-    return log_sum_exp((logits - 0.5 * standardized.square() - scale.log() - constant).movedim(-1, 0))
-
-
-def log_density_by_level(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-density of a univariate mixture, and its derivative with respect to the cdf."""
-    standardized = (value.unsqueeze(-1) - locs) / scale
-    joint = logits - 0.5 * standardized.square() - scale.log()
-    total = joint.logsumexp(-1)
-    log_density = total - 0.5 * math.log(2 * math.pi)
-    share = exp(joint - total.unsqueeze(-1))  # quicker than a softmax over few components
-    slope = -(share * standardized / scale).sum(-1)
-    return log_density, slope * (-log_density).exp()
-
-
-def mixture_cdf(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
-    """Cumulative distribution of a univariate mixture; relative accuracy in the lower tail."""
-    return (logits.exp() * normal_cdf((value.unsqueeze(-1) - locs) / scale)).sum(-1).clamp(max=1)
-
-
-def mixture_log_cdf(value: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
-    """Logarithm of the cumulative distribution of a univariate mixture, accurate in both tails."""
-    inside = value.isfinite()
-    standardized = (torch.where(inside, value, 0.0).unsqueeze(-1) - locs) / scale
-    terms = logits + normal_log_cdf(standardized).clamp(min=-0.25 * torch.finfo(locs.dtype).max)
-    lower = log_sum_exp(terms.movedim(-1, 0))
-    # Above the median the logarithm of a number near 1 has no digits: that of what is missing to 1 has them.
-    above = (logits.exp() * normal_cdf(-standardized)).sum(-1)
-    upper = torch.log1p(-torch.where(above < 0.5, above, 0.0))
-    ends = torch.where(value.isnan(), value, torch.where(value < 0, -math.inf, 0.0))
-    return torch.where(inside, torch.where(above < 0.5, upper, lower), ends.to(lower))
-
-
-def mixture_quantile(q: Tensor, logits: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
-    """Quantile of a univariate mixture, with gradients by the implicit function theorem.
-
-    Quantiles above a half are those of the mirrored mixture at 1 - q, so that both tails are lower tails.
+    Attributes:
+        logits: Normalised log-weights.
+        locs: Locations.
+        scale: Scales.
+        law: Law of the components.
     """
-    sign = torch.where(q > 0.5, -1.0, 1.0).to(q)
-    tail = torch.where(q > 0.5, 1 - q, q)
-    mirrored = sign.unsqueeze(-1) * locs
-    with torch.no_grad():
-        root = _solve_lower_tail(tail, logits, mirrored, scale).detach()  # in forward mode that is not one thing
-    if not is_differentiated(q, logits, locs, scale):
-        return sign * root
 
-    def equation(point: Tensor) -> tuple[Tensor, Tensor]:
-        slope = mixture_log_density(point, logits, mirrored, scale).exp()
-        return mixture_cdf(point, logits, mirrored, scale) - tail, slope
+    logits: Tensor
+    locs: Tensor
+    scale: Tensor
+    law: Law
 
-    # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
-    finite = torch.where(tail > 0, root, mirrored[..., 0].detach())
-    return sign * torch.where(tail > 0, follow_root(finite, equation), root)
+    def mirrored(self) -> UnivariateMixture:
+        """Distribution of minus the variable, whose lower tail is the upper one of this."""
+        return UnivariateMixture(self.logits, -self.locs, self.scale, self.law.mirrored())
 
+    def is_differentiated(self) -> bool:
+        """Whether a parameter needs a gradient."""
+        return is_differentiated(self.logits, self.locs, self.scale, *self.law.tensors())
 
-def follow_root(root: Tensor, equation: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Give a known root the derivatives of the implicit function, up to the second.
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density."""
+        terms = self.logits + self.law.log_density(self._standardized(value)) - self.scale.log()
+        return log_sum_exp(terms.movedim(-1, 0))
 
-    ``equation(point)`` returns residual and slope. Two Newton steps from the root move it by nothing, and their
-    derivatives are the root's.
-    """
-    point = root
-    for _ in range(2):
-        residual, slope = equation(point)
-        step = (residual - residual.detach()) / slope.clamp(min=torch.finfo(slope.dtype).tiny)
-        point = point - step
-    return point
+    def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density, and its derivative with respect to the cumulative distribution."""
+        z = self._standardized(value)
+        joint = self.logits + self.law.log_density(z) - self.scale.log()
+        total = joint.logsumexp(-1)
+        share = exp(joint - total.unsqueeze(-1))  # quicker than a softmax over few components
+        return total, (share * self.law.slope(z) / self.scale).sum(-1) * (-total).exp()
 
+    def cdf(self, value: Tensor) -> Tensor:
+        """Cumulative distribution, with relative accuracy in the lower tail."""
+        return (self.logits.exp() * self.law.cdf(self._standardized(value))).sum(-1).clamp(max=1)
 
-def _solve_lower_tail(tail: Tensor, logits: Tensor, locs: Tensor, scale: Tensor, max_steps: int = 200) -> Tensor:
-    """Solve cdf(point) = tail, for tails up to a half: Newton on the logarithm, bisection where that does not help.
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Logarithm of :meth:`cdf`, accurate in both tails."""
+        inside = value.isfinite()
+        z = self._standardized(torch.where(inside, value, 0.0))
+        terms = self.logits + self.law.log_cdf(z).clamp(min=-0.25 * torch.finfo(self.locs.dtype).max)
+        lower = log_sum_exp(terms.movedim(-1, 0))
+        # Above the median the logarithm of a number near 1 has no digits: that of what is missing to 1 has them.
+        above = (self.logits.exp() * self.law.mirrored().cdf(-z)).sum(-1)
+        upper = torch.log1p(-torch.where(above < 0.5, above, 0.0))
+        ends = torch.where(value.isnan(), value, torch.where(value < 0, -math.inf, 0.0))
+        return torch.where(inside, torch.where(above < 0.5, upper, lower), ends.to(lower))
 
-    The root lies between the smallest and the largest quantile of the components, and every step keeps it bracketed.
-    """
-    eps = torch.finfo(locs.dtype).eps
-    ends = locs + scale * ndtri(tail).unsqueeze(-1)
-    absent = logits == -math.inf
-    low = ends.masked_fill(absent, math.inf).amin(-1)
-    high = ends.masked_fill(absent, -math.inf).amax(-1)
-    point, last = low + (high - low) / 2, high - low
-    precision, half_weight = math.sqrt(0.5) / scale, 0.5 * logits.exp()
-    height = 2 / math.sqrt(math.pi) * precision * half_weight
-    tolerance = eps * (4 - 2 * tail.log())  # what rounding leaves of a cdf that low
-    for _ in range(max_steps):
-        standardized = (point.unsqueeze(-1) - locs) * precision
-        cdf, density = (half_weight * erfc(-standardized)).sum(-1), (height * exp(-standardized.square())).sum(-1)
-        excess = (cdf / tail).log()
-        too_high = excess >= 0
-        low, high = torch.where(too_high, low, point), torch.where(too_high, point, high)
-        width, newton = high - low, point - excess * cdf / density  # NaN, which does not help, where a cdf underflows
-        found = (excess.abs() <= tolerance) | ~(width > eps * torch.maximum(low.abs(), high.abs()))
-        helps = (newton > low) & (newton < high) & (found | ((newton - point).abs() < last / 2))
-        proposal = torch.where(helps, newton, torch.where(found, point, low + width / 2))
-        if not is_recorded() and bool(unwrapped(found).all()):
-            point = proposal
-            break
-        point, last = proposal, (proposal - point).abs()
-    return torch.where(tail > 0, point, -math.inf).masked_fill(logits.isnan().any(-1), math.nan)
+    def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
+        """Log-probability of the interval within ``half`` of a centre, accurate where it is small or narrow."""
+        z = self._standardized(centre)
+        width = half.unsqueeze(-1) if isinstance(half, Tensor) else half
+        terms = self.logits + self.law.log_mass(z, (width / self.scale).expand(z.shape))
+        return terms.logsumexp(-1)
+
+    def quantile(self, q: Tensor) -> Tensor:
+        """Quantile, with gradients by the implicit function theorem.
+
+        Quantiles above a half are those of the mirrored mixture at 1 - q, so that both tails are lower tails.
+        """
+        sign = torch.where(q > 0.5, -1.0, 1.0).to(q)
+        tail = torch.where(q > 0.5, 1 - q, q)
+        if self.law.mirrored() is self.law:
+            return sign * self._replace(locs=sign.unsqueeze(-1) * self.locs)._lower_quantile(tail)
+        below, above = self._lower_quantile(tail), self.mirrored()._lower_quantile(tail)
+        return torch.where(q > 0.5, -above, below)
+
+    def _lower_quantile(self, tail: Tensor) -> Tensor:
+        """Quantile at probabilities up to a half."""
+        with torch.no_grad():
+            root = self._solve(tail).detach()  # in forward mode that is not one thing
+        if not (self.is_differentiated() or is_differentiated(tail)):
+            return root
+
+        def equation(point: Tensor) -> tuple[Tensor, Tensor]:
+            return self.cdf(point) - tail, self.log_prob(point).exp()
+
+        # Where the quantile is infinite, any finite point keeps NaN out of the gradients.
+        finite = torch.where(tail > 0, root, self.locs[..., 0].detach())
+        return torch.where(tail > 0, follow_root(finite, equation), root)
+
+    def _solve(self, tail: Tensor) -> Tensor:
+        """Root between the smallest and the largest quantile of the components."""
+        ends = self.locs + self.scale * self.law.quantile(tail.unsqueeze(-1))
+        absent = self.logits == -math.inf
+        low = ends.masked_fill(absent, math.inf).amin(-1)
+        high = ends.masked_fill(absent, -math.inf).amax(-1)
+        point = solve_tail(tail, low, high, self.law.tail_and_density(self.logits.exp(), self.locs, self.scale))
+        return torch.where(tail > 0, point, -math.inf).masked_fill(self.logits.isnan().any(-1), math.nan)
+
+    def _standardized(self, value: Tensor) -> Tensor:
+        return (value.unsqueeze(-1) - self.locs) / self.scale

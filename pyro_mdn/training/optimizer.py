@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from pyro_mdn.tensors.kernels import negligible
+from pyro_mdn.tensors.numerics import negligible
 
 __all__ = [
     "AveragedWeights",

@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.support.batching import Cost, cost_of
 from pyro_mdn.support.process_state import give_way, own_generators
 
@@ -121,23 +121,22 @@ class MixtureTensors:
         function: What gives the mixture.
     """
 
-    def __init__(self, function: Callable[..., GaussianMixture]) -> None:
+    def __init__(self, function: Callable[..., Mixture]) -> None:
         self.function = function
-        self.covariance: Any = None
+        self.kind: type[Mixture] = Mixture
+        self.components: Any = None
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Logits, locations and what the covariance stores."""
+        """Logits and what the components store."""
         mixture = self.function(*args)
-        covariance = mixture.covariance
-        self.covariance = covariance.expand((*mixture.batch_shape, covariance.batch_shape[-1]))
-        stored: list[Tensor] = []
-        self.covariance.map(lambda tensor, _: stored.append(tensor) or tensor)
-        return mixture.logits, mixture.locs, *stored
+        batch_shape = mixture.batch_shape
+        self.kind = type(mixture)
+        self.components = mixture.components.map(lambda t, n: t.expand(*batch_shape, *t.shape[t.ndim - n - 1 :]))
+        return mixture.logits, *self.components.tensors()
 
-    def mixture(self, logits: Tensor, locs: Tensor, *stored: Tensor) -> GaussianMixture:
-        """Mixture of such tensors, of any batch shape, with a covariance like that of the last call."""
-        rest = list(stored)
-        return GaussianMixture(logits, locs, self.covariance.map(lambda *_: rest.pop(0)))
+    def mixture(self, logits: Tensor, *stored: Tensor) -> Mixture:
+        """Mixture of such tensors, of any batch shape, with components like those of the last call."""
+        return self.kind.of_components(logits, self.components.with_tensors(stored))
 
 
 class OwnParameters(Messenger):

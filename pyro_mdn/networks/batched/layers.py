@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import FirstLinear, MixtureDensityNetwork
+from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.support.batching import Cost
 from pyro_mdn.support.checks import is_inherited, is_plain
 from pyro_mdn.support.process_state import give_way
@@ -44,7 +45,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 def dense_raw(
     network: MixtureDensityNetwork, x: Tensor, tensors: Mapping[str, Tensor], *, chunk_size: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Raw:
     """Raw parameters ``(S, *batch, ...)`` of the mixtures by S networks that differ in their tensors.
 
     Args:
@@ -81,7 +82,7 @@ def dense_cost(network: MixtureDensityNetwork, draws: Mapping[str, Tensor]) -> C
     """What :func:`dense_raw` takes for each network and row: what layers give, and what becomes of it."""
     layers = [layer for layer in network.backbone._modules.values() if isinstance(layer, nn.Linear)]
     widths = 2 * sum(layer.out_features for layer in layers) + 4 * sum(network.head.sizes)
-    size = network.head.shift.itemsize
+    size = network.x_shift.itemsize
     return Cost(size * sum(value[0].numel() for value in draws.values()), size * widths, True)
 
 

@@ -16,19 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.covariance.base import Covariance, DiagonalCovariance, IsotropicCovariance
-from pyro_mdn.distributions.covariance.correlated import FullCovariance, LowRankCovariance
-from pyro_mdn.distributions.covariance.whitening import (
-    RawDiagonalWhitening,
-    RawFullWhitening,
-    RawLowRankWhitening,
-    positive,
-)
+from pyro_mdn.distributions.covariance.base import Covariance, Whitening
+from pyro_mdn.distributions.covariance.diagonal import DiagonalCovariance, IsotropicCovariance, RawDiagonalWhitening
+from pyro_mdn.distributions.covariance.full import FullCovariance, RawFullWhitening
+from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance, RawLowRankWhitening
 from pyro_mdn.support.checks import is_count, shown
-from pyro_mdn.tensors import kernels
+from pyro_mdn.support.registry import Specification
+from pyro_mdn.tensors.channels import split_channels
+from pyro_mdn.tensors.numerics import positive
 
 __all__ = [
-    "NOISE_MODELS",
     "Diagonal",
     "Fixed",
     "Full",
@@ -36,15 +33,13 @@ __all__ = [
     "LowRank",
     "NoiseModel",
     "as_noise_model",
-    "noise_from_config",
-    "noise_to_config",
 ]
 
 _FLAGS = ("tied", "homoscedastic")
 
 
 @dataclass(frozen=True)
-class NoiseModel(ABC):
+class NoiseModel(Specification, ABC):
     """How a network's raw outputs become component covariances.
 
     Attributes:
@@ -53,6 +48,9 @@ class NoiseModel(ABC):
         common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y. It is
             the root mean square of the standard deviations of the outputs that are not constant in the data.
     """
+
+    kind: ClassVar[str] = "noise"
+    known: ClassVar[dict[str, type[NoiseModel]]] = {}
 
     tied: bool
     homoscedastic: bool
@@ -92,7 +90,7 @@ class NoiseModel(ABC):
         """
 
     @property
-    def whitening(self) -> kernels.Whitening | None:
+    def whitening(self) -> Whitening | None:
         """What :meth:`build` and the whitening of its covariance come to, from raw channels; ``None`` if not known."""
         return None
 
@@ -139,7 +137,7 @@ class Diagonal(_Learned):
         return DiagonalCovariance(self._positive(raw))
 
     @property
-    def whitening(self) -> kernels.Whitening:
+    def whitening(self) -> Whitening:
         return RawDiagonalWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
@@ -168,7 +166,7 @@ class Isotropic(_Learned):
         return IsotropicCovariance(self._positive(raw).squeeze(-1), dim_out)
 
     @property
-    def whitening(self) -> kernels.Whitening:
+    def whitening(self) -> Whitening:
         return RawDiagonalWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
@@ -193,11 +191,11 @@ class Full(_Learned):
         return dim_out * (dim_out + 1) // 2
 
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
-        diagonal, lower = kernels.split_channels(raw, [dim_out, raw.shape[-1] - dim_out])
+        diagonal, lower = split_channels(raw, [dim_out, raw.shape[-1] - dim_out])
         return FullCovariance(self._positive(diagonal).reciprocal(), lower)
 
     @property
-    def whitening(self) -> kernels.Whitening:
+    def whitening(self) -> Whitening:
         return RawFullWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
@@ -231,11 +229,11 @@ class LowRank(_Learned):
         return dim_out * (self.rank + 1)
 
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
-        diagonal, factor = kernels.split_channels(raw, [dim_out, dim_out * self.rank])
+        diagonal, factor = split_channels(raw, [dim_out, dim_out * self.rank])
         return LowRankCovariance(factor.unflatten(-1, (dim_out, self.rank)), self._positive(diagonal))
 
     @property
-    def whitening(self) -> kernels.Whitening:
+    def whitening(self) -> Whitening:
         return RawLowRankWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
@@ -271,16 +269,6 @@ class Fixed(NoiseModel):
         return scale[..., :0]
 
 
-# The names that constructors, the estimator of scikit-learn and files share; files have those of the classes.
-NOISE_MODELS: Mapping[str, type[NoiseModel]] = {
-    "diagonal": Diagonal,
-    "fixed": Fixed,
-    "full": Full,
-    "isotropic": Isotropic,
-    "low_rank": LowRank,
-}
-
-
 def as_noise_model(
     value: NoiseModel | str | None, dim_out: int, *, rank: int | None = None, scale: float | None = None
 ) -> NoiseModel:
@@ -300,46 +288,14 @@ def as_noise_model(
     """
     if value is None or isinstance(value, NoiseModel):
         return Diagonal() if value is None else value
-    if not isinstance(value, str) or value not in NOISE_MODELS:
-        raise ValueError(f"noise: expected a NoiseModel or one of {sorted(NOISE_MODELS)}, got {shown(value)}")
+    kind: Any = NoiseModel.named(value)
     if value == "fixed":
         if scale is None:
             raise ValueError("noise: expected Fixed(scale) for a known scale, got 'fixed' without")
         return Fixed(scale)
     if value == "low_rank":
         return LowRank(min(2, dim_out) if rank is None else rank)
-    kind: Any = NOISE_MODELS[value]
     return kind()
-
-
-_NOISE_MODELS = {model.__name__: model for model in NOISE_MODELS.values()}
-
-
-def noise_to_config(noise: NoiseModel) -> dict[str, Any]:
-    """Name and fields of a noise model.
-
-    >>> noise_to_config(as_noise_model("fixed", 1, scale=0.5))
-    {'name': 'Fixed', 'scale': 0.5}
-    """
-    name = type(noise).__name__
-    if _NOISE_MODELS.get(name) is not type(noise):
-        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)} to save, got {name}")
-    settings = {f.name: getattr(noise, f.name) for f in fields(noise) if f.init}
-    return {"name": name, **settings}
-
-
-def noise_from_config(config: Mapping[str, Any]) -> NoiseModel:
-    """Build the noise model that :func:`noise_to_config` described."""
-    if not isinstance(config, Mapping):
-        raise ValueError(f"noise: expected a name and settings, got {shown(config)}")
-    settings = dict(config)
-    name = settings.pop("name", None)
-    if not isinstance(name, str) or name not in _NOISE_MODELS:
-        raise ValueError(f"noise: expected one of {sorted(_NOISE_MODELS)}, got {shown(name)}")
-    try:
-        return _NOISE_MODELS[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"noise: expected the settings of {name}, got {settings}") from error
 
 
 def _flag(value: Any, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_mdn.tensors import kernels
+from pyro_mdn.tensors.numerics import exp
 
 __all__ = ["find_modes"]
 
@@ -236,7 +236,7 @@ def _surroundings(mixtures: _Rows, point: Tensor) -> tuple[Tensor, Tensor, Tenso
     for d in range(dim):
         joint.addcmul_(locs[d] - point[..., d, None], pull[d], value=-0.5)
     top = joint.amax(-1, keepdim=True)
-    share = kernels.exp(joint.sub_(top))
+    share = exp(joint.sub_(top))
     total = share.sum(-1, keepdim=True)
     share /= total
     weighted = pull * share

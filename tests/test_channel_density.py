@@ -1,4 +1,4 @@
-"""Log-densities straight from a linear layer: those of its channels, with gradients by hand."""
+"""Log-densities straight from the channels of a linear layer, with gradients by hand."""
 
 import copy
 
@@ -7,7 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureHead
-from pyro_mdn.tensors import layer_density
+from pyro_mdn.distributions.families.family import layout_of
+from pyro_mdn.distributions.families.normal import Normal
+from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels
 
 K, D, H, N = 3, 4, 5, 7
 NOISE = [Full(min_scale=1e-2), LowRank(2), Diagonal(), Isotropic()]
@@ -18,56 +20,39 @@ every_noise = pytest.mark.parametrize("noise", NOISE, ids=repr)
 def arguments(noise, n=N):
     """Settings of the kernel; weight, bias, features and values."""
     torch.manual_seed(0)
-    width = noise.num_params(D)
-    rows = K * (1 + D) + width * (1 if noise.tied else K)
-    tensors = [torch.randn(rows, H), torch.randn(rows), torch.randn(n, H), torch.randn(n, D)]
-    return (noise.whitening, K, width), [t.double().requires_grad_() for t in tensors]
+    layout = layout_of(Normal(noise), D, K)
+    tensors = [torch.randn(sum(layout.sizes), H), torch.randn(sum(layout.sizes)), torch.randn(n, H), torch.randn(n, D)]
+    return (Normal(noise).kernel, layout), [t.double().requires_grad_() for t in tensors]
 
 
-def by_channels(*arguments):
-    *settings, weight, bias, features, value = arguments
-    return layer_density.channel_log_density(*settings, weight @ features.T + bias.unsqueeze(-1), value)
+def density_of(kernel, layout, weight, bias, features, value):
+    """From a layer and its features on."""
+    return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value)
 
 
-@every_noise
-def test_gradients_are_those_of_layer_and_density_apart(noise):
-    settings, tensors = arguments(noise)
-    results = []
-    for function in (layer_density.layer_log_density, by_channels):
-        density = function(*settings, *tensors)
-        results.append([density, *torch.autograd.grad(density.square().sum(), tensors)])
-    assert_close(*results, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("rows", [H - 2, H + 20])  # autograd's gradients, and ours
-def test_channels_are_those_of_a_linear_layer(rows, monkeypatch):
-    monkeypatch.setattr(layer_density, "_MANY_ROWS", N)
+@pytest.mark.parametrize("rows", [H - 2, H + 20])
+def test_channels_are_those_of_a_linear_layer(rows):
     torch.manual_seed(0)
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(rows,), (rows, H), (N, H)]]
 
     def linear(bias, weight, features):
         return torch.nn.functional.linear(features, weight, bias).T
 
-    results = [
-        [c := f(*tensors), *torch.autograd.grad(c.square().sum(), tensors)]
-        for f in (layer_density.layer_channels, linear)
-    ]
+    results = [[c := f(*tensors), *torch.autograd.grad(c.square().sum(), tensors)] for f in (layer_channels, linear)]
     assert_close(*results)
-    assert torch.autograd.gradcheck(layer_density.layer_channels, tensors)
-    assert torch.autograd.gradgradcheck(layer_density.layer_channels, tensors)
-    assert_close(
-        torch.func.vmap(layer_density.layer_channels)(*(torch.stack([t, t]) for t in tensors))[1], results[1][0]
-    )
+    assert torch.autograd.gradcheck(layer_channels, tensors)
+    assert torch.autograd.gradgradcheck(layer_channels, tensors)
+    assert_close(torch.func.vmap(layer_channels)(*(torch.stack([t, t]) for t in tensors))[1], results[1][0])
     bias, weight, features = (t.detach().float().requires_grad_() for t in tensors)
     with torch.autocast("cpu", torch.bfloat16):
-        layer_density.layer_channels(bias, weight, features).sum().backward()
+        layer_channels(bias, weight, features).sum().backward()
     assert_close(bias.grad, torch.full((rows,), float(N)))
 
 
 @every_noise
 def test_a_graph_that_is_kept_gives_the_same_again(noise):
     settings, tensors = arguments(noise)
-    loss = layer_density.layer_log_density(*settings, *tensors).square().sum()
+    loss = density_of(*settings, *tensors).square().sum()
     first, second = (torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(2))
     assert_close(second, first, rtol=0, atol=0)
     assert_close(torch.autograd.grad(loss, tensors, create_graph=True), first, rtol=1e-8, atol=1e-9)
@@ -78,7 +63,7 @@ def test_second_derivatives(noise):
     settings, tensors = arguments(noise, n=4)
 
     def density(*tensors):
-        return layer_density.layer_log_density(*settings, *tensors)
+        return density_of(*settings, *tensors)
 
     assert torch.autograd.gradcheck(density, tensors)
     assert torch.autograd.gradgradcheck(density, tensors)
@@ -87,7 +72,7 @@ def test_second_derivatives(noise):
 @every_noise
 def test_batched_gradients(noise):
     settings, tensors = arguments(noise)
-    density = layer_density.layer_log_density(*settings, *tensors)
+    density = density_of(*settings, *tensors)
     cotangents = torch.eye(N, dtype=torch.float64)
     apart = [torch.autograd.grad(density, tensors, c, retain_graph=True) for c in cotangents]
     together = torch.autograd.grad(density, tensors, cotangents, is_grads_batched=True)
@@ -95,20 +80,19 @@ def test_batched_gradients(noise):
 
 
 @pytest.mark.parametrize("rows", [H - 2, H + 20])
-def test_batched_gradients_of_channels(rows, monkeypatch):
-    monkeypatch.setattr(layer_density, "_MANY_ROWS", N)
+def test_batched_gradients_of_channels(rows):
     torch.manual_seed(0)
     tensors = tuple(torch.randn(*shape, dtype=torch.float64) for shape in [(rows,), (rows, H), (N, H)])
-    expected = torch.autograd.functional.jacobian(layer_density.layer_channels, tensors)
-    assert_close(torch.autograd.functional.jacobian(layer_density.layer_channels, tensors, vectorize=True), expected)
+    expected = torch.autograd.functional.jacobian(layer_channels, tensors)
+    assert_close(torch.autograd.functional.jacobian(layer_channels, tensors, vectorize=True), expected)
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=["weight", "bias", "features", "value"])
 def test_only_what_is_wanted_is_differentiated(wanted):
     settings, tensors = arguments(Full())
-    (expected,) = torch.autograd.grad(layer_density.layer_log_density(*settings, *tensors).sum(), tensors[wanted])
+    (expected,) = torch.autograd.grad(density_of(*settings, *tensors).sum(), tensors[wanted])
     alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
-    layer_density.layer_log_density(*settings, *alone).sum().backward()
+    density_of(*settings, *alone).sum().backward()
     assert [t.grad is not None for t in alone] == [i == wanted for i in range(4)]
     assert_close(alone[wanted].grad, expected)
 
@@ -117,11 +101,11 @@ def test_only_what_is_wanted_is_differentiated(wanted):
 @pytest.mark.parametrize("of", ["channels", "layer"])
 def test_compiled_as_one_graph(noise, of):
     settings, tensors = arguments(noise)
-    function = layer_density.layer_log_density
+    function = density_of
     if of == "channels":
         weight, bias, features, value = tensors
         tensors = [(weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()]
-        function = layer_density.channel_log_density
+        function = channel_log_density
     torch.compiler.reset()
     compiled = torch.compile(lambda *t: function(*settings, *t), backend="aot_eager", fullgraph=True)
     wanted, results = [t for t in tensors if t.requires_grad], []
@@ -137,7 +121,7 @@ def test_second_derivatives_of_compiled_densities_are_refused(noise):
     settings, (weight, bias, features, value) = arguments(noise)
     channels, value = (weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()
     torch.compiler.reset()
-    compiled = torch.compile(lambda c: layer_density.channel_log_density(*settings, c, value), backend="aot_eager")
+    compiled = torch.compile(lambda c: channel_log_density(*settings, c, value), backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"does not (currently support double backward|require grad)"):
         torch.autograd.grad(compiled(channels).sum(), channels, create_graph=True)[0].sum().backward()
 
@@ -149,12 +133,12 @@ def test_transforms(noise, compiled):
     rows = [t.detach() for t in rows]
 
     def density(x, y):
-        return layer_density.layer_log_density(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
+        return density_of(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
 
     mapped = torch.vmap(density)
     torch.compiler.reset()
     mapped = torch.compile(mapped, backend="aot_eager", fullgraph=True) if compiled else mapped
-    assert_close(mapped(*rows), layer_density.layer_log_density(*settings, weight, bias, *rows))
+    assert_close(mapped(*rows), density_of(*settings, weight, bias, *rows))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (0,)])

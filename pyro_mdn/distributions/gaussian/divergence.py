@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
-from pyro_mdn.distributions.mixture import GaussianMixture
+from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.precision import in_widest_precision
 
 __all__ = ["kl_monte_carlo", "kl_variational_approximation"]

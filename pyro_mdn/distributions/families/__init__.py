@@ -1,0 +1,1 @@
+"""Families of components: one file each, and what they share."""

@@ -1,0 +1,158 @@
+r"""Components of a mixture: what every family of distributions has to provide."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn, Self
+
+import pyro.distributions as dist
+from torch import Tensor
+
+from pyro_mdn.tensors.channels import channels_first
+from pyro_mdn.tensors.numerics import log_sum_exp
+from pyro_mdn.tensors.tensor_batch import TensorBatch, stored, take_component
+from pyro_mdn.tensors.univariate import Law, UnivariateMixture
+
+__all__ = ["Components", "Sequential", "not_closed"]
+
+
+def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
+    """Raise ``NotImplementedError`` for an operation that has no closed form for a family, and say what to use."""
+    raise NotImplementedError(f"{operation}: not closed for {type(components).__name__} components; {instead}")
+
+
+@dataclass(frozen=True, eq=False)
+class Components(TensorBatch):
+    r"""K components over :math:`\mathbb{R}^D` for each mixture of a batch, all of one family.
+
+    Shapes are those of a mixture: ``(*batch, K)`` before the dimensions of an output. Values are given as
+    ``(*sample, *batch, D)`` and broadcast. A family has to provide the abstract methods. The others have a default, or
+    say what is not closed for the family.
+
+    Args:
+        locs: Locations, shape ``(*batch, K, D)``.
+    """
+
+    locs: Tensor = stored(1)
+
+    @property
+    def dim(self) -> int:
+        """Number of outputs D."""
+        return self.locs.shape[-1]
+
+    @abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of each component, shape ``(*sample, *batch, K)``."""
+
+    @abstractmethod
+    def draw(self) -> Tensor:
+        """One independent draw from each component, shape ``(*batch, K, D)``."""
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Means, shape ``(*batch, K, D)``; NaN where there is none."""
+
+    @abstractmethod
+    def stddev(self) -> Tensor:
+        """Standard deviations of outputs, shape ``(*batch, K, D)``; infinite or NaN where there is none."""
+
+    @abstractmethod
+    def marginal(self, dims: Sequence[int]) -> Self:
+        """Distribution of the outputs ``dims``, in that order."""
+
+    @abstractmethod
+    def univariate(self) -> tuple[Tensor, Tensor, Law]:
+        """Marginals: locations and scales, ``(*batch, D, K)``, and the law, with tensors ``(*batch, D | 1, K)``."""
+
+    @abstractmethod
+    def affine(self, shift: Tensor, scale: Tensor) -> Self:
+        """Distribution of ``shift + scale * y``, for tensors ``(*batch, 1, D | 1)``."""
+
+    @abstractmethod
+    def widen(self, factor: Tensor) -> Self:
+        """Multiply the scales by a positive tensor that broadcasts with ``(*batch, K, 1)``; locations stay."""
+
+    def select(self, component: Tensor) -> Self:
+        # Locations also where there is one component, so that each draw has its own.
+        return replace(super().select(component), locs=take_component(self.locs, component, 1))
+
+    def variance(self) -> Tensor:
+        """Variances of outputs, shape ``(*batch, K, D)``."""
+        return self.stddev().square()
+
+    def covariance_root(self) -> Tensor:
+        r"""Dense A with :math:`\mathrm{Cov} = A A^\top`, shape ``(*batch, K, D, M)``, M ≥ D."""
+        return self.stddev().diag_embed()
+
+    def covariance_matrix(self) -> Tensor:
+        """Covariances, shape ``(*batch, K, D, D)``."""
+        return self.variance().diag_embed()
+
+    def narrowest(self) -> Tensor:
+        """Smallest scale of an output given the others, shape ``(*batch, K)``: what the finest detail is as wide as."""
+        return self.stddev().amin(-1)
+
+    def mixture_log_prob(self, logits: Tensor, value: Tensor, *, normalize: bool = False) -> Tensor:
+        """Log-density of the mixture with these log-weights, shape ``(*sample, *batch)``.
+
+        Args:
+            logits: Log-weights, ``(*batch, K)``.
+            value: Points ``(*sample, *batch, D)``.
+            normalize: Whether to normalise the weights.
+        """
+        log_weights = channels_first(logits, 1)
+        log_weights = log_weights.log_softmax(0) if normalize else log_weights
+        joint = channels_first(self.log_prob(value), 1)
+        return log_sum_exp(log_weights[(slice(None), *(None,) * (joint.ndim - log_weights.ndim))] + joint)
+
+    def relative_log_prob(self, value: Tensor) -> Tensor:
+        """Log-density up to a constant for all components; finite for the nearest one however far the value is."""
+        return self.log_prob(value)
+
+    def condition(self, values: Tensor) -> Components:
+        """Distribution of the other outputs given the first ones, ``(*sample, *batch, n)``."""
+        not_closed("condition", self, "marginals are; or draw, and weight the draws")
+
+    def map_linearly(self, shift: Tensor, matrix: Tensor) -> Components:
+        """Distribution of ``shift + matrix @ y``, for ``(*batch, 1, M)`` and ``(*batch, 1, M, D)``."""
+        not_closed("affine with a matrix", self, "elementwise scales are")
+
+    def in_order(self) -> Sequential:
+        """Start going through the outputs in order, each given those before it."""
+        not_closed("conditionals of outputs in order", self, "with one output they are not needed")
+
+    def as_pyro(self) -> dist.TorchDistribution:
+        """Components as a distribution of Pyro's own, ``batch_shape`` ``(*batch, K)``."""
+        raise NotImplementedError(f"component_distribution: no Pyro distribution is known for {type(self).__name__}")
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` unless every parameter is finite and in its range."""
+
+    def of_dim(self, dim: int) -> Self:
+        """Return these components for ``dim`` outputs; a ``ValueError`` if they are for another number."""
+        return self
+
+    def require_components(self, count: int) -> None:
+        """Raise ``ValueError`` unless every tensor has a component axis of ``count``, or of 1."""
+
+    def describe(self) -> str:
+        """Describe the structure in a mixture's printout."""
+        return f"components={type(self).__name__}"
+
+    def univariate_mixture(self, logits: Tensor) -> UnivariateMixture:
+        """Marginal mixtures of all outputs, ``(*batch, D)``, for log-weights ``(*batch, K)``."""
+        return UnivariateMixture(logits.unsqueeze(-2), *self.univariate())
+
+
+class Sequential:
+    """Outputs of components in order: the distribution of each given those before it."""
+
+    def next_output(self) -> tuple[Tensor, Tensor, Law]:
+        """Locations and scales, ``(*sample, *batch, K)``, and law of the next output."""
+        raise NotImplementedError
+
+    def observe(self, value: Tensor) -> None:
+        """Take the value of that output, ``(*sample, *batch, 1)``, as given for those after it."""
+        raise NotImplementedError

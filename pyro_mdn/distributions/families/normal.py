@@ -1,0 +1,228 @@
+r"""Normal components."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.special import erf, erfc, erfcx, ndtri
+
+from pyro_mdn.distributions.families.as_pyro import normal_components
+from pyro_mdn.distributions.families.elliptical import Elliptical
+from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.families.kernels import NormalKernel
+from pyro_mdn.distributions.families.normal_spread import half_spread
+from pyro_mdn.support.checks import is_differentiated
+from pyro_mdn.tensors.channels import sum_outputs
+from pyro_mdn.tensors.mixture_density import Kernel
+from pyro_mdn.tensors.numerics import exp
+from pyro_mdn.tensors.univariate import Law, TailAndDensity
+
+__all__ = [
+    "NORMAL",
+    "Normal",
+    "NormalComponents",
+    "NormalLaw",
+    "normal_cdf",
+    "normal_log_cdf",
+    "normal_log_density",
+    "relative_log_density",
+]
+
+_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalComponents(Elliptical):
+    r"""Components :math:`\mathcal{N}(\mu_k, \Sigma_k)`.
+
+    Args:
+        locs: Means, shape ``(*batch, K, D)``.
+        covariance: Covariances; a component axis of 1 ties them.
+    """
+
+    def radial_log_density(self, square: Tensor) -> Tensor:
+        return -0.5 * square - _HALF_LOG_TWO_PI * self.dim
+
+    def relative_log_prob(self, value: Tensor) -> Tensor:
+        whitened = self.covariance.whiten(self.locs - value.unsqueeze(-2))
+        return relative_log_density(whitened, self.covariance.half_log_det())
+
+    def spread(self) -> Tensor | None:
+        return None
+
+    def law(self) -> Law:
+        return NORMAL
+
+    def kernel(self) -> tuple[Kernel, list[Tensor]] | None:
+        whitening = self.covariance.whitening
+        return None if whitening is None else (NormalKernel(whitening), self.covariance.factors())
+
+    def given(self, square: Callable[[], Tensor], count: int) -> tuple[Tensor | None, Self]:
+        return None, self
+
+    def describe(self) -> str:
+        return f"covariance={type(self.covariance).__name__}"
+
+    def as_pyro(self) -> dist.TorchDistribution:
+        return normal_components(self.covariance, self.locs)
+
+
+@dataclass(frozen=True)
+class Normal(Family):
+    r"""Normal components, the default: :math:`\mathcal{N}(\mu_k, \Sigma_k)`.
+
+    Args:
+        noise: Noise model of the covariances.
+
+    >>> Normal()
+    Normal(noise=Diagonal(tied=False, homoscedastic=False, min_scale=0.001))
+    """
+
+    def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> NormalComponents:
+        return NormalComponents(locs, self.noise.build(blocks[0], locs.shape[-1], unit))
+
+    @property
+    def kernel(self) -> Kernel | None:
+        whitening = self.noise.whitening
+        return None if whitening is None else NormalKernel(whitening)
+
+
+def normal_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
+    """Gaussian log-density ``(*batch, K)`` from a whitened residual ``(*batch, K, D)`` and ½ log det Σ."""
+    return -0.5 * sum_outputs(whitened.square()) - half_log_det - _HALF_LOG_TWO_PI * whitened.shape[-1]
+
+
+def relative_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
+    """Compute :func:`normal_log_density` up to a constant that is common to all components.
+
+    Far from all components, where squares overflow, the result is still finite for the nearest one.
+    """
+    # A unit of about the root of the largest number. It is a power of two, and 1 at least, so that nothing is rounded.
+    size = whitened.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1)
+    unit = torch.exp2((0.5 * size.log2()).floor())
+    squares = sum_outputs((whitened / unit).square())
+    farther = squares - squares.detach().amin(-1, keepdim=True)
+    return farther * (-0.5 * unit.squeeze(-1).square()) - half_log_det
+
+
+# One output
+
+
+@dataclass(frozen=True, eq=False)
+class NormalLaw(Law):
+    """Standard normal law."""
+
+    def log_density(self, z: Tensor) -> Tensor:
+        return -0.5 * z.square() - _HALF_LOG_TWO_PI
+
+    def relative_log_density(self, z: Tensor, log_scale: Tensor) -> Tensor:
+        return relative_log_density(z.unsqueeze(-1), log_scale)
+
+    def cdf(self, z: Tensor) -> Tensor:
+        return normal_cdf(z)
+
+    def log_cdf(self, z: Tensor) -> Tensor:
+        return normal_log_cdf(z)
+
+    def quantile(self, q: Tensor) -> Tensor:
+        return ndtri(q)
+
+    def slope(self, z: Tensor) -> Tensor:
+        return -z
+
+    def mean_distance(self, z: Tensor) -> Tensor:
+        return 2 * exp(-0.5 * z.square()) / math.sqrt(2 * math.pi) + z * erf(math.sqrt(0.5) * z)
+
+    def tail_and_density(self, weights: Tensor, locs: Tensor, scale: Tensor) -> TailAndDensity:
+        precision, half_weight = math.sqrt(0.5) / scale, 0.5 * weights
+        height = 2 / math.sqrt(math.pi) * precision * half_weight
+
+        def function(point: Tensor) -> tuple[Tensor, Tensor]:
+            z = (point.unsqueeze(-1) - locs) * precision
+            return (half_weight * erfc(-z)).sum(-1), (height * exp(-z.square())).sum(-1)
+
+        return function
+
+    def outer_tail(self, z: Tensor) -> Tensor:
+        return 0.5 * erfc(math.sqrt(0.5) * z.abs())
+
+    def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
+        # Squares of scales in a unit of their size, a power of two, neither over- nor underflow.
+        unit = torch.exp2(scale.detach().amax(-1, keepdim=True).log2().round())
+        return half_spread(weights, locs / unit, (scale / unit).square()) * unit.squeeze(-1)
+
+    def log_mass(self, centre: Tensor, half: Tensor) -> Tensor:
+        return _log_mass(centre, half)
+
+
+NORMAL = NormalLaw()
+
+
+def normal_cdf(value: Tensor) -> Tensor:
+    """Standard normal cdf, accurate in the lower tail, where ``torch.special.ndtr`` rounds to multiples of eps."""
+    return 0.5 * erfc(-math.sqrt(0.5) * value)
+
+
+_FAR, _TERMS = 5.0, 18
+"""Standard deviations from which on so many terms of a continued fraction are accurate in double precision."""
+
+
+def normal_log_cdf(value: Tensor) -> Tensor:
+    """Logarithm of the standard normal cdf, with its derivatives up to the second, accurate in both tails.
+
+    Those of ``torch.special.log_ndtr`` are wrong far out: in single precision from about -100 on.
+
+    >>> normal_log_cdf(torch.tensor([-1e4, 0.0, 10.0]))
+    tensor([-5.0000e+07, -6.9315e-01, -7.6199e-24])
+    """
+    with torch.no_grad():
+        low = value.clamp(max=0)
+        lower = (0.5 * erfcx(-math.sqrt(0.5) * low)).log() - 0.5 * low.square()
+        known = torch.where(value < -1, lower, torch.log1p(-0.5 * erfc(math.sqrt(0.5) * value)))
+    if not is_differentiated(value):
+        return known
+    # By the midpoint rule, whose first and second derivatives are right where both ends are the same point.
+    finite = torch.where(value.isfinite(), value, 0.0)
+    start = finite.detach()
+    return known.detach() + (finite - start) * _density_ratio(0.5 * (finite + start))
+
+
+def _density_ratio(value: Tensor) -> Tensor:
+    """Standard normal density over cdf, the slope of :func:`normal_log_cdf`, in terms that autograd differentiates."""
+    right, left = value.clamp(min=0), (-value).clamp(min=_FAR)
+    density = torch.exp(-0.5 * right.square()) / math.sqrt(2 * math.pi)
+    # Not by clamp, whose derivative at its ends is 1 or 0, depending on the version of torch.
+    between = torch.where((value >= -_FAR) & (value <= 0), value, -1.0)
+    middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * between)
+    # Laplace's continued fraction, where the derivatives of erfcx would cancel.
+    rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
+    for k in range(_TERMS, 0, -1):
+        rest = left + k / rest
+    ratio = torch.where(value < -_FAR, rest, middle)
+    return torch.where(value > 0, density / (1 - 0.5 * erfc(math.sqrt(0.5) * right)), ratio)
+
+
+def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
+    """Log-probability that a standard normal variable lies within ``half`` of ``centre``."""
+    centre = centre.abs()
+    narrow = half * (1 + centre) < torch.finfo(centre.dtype).eps ** 0.25
+    aside = ~narrow & (half < centre)
+    around = ~narrow & ~aside
+    # A narrow interval would cancel: Taylor's series of the density around its centre.
+    small, at = half.masked_fill(~narrow, 1.0), centre.masked_fill(~narrow, 0.0)
+    series = -0.5 * at.square() + small.log() + small.square() * (at.square() - 1) / 6 + 0.5 * math.log(2 / math.pi)
+    # By symmetry all of it in the lower tail, where the logarithms are accurate.
+    wide, at = half.masked_fill(~around, 1.0), centre.masked_fill(~around, 0.0)
+    upper, lower = normal_log_cdf(wide - at), normal_log_cdf(-wide - at)
+    difference = upper + torch.log(-torch.expm1(lower - upper))
+    # Beside the mode, without what both ends have in common: their logarithms would be huge, and all but the same.
+    wide, at = half.masked_fill(~aside, 1.0), centre.masked_fill(~aside, 2.0)
+    inner, outer = (erfcx(math.sqrt(0.5) * end) for end in (at - wide, at + wide))
+    tail = -0.5 * (at - wide).square() + torch.log(0.5 * (inner - (-2 * at * wide).exp() * outer))
+    return torch.where(narrow, series, torch.where(aside, tail, difference))

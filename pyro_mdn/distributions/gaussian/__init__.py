@@ -1,0 +1,1 @@
+"""Mixtures of Gaussians: what only normal components have in closed form."""

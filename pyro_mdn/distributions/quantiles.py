@@ -1,0 +1,169 @@
+r"""One output at a time: distribution functions, quantiles, intervals; and regions of highest density."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from pyro_mdn.distributions.density import as_points
+from pyro_mdn.distributions.parameters import as_probabilities
+from pyro_mdn.distributions.precision import in_widest_precision
+from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.checks import require_unmapped, shown
+from pyro_mdn.tensors.roots import follow_root
+from pyro_mdn.tensors.shortest_intervals import shortest_intervals
+from pyro_mdn.tensors.univariate import UnivariateMixture
+
+if TYPE_CHECKING:
+    from pyro_mdn.distributions.mixture import Mixture
+
+__all__ = [
+    "cdf",
+    "highest_density_threshold",
+    "icdf",
+    "in_highest_density_region",
+    "interval",
+    "log_cdf",
+    "log_sf",
+    "sf",
+    "univariate",
+]
+
+
+def univariate(mixture: Mixture) -> UnivariateMixture:
+    """Marginal mixtures of the outputs, with parameters ``(*batch, D, K)`` that broadcast."""
+    return mixture.components.univariate_mixture(mixture.logits)
+
+
+@in_widest_precision
+def cdf(mixture: Mixture, value: Any) -> Tensor:
+    r"""Marginal cumulative distribution of each output, shape ``(*sample, *batch, D)``.
+
+    .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
+    """
+    value = as_points(mixture, value).to(mixture.dtype)
+    return univariate(mixture).cdf(value)
+
+
+@in_widest_precision
+def sf(mixture: Mixture, value: Any) -> Tensor:
+    """Marginal survival function 1 - F of each output, ``(*sample, *batch, D)``, accurate where it is small."""
+    value = as_points(mixture, value).to(mixture.dtype)
+    return univariate(mixture).mirrored().cdf(-value)
+
+
+@in_widest_precision
+def log_cdf(mixture: Mixture, value: Any) -> Tensor:
+    """Logarithm of :meth:`cdf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+
+    The log-likelihood of an observation of which only an upper limit is known (left-censored). Differentiable
+    twice. Entries that are NaN are NaN, and add nothing to gradients.
+
+    >>> from pyro_mdn import IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
+    tensor([-8.0461e+02, -6.9315e-01])
+    """
+    value = as_points(mixture, value).to(mixture.dtype)
+    return univariate(mixture).log_cdf(value)
+
+
+@in_widest_precision
+def log_sf(mixture: Mixture, value: Any) -> Tensor:
+    """Logarithm of :meth:`sf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+
+    The log-likelihood of an observation of which only a lower limit is known (right-censored); see :meth:`log_cdf`.
+    """
+    value = as_points(mixture, value).to(mixture.dtype)
+    return univariate(mixture).mirrored().log_cdf(-value)
+
+
+@in_widest_precision
+def icdf(mixture: Mixture, value: Any) -> Tensor:
+    """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
+
+    Gradients are those of the implicit function, also with respect to ``value``.
+
+    Args:
+        mixture: The mixture.
+        value: Probabilities, broadcast against ``(*batch, D)``; 0 and 1 give ∓inf.
+
+    Raises:
+        ValueError: If a probability is outside [0, 1] or the shape does not fit.
+    """
+    q = as_tensor(value, "value", mixture.device).to(mixture.components.locs)
+    return univariate(mixture).quantile(as_probabilities(q, (*mixture.batch_shape, mixture.dim)))
+
+
+@in_widest_precision
+def interval(
+    mixture: Mixture, mass: float, *, kind: Literal["central", "shortest"] = "central"
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper ends, ``(*batch, D)`` each, of an interval with probability ``mass`` for each output.
+
+    Args:
+        mixture: The mixture.
+        mass: Probability inside, in (0, 1).
+        kind: ``"central"`` leaves equal tails; ``"shortest"`` is the shortest single interval, which contains
+            the points of highest density if there is one mode. All local minima of the width are compared.
+
+    Raises:
+        ValueError: If the mass is not in (0, 1) or the kind is unknown.
+    """
+    _check_mass(mass)
+    if kind not in ("central", "shortest"):
+        raise ValueError(f"kind: expected 'central' or 'shortest', got {shown(kind)}")
+    outside, marginals = 1 - mass, univariate(mixture)
+    left = right = mixture.components.locs.new_full((*mixture.batch_shape, mixture.dim), outside / 2)
+    if kind == "shortest":
+        require_unmapped("interval", mixture.logits, *mixture.components.tensors())
+        left, right, *ends = shortest_intervals(outside, marginals)
+        if not marginals.is_differentiated():
+            return ends[0], ends[1]
+        left = _follow_shortest(marginals, left, right)
+        right = right + (left.detach() - left)
+    return marginals.quantile(left), -marginals.mirrored().quantile(right)
+
+
+def _follow_shortest(marginals: UnivariateMixture, left: Tensor, right: Tensor) -> Tensor:
+    """Give the probabilities below shortest intervals their derivatives: the density is the same at both ends."""
+
+    def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
+        ends = marginals.quantile(tail), -marginals.mirrored().quantile(right + (left - tail))
+        (low, bend_low), (high, bend_high) = (marginals.log_density_by_level(end) for end in ends)
+        slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
+        # Two shortest intervals that become one: there are no derivatives.
+        return low - high, slope.masked_fill(~(slope > 1e-3 * terms), math.inf)
+
+    return follow_root(left, equation)
+
+
+@in_widest_precision
+def highest_density_threshold(mixture: Mixture, mass: float, *, num_samples: int = 10_000) -> Tensor:
+    r"""Log-density above which the points have probability ``mass``, shape ``(*batch,)``, from draws.
+
+    .. math:: P(\log p(Y) \ge t) = \text{mass}
+
+    Raises:
+        ValueError: If the mass is not in (0, 1).
+
+    References:
+        Hyndman (1996), Computing and graphing highest density regions.
+    """
+    _check_mass(mass)
+    densities = mixture.log_prob(mixture.sample((num_samples,)))
+    return densities.quantile(1 - mass, 0) if densities.numel() else densities[0]
+
+
+def in_highest_density_region(mixture: Mixture, value: Any, mass: float, *, num_samples: int = 10_000) -> Tensor:
+    """Whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
+    return mixture.log_prob(value) >= mixture.highest_density_threshold(mass, num_samples=num_samples)
+
+
+def _check_mass(mass: float) -> None:
+    single = isinstance(mass, Real) or (isinstance(mass, Tensor) and mass.ndim == 0)
+    if not single or not 0 < float(mass) < 1:
+        raise ValueError(f"mass: expected a probability in (0, 1), got {shown(mass)}")

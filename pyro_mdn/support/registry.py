@@ -1,0 +1,92 @@
+r"""Specifications that have a name: in files, as strings to constructors, and in the estimator of scikit-learn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, Self
+
+from pyro_mdn.support.checks import shown
+
+__all__ = ["Specification"]
+
+
+class Specification:
+    """Base of frozen dataclasses of settings. A subclass is known by its name as soon as it is defined.
+
+    The root of a kind, such as all noise models, says ``known = {}`` and what the ``kind`` is called in errors. Names
+    that begin with an underscore are not registered.
+    """
+
+    kind: ClassVar[str]
+    known: ClassVar[dict[str, type[Any]]]
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        name = cls.__name__
+        if "known" in vars(cls) or name.startswith("_"):
+            return
+        other = cls.known.get(name)
+        if other is not None and _is_ours(other) and not _is_ours(cls):
+            raise ValueError(f"{cls.kind}: expected another name than {name}, which this library has")
+        cls.known[name] = cls
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names for constructors, such as ``"low_rank"`` for ``LowRank``."""
+        return sorted(_snake(name) for name in cls.known)
+
+    @classmethod
+    def named(cls, value: Any) -> type[Self]:
+        """Class that a name for constructors stands for; a ``ValueError`` if there is none."""
+        found = {_snake(name): known for name, known in cls.known.items()}
+        if not isinstance(value, str) or value not in found:
+            expected = f"{_article(cls.__name__)} or one of {cls.names()}"
+            raise ValueError(f"{cls.kind}: expected {expected}, got {shown(value)}")
+        return found[value]
+
+    def to_config(self) -> dict[str, Any]:
+        """Name and settings in plain values.
+
+        Raises:
+            ValueError: If the class is not the one that is known by its name.
+        """
+        name = type(self).__name__
+        if self.known.get(name) is not type(self):
+            raise ValueError(f"{self.kind}: expected one of {sorted(self.known)} to save, got {name}")
+        settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # pyright: ignore[reportArgumentType]
+        plain = {key: v.to_config() if isinstance(v, Specification) else v for key, v in settings.items()}
+        return {"name": name, **plain}
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """Build what :meth:`to_config` described; a ``ValueError`` if that is not known."""
+        if not isinstance(config, Mapping):
+            raise ValueError(f"{cls.kind}: expected a name and settings, got {shown(config)}")
+        settings = dict(config)
+        name = settings.pop("name", None)
+        if not isinstance(name, str) or name not in cls.known:
+            expected = f"one of {sorted(cls.known)}, or one whose module is imported"
+            raise ValueError(f"{cls.kind}: expected {expected}, got {shown(name)}")
+        try:
+            return cls.known[name](**cls._built(settings))
+        except TypeError as error:
+            raise ValueError(f"{cls.kind}: expected the settings of {name}, got {settings}") from error
+
+    @classmethod
+    def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings with specifications in the place of their configurations."""
+        return settings
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == __name__.split(".")[0]
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def _article(name: str) -> str:
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"

@@ -1,0 +1,91 @@
+r"""Memory layout: public tensors are batch-first, ``(*batch, K, D)``, and channel-first in memory, ``(D, K, *batch)``.
+
+Elementwise work then streams over a contiguous batch, and sums over components and outputs are outer reductions.
+:func:`channels_first` and :func:`channels_last` go between the two views without copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Layout",
+    "cat_channels",
+    "channels_first",
+    "channels_last",
+    "normalize_logits",
+    "split_channels",
+    "sum_outputs",
+    "with_channels",
+]
+
+
+def channels_first(tensor: Tensor, event_dim: int) -> Tensor:
+    """View ``(*batch, A, B)`` as ``(B, A, *batch)``, for ``event_dim`` trailing dimensions."""
+    batch = tensor.ndim - event_dim
+    return tensor.permute((*range(tensor.ndim - 1, batch - 1, -1), *range(batch)))
+
+
+def channels_last(tensor: Tensor, event_dim: int) -> Tensor:
+    """View ``(B, A, *batch)`` as ``(*batch, A, B)``: the inverse of :func:`channels_first`."""
+    return tensor.permute((*range(event_dim, tensor.ndim), *range(event_dim - 1, -1, -1)))
+
+
+def with_channels(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Apply a function of channel-first tensors to batch-first ones, ``(*batch, K, C)``; they broadcast."""
+    ndim = max(t.ndim for t in tensors)
+    return channels_last(function(*(channels_first(t[(None,) * (ndim - t.ndim)], 2) for t in tensors)), 2)
+
+
+def cat_channels(*tensors: Tensor) -> Tensor:
+    """Concatenate ``(*batch, K, C_i)`` along the last dimension, in channel-first memory."""
+    return channels_last(torch.cat([channels_first(t, 2) for t in tensors]), 2)
+
+
+def split_channels(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Split ``(*batch, K, C)`` along the last dimension; its gradient is channel-first in memory too."""
+    return [channels_last(part, 2) for part in channels_first(tensor, 2).split(list(sizes))]
+
+
+def sum_outputs(tensor: Tensor) -> Tensor:
+    """Sum ``(*batch, K, D)`` over D; the result ``(*batch, K)`` is channel-first in memory."""
+    if tensor.shape[-1] == 1:
+        return tensor.squeeze(-1)
+    return channels_last(channels_first(tensor, 2).sum(0), 1)
+
+
+def normalize_logits(logits: Tensor) -> Tensor:
+    """Log-weights that sum to one: unlike a plain ``log_softmax`` this keeps the strides."""
+    return channels_last(channels_first(logits, 1).log_softmax(0), 1)
+
+
+class Layout(NamedTuple):
+    """Where the parameters of a mixture stand among the channels ``(C, *batch)`` of a linear layer.
+
+    First come K log-weights, then D·K locations, then the blocks of the family.
+
+    Attributes:
+        n_components: Number of components K.
+        dim: Number of outputs D.
+        blocks: Width and number of groups of each block: K groups, or 1 for what components share.
+    """
+
+    n_components: int
+    dim: int
+    blocks: tuple[tuple[int, int], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Channels of the log-weights, of the locations and of each block."""
+        return [self.n_components, self.n_components * self.dim, *(width * groups for width, groups in self.blocks)]
+
+    def split(self, channels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Views of log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``."""
+        batch = channels.shape[1:]
+        logits, locs, *blocks = channels.split_with_sizes(self.sizes)
+        shaped = [block.view(*shape, *batch) for block, shape in zip(blocks, self.blocks, strict=True)]
+        return logits, locs.view(self.dim, self.n_components, *batch), shaped

@@ -1,0 +1,121 @@
+r"""Elementary functions that neither over- nor underflow, and constants of each precision."""
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from pyro_mdn.support.checks import bounds, is_traced
+
+__all__ = [
+    "constant",
+    "exp",
+    "location_and_scale",
+    "log_sum_exp",
+    "negligible",
+    "norm",
+    "positive",
+    "shares",
+    "sum_logs",
+]
+
+
+def sum_logs(factors: Tensor) -> Tensor:
+    """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
+    half = len(factors) // 2
+    # For small tensors, checking the range costs as much as the logarithms. On GPUs and under tracing we cannot branch
+    # on values.
+    if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced(factors):
+        pairs = factors[:half] * factors[half : 2 * half]
+        (low, high), limits = bounds(pairs), torch.finfo(pairs.dtype)
+        if limits.tiny <= low.item() and high.item() <= limits.max:
+            logs = pairs.log_().sum(0)
+            return logs if len(factors) == 2 * half else logs + factors[-1].log()
+    return factors[0].log() if len(factors) == 1 else factors.log().sum(0)
+
+
+@functools.cache
+def constant(value: float, dtype: torch.dtype) -> Tensor:
+    """Return a number as a tensor: torch adds it in half the time of a Python number."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
+
+
+def norm(rows: Tensor) -> Tensor:
+    """Euclidean norm along the last axis; no square over- or underflows, and its gradient at 0 is 0."""
+    largest = rows.detach().abs().amax(-1, keepdim=True)
+    unit = largest.masked_fill((largest == 0) | (largest == math.inf), 1.0)
+    return unit.squeeze(-1) * (rows / unit).norm(dim=-1)
+
+
+def location_and_scale(rows: Tensor, *, common_unit: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1.
+
+    NaN are left out.
+
+    Args:
+        rows: The data.
+        common_unit: One scale, of shape ``(1,)``, for all columns: the root mean square over those that are not
+            constant, and 1 if all are.
+    """
+    location = rows.double().nanmean(0)
+    scale = (rows.double() - location).square().nanmean(0).sqrt()
+    varies = scale > 4 * torch.finfo(rows.dtype).eps * rows.nan_to_num().abs().amax(0)
+    if common_unit:
+        varying = scale[varies]
+        scale, varies = varying.square().mean().sqrt().reshape(1), varies.any()
+    return location, torch.where(varies, scale, 1.0)
+
+
+# A share of a sum that is too small to show in any result counts as 0. Otherwise its products with gradients become
+# subnormal numbers, for which a CPU may take ten times as long.
+_NEGLIGIBLE = {
+    dtype: min(torch.finfo(dtype).tiny ** 0.75, torch.finfo(dtype).eps ** 4)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+def negligible(dtype: torch.dtype) -> float:
+    """Return the largest share of a sum that counts as 0: 4e-29 in single precision.
+
+    >>> round(math.log10(negligible(torch.float32)), 1)
+    -28.4
+    """
+    return _NEGLIGIBLE[dtype]
+
+
+def exp(exponent: Tensor) -> Tensor:
+    """Exponential, with about the least normal number in place of what underflows.
+
+    For results that underflow, a CPU may take thirty times as long.
+
+    >>> exp(torch.tensor([0.0, -1e6]))
+    tensor([1.0000e+00, 3.1953e-38])
+    """
+    return exponent.clamp(min=math.log(torch.finfo(exponent.dtype).tiny) + 1).exp()
+
+
+def log_sum_exp(terms: Tensor) -> Tensor:
+    """Log-sum-exp over the first dimension; its gradient is exactly 0 at terms of a :func:`negligible` share."""
+    return _raised(terms).logsumexp(0)
+
+
+def shares(terms: Tensor) -> Tensor:
+    """Softmax over the first dimension; :func:`negligible` shares are exactly 0, and so are their gradients."""
+    return torch.threshold(_raised(terms).softmax(0), 2 * negligible(terms.dtype), 0.0)  # twice: they were rounded
+
+
+def _raised(terms: Tensor) -> Tensor:
+    """Raise logarithms of negligible shares to that of the largest negligible one, without a gradient."""
+    top = terms.detach().amax(0, keepdim=True)
+    return terms.clamp(min=top + math.log(negligible(terms.dtype)))
+
+
+def positive(raw: Tensor, least: float) -> Tensor:
+    """Softplus, and no less than ``least``."""
+    scale = softplus(raw)
+    if is_traced(raw):
+        return scale + least  # what is differentiated from a trace must not change
+    return scale.add_(constant(least, scale.dtype))

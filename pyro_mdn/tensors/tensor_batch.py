@@ -1,0 +1,83 @@
+r"""Batches of objects that are known by tensors, such as covariances and the components of mixtures."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["TensorBatch", "nested", "stored", "take_component"]
+
+
+def stored(event_dim: int, **settings: Any) -> Any:
+    """Declare a tensor with that many dimensions behind the component axis; settings are those of a dataclass field."""
+    return field(metadata={"event_dim": event_dim}, **settings)
+
+
+def nested() -> Any:
+    """Declare a batch that is stored within another."""
+    return field()
+
+
+@dataclass(frozen=True, eq=False)
+class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
+    """Base of frozen dataclasses whose fields are tensors, other batches, or plain settings.
+
+    A tensor is declared by :func:`stored` and has the shape ``(*batch, K, *event)``. Batches of different fields
+    broadcast, and a component axis of 1 is shared by all components.
+    """
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the batch, the component axis last."""
+        shapes = [t.shape[: t.ndim - event_dim] for t, event_dim in self._stored()]
+        return shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+
+    def tensors(self) -> list[Tensor]:
+        """Return the stored tensors, those of nested batches included."""
+        return [tensor for tensor, _ in self._stored()]
+
+    def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
+        """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, TensorBatch):
+                value = value.map(function)
+            elif "event_dim" in f.metadata:
+                value = function(value, f.metadata["event_dim"])
+            changes[f.name] = value
+        return type(self)(**changes)
+
+    def expand(self, batch_shape: Sequence[int]) -> Self:
+        """Expand the batch, component axis included; a view."""
+        return self.map(lambda t, n: t.expand(*batch_shape, *t.shape[t.ndim - n :]))
+
+    def select(self, component: Tensor) -> Self:
+        """Pick one component per entry of ``component`` (``(*sample, *batch)``); the component axis becomes 1."""
+        return self.map(lambda t, n: t if t.shape[t.ndim - n - 1] == 1 else take_component(t, component, n))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """Put these in the place of the stored tensors, in the order of :meth:`tensors`."""
+        rest = iter(tensors)
+        return self.map(lambda t, n: next(rest))
+
+    def _stored(self) -> Iterator[tuple[Tensor, int]]:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, TensorBatch):
+                yield from value._stored()
+            elif "event_dim" in f.metadata:
+                yield value, f.metadata["event_dim"]
+
+
+def take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
+    """Gather ``(*batch, K, *event)`` at ``(*sample, *batch)`` into ``(*sample, *batch, 1, *event)``."""
+    event = tensor.shape[tensor.ndim - event_dim :]
+    index = component.reshape(*component.shape, *(1,) * (event_dim + 1)).expand(*component.shape, 1, *event)
+    tensor = tensor.expand(*component.shape, *tensor.shape[tensor.ndim - event_dim - 1 :])
+    return tensor.gather(component.ndim, index)
