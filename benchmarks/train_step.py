@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 from pyro_mdn import Full, MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, bayesianize
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.training.batches.sources import InMemory
+from pyro_mdn.training.batches.in_memory import InMemory
 from pyro_mdn.training.loop import Loop, Settings
 
 BATCHES, STEPS = 8, 400

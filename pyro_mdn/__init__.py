@@ -20,8 +20,8 @@ from pyro_mdn.posteriors.mcmc import ConvergenceWarning, PosteriorSamples, fit_m
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.posteriors.priors import bayesianize, starting_weights
 from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
-from pyro_mdn.training.loop import FitResult
 from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
+from pyro_mdn.training.result import FitResult
 
 if TYPE_CHECKING:
     from pyro_mdn import calibration as calibration

@@ -14,12 +14,12 @@ from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.process_state import own_store, require_owned
-from pyro_mdn.training.optimizer import (
+from pyro_mdn.training.optimizer import adamw
+from pyro_mdn.training.schedules import (
     FINAL_NOISE,
     INPUT_NOISE,
     LEARNING_RATE,
     TARGET_NOISE,
-    adamw,
     blur,
     default_weight_decay,
     fading,

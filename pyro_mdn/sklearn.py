@@ -29,8 +29,8 @@ from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import is_count, require_counts, require_range, shown, unmasked
 from pyro_mdn.support.process_state import seeded
 from pyro_mdn.training.fit import fit
-from pyro_mdn.training.loop import FitResult
-from pyro_mdn.training.optimizer import LEARNING_RATE
+from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.schedules import LEARNING_RATE
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin

@@ -17,7 +17,10 @@ from pyro_mdn import DeepEnsemble, Diagonal, Full, MissingTargetsWarning, Mixtur
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.scores import log_score
 from pyro_mdn.sklearn import MDNRegressor
-from pyro_mdn.training.batches.sources import InMemory, Streamed, grid_spacing, prepare
+from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.batches.preparation import prepare
+from pyro_mdn.training.batches.streams import Streamed
+from pyro_mdn.training.batches.target_grids import grid_spacing
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 

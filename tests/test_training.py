@@ -703,7 +703,7 @@ def test_compilation_leaves_validation_as_it_was():
 import torch
 from pyro_mdn import MixtureDensityNetwork, NegativeLogLikelihood
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.training.batches.sources import InMemory
+from pyro_mdn.training.batches.in_memory import InMemory
 from pyro_mdn.training.loop import Loop, Settings
 network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
 settings = Settings(1, 1, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0)

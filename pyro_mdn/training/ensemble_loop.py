@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_mdn.training.loop import FitResult, Loop
+from pyro_mdn.training.loop import Loop
+from pyro_mdn.training.result import FitResult
 
 __all__ = ["MemberLoop"]
 

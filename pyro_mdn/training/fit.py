@@ -24,11 +24,15 @@ from pyro_mdn.posteriors.log_joint import supported_start
 from pyro_mdn.support.checks import require_counts, require_numbers, shown
 from pyro_mdn.support.fingerprint import described
 from pyro_mdn.support.process_state import isolated, require_owned, require_seed, seeded
-from pyro_mdn.training.batches.sources import Batches, InMemory, MissingTargetsWarning, Streamed, few_missing
+from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.batches.missing_targets import MissingTargetsWarning, few_missing
+from pyro_mdn.training.batches.preparation import Batches
+from pyro_mdn.training.batches.streams import Streamed
 from pyro_mdn.training.checkpoint import Checkpoint
-from pyro_mdn.training.loop import FitResult, Loop, Settings, copied
+from pyro_mdn.training.loop import Loop, Settings, copied
 from pyro_mdn.training.objectives import NegativeElbo, NegativeLogLikelihood
-from pyro_mdn.training.optimizer import (
+from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.schedules import (
     FINAL_NOISE,
     INPUT_NOISE,
     LEARNING_RATE,

@@ -13,11 +13,13 @@ from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.networks.starting_point import draw_anew_
-from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches, prepare_members
-from pyro_mdn.training.batches.sources import Batches, grid_spacing, prepare
+from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches
+from pyro_mdn.training.batches.preparation import Batches, prepare, prepare_members
+from pyro_mdn.training.batches.target_grids import grid_spacing
 from pyro_mdn.training.ensemble_loop import MemberLoop
-from pyro_mdn.training.loop import FitResult, Loop
+from pyro_mdn.training.loop import Loop
 from pyro_mdn.training.objectives import Memberwise, NegativeLogLikelihood
+from pyro_mdn.training.result import FitResult
 
 __all__ = ["CollapseWarning", "EnsembleTrainee", "NetworkTrainee", "Trainee"]
 

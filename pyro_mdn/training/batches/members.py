@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.training.batches.sources import InMemory, Streamed, default_batch_size, held_out_count, prepare
+from pyro_mdn.training.batches.in_memory import InMemory, default_batch_size
+from pyro_mdn.training.batches.streams import Streamed
 
-__all__ = ["MemberBatches", "MemberRows", "SharedBatches", "prepare_members", "shared"]
+__all__ = ["MemberBatches", "MemberRows", "SharedBatches", "shared"]
 
 
 class MemberRows(Rows):
@@ -84,7 +82,7 @@ class SharedBatches:
 
     @property
     def gaps(self) -> Tensor:
-        """What :func:`pyro_mdn.training.batches.sources.gaps_in` says of the rows of the last pass."""
+        """What :func:`pyro_mdn.training.batches.missing_targets.gaps_in` says of the rows of the last pass."""
         return self.batches.gaps
 
     def __len__(self) -> int:
@@ -96,46 +94,6 @@ class SharedBatches:
     def head(self, size: int) -> Rows:
         """Rows of the first batches, ``size`` of them or a few more."""
         return shared(self.batches.head(size), self.size)
-
-
-def prepare_members(
-    network: MixtureDensityNetwork,
-    size: int,
-    x: Any,
-    y: Any,
-    weight: Any,
-    validation: Any,
-    batch_size: int | None,
-    *,
-    bootstrap: bool = False,
-) -> tuple[MemberBatches | SharedBatches, MemberRows | SharedBatches | None]:
-    """Batches to train the members of an ensemble on, and rows held out: a split, drawn anew for each, of arrays.
-
-    Raises:
-        ValueError: If the data are not usable or the validation leaves nothing.
-    """
-    streamed = isinstance(x, DataLoader | Dataset) and type(x) is not TensorDataset
-    if streamed and bootstrap:
-        raise ValueError("x: expected arrays for an ensemble with bootstrap, got a loader or data set")
-    fraction = isinstance(validation, Real) and not streamed
-    batches, held_out = prepare(network, x, y, weight, 0.0 if fraction else validation, batch_size)
-    for_each = None if held_out is None else _shared(held_out, size)
-    if isinstance(batches, Streamed):
-        return SharedBatches(batches, size), for_each
-    rows = batches.rows
-    n = held_out_count(validation, len(rows)) if fraction else 0
-    positions = torch.stack([torch.randperm(len(rows), device=rows.x.device) for _ in range(size)])
-    if n:
-        everything = MemberBatches(rows, positions[:, :n])
-        positions, for_each = positions[:, n:], everything.head(n)
-    if bootstrap:
-        drawn = torch.randint(positions.shape[1], positions.shape, device=positions.device)
-        positions = positions.gather(1, drawn)
-    return MemberBatches(rows, positions, batch_size, batches.gaps), for_each
-
-
-def _shared(data: Rows | Streamed, size: int) -> MemberRows | SharedBatches:
-    return SharedBatches(data, size) if isinstance(data, Streamed) else shared(data, size)
 
 
 def shared(rows: Rows, size: int) -> MemberRows:
