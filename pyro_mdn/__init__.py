@@ -22,6 +22,15 @@ from pyro_mdn.posteriors.priors import bayesianize, starting_weights
 from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
 from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.settings import (
+    Checkpointing,
+    EarlyStopping,
+    Initialization,
+    NoiseSchedule,
+    Optimization,
+    TrainingLoop,
+    VariationalInference,
+)
 
 if TYPE_CHECKING:
     from pyro_mdn import calibration as calibration
@@ -33,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpointing",
     "CollapseWarning",
     "ContinuousRankedProbability",
     "ConvergenceWarning",
@@ -40,11 +50,13 @@ __all__ = [
     "DeepEnsemble",
     "Diagonal",
     "DiagonalCovariance",
+    "EarlyStopping",
     "FitResult",
     "Fixed",
     "Full",
     "FullCovariance",
     "GaussianMixture",
+    "Initialization",
     "Isotropic",
     "IsotropicCovariance",
     "LowRank",
@@ -56,8 +68,12 @@ __all__ = [
     "NegativeLogLikelihood",
     "NetworkModel",
     "NoiseModel",
+    "NoiseSchedule",
+    "Optimization",
     "PosteriorSamples",
     "Prediction",
+    "TrainingLoop",
+    "VariationalInference",
     "WeightedSum",
     "bayesianize",
     "fit",

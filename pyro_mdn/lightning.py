@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.process_state import own_store, require_owned
+from pyro_mdn.support.settings import collected, given_settings
 from pyro_mdn.training.optimizer import adamw
 from pyro_mdn.training.schedules import (
     FINAL_NOISE,
@@ -25,6 +26,7 @@ from pyro_mdn.training.schedules import (
     fading,
     warmup_cosine,
 )
+from pyro_mdn.training.settings import NoiseSchedule, Optimization
 
 try:
     from lightning.pytorch import LightningModule
@@ -35,6 +37,16 @@ except ImportError as error:
 __all__ = ["LightningObjective"]
 
 _FAR = 10.0  # times smaller or larger than 1, the scale of data that were standardised before
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningSettings(NoiseSchedule, Optimization):
+    """Settings of training that are not those of a Lightning ``Trainer``."""
+
+    def resolved(self) -> LightningSettings:
+        """Put numbers in place of the defaults that do not depend on the data."""
+        defaults = {"input_noise": INPUT_NOISE, "target_noise": TARGET_NOISE}
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 class LightningObjective(LightningModule):
@@ -63,6 +75,9 @@ class LightningObjective(LightningModule):
         input_noise: Standard deviation of the noise on x at the start, in standardised units.
         target_noise: The same for y.
         final_noise: Share of the noise that is left at the end of the schedule.
+        optimization: A whole :class:`pyro_mdn.Optimization`, in place of ``lr`` and ``weight_decay``.
+        noise_schedule: A whole :class:`pyro_mdn.NoiseSchedule`, in place of the settings of noise.
+        **further: Fields of these two groups that have no keyword above.
 
     Raises:
         ValueError: If a setting is not usable; when training starts, if the Trainer has neither ``max_epochs`` nor
@@ -97,16 +112,17 @@ class LightningObjective(LightningModule):
         input_noise: float = INPUT_NOISE,
         target_noise: float = TARGET_NOISE,
         final_noise: float = FINAL_NOISE,
+        optimization: Optimization | None = None,
+        noise_schedule: NoiseSchedule | None = None,
+        **further: Any,
     ) -> None:
         super().__init__()
-        require_numbers(lr=lr)
-        require_numbers(least=0.0, input_noise=input_noise, target_noise=target_noise, final_noise=final_noise)
-        require_numbers(least=0.0, weight_decay=weight_decay)
+        given = given_settings(LightningObjective.__init__, locals(), Optimization, NoiseSchedule)
+        self.settings = collected(LightningSettings, "LightningObjective", {**given, **further}).resolved()
         _require_objective(objective)
-        self.save_hyperparameters(ignore="objective")
-        self.objective = objective
-        self.lr, self.weight_decay, self.steps = lr, weight_decay, 1
-        self.input_noise, self.target_noise, self.final_noise = input_noise, target_noise, final_noise
+        self.save_hyperparameters(ignore=["objective", "optimization", "noise_schedule"])
+        self.save_hyperparameters(asdict(self.settings))
+        self.objective, self.steps = objective, 1
         self.noise = (torch.zeros(()), torch.zeros(()))
         self.generator: torch.Generator | None = None
         self.means = nn.ModuleDict({name: _Mean() for name in ("loss", "validation_loss")})
@@ -150,7 +166,8 @@ class LightningObjective(LightningModule):
     def on_train_start(self) -> None:
         """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""
         network = self.network
-        self.noise = (self.input_noise * network.x_scale, self.target_noise * network.head.scale)
+        settings: Any = self.settings
+        self.noise = (settings.input_noise * network.x_scale, settings.target_noise * network.head.scale)
         seed = int(torch.randint(2**62, (), device="cpu")) + self.global_rank
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -162,7 +179,7 @@ class LightningObjective(LightningModule):
         rows = _as_rows(batch)
         if self.trainer.global_step == 0:
             _warn_if_unscaled(self.network, rows)
-        fade = fading(self.trainer.global_step, self.steps, self.final_noise)
+        fade = fading(self.trainer.global_step, self.steps, self.settings.final_noise)
         x, y = (blur(v, scale, fade, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
         total, weight = self._log_mean("loss", rows, self(x, y))
         counts = torch.stack([rows.num_counted().to(weight), weight])
@@ -191,8 +208,8 @@ class LightningObjective(LightningModule):
         if not 0 <= steps < math.inf:
             raise ValueError(f"Trainer: expected max_epochs or max_steps for the schedule, got {steps} steps")
         self.steps = steps = int(steps)
-        decay = self._decay_for_data() if self.weight_decay is None else self.weight_decay
-        optimizer = adamw(self.objective, self.lr, decay)
+        decay = self._decay_for_data() if self.settings.weight_decay is None else self.settings.weight_decay
+        optimizer = adamw(self.objective, self.settings.lr, decay)
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

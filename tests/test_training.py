@@ -35,6 +35,7 @@ from pyro_mdn import (
     fit,
 )
 from pyro_mdn.support.process_state import unvalidated
+from pyro_mdn.training.fit import warn_if_compiling_is_slow
 from pyro_mdn.training.loop import copied
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW
 
@@ -205,14 +206,17 @@ def test_latent_weights_are_not_reinitialized():
 
 def test_compiling_for_few_steps_warns(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **settings: module)
-    x, y = fork(64)
-    with pytest.warns(UserWarning, match="compiling takes longer than it saves in 6 steps"):
-        fit(network(), x, y, compile=True, **QUICK)
-    monkeypatch.setattr("pyro_mdn.training.fit._STEPS_TO_COMPILE", 6)
+    with pytest.warns(UserWarning, match="compiling takes longer than it saves in 6 steps") as caught:
+        fit(network(), *fork(64), compile=True, **QUICK)
+    assert caught[0].filename == __file__
+
+
+def test_compiling_for_many_steps_does_not_warn():
+    with pytest.warns(UserWarning, match="in 9999 steps"):
+        warn_if_compiling_is_slow(9_999)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", category=CollapseWarning)
-        fit(network(), x, y, compile=True, **QUICK)
+        warnings.simplefilter("error")
+        warn_if_compiling_is_slow(10_000)
 
 
 def test_two_fits_never_see_each_other_nor_the_parameter_store():
@@ -704,11 +708,13 @@ import torch
 from pyro_mdn import MixtureDensityNetwork, NegativeLogLikelihood
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.training.batches.in_memory import InMemory
-from pyro_mdn.training.loop import Loop, Settings
+from pyro_mdn.training.loop import Loop
+from pyro_mdn.training.settings import LoopSettings
 network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
-settings = Settings(1, 1, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0)
+numbers = dict.fromkeys(["weight_decay", "input_noise", "target_noise"], 0.0)
+settings = LoopSettings(max_epochs=1, patience=1, compile=True, **numbers)
 units = network.x_scale, network.head.scale
-Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings, compiled=True)
+Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings)
 print(torch.distributions.Distribution._validate_args)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
@@ -909,14 +915,20 @@ def test_moments_without_gradients_do_not_become_subnormal_numbers(monkeypatch):
     assert all(bool((m == 0).all()) for m in moments[-1][: len(moments[-1]) // 2])
 
 
-def test_an_interrupted_start_leaves_the_network_as_it_was(monkeypatch):
-    def interrupt(*arguments):
+class Interrupting(NegativeLogLikelihood):
+    """A likelihood that is interrupted when it is called first, on a network that has been drawn anew."""
+
+    def forward(self, x, y):
+        self.seen = copied(self.network.state_dict())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_mdn.training.fit._Plan.loop", interrupt)
+
+def test_an_interrupted_start_leaves_the_network_as_it_was():
     trained = network()
+    objective = Interrupting(trained)
     with pytest.raises(KeyboardInterrupt):
-        fit(trained, *fork(50), **QUICK)
+        fit(trained, *fork(50), objective=objective, reinitialize=True, **{**QUICK, "seed": 1})
+    assert not torch.equal(objective.seen["head.linear.weight"], network().head.linear.weight)
     assert states_equal(trained, network())
 
 

@@ -3,19 +3,24 @@ r"""Checkpoints: the whole state of a training run in one file, to go on from as
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support import tensor_files
 from pyro_mdn.support.fingerprint import FORMS, differing, incomparable
-from pyro_mdn.training.loop import Loop
+from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.loop import Loop, copied
+from pyro_mdn.training.result import FitResult
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "CheckpointedTraining"]
 
 logger = logging.getLogger("pyro_mdn")
 
@@ -130,3 +135,58 @@ class Checkpoint:
             tensor_files.write_tensors(self.path, config, {**tensors, **beside})
         except OSError as error:
             logger.error("fit: the checkpoint was not written, the last one stays: %s", error)
+
+
+@dataclass(frozen=True)
+class CheckpointedTraining:
+    """Train, and write the state of the training loop to a checkpoint every few epochs and at the end."""
+
+    checkpoint: Checkpoint
+    callbacks: Sequence[Callable[[FitResult], object]]
+    progress: bool
+
+    def run(self, loop: Loop, *, epochs: int | None = None, beside: Mapping[str, Tensor] | None = None) -> FitResult:
+        """Train up to an epoch, or to the end; the tensors ``beside`` are written with the state."""
+        before = len(loop.result.history)
+
+        def save(epoch: int | None = None) -> None:
+            self.checkpoint.write(loop, beside or {}, epoch)
+
+        result = loop.run(epochs=epochs, callbacks=self.callbacks, save=save, progress=self.progress)
+        if len(result.history) > before and not result.interrupted:
+            save()
+        return result
+
+    def refit(self, loop: Loop, start: Mapping[str, Tensor], begin: Callable[[InMemory], Loop]) -> FitResult:
+        """Search for the best epoch by early stopping, then start again and train on all rows up to that epoch.
+
+        Args:
+            loop: The search.
+            start: State of the objective that both trainings start from.
+            begin: Function that starts the second training on the rows it is given.
+        """
+        self.checkpoint.forget_second()
+        result = self.run(loop, beside={f"start.{name}": tensor for name, tensor in start.items()})
+        batches, held_out, objective = loop.batches, loop.held_out, loop.objective
+        if result.interrupted or not isinstance(held_out, Rows) or not isinstance(batches, InMemory):
+            return result
+        best = copied(objective.state_dict())
+        try:
+            objective.load_state_dict(start)
+            everything = InMemory(Rows.joined([batches.rows, held_out]), math.ceil(batches.num_rows / len(batches)))
+            second = replace(self, checkpoint=self.checkpoint.second())
+            again = begin(everything)
+            second.checkpoint.restore(again)
+            refitted = second.run(again, epochs=result.best_epoch)
+        except BaseException:
+            objective.load_state_dict(best)
+            raise
+        if refitted.interrupted:
+            objective.load_state_dict(best)
+        return replace(
+            result,
+            interrupted=refitted.interrupted,
+            skipped_batches=result.skipped_batches + refitted.skipped_batches,
+            seconds=result.seconds + refitted.seconds,
+            refit_history=refitted.history,
+        )

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,29 +22,13 @@ from pyro_mdn.training.batches.streams import Streamed
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, clip_, joint_norm
 from pyro_mdn.training.result import FitResult
 from pyro_mdn.training.schedules import blur, fading, warmup_cosine
+from pyro_mdn.training.settings import LoopSettings
 
-__all__ = ["Loop", "Settings", "copied"]
+__all__ = ["Loop", "copied"]
 
 logger = logging.getLogger("pyro_mdn")
 
-_EVALUATION_ROWS = 8192
 _STEPS_TO_FLUSH = 100  # in which the moments of an optimiser decay by five orders of magnitude
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Numbers that a run is made of; :func:`pyro_mdn.fit` documents them."""
-
-    max_epochs: int
-    patience: int
-    lr: float
-    weight_decay: float
-    input_noise: float
-    target_noise: float
-    final_noise: float
-    max_grad_norm: float
-    skip_bad_batches: bool = False
-    autocast: torch.dtype | None = None
 
 
 class Loop:
@@ -62,12 +45,11 @@ class Loop:
         settings: The numbers.
         row_weight: What the weights of a row's losses come to on average: losses are divided by it, so that their
             mean is over what was observed, and only the ratios of weights matter.
-        compiled: Whether to compile the objective.
+        least_noise: Standard deviation, in the units of y, below which the noise on targets does not fade, if there is
+            such a bound; held-out targets have as much.
 
     Attributes:
-        matrix_dim: Dimensions of a weight matrix, which is decayed.
-        least_noise: Standard deviation, in the units of y, that the noise on y does not fade below, if there is one;
-            held-out targets have as much.
+        matrix_dim: Dimensions of a weight matrix, to which weight decay applies.
     """
 
     matrix_dim = 2
@@ -78,17 +60,16 @@ class Loop:
         batches: Batches,
         held_out: Rows | Streamed | None,
         units: tuple[Tensor, Tensor],
-        settings: Settings,
+        settings: LoopSettings,
         *,
         row_weight: Tensor | float = 1.0,
-        compiled: bool = False,
+        least_noise: Tensor | None = None,
     ) -> None:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
         with unvalidated():  # torch.compile switches the validation of distributions off, for good
-            self.losses = torch.compile(objective, dynamic=True) if compiled else objective
-        self.row_weight = row_weight
+            self.losses = torch.compile(objective, dynamic=True) if settings.compile else objective
+        self.row_weight, self.least_noise = row_weight, least_noise
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
-        self.least_noise: Tensor | None = None
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
         self.average = AveragedWeights(self.parameters)
@@ -143,7 +124,7 @@ class Loop:
         return result
 
     def _epoch(self, epoch: int) -> None:
-        loss = self._train(epoch)
+        loss = self.train_epoch(epoch)
         self.result.unobserved = self.batches.gaps[0].tolist()
         if epoch == 1 and any(self.result.unobserved):
             logger.info("fit: %s entries of y, by output, were not observed", self.result.unobserved)
@@ -168,7 +149,7 @@ class Loop:
 
     # Steps
 
-    def _train(self, epoch: int) -> Tensor:
+    def train_epoch(self, epoch: int) -> Tensor:
         """Mean loss over one pass, of what was observed."""
         self.objective.train()
         with unvalidated():  # what is wrong with the data shows in the losses
@@ -254,7 +235,9 @@ class Loop:
         if self.held_out is None:
             return torch.tensor(math.nan, device="cpu")
         self.objective.eval()
-        batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
+        batches = (
+            self.held_out.chunks(self.settings.evaluation_rows) if isinstance(self.held_out, Rows) else self.held_out
+        )
         with self.average.swapped_in(), unvalidated():
             total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
             for batch in batches:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +19,19 @@ from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedB
 from pyro_mdn.training.batches.preparation import Batches, prepare, prepare_members
 from pyro_mdn.training.batches.target_grids import grid_spacing
 from pyro_mdn.training.ensemble_loop import MemberLoop
-from pyro_mdn.training.loop import Loop
-from pyro_mdn.training.objectives import Memberwise, NegativeLogLikelihood
+from pyro_mdn.training.loop import Loop, copied
+from pyro_mdn.training.objectives import Memberwise, NegativeElbo, NegativeLogLikelihood
 from pyro_mdn.training.result import FitResult
 
-__all__ = ["CollapseWarning", "EnsembleTrainee", "NetworkTrainee", "Trainee"]
+__all__ = [
+    "CollapseWarning",
+    "EnsembleTrainee",
+    "NetworkTrainee",
+    "Trainee",
+    "put_back_if_refused",
+    "require_trainable",
+    "trainee_of",
+]
 
 _DEAD = 1e-3
 
@@ -150,9 +160,62 @@ class EnsembleTrainee(Trainee):
                 member.component_weights = component_weights(self.ensemble.member(i), rows.member(i))
 
 
+def trainee_of(model: MixtureDensityNetwork | DeepEnsemble) -> Trainee:
+    """Find out how to train a model."""
+    return EnsembleTrainee(model) if isinstance(model, DeepEnsemble) else NetworkTrainee(model)
+
+
 @torch.no_grad()
 def component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float]:
     """Mean responsibility of each component for what was observed of the rows."""
     with evaluating(network):
         shares = [network(part.x).responsibilities(part.y)[~part.y.isnan().all(-1)] for part in rows.chunks(1024)]
     return torch.cat(shares).double().mean(0).tolist()
+
+
+def require_trainable(network: nn.Module, objective: nn.Module | None, guide: Any) -> None:
+    """Raise a ``ValueError`` unless network, objective and guide belong together and have something to train."""
+    if not isinstance(network, MixtureDensityNetwork | DeepEnsemble):
+        expected = "a MixtureDensityNetwork or a DeepEnsemble"
+        raise ValueError(f"network: expected {expected}, got {type(network).__name__}")
+    if objective is not None and guide is not None:
+        raise ValueError("objective, guide: expected one of the two, got both")
+    if isinstance(network, DeepEnsemble):
+        if guide is not None:
+            raise ValueError("guide: expected None for an ensemble, which has no latent weights")
+        network = network.stacked
+    if objective is not None and not (isinstance(objective, nn.Module) and network in objective.modules()):
+        raise ValueError(f"objective: expected a module with the network in it, got {type(objective).__name__}")
+    if guide is not None and not callable(guide):
+        raise ValueError(f"guide: expected a guide of network.model, got {type(guide).__name__}")
+    if objective is None and guide is None and isinstance(network, MixtureDensityNetwork) and network.latent:
+        raise ValueError("guide: expected one for a network with latent weights, got none")
+    trained = network if objective is None else objective
+    unset = any(isinstance(part, NegativeElbo) for part in trained.modules())  # an AutoGuide may have none yet
+    if guide is None and not unset and not any(p.requires_grad for p in trained.parameters()):
+        raise ValueError("network: expected parameters to train, got none that requires a gradient")
+
+
+@contextmanager
+def put_back_if_refused(modules: Sequence[nn.Module], device: torch.device | str | None) -> Iterator[None]:
+    """Move modules to a device; after an error, have them where, as, and in the modes that they were."""
+    before = [(module, copied(module.state_dict()), _device(module)) for module in modules]
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    try:
+        for module in modules:
+            if device is not None:
+                module.to(device)
+        yield
+    except BaseException:
+        for module, state, place in before:
+            if place is not None:
+                module.to(place)
+            # A guide that was set up meanwhile has more than it had.
+            module.load_state_dict(state, strict=False)
+        for part, training in modes:
+            part.training = training
+        raise
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in module.parameters()), None)
