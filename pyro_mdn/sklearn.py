@@ -1,4 +1,4 @@
-r"""The front door of scikit-learn: an estimator whose predictions are distributions, and scorers for it."""
+r"""Estimator for scikit-learn whose predictions are distributions, and scorers for it."""
 
 from __future__ import annotations
 
@@ -67,14 +67,15 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         rank: Rank of ``noise="low_rank"``, which alone reads it; by default 2, but 1 for a single output.
         noise_scale: Standard deviation, in the units of y, of ``noise="fixed"``, which alone reads it and needs it.
         ensemble_size: Number of networks; from 2 on a :class:`DeepEnsemble`, whose average density is the prediction.
-        max_epochs: Passes over the training rows at most; for this and what follows see :func:`pyro_mdn.fit`.
-        batch_size: Rows per step at most.
+        max_epochs: Passes over the training rows at most. :func:`pyro_mdn.fit` has the details of this setting and of
+            those that follow.
+        batch_size: Rows in a batch at most.
         lr: Largest learning rate.
-        weight_decay: Decoupled decay of the weight matrices.
+        weight_decay: Decoupled weight decay of the weight matrices.
         input_noise: Standard deviation of the noise on X at the start, in standardised units.
-        target_noise: The same for y.
+        target_noise: Standard deviation of the noise on y at the start, in standardised units.
         validation: Fraction of the rows that is held out for early stopping; 0 for none.
-        patience: Epochs without improvement before training stops.
+        patience: Epochs without improvement of the validation loss before training stops.
         optimization: A whole :class:`pyro_mdn.Optimization`, in place of its fields above. This and the next three
             groups also have settings without a keyword of their own here, such as gradient clipping.
         training_loop: A whole :class:`pyro_mdn.TrainingLoop`.

@@ -173,10 +173,10 @@ def test_lightning_takes_every_setting_that_is_not_the_trainers(group, name):
     value = other(group, name)
     for given in ({name: value}, {keyword_of(group): group(**{name: value})}):
         module = LightningObjective(NegativeLogLikelihood(network()), **given)
-        assert getattr(module.settings, name) == value
-        assert module.hparams[name] == value
+        assert getattr(module, name) == module.hparams[name] == value
         again = LightningObjective(NegativeLogLikelihood(network()), **module.hparams)
-        assert again.settings == module.settings
+        assert again.hparams == module.hparams
+        assert getattr(again, name) == value
     assert entry(LightningObjective.__doc__, name)
 
 

@@ -1,4 +1,4 @@
-r"""What a training run did, epoch by epoch."""
+r"""The result of a training: losses by epoch, the best epoch, what the components explain."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ __all__ = ["FitResult"]
 
 @dataclass
 class FitResult:
-    """What a training run did.
+    """Result of a training run.
 
     Attributes:
         history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
-            validation) and ``lr``. Losses are weighted means over what was observed: of rows, or of steps.
-        best_epoch: Epoch whose averaged weights the network now has: that of the lowest validation loss; without
-            validation, the last.
-        best_loss: Their validation loss; without validation, the training loss.
-        stopped_early: Whether the validation loss had stopped improving, or a callback had enough, before the
-            last epoch.
+            validation) and ``lr``. Losses are weighted means over what was observed: over rows, or over the steps of
+            sequences.
+        best_epoch: Epoch whose averaged weights the network now has: the epoch with the lowest validation loss, or the
+            last epoch without validation.
+        best_loss: Validation loss of these weights; without validation, the training loss.
+        stopped_early: Whether early stopping or a callback ended the training before the last epoch.
         interrupted: Whether Ctrl-C ended the training.
-        unobserved: Entries of y that were not observed, NaN or masked, by output: of all data given but those of
-            ``validation=(x, y)``, or of what the last pass over a loader read.
-        skipped_batches: Batches whose loss or gradient was not finite, where these are skipped.
-        seconds: Wall-clock time, with that of earlier runs that this one resumed.
-        component_weights: Share of the training rows that each component explains, ``K`` numbers; see
+        unobserved: Number of missing targets, NaN or masked, of each output. It counts all data given except those of
+            ``validation=(x, y)``; for a loader, what the last pass read.
+        skipped_batches: Number of batches that were left out because their loss or gradient was not finite.
+        seconds: Wall-clock time in seconds, including that of earlier runs that this run resumed.
+        component_weights: Share of the training rows that each of K components explains; see
             :attr:`effective_components`. Empty where the weights are latent.
-        refit_history: The same as ``history``, of a second training on all rows.
-        members: What it did for each member of an ensemble: ``history``, ``best_epoch``, ``best_loss``,
-            ``stopped_early`` and ``component_weights``. The history of the ensemble is their mean, its ``best_loss``
-            too; its ``best_epoch`` is the latest of theirs.
-        guide: The guide that was trained, if one was.
+        refit_history: History of the second training on all rows, after ``refit=True``.
+        members: Result of each member of an ensemble: ``history``, ``best_epoch``, ``best_loss``, ``stopped_early`` and
+            ``component_weights``. ``history`` and ``best_loss`` of the ensemble are means over the members, and its
+            ``best_epoch`` is the latest of theirs.
+        guide: The trained guide, if there is one.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -50,7 +50,7 @@ class FitResult:
 
     @property
     def effective_components(self) -> float:
-        r"""Effective number of components, :math:`\exp(-\sum_k w_k \log w_k)`; 1 if all but one are idle.
+        r"""Effective number of components, :math:`\exp(-\sum_k w_k \log w_k)`; it is 1 if only one explains rows.
 
         >>> FitResult(component_weights=[0.5, 0.5, 0.0]).effective_components
         2.0

@@ -1,4 +1,4 @@
-r"""Schedules of the learning rate and of noise over the steps of a training, and the default numbers."""
+r"""Schedules over the steps of a training: warm-up and cosine of the learning rate, fading noise; default settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["blur", "default_weight_decay", "fading", "warmup_cosine"]
 
-# Chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
+# The defaults of fit, chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
 LEARNING_RATE = 0.02
 INPUT_NOISE = 0.1
 TARGET_NOISE = 0.1
@@ -18,7 +18,7 @@ STEPS = 9000
 
 
 def default_weight_decay(rows: float) -> float:
-    """Pull of a fixed prior on the weights, which matters less the more rows there are: 20 over their number.
+    """Compute the default weight decay: a prior on the weights, which matters less the more rows there are.
 
     >>> default_weight_decay(1000), default_weight_decay(5)
     (0.02, 0.5)
@@ -27,7 +27,7 @@ def default_weight_decay(rows: float) -> float:
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear over the first twentieth of the steps, then a cosine down to zero.
+    """Compute the factor on the learning rate: a linear warm-up over the first twentieth of the steps, then a cosine.
 
     >>> [round(warmup_cosine(step, 100), 2) for step in (0, 4, 52, 100)]
     [0.2, 1.0, 0.51, 0.0]
@@ -38,7 +38,7 @@ def warmup_cosine(step: int, steps: int) -> float:
 
 
 def fading(step: int, steps: int, end: float) -> float:
-    """Factor on the regularising noise: from 1 by a cubic down to ``end``.
+    """Compute the factor on the regularising noise, which falls from 1 to ``end`` by a cubic.
 
     >>> fading(0, 100, 0.1), fading(100, 100, 0.1)
     (1.0, 0.1)
@@ -47,6 +47,6 @@ def fading(step: int, steps: int, end: float) -> float:
 
 
 def blur(value: Tensor, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Add normal noise of ``factor`` times this scale; a NaN stays one."""
+    """Add normal noise with a standard deviation of ``factor`` times ``scale``; NaN stays NaN."""
     noise = torch.randn(value.shape, dtype=scale.dtype, device=scale.device, generator=generator)
     return torch.addcmul(value, scale, noise, value=factor)

@@ -1,4 +1,4 @@
-r"""Batches of rows that are in memory."""
+r"""Batches of rows that are in memory, in a new random order for each epoch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["InMemory", "default_batch_size"]
 
 
 class InMemory:
-    """Batches of rows in memory, in a new random order each time; their sizes differ by one at most.
+    """Batches of rows in memory, in a new random order each time; their sizes differ by at most one.
 
     Args:
         rows: The rows.
-        batch_size: Rows in a batch at most; by default 1/64 of all, but 32 at least and 256 at most.
-        gaps: What :func:`gaps_in` says of the data that the rows were chosen from, if they were.
+        batch_size: Rows in a batch at most; by default 1/64 of all rows, but at least 32 and at most 256.
+        gaps: Counts of missing targets, by :func:`gaps_in`, in the data that the rows were chosen from, if they were.
     """
 
     def __init__(self, rows: Rows, batch_size: int | None = None, gaps: Tensor | None = None) -> None:
@@ -40,20 +40,20 @@ class InMemory:
         return (self.rows[index] for index in order.tensor_split(self.n_batches))
 
     def head(self, size: int) -> Rows:
-        """All rows: they fit."""
+        """Return all rows, because they are in memory anyway."""
         return self.rows
 
     def digest(self) -> str:
-        """Checksum of the contents."""
+        """Compute a checksum of the contents."""
         return self.rows.digest()
 
     def generators(self) -> list[torch.Generator]:
-        """No generators but torch's own."""
+        """Return no generators: the order is drawn from torch's default generator."""
         return []
 
 
 def default_batch_size(rows: int) -> int:
-    """Rows in a batch: 1/64 of all, but 32 at least and 256 at most.
+    """Choose the number of rows in a batch: 1/64 of all rows, but at least 32 and at most 256.
 
     >>> default_batch_size(100), default_batch_size(10_000), default_batch_size(10**6)
     (32, 156, 256)

@@ -1,4 +1,4 @@
-r"""Data for the members of an ensemble: rows of its own for each, side by side."""
+r"""Batches for the members of an ensemble: each member has its own rows, side by side."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class MemberRows(Rows):
 
 
 class MemberBatches(InMemory):
-    """Batches of rows in memory for each member of an ensemble: of its own rows, in its own order.
+    """Batches of rows in memory for the members of an ensemble: each has its own rows, in its own order.
 
     Args:
         rows: All rows.
-        positions: Where the rows of each member are, ``(M, N)``.
-        batch_size: Rows in a batch of a member, as for :class:`InMemory`.
-        gaps: As for :class:`InMemory`.
+        positions: Positions of the rows of each member among all rows, ``(M, N)``.
+        batch_size: Rows in a batch of a member at most; the default is that of :class:`InMemory`.
+        gaps: Counts of missing targets, as for :class:`InMemory`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MemberBatches(InMemory):
 
     @property
     def num_rows(self) -> int:
-        """Number of rows of a member."""
+        """Number N of rows of a member."""
         return self.positions.shape[1]
 
     def __iter__(self) -> Iterator[Rows]:
@@ -60,7 +60,7 @@ class MemberBatches(InMemory):
         return (self._at(part) for part in positions.tensor_split(self.n_batches, 1))
 
     def head(self, size: int) -> MemberRows:
-        """Rows of each member, ``size`` at most."""
+        """Return the first rows of each member, ``size`` at most."""
         return self._at(self.positions[:, :size])
 
     def _at(self, positions: Tensor) -> MemberRows:
@@ -68,12 +68,12 @@ class MemberBatches(InMemory):
         return MemberRows(rows.x[positions], rows.y[positions], None if rows.weight is None else rows.weight[positions])
 
     def digest(self) -> str:
-        """Checksum of the contents."""
+        """Compute a checksum of the contents."""
         return Rows(self.rows.x, self.rows.y, self.rows.weight).digest() + Rows(self.positions, self.positions).digest()
 
 
 class SharedBatches:
-    """Batches of a loader that all members of an ensemble have in common."""
+    """Batches of a loader, which all members of an ensemble share."""
 
     def __init__(self, batches: Streamed, size: int) -> None:
         self.batches, self.size = batches, size
@@ -82,7 +82,7 @@ class SharedBatches:
 
     @property
     def gaps(self) -> Tensor:
-        """What :func:`pyro_mdn.training.batches.missing_targets.gaps_in` says of the rows of the last pass."""
+        """Counts of missing targets in the rows of the last pass."""
         return self.batches.gaps
 
     def __len__(self) -> int:
@@ -92,11 +92,11 @@ class SharedBatches:
         return (shared(batch, self.size) for batch in self.batches)
 
     def head(self, size: int) -> Rows:
-        """Rows of the first batches, ``size`` of them or a few more."""
+        """Read the rows of the first batches, ``size`` rows or a few more."""
         return shared(self.batches.head(size), self.size)
 
 
 def shared(rows: Rows, size: int) -> MemberRows:
-    """Have all members of an ensemble look at the same rows."""
+    """Give all members of an ensemble the same rows, without copying them."""
     weight = None if rows.weight is None else rows.weight.expand(size, *rows.weight.shape)
     return MemberRows(rows.x.expand(size, *rows.x.shape), rows.y.expand(size, *rows.y.shape), weight)

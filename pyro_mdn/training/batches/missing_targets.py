@@ -1,4 +1,4 @@
-r"""Missing targets: count them, and say where so few are missing that it may be an accident."""
+r"""Missing targets: count them, and find outputs where so few are missing that it may be an accident."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from pyro_mdn.support.checks import unmasked
 
 __all__ = ["MissingTargetsWarning", "few_missing", "gaps_given", "gaps_in"]
 
-_FEW = 0.05
+_FEW = 0.05  # share of missing targets below which they may be an accident
 
 
 class MissingTargetsWarning(UserWarning):
-    """So few targets are NaN that an operation may have made them, such as the logarithm of a negative number."""
+    """A few targets are NaN, as after the logarithm of a negative number: they may be missing by accident."""
 
 
 def gaps_in(y: Tensor) -> Tensor:
-    """Count what is NaN in targets ``(N, ..., D)``, what of it is no padding, and what is no padding: ``(3, D)``.
+    """Count missing targets by output: NaN in ``(N, ..., D)``, those of them outside padding, all outside padding.
 
-    Padding are the steps of sequences that have no output at all.
+    The counts have shape ``(3, D)``. Padding consists of the steps of sequences that have no observed output at all.
 
     >>> gaps_in(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [1.0, 2.0]])).tolist()
     [[1, 2], [1, 2], [3, 3]]
@@ -33,7 +33,7 @@ def gaps_in(y: Tensor) -> Tensor:
 
 
 def gaps_given(rows: Rows, given: Any) -> Tensor:
-    """Count what is missing in targets as they were given: what a mask says is no accident."""
+    """Count missing targets by :func:`gaps_in`, where targets that came with a mask are not missing by accident."""
     gaps = gaps_in(rows.y)
     if unmasked(given) is not given:
         gaps[1] = 0
@@ -41,7 +41,7 @@ def gaps_given(rows: Rows, given: Any) -> Tensor:
 
 
 def few_missing(gaps: Tensor) -> str | None:
-    """Say in which outputs so few entries are missing that it may be an accident; None if in none."""
+    """Say in which outputs so few targets are missing that it may be an accident; None if there is no such output."""
     few = (gaps[1] > 0) & (gaps[1] < _FEW * gaps[2])
     counts = [f"{gaps[1, i]} of {gaps[2, i]} in output {i}" for i in few.nonzero().flatten().tolist()]
     return ", ".join(counts) or None

@@ -24,7 +24,7 @@ Batches = InMemory | Streamed
 def prepare(
     network: MixtureDensityNetwork, x: Any, y: Any, weight: Any, validation: Any, batch_size: int | None
 ) -> tuple[Batches, Rows | Streamed | None]:
-    """Batches to train on, and rows or batches held out.
+    """Prepare batches to train a network on, and rows or batches that are held out.
 
     Raises:
         ValueError: If the data are not usable or the validation leaves nothing.
@@ -73,7 +73,7 @@ def _prepare_stream(
 
 
 def _given(network: MixtureDensityNetwork, validation: Any) -> Rows | Streamed | None:
-    """Validation data of the caller's own, if any."""
+    """Prepare validation data that the caller has given, if any."""
     if isinstance(validation, DataLoader):
         held_out = Streamed(network, validation)
         held_out.head(1)
@@ -84,7 +84,7 @@ def _given(network: MixtureDensityNetwork, validation: Any) -> Rows | Streamed |
 
 
 def held_out_count(validation: Any, size: int) -> int:
-    """Rows to hold out of so many; a ``ValueError`` if the fraction is not one or leaves nothing."""
+    """Compute how many rows to hold out; a ``ValueError`` if this is no fraction or leaves no rows for training."""
     if isinstance(validation, bool) or not isinstance(validation, Real) or not 0 <= float(validation) < 1:
         expected = "a fraction in [0, 1), a pair (x, y), a triple (x, y, weight) or a loader"
         raise ValueError(f"validation: expected {expected}, got {shown(validation)}")
@@ -105,7 +105,7 @@ def prepare_members(
     *,
     bootstrap: bool = False,
 ) -> tuple[MemberBatches | SharedBatches, MemberRows | SharedBatches | None]:
-    """Batches to train the members of an ensemble on, and rows held out: a split, drawn anew for each, of arrays.
+    """Prepare batches to train the members of an ensemble on, and held-out rows; arrays are split anew for each member.
 
     Raises:
         ValueError: If the data are not usable or the validation leaves nothing.

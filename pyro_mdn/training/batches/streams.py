@@ -24,8 +24,8 @@ class Streamed:
     def __init__(self, network: MixtureDensityNetwork, loader: DataLoader) -> None:
         self.network, self.loader = network, loader
         self.counted = 0
-        self.gaps = torch.zeros(3, network.dim_out, dtype=torch.int64, device="cpu")  # of the rows of the last pass
-        self.flat: bool | None = None  # whether targets (N, ...) stand for (N, ..., 1)
+        self.gaps = torch.zeros(3, network.dim_out, dtype=torch.int64, device="cpu")  # in the rows of the last pass
+        self.flat: bool | None = None  # whether targets (N, ...) stand for (N, ..., 1); None until the first batch
         try:
             self.n_batches = len(loader)
         except TypeError as error:
@@ -35,11 +35,11 @@ class Streamed:
 
     @property
     def num_rows(self) -> int:
-        """Rows that the loader goes over in one pass."""
+        """Number of rows that the loader goes over in one pass."""
         if isinstance(self.loader.dataset, IterableDataset):
             stream: Any = self.loader.dataset
             return len(stream)
-        if self.loader.batch_sampler is None:  # the data set gives whole batches
+        if self.loader.batch_sampler is None:  # the data set gives whole batches, whose rows can only be counted
             self.counted = self.counted or sum(len(rows) for rows in self)
             return self.counted
         sampler: Any = getattr(self.loader.batch_sampler, "sampler", self.loader.sampler)
@@ -52,14 +52,14 @@ class Streamed:
         self.gaps = torch.zeros_like(self.gaps)
         for batch in self.loader:
             rows = self._rows(batch)
-            if rows.y.shape[-1] == self.network.dim_out:  # else it is refused where it is used
+            if rows.y.shape[-1] == self.network.dim_out:  # targets of another shape are refused where they are used
                 self.gaps = self.gaps + gaps_given(rows, batch[1])
             if len(rows := rows.counted()):
                 yield rows
             give_way()
 
     def head(self, size: int) -> Rows:
-        """Rows of the first batches, ``size`` of them or a few more."""
+        """Read the rows of the first batches, ``size`` rows or a few more."""
         batches, count = [], 0
         for batch in self:
             batches.append(batch)
@@ -72,7 +72,7 @@ class Streamed:
         return Rows(*self.network.check(rows.x, rows.y), rows.weight)
 
     def digest(self) -> str:
-        """Size alone: a stream is not read for it."""
+        """Describe the size alone, because a checksum would have to read the whole stream."""
         return f"{self.num_rows} rows in {self.n_batches} batches"
 
     def _rows(self, batch: Any) -> Rows:
@@ -98,7 +98,7 @@ class Streamed:
         return self.flat
 
     def generators(self) -> list[torch.Generator]:
-        """Generators of the loader's own."""
+        """List the random generators that the loader has of its own."""
         parts = [self.loader, self.loader.sampler, self.loader.batch_sampler]
         parts.append(getattr(self.loader.batch_sampler, "sampler", None))
         found = {id(generator): generator for part in parts if (generator := getattr(part, "generator", None))}

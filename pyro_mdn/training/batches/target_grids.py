@@ -1,4 +1,4 @@
-r"""Targets on a grid, such as counts or rounded numbers: find the spacing of their values."""
+r"""Targets on a grid, such as counts or rounded numbers: find the spacing of their values, for dequantisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["grid_spacing"]
 
 
 def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
-    """Smallest difference between targets of each column, ``(D,)``, that repeat; 0 where half of them do not.
+    """Find the smallest difference between the values that repeat in each column, ``(D,)``; 0 where half do not repeat.
 
     >>> grid_spacing(torch.stack([torch.arange(20.0) % 4, torch.arange(20.0)], 1))
     tensor([1., 0.])
@@ -24,7 +24,7 @@ def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
 
 
 def _apart(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted values and how often each is there, those taken together that rounding alone keeps apart."""
+    """Merge sorted values that differ by rounding alone, and add up how often each occurs."""
     rounding = 16 * torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else 0.0
     new = torch.cat([values.new_ones(min(1, len(values)), dtype=torch.bool), values.diff() > rounding])
     totals = counts.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, counts)
