@@ -23,7 +23,7 @@ from tqdm import tqdm
 from uci import HERE, SETS, load, parse_splits
 
 from pyro_mdn import CollapseWarning, MixtureDensityNetwork, NegativeLogLikelihood, fit, scores
-from pyro_mdn.training.optimizer import STEPS
+from pyro_mdn.training.schedules import STEPS
 
 sys.path.append(str(HERE.parent / "examples"))
 from inverse_sine import simulate

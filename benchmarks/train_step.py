@@ -23,8 +23,9 @@ from torch.nn.functional import softplus
 
 from pyro_mdn import Full, MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, bayesianize
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.training.batches.sources import InMemory
-from pyro_mdn.training.loop import Loop, Settings
+from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.loop import Loop
+from pyro_mdn.training.settings import LoopSettings
 
 BATCHES, STEPS = 8, 400
 CASES = [(256, 64, ""), (256, 256, ""), (4096, 64, ""), (4096, 256, ""), (256, 64, "trained"), (2048, 64, "trained")]
@@ -97,7 +98,7 @@ def of_fit(batch, width, weights, *, kind="likelihood", compiled=False):
         objective = NegativeLogLikelihood(network)
     else:
         objective = NegativeElbo(network, guide_of(kind, network, x, y), len(x))
-    settings = Settings(
+    settings = LoopSettings(
         max_epochs=10**9,
         patience=1,
         lr=1e-3,
@@ -106,10 +107,11 @@ def of_fit(batch, width, weights, *, kind="likelihood", compiled=False):
         target_noise=0.1,
         final_noise=0.03,
         max_grad_norm=10.0,
+        compile=compiled,
     )
     batches = InMemory(Rows(x, y), batch)
-    loop = Loop(objective, batches, None, (network.x_scale, network.head.scale), settings, compiled=compiled)
-    return trained(weights, lambda: loop._train(1))
+    loop = Loop(objective, batches, None, (network.x_scale, network.head.scale), settings)
+    return trained(weights, lambda: loop.train_epoch(1))
 
 
 def guide_of(kind, network, x, y):

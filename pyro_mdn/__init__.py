@@ -27,8 +27,17 @@ from pyro_mdn.posteriors.mcmc import ConvergenceWarning, PosteriorSamples, fit_m
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.posteriors.priors import bayesianize, starting_weights
 from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
-from pyro_mdn.training.loop import FitResult
 from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
+from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.settings import (
+    Checkpointing,
+    EarlyStopping,
+    Initialization,
+    NoiseSchedule,
+    Optimization,
+    TrainingLoop,
+    VariationalInference,
+)
 
 if TYPE_CHECKING:
     from pyro_mdn import calibration as calibration
@@ -40,6 +49,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpointing",
     "CollapseWarning",
     "Components",
     "ContinuousRankedProbability",
@@ -48,12 +58,14 @@ __all__ = [
     "DeepEnsemble",
     "Diagonal",
     "DiagonalCovariance",
+    "EarlyStopping",
     "Family",
     "FitResult",
     "Fixed",
     "Full",
     "FullCovariance",
     "GaussianMixture",
+    "Initialization",
     "Isotropic",
     "IsotropicCovariance",
     "LowRank",
@@ -66,12 +78,16 @@ __all__ = [
     "NegativeLogLikelihood",
     "NetworkModel",
     "NoiseModel",
+    "NoiseSchedule",
     "Normal",
     "NormalComponents",
+    "Optimization",
     "PosteriorSamples",
     "Prediction",
     "StudentT",
     "StudentTComponents",
+    "TrainingLoop",
+    "VariationalInference",
     "WeightedSum",
     "bayesianize",
     "fit",

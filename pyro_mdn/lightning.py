@@ -1,9 +1,13 @@
-r"""Training by Lightning: processes, devices, precision, loggers and checkpoints are its own; its only importer."""
+r"""Training by Lightning, which looks after processes, devices, precision, loggers and checkpoints.
+
+This is the only module that imports Lightning.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,19 +16,20 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.process_state import own_store, require_owned
-from pyro_mdn.training.optimizer import (
+from pyro_mdn.support.settings import collected, given_settings
+from pyro_mdn.training.optimizer import adamw
+from pyro_mdn.training.schedules import (
     FINAL_NOISE,
     INPUT_NOISE,
     LEARNING_RATE,
     TARGET_NOISE,
-    adamw,
     blur,
     default_weight_decay,
     fading,
     warmup_cosine,
 )
+from pyro_mdn.training.settings import NoiseSchedule, Optimization
 
 try:
     from lightning.pytorch import LightningModule
@@ -34,35 +39,52 @@ except ImportError as error:
 
 __all__ = ["LightningObjective"]
 
-_FAR = 10.0  # times smaller or larger than 1, the scale of data that were standardised before
+_FAR = 10.0  # Data whose scale is this many times smaller or larger than 1 have not been standardised.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LightningSettings(NoiseSchedule, Optimization):
+    """Settings of training that are not those of a Lightning ``Trainer``."""
+
+    def resolved(self) -> LightningSettings:
+        """Put numbers in place of the defaults that do not depend on the data."""
+        defaults = {"input_noise": INPUT_NOISE, "target_noise": TARGET_NOISE}
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
 class LightningObjective(LightningModule):
-    r"""Lightning module that minimises an objective, with the optimiser, schedule and fading noise of ``fit``.
+    r"""Lightning module that minimises an objective, with the optimiser, schedules and fading noise of ``fit``.
 
-    The network has its scalers from ``network.initialize_(x, y)``, called before. Batches are ``(x, y)`` or
+    Call ``network.initialize_(x, y)`` first, which sets the scalers of the network. Batches are ``(x, y)`` or
     ``(x, y, weight)``. ``loss`` and ``validation_loss`` are logged once per epoch, as weighted means over what was
-    observed of the rows of all processes; so are gradients, also where processes have unequally many rows. Only the
-    ratios of weights matter: they are divided by the mean weight of all rows trained on so far, which is part of a
-    Lightning checkpoint. Each process draws noise of its own.
+    observed in the rows of all processes. Gradients are such means too, also where processes have unequally many rows.
+    Only the ratios of weights matter: weights are divided by the mean weight of all rows trained on so far, which is
+    part of a Lightning checkpoint. Each process draws its own noise.
 
-    Clipping, early stopping, averaged weights and checkpoints are settings and callbacks of the ``Trainer``;
-    ``gradient_clip_val=1.0`` is what ``fit`` has. Targets on a grid get no noise of their own here. A Lightning
-    checkpoint holds the settings and all tensors, but not the network as an object:
-    ``LightningObjective.load_from_checkpoint(path, objective=...)`` takes one. Pyro's parameter store stays as it was.
-    A network that is in evaluation mode as a whole, as from ``load`` or ``fit``, trains in training mode; otherwise the
-    modes of its parts are as you set them. Lightning leaves them so: ``network.eval()`` before predictions.
-    With ``precision="bf16-true"`` weights are in bfloat16; scalers, targets and densities stay in single precision.
+    Gradient clipping, early stopping, averaged weights and checkpoints are settings and callbacks of the ``Trainer``;
+    ``gradient_clip_val=1.0`` is the default of ``fit``. Targets on a grid are not dequantised here. Pyro's parameter
+    store stays as it was. With ``precision="bf16-true"`` weights are in bfloat16; scalers, targets and densities stay
+    in single precision.
+
+    A Lightning checkpoint has the settings and all tensors, but not the network as an object: give one to
+    ``LightningObjective.load_from_checkpoint(path, objective=...)``.
+
+    A network that is in evaluation mode as a whole, as it comes from ``load`` or ``fit``, is trained in training mode;
+    otherwise its parts stay in the modes that you have set. After training, call ``network.eval()`` before predictions:
+    Lightning does not.
 
     Args:
-        objective: Module called as ``objective(x, y)`` that gives one loss per row, with one network in it. Where
-            there is a guide in it, call the objective once before: that sets the guide up.
+        objective: Module with one network in it, which is called as ``objective(x, y)`` and gives one loss per row. If
+            there is a guide in it, call the objective once before, which sets the guide up.
         lr: Largest learning rate.
-        weight_decay: Decoupled decay of the weight matrices; by default that of ``fit`` for the number of rows of
-            the training loader's data set; of sequences, say it, since their steps are not counted.
+        weight_decay: Decoupled weight decay of the weight matrices. By default that of ``fit`` for the number of rows
+            in the data set of the training loader. Give a number for sequences, because their steps are not counted.
         input_noise: Standard deviation of the noise on x at the start, in standardised units.
-        target_noise: The same for y.
+        target_noise: Standard deviation of the noise on y at the start, in standardised units.
         final_noise: Share of the noise that is left at the end of the schedule.
+        optimization: A whole :class:`pyro_mdn.Optimization`, in place of ``lr`` and ``weight_decay``.
+        noise_schedule: A whole :class:`pyro_mdn.NoiseSchedule`, in place of the settings of noise.
+        **further: Fields of these two groups that have no keyword above.
 
     Raises:
         ValueError: If a setting is not usable; when training starts, if the Trainer has neither ``max_epochs`` nor
@@ -70,7 +92,7 @@ class LightningObjective(LightningModule):
         ImportError: If Lightning is not installed.
 
     Warns:
-        UserWarning: At the first step, if the network has no scalers, and columns of the batch are ten times larger or
+        UserWarning: At the first step, if the network has no scalers and columns of the batch are ten times larger or
             smaller than standardised ones.
 
     >>> from lightning.pytorch import Trainer
@@ -88,6 +110,12 @@ class LightningObjective(LightningModule):
     (4, ['loss', 'validation_loss'])
     """
 
+    lr: float
+    weight_decay: float | None
+    input_noise: float
+    target_noise: float
+    final_noise: float
+
     def __init__(
         self,
         objective: nn.Module,
@@ -97,20 +125,23 @@ class LightningObjective(LightningModule):
         input_noise: float = INPUT_NOISE,
         target_noise: float = TARGET_NOISE,
         final_noise: float = FINAL_NOISE,
+        optimization: Optimization | None = None,
+        noise_schedule: NoiseSchedule | None = None,
+        **further: Any,
     ) -> None:
         super().__init__()
-        require_numbers(lr=lr)
-        require_numbers(least=0.0, input_noise=input_noise, target_noise=target_noise, final_noise=final_noise)
-        require_numbers(least=0.0, weight_decay=weight_decay)
+        given = given_settings(LightningObjective.__init__, locals(), Optimization, NoiseSchedule)
+        settings = collected(LightningSettings, "LightningObjective", {**given, **further}).resolved()
         _require_objective(objective)
-        self.save_hyperparameters(ignore="objective")
-        self.objective = objective
-        self.lr, self.weight_decay, self.steps = lr, weight_decay, 1
-        self.input_noise, self.target_noise, self.final_noise = input_noise, target_noise, final_noise
+        self.save_hyperparameters(ignore=["objective", "optimization", "noise_schedule"])
+        self.save_hyperparameters(asdict(settings))
+        for name, value in asdict(settings).items():  # attributes, which the Tuner of Lightning may change
+            setattr(self, name, value)
+        self.objective, self.steps = objective, 1
         self.noise = (torch.zeros(()), torch.zeros(()))
         self.generator: torch.Generator | None = None
         self.means = nn.ModuleDict({name: _Mean() for name in ("loss", "validation_loss")})
-        self.trained = torch.zeros(2, device="cpu")  # rows so far, and the sum of the weights of their losses
+        self.trained = torch.zeros(2, device="cpu")  # number of rows so far, and sum of the weights of their losses
 
     @property
     def network(self) -> MixtureDensityNetwork:
@@ -125,39 +156,39 @@ class LightningObjective(LightningModule):
         return losses
 
     def setup(self, stage: str) -> None:
-        """Take batches as they are where the Trainer would round them; the network rounds what it has standardised."""
+        """Stop the Trainer from rounding batches to half precision: the network rounds what it has standardised."""
         plugin = self.trainer.precision_plugin
         if plugin.convert_input(torch.zeros((), dtype=torch.float32)).dtype.itemsize < 4:
             vars(plugin)["convert_input"] = _as_it_is
 
     def teardown(self, stage: str) -> None:
-        """Have the Trainer round batches again."""
+        """Let the Trainer round batches again."""
         vars(self.trainer.precision_plugin).pop("convert_input", None)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the mean weight comes from."""
+        """Save the sums that the mean weight is computed from."""
         checkpoint["trained"] = self.trained.cpu()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
+        """Load the sums that the mean weight is computed from."""
         self.trained = checkpoint.get("trained", self.trained)
 
     def on_fit_start(self) -> None:
-        """Train a network that was loaded, or is from ``fit``: these are in evaluation mode, which Lightning keeps."""
+        """Switch a network from ``load`` or ``fit`` to training mode, because Lightning would keep evaluation mode."""
         if not self.network.training:
             self.objective.train()
 
     def on_train_start(self) -> None:
-        """Take the noise into the units of the data; each process draws its own, also where all were seeded alike."""
+        """Convert the noise to the units of the data, and give each process its own generator, whatever the seed."""
         network = self.network
         self.noise = (self.input_noise * network.x_scale, self.target_noise * network.head.scale)
         seed = int(torch.randint(2**62, (), device="cpu")) + self.global_rank
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Mean loss of a batch with noise on it, so scaled that the mean over processes is that over all rows.
+        """Compute the mean loss of a noisy batch, scaled so that the mean over processes is the mean over all rows.
 
-        What was not observed counts neither in the mean nor as a row.
+        Missing targets do not count.
         """
         rows = _as_rows(batch)
         if self.trainer.global_step == 0:
@@ -170,7 +201,7 @@ class LightningObjective(LightningModule):
         self.trained = self.trained.to(counts) + counts
         trained, weights = self.trained
         expected = counts[0] * weights / trained.clamp(min=1)
-        return total / expected.masked_fill(expected == 0, 1.0)  # nothing was observed
+        return total / expected.masked_fill(expected == 0, 1.0)  # where all targets are missing
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the mean loss of a held-out batch."""
@@ -178,7 +209,7 @@ class LightningObjective(LightningModule):
         self._log_mean("validation_loss", rows, self(rows.x, rows.y))
 
     def _log_mean(self, name: str, rows: Rows, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses and of their weights, whose ratio over an epoch is logged."""
+        """Log the mean loss over an epoch; return the sum of the losses of this batch, and of their weights."""
         total, weight = rows.totals(losses)
         mean: Any = self.means[name]
         mean.update(total.detach(), weight)
@@ -186,7 +217,7 @@ class LightningObjective(LightningModule):
         return total, weight
 
     def configure_optimizers(self) -> Any:
-        """AdamW with decay on weight matrices alone; a warm-up and a cosine over all steps of the Trainer."""
+        """Set up AdamW with weight decay of weight matrices alone, and a warm-up and cosine over all steps."""
         steps = self.trainer.estimated_stepping_batches
         if not 0 <= steps < math.inf:
             raise ValueError(f"Trainer: expected max_epochs or max_steps for the schedule, got {steps} steps")
@@ -197,8 +228,8 @@ class LightningObjective(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _decay_for_data(self) -> float:
-        """Pull of a fixed prior on the rows of the training data."""
-        self.trainer.fit_loop.setup_data()  # does nothing if they are there
+        """Compute the default weight decay for the number of training rows."""
+        self.trainer.fit_loop.setup_data()  # does nothing if the data are set up already
         try:
             return default_weight_decay(len(self.trainer.train_dataloader.dataset))  # pyright: ignore[reportOptionalMemberAccess]
         except (AttributeError, TypeError) as error:
@@ -210,7 +241,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 class _Mean(Metric):
-    """Weighted mean over the batches of an epoch, and over processes; NaN stays NaN."""
+    """Weighted mean over the batches of an epoch and over processes; NaN stays NaN."""
 
     total: Tensor
     weight: Tensor
@@ -243,7 +274,7 @@ def _as_rows(batch: Any) -> Rows:
 
 @torch.no_grad()
 def _warn_if_unscaled(network: MixtureDensityNetwork, rows: Rows) -> None:
-    """Warn if a network has no scalers, and these rows need some: their columns are far from a unit scale."""
+    """Warn if a network has no scalers although the columns of these rows are far from a unit scale."""
     if network.initialized:
         return
     columns = {"x": rows.x.reshape(len(rows), -1), "y": rows.y.reshape(-1, rows.y.shape[-1])}

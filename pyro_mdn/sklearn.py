@@ -1,4 +1,4 @@
-r"""The front door of scikit-learn: an estimator whose predictions are distributions, and scorers for it."""
+r"""Estimator for scikit-learn whose predictions are distributions, and scorers for it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import is_count, require_counts, require_range, shown, unmasked
 from pyro_mdn.support.process_state import seeded
+from pyro_mdn.support.settings import given_settings
 from pyro_mdn.training.fit import fit
-from pyro_mdn.training.loop import FitResult
-from pyro_mdn.training.optimizer import LEARNING_RATE
+from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.schedules import LEARNING_RATE
+from pyro_mdn.training.settings import EarlyStopping, NoiseSchedule, Optimization, TrainingLoop
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
@@ -43,6 +45,7 @@ except ImportError as error:
 __all__ = ["MDNRegressor", "Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_GROUPS = (Optimization, TrainingLoop, NoiseSchedule, EarlyStopping)
 
 
 class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
@@ -64,14 +67,20 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         rank: Rank of ``noise="low_rank"``, which alone reads it; by default 2, but 1 for a single output.
         noise_scale: Standard deviation, in the units of y, of ``noise="fixed"``, which alone reads it and needs it.
         ensemble_size: Number of networks; from 2 on a :class:`DeepEnsemble`, whose average density is the prediction.
-        max_epochs: Passes over the training rows at most; for this and what follows see :func:`pyro_mdn.fit`.
-        batch_size: Rows per step at most.
+        max_epochs: Passes over the training rows at most. :func:`pyro_mdn.fit` has the details of this setting and of
+            those that follow.
+        batch_size: Rows in a batch at most.
         lr: Largest learning rate.
-        weight_decay: Decoupled decay of the weight matrices.
+        weight_decay: Decoupled weight decay of the weight matrices.
         input_noise: Standard deviation of the noise on X at the start, in standardised units.
-        target_noise: The same for y.
+        target_noise: Standard deviation of the noise on y at the start, in standardised units.
         validation: Fraction of the rows that is held out for early stopping; 0 for none.
-        patience: Epochs without improvement before training stops.
+        patience: Epochs without improvement of the validation loss before training stops.
+        optimization: A whole :class:`pyro_mdn.Optimization`, in place of its fields above. This and the next three
+            groups also have settings without a keyword of their own here, such as gradient clipping.
+        training_loop: A whole :class:`pyro_mdn.TrainingLoop`.
+        noise_schedule: A whole :class:`pyro_mdn.NoiseSchedule`.
+        early_stopping: A whole :class:`pyro_mdn.EarlyStopping`, whose ``validation`` is a fraction here.
         device: Where to train, such as ``"cuda"``.
         dtype: ``"float32"`` or ``"float64"``, for training.
         verbose: Show a progress bar.
@@ -116,6 +125,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         target_noise: float | None = None,
         validation: float = 0.1,
         patience: int | None = None,
+        optimization: Optimization | None = None,
+        training_loop: TrainingLoop | None = None,
+        noise_schedule: NoiseSchedule | None = None,
+        early_stopping: EarlyStopping | None = None,
         device: str | torch.device | None = None,
         dtype: Literal["float32", "float64"] = "float32",
         verbose: bool = False,
@@ -135,6 +148,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.target_noise = target_noise
         self.validation = validation
         self.patience = patience
+        self.optimization = optimization
+        self.training_loop = training_loop
+        self.noise_schedule = noise_schedule
+        self.early_stopping = early_stopping
         self.device = device
         self.dtype = dtype
         self.verbose = verbose
@@ -172,17 +189,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             inputs,
             np.ma.masked_invalid(outputs.numpy()) if masked else outputs,
             sample_weight=weight,
-            validation=self.validation,
-            max_epochs=self.max_epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            input_noise=self.input_noise,
-            target_noise=self.target_noise,
-            patience=self.patience,
             device=self.device,
             seed=seed,
             progress=bool(self.verbose),
+            **given_settings(MDNRegressor.__init__, vars(self), *_GROUPS),
         )
         self.network_ = _uncentered(network, *shifts)
         self.n_outputs_, self._vector = targets.shape[1], y.ndim == 1
@@ -289,8 +299,9 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """Network or ensemble that these settings describe; a ``ValueError`` if they do not."""
         if not is_count(self.ensemble_size):
             raise ValueError(f"ensemble_size: expected a positive integer, got {shown(self.ensemble_size)}")
-        if not isinstance(self.validation, Real):
-            raise ValueError(f"validation: expected a fraction in [0, 1), got {shown(self.validation)}")
+        fractions = [self.validation, getattr(self.early_stopping, "validation", None) or 0.0]
+        if others := [fraction for fraction in fractions if not isinstance(fraction, Real)]:
+            raise ValueError(f"validation: expected a fraction in [0, 1), got {shown(others[0])}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
         noise = self._noise(dim_out)

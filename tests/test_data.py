@@ -17,7 +17,10 @@ from pyro_mdn import DeepEnsemble, Diagonal, Full, MissingTargetsWarning, Mixtur
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.scores import log_score
 from pyro_mdn.sklearn import MDNRegressor
-from pyro_mdn.training.batches.sources import InMemory, Streamed, grid_spacing, prepare
+from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.batches.preparation import prepare
+from pyro_mdn.training.batches.streams import Streamed
+from pyro_mdn.training.batches.target_grids import grid_spacing
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 
@@ -738,15 +741,14 @@ class Counted(Dataset):
 
 @pytest.mark.parametrize("size", [None, 2])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_the_first_rows_of_a_loader_are_read_once(monkeypatch, size, shuffle):
+def test_the_first_rows_of_a_loader_are_read_once(size, shuffle):
     """For scalers, start, mean weight, the test of the objective, and the shares of components at the end."""
-    monkeypatch.setattr("pyro_mdn.training.fit._ROWS_TO_START", 100)
     x = torch.randn(300, 2)
     rows = Counted(x, x[:, :1].sin())
     network = MixtureDensityNetwork(2, 1, 2, 8)
     trained = network if size is None else DeepEnsemble(network, size)
     loader = DataLoader(rows, batch_size=50, shuffle=shuffle)
-    fit(trained, loader, max_epochs=2, progress=False)
+    fit(trained, loader, max_epochs=2, rows_to_start=100, progress=False)
     assert rows.reads == 100 + 2 * 300
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_mdn import MixtureDensityNetwork, NegativeElbo, NegativeLogLikelihood, WeightedSum, bayesianize, fit
 from pyro_mdn.lightning import LightningObjective
-from pyro_mdn.training.optimizer import FINAL_NOISE, INPUT_NOISE, TARGET_NOISE, default_weight_decay, fading
+from pyro_mdn.training.schedules import FINAL_NOISE, INPUT_NOISE, TARGET_NOISE, default_weight_decay, fading
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"

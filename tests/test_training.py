@@ -35,6 +35,7 @@ from pyro_mdn import (
     fit,
 )
 from pyro_mdn.support.process_state import unvalidated
+from pyro_mdn.training.fit import warn_if_compiling_is_slow
 from pyro_mdn.training.loop import copied
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW
 
@@ -205,14 +206,17 @@ def test_latent_weights_are_not_reinitialized():
 
 def test_compiling_for_few_steps_warns(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module, **settings: module)
-    x, y = fork(64)
-    with pytest.warns(UserWarning, match="compiling takes longer than it saves in 6 steps"):
-        fit(network(), x, y, compile=True, **QUICK)
-    monkeypatch.setattr("pyro_mdn.training.fit._STEPS_TO_COMPILE", 6)
+    with pytest.warns(UserWarning, match="compiling takes longer than it saves in 6 steps") as caught:
+        fit(network(), *fork(64), compile=True, **QUICK)
+    assert caught[0].filename == __file__
+
+
+def test_compiling_for_many_steps_does_not_warn():
+    with pytest.warns(UserWarning, match="in 9999 steps"):
+        warn_if_compiling_is_slow(9_999)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", category=CollapseWarning)
-        fit(network(), x, y, compile=True, **QUICK)
+        warnings.simplefilter("error")
+        warn_if_compiling_is_slow(10_000)
 
 
 def test_two_fits_never_see_each_other_nor_the_parameter_store():
@@ -274,11 +278,19 @@ def test_training_further_keeps_scalers_and_weights():
     assert all(torch.allclose(t, before[name], atol=1e-6) for name, t in trained.state_dict().items())
 
 
-def test_sequences():
+def test_sequences_train_as_their_steps_do():
+    """In batches of everything and without noise: the same losses, up to rounding."""
     x = torch.randn(40, 6, 2)
-    trained = MixtureDensityNetwork(2, 1, 2, 8)
-    fit(trained, x, x.cumsum(1)[..., :1], **QUICK)
-    assert trained(x).batch_shape == (40, 6)
+    y = x.sum(-1, keepdim=True).sin() + 0.1 * torch.randn(40, 6, 1)
+    settings = {"validation": 0, "batch_size": 1000, "input_noise": 0.0, "target_noise": 0.0, "max_epochs": 20}
+    histories = []
+    for shape in ((40, 6), (240,)):
+        trained = MixtureDensityNetwork(2, 1, 2, 8, seed=0)
+        result = fit(trained, x.reshape(*shape, 2), y.reshape(*shape, 1), seed=0, progress=False, **settings)
+        histories.append([row["loss"] for row in result.history])
+        assert trained(x).batch_shape == (40, 6)
+    assert_close(*histories, rtol=1e-3, atol=1e-3)
+    assert histories[0][-1] < histories[0][0] - 0.1
 
 
 class Modes(nn.Module):
@@ -380,29 +392,52 @@ def test_batch_norm_statistics_go_with_the_weights():
     assert_close(trained.eval().loss(*held_out).mean().item(), result.best_loss, rtol=1e-5, atol=1e-5)
 
 
-def test_objective_is_a_module_and_its_gradient_is_that_of_the_loss():
-    x, y = fork()
-    objective = NegativeLogLikelihood(network())
+def test_the_gradient_of_the_objective_is_that_of_a_mixture_in_plain_torch():
+    """Built from the components by torch's own distributions, and differentiated by autograd."""
+    objective = NegativeLogLikelihood(network().double())
+    x, y = (part.double() for part in fork())
     objective(x, y).mean().backward()
     gradients = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
-    objective.network.loss(x, y).mean().backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(gradients, objective.parameters(), strict=True))
+    mixture = objective.network(x)
+    normals = torch.distributions.Normal(mixture.locs.squeeze(-1), mixture.covariance.scale.squeeze(-1))
+    expected = torch.logsumexp(mixture.logits.log_softmax(-1) + normals.log_prob(y), -1)
+    assert_close(objective(x, y), -expected)
+    (-expected).mean().backward()
+    assert_close(gradients, [p.grad for p in objective.parameters()])
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_batch_sizes(batch_size):
+@pytest.mark.parametrize(("batch_size", "batches"), [(1, 20), (7, 3), (1000, 1)])
+def test_batch_sizes(batch_size, batches):
+    """The network is called once for each batch, and losses are means over all rows, whatever the batches."""
     x, y = fork(20)
-    result = fit(network(), x, y, batch_size=batch_size, **QUICK)
-    assert all(math.isfinite(row["loss"]) for row in result.history)
+    trained, sizes = network(), []
+    trained.initialize_(x, y)
+    expected = trained.loss(x, y).mean().item()
+
+    def count(layer, inputs, output):
+        if layer.training:
+            sizes.append(len(output))
+
+    trained.backbone[0].register_forward_hook(count)
+    still = {"lr": 1e-12, "weight_decay": 0.0, "input_noise": 0.0, "target_noise": 0.0, "initialize": False}
+    result = fit(trained, x, y, batch_size=batch_size, validation=0, **still, **QUICK)
+    assert len(sizes) == 3 * batches
+    assert sum(sizes) == 3 * 20
+    assert_close([row["loss"] for row in result.history], [expected] * 3, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 5])
 def test_a_handful_of_rows(rows):
+    """They are all that scalers and start come from, and training fits them better than the start did."""
     x, y = fork(rows)
-    trained = network()
-    fit(trained, x, y, **QUICK)
-    assert trained.loss(x, y).isfinite().all()
+    trained, started = network(), network()
+    started.initialize_(x, y)
+    fit(trained, x, y, validation=0, max_epochs=100, seed=0, progress=False)
+    assert_close(trained.x_shift, x.mean(0))
+    assert_close(trained.head.shift, y.mean(0))
+    assert_close(trained.head.scale, y.std(0, correction=0))
+    assert trained.loss(x, y).mean() < started.loss(x, y).mean()
 
 
 def test_a_loss_that_is_not_finite_is_named_and_good_weights_are_kept():
@@ -692,9 +727,14 @@ def test_targets_on_a_grid_are_compiled():
     x, y = fork(70)
     objective = NegativeLogLikelihood(network(), torch.tensor([0.5]))
     compiled = torch.compile(objective, backend="aot_eager", fullgraph=True, dynamic=True)
+    y = y.mul(2).round().div(2)
     with unvalidated():
         for rows in (slice(70), slice(33)):
-            assert compiled(x[rows], y[rows].mul(2).round().div(2)).isfinite().all()
+            losses = []
+            for function in (compiled, objective):
+                torch.manual_seed(0)
+                losses.append(function(x[rows], y[rows]))
+            assert_close(*losses)
 
 
 def test_compilation_leaves_validation_as_it_was():
@@ -703,12 +743,14 @@ def test_compilation_leaves_validation_as_it_was():
 import torch
 from pyro_mdn import MixtureDensityNetwork, NegativeLogLikelihood
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.training.batches.sources import InMemory
-from pyro_mdn.training.loop import Loop, Settings
+from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.loop import Loop
+from pyro_mdn.training.settings import LoopSettings
 network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
-settings = Settings(1, 1, 0.1, 0.0, 0.0, 0.0, 0.0, 1.0)
+numbers = dict.fromkeys(["weight_decay", "input_noise", "target_noise"], 0.0)
+settings = LoopSettings(max_epochs=1, patience=1, compile=True, **numbers)
 units = network.x_scale, network.head.scale
-Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings, compiled=True)
+Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings)
 print(torch.distributions.Distribution._validate_args)
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
@@ -909,14 +951,20 @@ def test_moments_without_gradients_do_not_become_subnormal_numbers(monkeypatch):
     assert all(bool((m == 0).all()) for m in moments[-1][: len(moments[-1]) // 2])
 
 
-def test_an_interrupted_start_leaves_the_network_as_it_was(monkeypatch):
-    def interrupt(*arguments):
+class Interrupting(NegativeLogLikelihood):
+    """A likelihood that is interrupted when it is called first, on a network that has been drawn anew."""
+
+    def forward(self, x, y):
+        self.seen = copied(self.network.state_dict())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pyro_mdn.training.fit._Plan.loop", interrupt)
+
+def test_an_interrupted_start_leaves_the_network_as_it_was():
     trained = network()
+    objective = Interrupting(trained)
     with pytest.raises(KeyboardInterrupt):
-        fit(trained, *fork(50), **QUICK)
+        fit(trained, *fork(50), objective=objective, reinitialize=True, **{**QUICK, "seed": 1})
+    assert not torch.equal(objective.seen["head.linear.weight"], network().head.linear.weight)
     assert states_equal(trained, network())
 
 

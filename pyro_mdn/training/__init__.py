@@ -1,1 +1,1 @@
-"""From data to a trained network: objectives, the training loop, checkpoints."""
+"""Train networks: ``fit``, its settings and objectives, the training loop, checkpoints."""

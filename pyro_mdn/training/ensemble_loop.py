@@ -1,21 +1,22 @@
-r"""The training loop of an ensemble: all members in step, and each judged by itself."""
+r"""The training loop of an ensemble: all members take their steps together, and each stops early by itself."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.training.loop import FitResult, Loop
+from pyro_mdn.training.loop import Loop
+from pyro_mdn.training.result import FitResult
 
 __all__ = ["MemberLoop"]
 
 
 class MemberLoop(Loop):
-    """Train the members of an ensemble side by side, as if each were alone.
+    """Train the members of an ensemble side by side, each as if it were alone.
 
-    The objective gives losses ``(M, N, ...)``, and all that it trains has a leading axis of members. Gradients are
-    clipped, epochs compared and the best weights kept member by member; a member whose losses have stopped improving
-    keeps its best ones, and training ends with the last.
+    The objective gives losses ``(M, N, ...)``, and every tensor that is trained has a leading axis of M members.
+    Gradient clipping, the choice of the best epoch and early stopping go member by member: a member that has stopped
+    keeps its best weights, and training ends with the last member.
     """
 
     matrix_dim = 3
@@ -32,7 +33,7 @@ class MemberLoop(Loop):
         return not bool(self._broken(value).any())
 
     def _broken(self, value: Tensor) -> Tensor:
-        """Which members have a value that is not finite; what becomes of those that have stopped is of no concern."""
+        """Find the members with a value that is not finite, except members that have stopped already."""
         stopped = [member.stopped_early for member in self.result.members] or [False] * len(value)
         return ~value.isfinite() & ~torch.tensor(stopped, device=value.device)
 
@@ -48,14 +49,14 @@ class MemberLoop(Loop):
         with self.average.swapped_in():
             state = self.objective.state_dict()
             best = {name: _chosen(improved, state[name], kept) for name, kept in self.best.items()}
-        # Together, so that Ctrl-C does not part them.
+        # One statement, so that Ctrl-C cannot come between the weights and their epochs.
         self.best, self.result.members = best, after
         self.result.best_epoch = max(member.best_epoch for member in after)
         self.result.best_loss = sum(member.best_loss for member in after) / len(after)
         self.result.stopped_early = all(member.stopped_early for member in after)
 
     def _judged(self, member: FitResult, epoch: int, loss: float, monitored: float, lr: float) -> FitResult:
-        """Result of one member after another epoch."""
+        """Return the result of one member after another epoch."""
         if member.stopped_early:
             return member
         row = {"epoch": epoch, "loss": loss, "validation_loss": monitored, "lr": lr}
@@ -71,6 +72,6 @@ class MemberLoop(Loop):
 
 
 def _chosen(improved: list[bool], new: Tensor, kept: Tensor) -> Tensor:
-    """The new tensors of members that improved, and the kept ones of the others."""
+    """Take the new values for members that improved, and the kept values for the others."""
     which = torch.tensor(improved, device=new.device).reshape(-1, *(1,) * (new.ndim - 1))
     return torch.where(which, new, kept)

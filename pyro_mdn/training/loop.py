@@ -1,4 +1,4 @@
-r"""The training loop: it knows an objective and batches, not what is being trained."""
+r"""The training loop: it minimises an objective over batches and does not know what the objective trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,110 +17,39 @@ from tqdm.auto import tqdm
 
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.process_state import give_way, released, unvalidated
-from pyro_mdn.training.batches.sources import Batches, Streamed
-from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, blur, clip_, fading, joint_norm, warmup_cosine
+from pyro_mdn.training.batches.preparation import Batches
+from pyro_mdn.training.batches.streams import Streamed
+from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, clip_, joint_norm
+from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.schedules import blur, fading, warmup_cosine
+from pyro_mdn.training.settings import LoopSettings
 
-__all__ = ["FitResult", "Loop", "Settings", "copied"]
+__all__ = ["Loop", "copied"]
 
 logger = logging.getLogger("pyro_mdn")
 
-_EVALUATION_ROWS = 8192
-_STEPS_TO_FLUSH = 100  # in which the moments of an optimiser decay by five orders of magnitude
-
-
-@dataclass
-class FitResult:
-    """What a training run did.
-
-    Attributes:
-        history: One row per epoch: ``epoch``, ``loss``, ``validation_loss`` (of the averaged weights; NaN without
-            validation) and ``lr``. Losses are weighted means over what was observed: of rows, or of steps.
-        best_epoch: Epoch whose averaged weights the network now has: that of the lowest validation loss; without
-            validation, the last.
-        best_loss: Their validation loss; without validation, the training loss.
-        stopped_early: Whether the validation loss had stopped improving, or a callback had enough, before the
-            last epoch.
-        interrupted: Whether Ctrl-C ended the training.
-        unobserved: Entries of y that were not observed, NaN or masked, by output: of all data given but those of
-            ``validation=(x, y)``, or of what the last pass over a loader read.
-        skipped_batches: Batches whose loss or gradient was not finite, where these are skipped.
-        seconds: Wall-clock time, with that of earlier runs that this one resumed.
-        component_weights: Share of the training rows that each component explains, ``K`` numbers; see
-            :attr:`effective_components`. Empty where the weights are latent.
-        refit_history: The same as ``history``, of a second training on all rows.
-        members: What it did for each member of an ensemble: ``history``, ``best_epoch``, ``best_loss``,
-            ``stopped_early`` and ``component_weights``. The history of the ensemble is their mean, its ``best_loss``
-            too; its ``best_epoch`` is the latest of theirs.
-        guide: The guide that was trained, if one was.
-    """
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_loss: float = math.inf
-    stopped_early: bool = False
-    interrupted: bool = False
-    unobserved: list[int] = field(default_factory=list)
-    skipped_batches: int = 0
-    seconds: float = 0.0
-    component_weights: list[float] = field(default_factory=list)
-    refit_history: list[dict[str, float]] = field(default_factory=list)
-    members: list[FitResult] = field(default_factory=list)
-    guide: Any = None
-
-    @property
-    def effective_components(self) -> float:
-        r"""Effective number of components, :math:`\exp(-\sum_k w_k \log w_k)`; 1 if all but one are idle.
-
-        >>> FitResult(component_weights=[0.5, 0.5, 0.0]).effective_components
-        2.0
-        """
-        if not self.component_weights:
-            return math.nan
-        return math.exp(-sum(w * math.log(w) for w in self.component_weights if w > 0))
-
-    def plot(self, ax: Any = None) -> Any:
-        """Draw the losses by epoch and mark the best one; return the axes. See :func:`pyro_mdn.plots.plot_training`."""
-        from pyro_mdn.plots import plot_training
-
-        return plot_training(self, ax=ax)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Numbers that a run is made of; :func:`pyro_mdn.fit` documents them."""
-
-    max_epochs: int
-    patience: int
-    lr: float
-    weight_decay: float
-    input_noise: float
-    target_noise: float
-    final_noise: float
-    max_grad_norm: float
-    skip_bad_batches: bool = False
-    autocast: torch.dtype | None = None
+_STEPS_TO_FLUSH = 100  # in so many steps, the moments of the optimiser decay by five orders of magnitude
 
 
 class Loop:
     """Train an objective on batches, epoch by epoch.
 
-    Between epochs its whole state can be taken by :meth:`state` and given to another loop of the same making by
-    :meth:`restore`, which then goes on as this one would have.
+    Between epochs, :meth:`state` takes the whole state of the loop. :meth:`restore` gives it to another loop that was
+    built in the same way, which then goes on as this one would have.
 
     Args:
-        objective: What to minimise; all its parameters that require a gradient are trained.
-        batches: What to train on.
-        held_out: What to judge epochs by, if anything.
+        objective: Objective to minimise; all its parameters that require a gradient are trained.
+        batches: Batches to train on.
+        held_out: Held-out rows whose validation loss decides which epoch is the best, if there are any.
         units: Size of a standardised unit of x and of y.
-        settings: The numbers.
-        row_weight: What the weights of a row's losses come to on average: losses are divided by it, so that their
-            mean is over what was observed, and only the ratios of weights matter.
-        compiled: Whether to compile the objective.
+        settings: Settings of the run.
+        row_weight: Mean over the rows of the sum of the weights of a row's losses. Losses are divided by it, so that
+            their mean is over what was observed and only the ratios of weights matter.
+        least_noise: Standard deviation, in the units of y, below which the noise on targets does not fade, if there is
+            such a bound; held-out targets have as much.
 
     Attributes:
-        matrix_dim: Dimensions of a weight matrix, which is decayed.
-        least_noise: Standard deviation, in the units of y, that the noise on y does not fade below, if there is one;
-            held-out targets have as much.
+        matrix_dim: Dimensions of a weight matrix, to which weight decay applies.
     """
 
     matrix_dim = 2
@@ -132,17 +60,16 @@ class Loop:
         batches: Batches,
         held_out: Rows | Streamed | None,
         units: tuple[Tensor, Tensor],
-        settings: Settings,
+        settings: LoopSettings,
         *,
         row_weight: Tensor | float = 1.0,
-        compiled: bool = False,
+        least_noise: Tensor | None = None,
     ) -> None:
         self.objective, self.batches, self.held_out, self.settings = objective, batches, held_out, settings
-        with unvalidated():  # torch.compile switches the validation of distributions off, for good
-            self.losses = torch.compile(objective, dynamic=True) if compiled else objective
-        self.row_weight = row_weight
+        with unvalidated():  # torch.compile would switch the validation of distributions off, for good
+            self.losses = torch.compile(objective, dynamic=True) if settings.compile else objective
+        self.row_weight, self.least_noise = row_weight, least_noise
         self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
-        self.least_noise: Tensor | None = None
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
         self.average = AveragedWeights(self.parameters)
@@ -158,16 +85,16 @@ class Loop:
         save: Callable[[int], object] | None = None,
         progress: bool = False,
     ) -> FitResult:
-        """Train until the last epoch, or until losses stop improving, a callback returns True, or Ctrl-C.
+        """Train until the last epoch, or until early stopping, a callback or Ctrl-C ends the training.
 
         Args:
-            epochs: The last epoch, if not that of the settings.
-            callbacks: Called after each epoch with the result so far.
-            save: Called after them, with the number of the epoch.
+            epochs: Last epoch, if it is not that of the settings.
+            callbacks: Functions that are called after each epoch with the result so far.
+            save: Function that is called after the callbacks with the number of the epoch.
             progress: Show a progress bar.
 
         Raises:
-            FloatingPointError: If a loss or gradient is not finite; the objective keeps its best weights.
+            FloatingPointError: If a loss or a gradient is not finite; the objective keeps its best weights.
         """
         result, start = self.result, time.perf_counter() - self.result.seconds
         last = epochs or self.settings.max_epochs
@@ -197,7 +124,7 @@ class Loop:
         return result
 
     def _epoch(self, epoch: int) -> None:
-        loss = self._train(epoch)
+        loss = self.train_epoch(epoch)
         self.result.unobserved = self.batches.gaps[0].tolist()
         if epoch == 1 and any(self.result.unobserved):
             logger.info("fit: %s entries of y, by output, were not observed", self.result.unobserved)
@@ -215,17 +142,17 @@ class Loop:
         if self.held_out is None or monitored.item() < result.best_loss:
             with self.average.swapped_in():
                 best = copied(self.objective.state_dict())
-            # Together, so that Ctrl-C does not part them.
+            # One statement, so that Ctrl-C cannot come between the weights and their epoch.
             self.best, result.best_epoch = best, epoch
             result.best_loss = (loss if self.held_out is None else monitored).item()
         result.stopped_early = epoch - result.best_epoch >= self.settings.patience
 
     # Steps
 
-    def _train(self, epoch: int) -> Tensor:
-        """Mean loss over one pass, of what was observed."""
+    def train_epoch(self, epoch: int) -> Tensor:
+        """Train for one pass over the batches, and return the mean loss of what was observed."""
         self.objective.train()
-        with unvalidated():  # what is wrong with the data shows in the losses
+        with unvalidated():  # faults of the data show in the losses
             return self._pass(epoch)
 
     def _pass(self, epoch: int) -> Tensor:
@@ -249,7 +176,7 @@ class Loop:
         return total / weight
 
     def _step(self, batch: Rows) -> Tensor:
-        """Change the weights; give the sum of the losses and that of their weights."""
+        """Change the weights by one step; return the sum of the losses and the sum of their weights."""
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
         x = blur(batch.x, self.noise[0], fade)
@@ -259,7 +186,7 @@ class Loop:
         loss = total / (len(batch) * self.row_weight)
         (loss if loss.ndim == 0 else loss.sum()).backward()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        # Together: to look at a number is to wait for the device.
+        # One transfer for all numbers: each transfer waits for the device.
         looked_at = total.detach(), weight, loss.detach(), self._norm(gradients)
         numbers = torch.stack(looked_at).cpu().double()
         loss, norm = numbers[2], numbers[3]
@@ -275,21 +202,21 @@ class Loop:
         return numbers[:2]
 
     def _target_noise(self, fade: float) -> tuple[Tensor, float]:
-        """Standard deviation of the noise on targets, and a factor on it."""
+        """Return the standard deviation of the noise on targets, and a factor on it."""
         if self.least_noise is None:
             return self.noise[1], fade
         return torch.maximum(fade * self.noise[1], self.least_noise), 1.0
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """Joint norm of the gradients: one, or one for each of what is trained side by side."""
+        """Compute the joint norm of the gradients, or one norm for each model that is trained side by side."""
         return joint_norm(gradients)
 
     def _clip(self, gradients: list[Tensor], norm: Tensor) -> None:
-        """Scale gradients of this joint norm down to the largest that is allowed."""
+        """Clip gradients of this joint norm to the largest norm that is allowed."""
         clip_(gradients, norm.item(), self.settings.max_grad_norm)
 
     def _sound(self, value: Tensor) -> bool:
-        """Whether a loss or a norm is finite."""
+        """Check whether a loss or a norm is finite."""
         return math.isfinite(value.item())
 
     def _shown(self, value: Tensor) -> str:
@@ -300,15 +227,17 @@ class Loop:
         with nullcontext() if dtype is None else torch.autocast(x.device.type, dtype=dtype):
             return self.losses(x, y)
 
-    # Judging epochs
+    # Validation
 
     @torch.no_grad()
     def _evaluate(self) -> Tensor:
-        """Mean held-out loss of the averaged weights; NaN if nothing is held out."""
+        """Compute the mean validation loss of the averaged weights; NaN if nothing is held out."""
         if self.held_out is None:
             return torch.tensor(math.nan, device="cpu")
         self.objective.eval()
-        batches = self.held_out.chunks(_EVALUATION_ROWS) if isinstance(self.held_out, Rows) else self.held_out
+        batches = (
+            self.held_out.chunks(self.settings.evaluation_rows) if isinstance(self.held_out, Rows) else self.held_out
+        )
         with self.average.swapped_in(), unvalidated():
             total = weight = torch.zeros((), dtype=torch.float64, device="cpu")
             for batch in batches:
@@ -319,7 +248,7 @@ class Loop:
         return total / weight
 
     def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
-        """Rows with the least noise on their targets, if there is any, and the same each time."""
+        """Dequantise held-out targets on a grid, with the same noise in every epoch."""
         if self.least_noise is None:
             return batch.x, batch.y
         generator = torch.Generator(batch.y.device).manual_seed(len(batch))
@@ -328,7 +257,7 @@ class Loop:
     # State
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Everything that the next epoch depends on, as plain values and as tensors; not the data."""
+        """Collect everything that the next epoch depends on, except the data, as plain values and as tensors."""
         tensors = {f"objective.{name}": tensor for name, tensor in self.objective.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         tensors |= {f"average.{i}": tensor for i, tensor in enumerate(self.average.averages)}
@@ -341,11 +270,15 @@ class Loop:
         return {"step": self.step, "result": dataclasses.asdict(self.result)}, tensors
 
     def _generators(self) -> list[torch.Generator]:
-        """Generators of the loaders' own."""
+        """List the random generators that loaders have of their own."""
         return [*self.batches.generators(), *getattr(self.held_out, "generators", list)()]
 
     def restore(self, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take over a state; a ``ValueError``, before anything changes, if it is not one of such a loop."""
+        """Take over the state of another loop.
+
+        Raises:
+            ValueError: If it is the state of another kind of loop; nothing is changed then.
+        """
         groups: dict[str, dict[str, Tensor]] = {"objective": {}, "best": {}, "average": {}, "optimizer": {}}
         rest: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -373,7 +306,7 @@ class Loop:
 
 
 def copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of their own."""
+    """Copy the tensors of a state."""
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 

@@ -1,4 +1,4 @@
-r"""Objectives: modules that a training loop minimises, one loss per row."""
+r"""Objectives: modules that a training loop minimises, with one loss per row (likelihood, CRPS, ELBO, their sums)."""
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ __all__ = [
 
 
 class NegativeLogLikelihood(nn.Module):
-    r"""Objective :math:`-\log p(y \mid x)` in nats: one number per row, or per member and row of an ensemble.
+    r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats: one per row, or per member and row of an ensemble.
 
-    A target that is NaN was not observed: the row's loss is that of its other targets. All that is known of a target
-    on a grid is the cell around it, where the density is taken as its mean
+    A target that is NaN is missing: the loss of its row is that of its other targets.
+
+    A target on a grid, such as a count or a rounded number, stands for the cell around it (dequantisation): its density
+    is the mean density
 
     .. math:: \frac1S \sum_{s=1}^S p(y + u_s \odot c \mid x)
 
-    over a Latin hypercube :math:`u_s` of :math:`[-\tfrac12, \tfrac12]^D`, drawn anew by each call in training mode.
-    Otherwise the density could grow at the values of the targets without bound. On average this is no less than minus
-    the logarithm of the cell's probability over its volume (Burda, Grosse & Salakhutdinov, 2016).
+    over a Latin hypercube :math:`u_s` of :math:`[-\tfrac12, \tfrac12]^D`, which each call in training mode draws anew.
+    Without cells, the density could grow without bound at the values of the targets. On average this loss is no less
+    than minus the logarithm of the probability of the cell over its volume (Burda, Grosse & Salakhutdinov, 2016).
 
     Args:
-        network: Network, or an ensemble of them.
+        network: Network, or an ensemble.
         cell: Size c of the cells in the units of y, ``(D,)``; 0 for outputs that are on no grid.
-        num_points: Points S in each cell.
+        num_points: Number S of points in each cell.
 
     Raises:
-        ValueError: If the sizes of the cells are not D finite numbers, or if there are no points.
+        ValueError: If the sizes of the cells are not D finite numbers, or if ``num_points`` is not positive.
 
     References:
+        Burda, Grosse & Salakhutdinov (2016), Importance weighted autoencoders.
         McKay, Beckman & Conover (1979), A comparison of three methods for selecting values of input variables.
         Theis, van den Oord & Bethge (2016), A note on the evaluation of generative models.
 
@@ -94,19 +97,19 @@ class NegativeLogLikelihood(nn.Module):
         return math.log(self.num_points) - losses.neg().logsumexp(0)
 
     def _in_cells(self, y: Tensor, cell: Tensor) -> Tensor:
-        """Points ``(S, N, ..., D)`` around targets."""
+        """Draw points ``(S, N, ..., D)`` in the cells around targets."""
         if y.shape[-1:] != cell.shape:
             raise ValueError(f"y: expected vectors of {len(cell)}, as the cells are, got shape {tuple(y.shape)}")
         generator = None if self.training else torch.Generator(y.device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            # Where there is a generator, also one that is None, sizes cannot be symbols of a compiler.
+            # torch.compile refuses symbolic sizes where a generator is given, even generator=None.
             size = (self.num_points, *shape)
             if generator is None:
                 return torch.rand(size, device=y.device)
             return torch.rand(size, device=y.device, generator=generator)
 
-        # Only how the strata of outputs are paired is random: those of the first one stay in order.
+        # A Latin hypercube pairs strata at random; those of the first output may stay in order.
         first = torch.arange(self.num_points, device=y.device).reshape(-1, *(1,) * y.ndim)
         others = draw(*y.shape[:-1], y.shape[-1] - 1).argsort(0)
         stratum = torch.cat([first.expand(-1, *y.shape[:-1], 1), others], -1)
@@ -115,7 +118,7 @@ class NegativeLogLikelihood(nn.Module):
 
 
 def _as_cells(cell: Any, dim: int) -> Tensor:
-    """Sizes of cells ``(D,)`` from one for each output, or one for all."""
+    """Convert sizes of cells, one for each output or one for all, to a tensor ``(D,)``."""
     sizes = as_tensor(cell, "cell")
     if sizes.shape not in ((), (dim,)) or not bool((sizes.isfinite() & (sizes >= 0)).all()):
         raise ValueError(f"cell: expected {dim} finite numbers, none negative, got {shown(cell)}")
@@ -123,11 +126,12 @@ def _as_cells(cell: Any, dim: int) -> Tensor:
 
 
 class ContinuousRankedProbability(nn.Module):
-    r"""Objective CRPS, summed over the outputs, each in its standardised unit; one number per row.
+    r"""Continuous ranked probability score (CRPS), summed over the outputs in standardised units: one loss per row.
 
     .. math:: \sum_d \mathrm{CRPS}(F_d(\cdot \mid x), y_d) / s_d
 
-    Bounded where a log-density is not, so that no single row dominates. A target that is NaN adds nothing.
+    The CRPS grows linearly with the distance of an outlier, more slowly than a log-density, so that no single row
+    dominates. A target that is NaN adds nothing.
 
     References:
         Gneiting & Raftery (2007), Strictly proper scoring rules, prediction, and estimation.
@@ -151,26 +155,27 @@ class ContinuousRankedProbability(nn.Module):
 
 
 class NegativeElbo(nn.Module):
-    r"""Objective −ELBO of ``network.model`` and a guide, in nats per row.
+    r"""Negative evidence lower bound (ELBO) of ``network.model`` and a guide, in nats per row.
 
     .. math:: E_{q(w)}\left[-\log p(y_n \mid x_n, w)\right] + \frac{\beta}{N} \, \mathrm{KL}(q(w) \,\|\, p(w))
 
-    by Monte Carlo with pathwise gradients; its mean over rows times N is minus the ELBO of a minibatch. In evaluation
-    mode it is the first term alone, the score of held-out rows under draws from the guide.
+    The estimate is by Monte Carlo with pathwise gradients; its mean over the rows, times N, is minus the ELBO of a
+    minibatch. In evaluation mode the loss is the first term alone: the score of held-out rows under draws from the
+    guide.
 
-    Pyro's parameter store stays as it was: all that is trained are parameters of this module.
+    Only parameters of this module are trained; Pyro's parameter store stays as it was.
 
     Args:
-        network: Network with latent weights. One without has no second term.
-        guide: Guide of ``network.model``; an AutoGuide is set up by the first call.
-        num_data: Rows in the whole of the data, N.
+        network: Network with latent weights. Without latent weights there is no second term.
+        guide: Guide of ``network.model``; the first call sets an AutoGuide up.
+        num_data: Number N of rows in the whole of the data.
         num_particles: Draws of the weights for each estimate.
         kl_weight: :math:`\beta`; 1 is the ELBO.
-        kl_warmup: Steps over which :math:`\beta` grows from 0 to that (Bowman et al., 2016).
+        kl_warmup: Steps over which :math:`\beta` grows from 0 to ``kl_weight`` (KL annealing; Bowman et al., 2016).
 
     Raises:
-        ValueError: If a count is not positive or, when called, if the guide has other sites than the model, draws
-            from a distribution without pathwise gradients, or has parameters in Pyro's store alone.
+        ValueError: If a count is not positive. When called: if the guide has other sites than the model, draws from a
+            distribution without pathwise gradients, or has parameters in Pyro's parameter store alone.
 
     References:
         Kingma & Welling (2014), Auto-encoding variational Bayes.
@@ -218,24 +223,27 @@ class NegativeElbo(nn.Module):
         return losses.mean(0) + beta * (log_q - log_prior).mean() / self.num_data
 
     def draw(self, x: Tensor, y: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Draws at all sites of the guide, ``(S, ...)`` by name, and their log-density, ``(S,)``."""
+        """Draw S values at all sites of the guide, ``(S, ...)`` by name, and compute their log-density, ``(S,)``."""
         return draw_from(self.guide, self.num_particles, x, y, num_data=self._num_data(x), pathwise=True)
 
     @torch.no_grad()
     def _require_owned(self, x: Tensor, y: Tensor) -> None:
-        """Raise a ``ValueError`` if a parameter would not be trained; under vmap, none gets to the store."""
-        with own_generators(), KeepFrozen(), evaluating(self):  # no statistics of a backbone's are to count rows twice
+        """Raise a ``ValueError`` if a parameter would not be trained.
+
+        Traces without vmap show it, because under vmap no parameter gets into Pyro's parameter store.
+        """
+        with own_generators(), KeepFrozen(), evaluating(self):  # else batch norm would count these rows twice
             for part in (self.guide, self.network.model):
                 poutine.trace(part).get_trace(x, y, num_data=self._num_data(x))
         require_owned(self)
         self._is_owned = True
 
     def _num_data(self, x: Tensor) -> int:
-        """Rows in the whole of the data; of those held out there may be more."""
+        """Return the number of rows in the whole of the data, which held-out rows may exceed."""
         return self.num_data if self.training else max(self.num_data, len(x))
 
     def score(self, draws: Mapping[str, Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses ``(S, N)`` of the rows given draws, and the log-density ``(S,)`` of the draws under the prior."""
+        """Compute losses ``(S, N)`` of the rows given draws, and the prior log-density ``(S,)`` of the draws."""
 
         def score(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
             model = poutine.condition(self.network.model, data=draw)
@@ -256,7 +264,7 @@ class NegativeElbo(nn.Module):
 
 
 class Memberwise(nn.Module):
-    r"""Any objective over ``ensemble.stacked``, for each member of the ensemble and each of its rows, ``(M, N)``.
+    r"""Objective over ``ensemble.stacked``, evaluated for each member of the ensemble and each of its rows, ``(M, N)``.
 
     Args:
         objective: Objective whose tensors all have a leading axis of members, as those of ``ensemble.stacked`` do.
@@ -291,7 +299,10 @@ class Memberwise(nn.Module):
             return over_draws(call, {**self._tensors(), "x": x, "y": y}, self.objective)[0]
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Tensors by name, each place once: ``functional_call`` would leave one that it put there twice."""
+        """Collect tensors by name; a module that has several names counts once.
+
+        Otherwise ``functional_call`` would leave a tensor behind that it has put into a module twice.
+        """
         parts = [(name and f"{name}.", part) for name, part in self.objective.named_modules()]
         return {
             prefix + name: tensor
@@ -302,14 +313,14 @@ class Memberwise(nn.Module):
 
 
 class WeightedSum(nn.Module):
-    r"""Objective :math:`\sum_i a_i \, \ell_i(x, y)`.
+    r"""Weighted sum of objectives :math:`\sum_i a_i \, \ell_i(x, y)`.
 
     Args:
-        objectives: Objectives.
-        weights: Their weights, finite and not negative.
+        objectives: Objectives :math:`\ell_i`.
+        weights: Weights :math:`a_i`, finite and not negative.
 
     Raises:
-        ValueError: If there is not one weight to each objective or a weight is not usable.
+        ValueError: If there is not one weight for each objective, or if a weight is negative or not finite.
 
     >>> network = MixtureDensityNetwork(1, 1)
     >>> both = WeightedSum([NegativeLogLikelihood(network), ContinuousRankedProbability(network)], [1.0, 0.5])

@@ -1,11 +1,10 @@
-r"""Optimiser, schedules, averaged weights and noise: pure pieces that training loops are made of."""
+r"""AdamW, gradient clipping and averaged weights: the parts of a training step."""
 
-# torch documents its foreach functions, underscore and all.
+# torch documents its foreach functions, although their names begin with an underscore.
 # pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,37 +15,11 @@ from torch.optim.adam import adam
 
 from pyro_mdn.tensors.numerics import negligible
 
-__all__ = [
-    "AveragedWeights",
-    "FusedAdamW",
-    "adamw",
-    "blur",
-    "clip_",
-    "default_weight_decay",
-    "fading",
-    "joint_norm",
-    "warmup_cosine",
-]
-
-# Chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
-LEARNING_RATE = 0.02
-INPUT_NOISE = 0.1
-TARGET_NOISE = 0.1
-FINAL_NOISE = 0.03
-STEPS = 9000
-
-
-def default_weight_decay(rows: float) -> float:
-    """Pull of a fixed prior on the weights, which matters less the more rows there are: 20 over their number.
-
-    >>> default_weight_decay(1000), default_weight_decay(5)
-    (0.02, 0.5)
-    """
-    return min(0.5, 20 / rows)
+__all__ = ["AveragedWeights", "FusedAdamW", "adamw", "clip_", "joint_norm"]
 
 
 def adamw(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW whose decoupled decay acts on weight matrices alone (Loshchilov & Hutter, 2019)."""
+    """Build torch's AdamW, with decoupled weight decay of weight matrices alone (Loshchilov & Hutter, 2019)."""
     parameters = [p for p in objective.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -56,14 +29,15 @@ def adamw(objective: nn.Module, lr: float, weight_decay: float) -> torch.optim.A
 
 
 class FusedAdamW:
-    """Adam of all parameters in one call, and the decoupled decay of weight matrices (Loshchilov & Hutter, 2019).
+    """AdamW of all parameters in one call, with decoupled weight decay of weight matrices (Loshchilov & Hutter, 2019).
 
-    What :func:`adamw` computes; a step of small networks takes as long in the optimisers of torch as in the network.
+    It computes what the optimiser of :func:`adamw` computes. For small networks, a step in the optimisers of torch
+    takes as long as the network itself.
 
     Args:
-        parameters: What to change, by their gradients.
+        parameters: Parameters to train.
         weight_decay: Share of the learning rate by which matrices shrink in each step.
-        matrix_dim: Dimensions of a matrix.
+        matrix_dim: Number of dimensions of a weight matrix.
     """
 
     def __init__(self, parameters: Sequence[Tensor], weight_decay: float, matrix_dim: int = 2) -> None:
@@ -85,7 +59,7 @@ class FusedAdamW:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Set moments to 0 where they have decayed too far to matter, before they become subnormal numbers."""
+        """Set negligible moments to 0 before they decay to subnormal numbers, which are slow."""
         for moment in (*self.means, *self.squares):
             torch.hardshrink(moment, negligible(moment.dtype), out=moment)
 
@@ -95,52 +69,31 @@ class FusedAdamW:
             parameter.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, by name."""
+        """Collect everything that the next step depends on, by name."""
         named = {"mean": self.means, "square": self.squares, "step": self.steps}
         return {f"{name}.{i}": tensor for name, tensors in named.items() for i, tensor in enumerate(tensors)}
 
 
-def warmup_cosine(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear over the first twentieth of the steps, then a cosine down to zero.
-
-    >>> [round(warmup_cosine(step, 100), 2) for step in (0, 4, 52, 100)]
-    [0.2, 1.0, 0.51, 0.0]
-    """
-    warmup = max(1, steps // 20)
-    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
-    return min((step + 1) / warmup, cosine)
-
-
-def fading(step: int, steps: int, end: float) -> float:
-    """Factor on the regularising noise: from 1 by a cubic down to ``end``.
-
-    >>> fading(0, 100, 0.1), fading(100, 100, 0.1)
-    (1.0, 0.1)
-    """
-    return end + (1 - end) * (1 - min(step, steps) / steps) ** 3
-
-
-def blur(value: Tensor, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Add normal noise of ``factor`` times this scale; a NaN stays one."""
-    noise = torch.randn(value.shape, dtype=scale.dtype, device=scale.device, generator=generator)
-    return torch.addcmul(value, scale, noise, value=factor)
-
-
 def joint_norm(gradients: list[Tensor]) -> Tensor:
-    """Norm of all of these together."""
+    """Compute the joint norm of all gradients."""
     return torch.stack(torch._foreach_norm(gradients)).norm()
 
 
 def clip_(gradients: list[Tensor], norm: float, max_norm: float) -> None:
-    """Scale gradients of this joint norm down to one of ``max_norm``, if it is larger."""
+    """Clip gradients of this joint norm: scale them down if it is larger than ``max_norm``."""
     if norm > max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
 
 
 class AveragedWeights:
-    """Exponential average of weights over about the last tenth of all steps, 100 at most (Polyak & Juditsky, 1992).
+    """Exponential moving average of weights over about the last tenth of all steps, 100 at most.
 
-    In single precision at least: steps of a hundredth would be lost in bfloat16.
+    Averaged weights often generalise better than the last ones, as in stochastic weight averaging. The averages are in
+    single precision at least, because steps of a hundredth would be lost in bfloat16.
+
+    References:
+        Polyak & Juditsky (1992), Acceleration of stochastic approximation by averaging.
+        Izmailov et al. (2018), Averaging weights leads to wider optima and better generalization.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -150,7 +103,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after step number ``step``, from 0, into the average."""
+        """Add the weights after step number ``step``, counted from 0, to the average."""
         weight = max(0.01, 9 / (10 + step))
         pairs = zip(self.parameters, self.averages, strict=True)
         current = [p.to(average.dtype) for p, average in pairs] if self.widened else self.parameters
@@ -158,7 +111,7 @@ class AveragedWeights:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Have the averages in place of the weights."""
+        """Replace the weights by their averages inside this context."""
         current = [p.detach().clone() for p in self.parameters]
         _assign(self.parameters, self.averages)
         try:

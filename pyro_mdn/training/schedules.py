@@ -1,0 +1,52 @@
+r"""Schedules over the steps of a training: warm-up and cosine of the learning rate, fading noise; default settings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["blur", "default_weight_decay", "fading", "warmup_cosine"]
+
+# The defaults of fit, chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
+LEARNING_RATE = 0.02
+INPUT_NOISE = 0.1
+TARGET_NOISE = 0.1
+FINAL_NOISE = 0.03
+STEPS = 9000
+
+
+def default_weight_decay(rows: float) -> float:
+    """Compute the default weight decay: a prior on the weights, which matters less the more rows there are.
+
+    >>> default_weight_decay(1000), default_weight_decay(5)
+    (0.02, 0.5)
+    """
+    return min(0.5, 20 / rows)
+
+
+def warmup_cosine(step: int, steps: int) -> float:
+    """Compute the factor on the learning rate: a linear warm-up over the first twentieth of the steps, then a cosine.
+
+    >>> [round(warmup_cosine(step, 100), 2) for step in (0, 4, 52, 100)]
+    [0.2, 1.0, 0.51, 0.0]
+    """
+    warmup = max(1, steps // 20)
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+    return min((step + 1) / warmup, cosine)
+
+
+def fading(step: int, steps: int, end: float) -> float:
+    """Compute the factor on the regularising noise, which falls from 1 to ``end`` by a cubic.
+
+    >>> fading(0, 100, 0.1), fading(100, 100, 0.1)
+    (1.0, 0.1)
+    """
+    return end + (1 - end) * (1 - min(step, steps) / steps) ** 3
+
+
+def blur(value: Tensor, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Add normal noise with a standard deviation of ``factor`` times ``scale``; NaN stays NaN."""
+    noise = torch.randn(value.shape, dtype=scale.dtype, device=scale.device, generator=generator)
+    return torch.addcmul(value, scale, noise, value=factor)
