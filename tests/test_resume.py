@@ -33,7 +33,7 @@ from pyro_mdn import (
     bayesianize,
     fit,
 )
-from pyro_mdn.networks import network as network_module
+from pyro_mdn.networks import files as files_module
 from pyro_mdn.support import tensor_files
 from pyro_mdn.support.fingerprint import FORMS, described
 from pyro_mdn.training import fit as fit_module
@@ -353,7 +353,7 @@ def test_every_form_of_earlier_versions_is_known(tmp_path, monkeypatch, noise, f
     """Also in the file of a second training, and of files that are written on."""
     (x, y), settings = data(), {**SETTINGS, "validation": 0.2, "refit": refit}
     with monkeypatch.context() as patch:
-        for module in (network_module, fit_module):
+        for module in (files_module, fit_module):
             patch.setattr(module, "described", functools.partial(stated, form))
         network(noise=noise).save(tmp_path / "model")
         fit(network(noise=noise), x, y, checkpoint=tmp_path / "run", **settings)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from pyro_mdn.distributions.mixture import GaussianMixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.posteriors.guide_draws import LaplaceGuide
 from pyro_mdn.posteriors.mcmc import PosteriorSamples
 from pyro_mdn.posteriors.predictive import draw_weights, posterior_predictive, warn_if_nonlinear
 from pyro_mdn.support.arrays import Array, as_tensor, to_numpy
+from pyro_mdn.support.evaluation_mode import evaluating
 
 __all__ = ["ENSEMBLE", "POINT", "Source", "predict"]
 

@@ -2,38 +2,29 @@ r"""Deep ensembles: networks of one architecture, side by side."""
 
 from __future__ import annotations
 
-import copy
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.distributions.predictions import Prediction, predicted_in_parts
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
-from pyro_mdn.networks.files import require_loadable
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating, shapes_outside_backbone, warn_if_unlike
+from pyro_mdn.networks.batched.stacking import copied, set_tensors, stack, warn_if_unsure
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.starting_point import draw_anew_
-from pyro_mdn.support import tensor_files
 from pyro_mdn.support.arrays import as_tensor, require_no_infinity
 from pyro_mdn.support.checks import is_known, require_counts, shown
-from pyro_mdn.support.fingerprint import described, differing, incomparable
 from pyro_mdn.support.process_state import isolated, require_seed, seeded
 
 __all__ = ["DeepEnsemble"]
 
-M = TypeVar("M", bound=nn.Module | None)
-_OF_CLASSES = ("__dict__", "__weakref__")  # what each class makes for itself
 
-
-class DeepEnsemble(nn.Module):
+class DeepEnsemble(Predictor):
     r"""Networks of one architecture that differ in their weights; together, their average density.
 
     .. math:: p(y \mid x) = \frac1M \sum_{m=1}^M p_m(y \mid x)
@@ -95,9 +86,19 @@ class DeepEnsemble(nn.Module):
                 raise ValueError(f"seed: expected none beside networks with weights of their own, got {shown(seed)}")
             if not members or size not in (None, len(members)):
                 raise ValueError(f"size: expected one network at least, and as many as size={size}, got {len(members)}")
-        self.stacked, self.size, self.bootstrap = _stack(members), len(members), bootstrap
+        self.stacked, self.size, self.bootstrap = stack(members), len(members), bootstrap
         if not isinstance(network, MixtureDensityNetwork):
-            _warn_if_unsure(members)
+            warn_if_unsure(members)
+
+    @property
+    def architecture(self) -> MixtureDensityNetwork:
+        """The network :attr:`stacked`."""
+        return self.stacked
+
+    @property
+    def num_members(self) -> int:
+        """Number of members M."""
+        return self.size
 
     def extra_repr(self) -> str:
         """Describe the ensemble in a module's printout."""
@@ -124,11 +125,6 @@ class DeepEnsemble(nn.Module):
         raw = self._raw(x, tensors, shared=True, chunk_size=chunk_size)
         shift, scale = (self._unit(tensors[f"head.{name}"], raw[0].ndim - 1) for name in ("shift", "scale"))
         return self.stacked.head.mixture(raw, shift, scale)
-
-    def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
-        """Predict rows by the average density; see :meth:`MixtureDensityNetwork.predict`."""
-        with evaluating(self):
-            return predicted_in_parts(self, x, self.stacked, chunk_size)
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.
@@ -164,8 +160,8 @@ class DeepEnsemble(nn.Module):
 
     def member(self, i: int) -> MixtureDensityNetwork:
         """Member number i as a network of its own: a copy."""
-        network = _copied(self.stacked)
-        _set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
+        network = copied(self.stacked)
+        set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
         return network
 
     @torch.no_grad()
@@ -252,46 +248,17 @@ class DeepEnsemble(nn.Module):
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole.
-
-        Raises:
-            ValueError: If the networks have other tensors than :meth:`load` builds, apart from a backbone's, as
-                parametrised or pruned layers of a head have: the error says how to make plain ones of them. Nothing is
-                written then.
-        """
-        config = {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
-        expected, got = shapes_outside_backbone(self.stacked)
-        expected = {name: (self.size, *shape) for name, shape in expected.items()}
-        require_loadable(self.stacked, expected, got, of_members=True)
-        tensor_files.write_tensors(path, config, self.stacked.state_dict())
+    def config(self) -> dict[str, Any]:
+        """What to build an ensemble like this from, in plain values, and what to compare its networks with then."""
+        return {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
-        """Read an ensemble that :meth:`save` wrote, into evaluation mode; nothing in the file is executed.
-
-        Args:
-            path: The file.
-            backbone: A module of the same architecture, where the networks were built with one, or their hidden layers
-                were changed.
-
-        Raises:
-            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was; or
-                if there is no backbone where the file needs one.
-
-        Warns:
-            UserWarning: If the networks that were saved had other types, attributes or hooks, which are named.
-        """
-        config, tensors = tensor_files.read_tensors(path)
+    def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:
+        """Build the ensemble that :meth:`config` described; a ``ValueError`` that names the source if it is not one."""
         if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
-            raise ValueError(f"{path}: expected an ensemble, got another file of this library")
-        network = MixtureDensityNetwork.from_config(config["ensemble"], str(path), backbone=_copied(backbone))
-        ensemble = cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
-        tensor_files.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
-        ensemble.to(tensors["head.linear.weight"].dtype)
-        ensemble.stacked.load_state_dict(tensors)
-        warn_if_unlike(ensemble.stacked, config["ensemble"], str(path))
-        return ensemble.eval()
+            raise ValueError(f"{source}: expected an ensemble, got another file of this library")
+        network = MixtureDensityNetwork.from_config(config["ensemble"], source, backbone=copied(backbone))
+        return cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
 
 
 class _Raw(nn.Module):
@@ -307,95 +274,6 @@ class _Raw(nn.Module):
 
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
     """Copy of a network with fresh weights, but for frozen ones."""
-    network = _copied(network)
+    network = copied(network)
     draw_anew_(network)
     return network
-
-
-def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
-    """Network with the tensors of all members along a new first axis."""
-    for member in members:
-        if not isinstance(member, MixtureDensityNetwork):
-            raise ValueError(f"network: expected MixtureDensityNetwork, got {type(member).__name__}")
-        if member.latent:
-            raise ValueError("network: expected no latent weights: see posterior_predictive for these")
-        _require_alike(members[0], member)
-        every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
-        if len({id(tensor) for _, tensor in every}) != len(every):
-            raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
-    stacked = _copied(members[0])
-    states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
-    _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})
-    return stacked
-
-
-def _warn_if_unsure(members: Sequence[MixtureDensityNetwork]) -> None:
-    """Warn if networks that are not one and the same have attributes that cannot be compared."""
-    names = incomparable(described(network=members[0], buffers=False))
-    if names and any(member is not members[0] for member in members):
-        text = f"network: cannot tell whether these agree in all networks, and use those of the first: {names}"
-        warnings.warn(text, stacklevel=3)
-
-
-def _copied(network: M) -> M:
-    """Copy of a module. Attributes that cannot be copied, such as a lock, are shared with it."""
-    copied = _deeply_copied(network)
-    for part in [] if copied is None else copied.modules():
-        kind = type(part)
-        # torch makes a class for each parametrised module, which copies share: what removes the parametrization of one
-        # would take the weights of all.
-        if parametrize.is_parametrized(part) and kind.__module__ == parametrize.__name__:
-            members = {name: member for name, member in vars(kind).items() if name not in _OF_CLASSES}
-            alike: Any = type(kind.__name__, kind.__bases__, members)
-            part.__class__ = alike
-    return copied
-
-
-def _deeply_copied(network: M) -> M:
-    try:
-        return copy.deepcopy(network)
-    except Exception:  # whatever an attribute's own code raises
-        parts = ("_modules", "_parameters", "_buffers")
-        modules = [] if network is None else network.modules()
-        values = [value for part in modules for name, value in vars(part).items() if name not in parts]
-        return copy.deepcopy(network, {id(value): value for value in values if not _can_be_copied(value)})
-
-
-def _can_be_copied(value: object) -> bool:
-    try:
-        copy.deepcopy(value)
-    except Exception:  # whatever its own code raises
-        return False
-    return True
-
-
-def _require_alike(first: MixtureDensityNetwork, member: MixtureDensityNetwork) -> None:
-    """Raise a ``ValueError`` unless two networks differ in the values of their tensors alone."""
-    # Buffers are stacked, so that each member has its own.
-    a, b = (described(network=network, buffers=False) for network in (first, member))
-    if names := differing(a, b):
-        got = f"{a.get(names[0])} and {b.get(names[0])} for {names[0]}"
-        others = f", and others for {names[1:]}" if names[1:] else ""
-        raise ValueError(f"network: expected networks of one architecture, got {got}{others}")
-    if names := sorted({name for name, *_ in _tensors(member) ^ _tensors(first)}):
-        kinds = "one shape, dtype and requires_grad"
-        raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {names}")
-
-
-def _tensors(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    return {(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors}
-
-
-def _set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors of any shape in place of parameters and buffers."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        part = network.get_submodule(path)
-        if leaf in part._buffers:
-            part._buffers[leaf] = tensor.detach().clone()
-        else:
-            trained = part._parameters[leaf]
-            part._parameters[leaf] = nn.Parameter(
-                tensor.detach().clone(), requires_grad=trained is not None and trained.requires_grad
-            )

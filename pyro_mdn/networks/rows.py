@@ -6,15 +6,19 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.support.checks import require_range
+from pyro_mdn.support.evaluation_mode import evaluating
 
-__all__ = ["Rows", "as_device_tensor", "as_rows"]
+if TYPE_CHECKING:
+    from pyro_mdn.networks.network import MixtureDensityNetwork
+
+__all__ = ["Rows", "as_device_tensor", "as_rows", "checked", "require_device"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,27 @@ def _longer(sequences: Tensor, more: int, padding: float) -> Tensor:
     return torch.cat([sequences, sequences.new_full((len(sequences), more, *sequences.shape[2:]), padding)], 1)
 
 
+def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    """Check data as :meth:`MixtureDensityNetwork.check` does."""
+    x = network.inputs(x)
+    network.require_batch(x)
+    if x.numel() == 0:
+        raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
+    with network.calling(), evaluating(network):
+        features = network.features(x[:1])
+    y = network.targets(y, x.shape[: x.ndim - len(network.input_shape)][: features.ndim - 1])
+    dtype = network.x_shift.dtype
+    require_finite(x, "x", given[0], dtype)
+    require_no_infinity(y, "y", given[1], dtype)
+    columns = y.reshape(-1, network.dim_out)
+    if bool((unobserved := columns.isnan().all(0)).any()):
+        positions = unobserved.nonzero().flatten().tolist()
+        raise ValueError(f"y: expected an observed target in each column, got none in {positions}")
+    require_range(x.reshape(-1, *network.input_shape), "x", dtype)
+    require_range(columns, "y", dtype)
+    return x, y
+
+
 def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:
     """Check arrays as a whole and make them tensors on the device of the network.
 
@@ -172,3 +197,9 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name:
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
         raise ValueError(f"{name}: expected finite numbers that are not negative, one positive at least")
     return (weight / weight.max()).to(torch.promote_types(like.dtype, torch.float32))
+
+
+def require_device(value: Tensor, name: str, device: torch.device) -> None:
+    """Raise a ``ValueError`` unless a tensor is on a device."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")

@@ -1,16 +1,35 @@
-r"""First weights of a network, drawn anew."""
+r"""Where a training starts: hidden layers with their first weights, and weights drawn anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyro_mdn.networks.head import MixtureHead
+__all__ = ["FirstLinear", "draw_anew_", "hidden_layers"]
 
-__all__ = ["draw_anew_"]
+
+class FirstLinear(nn.Linear):
+    """Linear layer with initial weights three times those of torch, for inputs of unit scale.
+
+    What it gives has a variance of 3 then, so that the network starts with features that vary within the range of the
+    data. From the small weights of torch, jumps between the levels of an input take far longer to learn.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight.mul_(3.0)
+
+
+def hidden_layers(widths: Sequence[int]) -> nn.Sequential:
+    """Build hidden layers of these widths, that of the inputs first, each with a GELU."""
+    layers = [(nn.Linear if i else FirstLinear)(a, b) for i, (a, b) in enumerate(pairwise(widths))]
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
 
 
 def draw_anew_(network: nn.Module) -> None:
@@ -36,7 +55,7 @@ def _resets(network: nn.Module) -> list[Callable[[], Any]]:
     if latent := [name for name, part in network.named_modules() if part.__dict__.get("_pyro_samples")]:
         instead = "build a new network, and bayesianize that"
         raise ValueError(f"network: expected no latent weights to draw anew, got some in {latent[0]}: {instead}")
-    heads = [part for part in network.modules() if isinstance(part, MixtureHead)]
+    heads: list[Any] = [part for part in network.modules() if hasattr(part, "start_anywhere")]
     linear = [head.linear for head in heads if hasattr(head.linear, "reset_parameters")]
     apart = {id(part) for part in (*heads, *linear)}
     resets = [_reset(name, part) for name, part in network.named_modules() if id(part) not in apart]

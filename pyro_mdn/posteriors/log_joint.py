@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.networks.batched.functional import OwnParameters
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows, as_rows
 from pyro_mdn.posteriors.guide_draws import log_density_at
 from pyro_mdn.posteriors.priors import latent_names, starting_weights
 from pyro_mdn.support.batching import cost_of
 from pyro_mdn.support.checks import is_inherited
+from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import give_way, isolated, own_generators
 
 __all__ = [
@@ -81,7 +82,7 @@ class LogJoint:
         network = self.network
 
         def features(part: Tensor) -> tuple[Tensor]:
-            with OwnParameters(), poutine.condition(data=self.start), network._context():
+            with OwnParameters(), poutine.condition(data=self.start), network.calling():
                 return (network.features(part),)
 
         return torch.cat([features(part)[0] for part in x.split(_rows_in_pass(features, x))])
@@ -109,7 +110,7 @@ class LogJoint:
 
     def raw(self, weights: Weights, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Raw outputs of the head given weights; of some of ``inputs``."""
-        with OwnParameters(), poutine.condition(data=dict(weights)), self.network._context():
+        with OwnParameters(), poutine.condition(data=dict(weights)), self.network.calling():
             return self.network.head.raw(inputs) if self.in_head else self.network.raw(inputs)
 
     # As a function of one vector, in the order of the sites in the model, which is that of AutoGuides

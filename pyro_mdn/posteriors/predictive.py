@@ -21,10 +21,11 @@ from pyro_mdn.distributions.mixture import GaussianMixture
 from pyro_mdn.networks.batched.functional import MixtureTensors, OwnParameters, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
 from pyro_mdn.networks.ensemble import DeepEnsemble
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.posteriors.guide_draws import LaplaceGuide, draw_from, latent_sites, require_sites
 from pyro_mdn.posteriors.priors import latent_names, site_name
 from pyro_mdn.support.checks import require_counts
+from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import KeepFrozen, isolated, own_generators
 
 __all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]

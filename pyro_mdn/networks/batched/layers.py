@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_mdn.networks.head import MixtureHead
-from pyro_mdn.networks.network import FirstLinear, MixtureDensityNetwork
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.starting_point import FirstLinear
 from pyro_mdn.support.batching import Cost
 from pyro_mdn.support.checks import is_inherited, is_plain
 from pyro_mdn.support.process_state import give_way
