@@ -160,10 +160,10 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             require_single_weights(self, error)
             raise
 
-    def members(self, x: Any) -> GaussianMixture:
+    def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(1, *batch)``, by the network as the only member."""
         mixture = self(x)
-        return mixture.expand((1, *mixture.batch_shape))
+        return mixture.expand((1, *mixture.batch_shape))[which]
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
         r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.

@@ -17,7 +17,9 @@ from pyro_mdn.support.evaluation_mode import evaluating
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
 
-__all__ = ["Predictor"]
+__all__ = ["ENSEMBLE", "POINT", "Predictor"]
+
+POINT, ENSEMBLE = "point estimate", "ensemble"
 
 
 class Predictor(nn.Module):
@@ -38,6 +40,11 @@ class Predictor(nn.Module):
         raise NotImplementedError
 
     @property
+    def inference_method(self) -> str:
+        """How the weights came about, in words."""
+        return POINT if self.architecture is self else ENSEMBLE
+
+    @property
     def dim_out(self) -> int:
         """Number of outputs D."""
         return self.architecture.dim_out
@@ -47,8 +54,14 @@ class Predictor(nn.Module):
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
         return self.architecture.latent
 
-    def members(self, x: Any) -> GaussianMixture:
-        """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``."""
+    def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
+        """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
+
+        Args:
+            x: Inputs.
+            which: Positions of the members, by default all.
+            chunk_size: Members in one pass at most; by default as many as fit into memory that is quick.
+        """
         raise NotImplementedError
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:

@@ -19,11 +19,11 @@ from pyro_mdn.posteriors.log_joint import LogJoint, reciprocal_variance, rows_of
 from pyro_mdn.support.checks import all_finite, shown
 from pyro_mdn.support.process_state import give_way
 
-__all__ = ["laplace", "mode_and_scale"]
+__all__ = ["laplace", "mode_and_scale", "prior_precision"]
 
 _LIMIT = 10_000  # latent weights; the precision matrix takes their square times 8 bytes
 _NEGLIGIBLE = 1e-13  # share in the precision of the prior
-_BLOCK = 512  # columns of a triangle that are computed together
+_BLOCK = 512
 
 
 def laplace(
@@ -85,10 +85,17 @@ def laplace(
         return _guide(network, *mode_and_scale(joint, int(max_iter), progress=progress), rows.x[:1], rows.y[:1])
 
 
-def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool) -> tuple[Tensor, Tensor]:
-    """Mode ``(P,)`` and lower triangle of the covariance ``(P, P)`` of :func:`laplace`, in float64."""
+def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
+    """Mode ``(P,)`` and lower triangle of the covariance ``(P, P)`` of :func:`laplace`, in float64.
+
+    Args:
+        joint: Density of weights and data.
+        max_iter: Steps to the mode at most.
+        progress: Show a progress bar.
+        block: Columns of a triangle that are computed together.
+    """
     mode = _climb(joint, max_iter, progress=progress)
-    return mode, _inverse_root(_precision(joint, mode))
+    return mode, _inverse_root(_precision(joint, mode, block), block)
 
 
 def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
@@ -120,11 +127,12 @@ def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
 # Curvature
 
 
-def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
+def _precision(joint: LogJoint, mode: Tensor, block: int) -> Tensor:
     """Gauss-Newton precision ``(P, P)``, in float64."""
     weights = joint.unflatten(mode)
     head = joint.network.head
-    total = _prior_precision(joint, weights)
+    blocks = [prior_precision(prior, weights[name]) for name, prior in joint.priors.items()]
+    total = torch.block_diag(*blocks)
     floor = total.diagonal().min()
     for inputs, y in joint.chunks(joint.rows(lambda part: (_jacobian(joint, mode, part),))):
         give_way()
@@ -133,17 +141,17 @@ def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
             raw = _joined(joint.raw(weights, inputs))
         weighted = (_output_root(head, raw, y, (jacobian != 0).any(-1)).mT @ jacobian).reshape(-1, len(mode))
         # Beside the prior, outputs of unused components and directions without curvature are nothing.
-        _add_square(total, weighted[~(weighted.square().sum(-1) <= _NEGLIGIBLE * floor)])  # NaN counts
+        _add_square(total, weighted[~(weighted.square().sum(-1) <= _NEGLIGIBLE * floor)], block)  # NaN counts
     total = total.tril() + total.tril(-1).mT
     if not all_finite(total):
         raise FloatingPointError("network: expected finite derivatives at the mode, got NaN or Inf")
     return total
 
 
-def _add_square(total: Tensor, factor: Tensor) -> None:
+def _add_square(total: Tensor, factor: Tensor, block: int) -> None:
     """Add ``factor.mT @ factor`` to the lower triangle of a matrix, in place."""
-    for start in range(0, len(total), _BLOCK):
-        stop = start + _BLOCK
+    for start in range(0, len(total), block):
+        stop = start + block
         total[start:stop, :stop].addmm_(factor[:, start:stop].mT, factor[:, :stop])
 
 
@@ -190,12 +198,8 @@ def _split(head: MixtureHead, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, locs.unflatten(-1, (n_components, head.dim_out)), noise.unflatten(-1, (groups, width))
 
 
-def _prior_precision(joint: LogJoint, weights: dict[str, Tensor]) -> Tensor:
-    """Minus the Hessian of the log-density of the prior, ``(P, P)``; nowhere below the prior's own precision."""
-    return torch.block_diag(*(_site_precision(prior, weights[name]) for name, prior in joint.priors.items()))
-
-
-def _site_precision(prior: Distribution, value: Tensor) -> Tensor:
+def prior_precision(prior: Distribution, value: Tensor) -> Tensor:
+    """Minus the Hessian of a prior's log-density at a value of P numbers, ``(P, P)``; nowhere below its precision."""
     floor = reciprocal_variance(prior, value)
     if not isinstance(prior, Independent) or prior.base_dist.event_shape:
         hessian = torch.autograd.functional.hessian(
@@ -211,7 +215,7 @@ def _site_precision(prior: Distribution, value: Tensor) -> Tensor:
     return torch.maximum(curvature.double(), floor).flatten().diag()
 
 
-def _inverse_root(precision: Tensor) -> Tensor:
+def _inverse_root(precision: Tensor, block: int) -> Tensor:
     r"""Lower triangle L of a covariance :math:`\Sigma = L L^T = \Lambda^{-1}`."""
     jitter, scale = 0.0, precision.diagonal().mean()
     while True:
@@ -222,16 +226,16 @@ def _inverse_root(precision: Tensor) -> Tensor:
         if not failed:
             break
         jitter = max(1e-14, 10 * jitter)
-    return _inverse_triangle(root.flip(0, 1).mT)
+    return _inverse_triangle(root.flip(0, 1).mT, block)
 
 
-def _inverse_triangle(root: Tensor) -> Tensor:
+def _inverse_triangle(root: Tensor, block: int) -> Tensor:
     """Inverse of a lower triangle, without what is 0 in it."""
     inverse = torch.zeros_like(root, memory_format=torch.contiguous_format)
-    for start in range(0, len(root), _BLOCK):
+    for start in range(0, len(root), block):
         part = root[start:, start:]
-        columns = torch.eye(len(part), min(_BLOCK, len(part)), dtype=root.dtype, device=root.device)
-        inverse[start:, start : start + _BLOCK] = torch.linalg.solve_triangular(part, columns, upper=False)
+        columns = torch.eye(len(part), min(block, len(part)), dtype=root.dtype, device=root.device)
+        inverse[start:, start : start + block] = torch.linalg.solve_triangular(part, columns, upper=False)
     return inverse
 
 

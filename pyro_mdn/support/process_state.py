@@ -29,7 +29,9 @@ from pyro_mdn.support.checks import shown
 __all__ = [
     "KeepFrozen",
     "give_way",
+    "has_process",
     "isolated",
+    "num_waiting",
     "own_generators",
     "own_store",
     "released",
@@ -92,7 +94,7 @@ def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) 
 
 def give_way() -> None:
     """Let other threads that wait for the process have it for a turn, as it was before this thread changed it."""
-    if _waiting and _is_mine():
+    if _waiting and has_process():
         with _put_back(), _ticket():  # a thread that has its turn may itself give way, back to this one
             _TURN.wait(_PATIENCE)
 
@@ -100,7 +102,7 @@ def give_way() -> None:
 @contextmanager
 def released() -> Iterator[None]:
     """Let go of the process inside, which is as it was before this thread changed it: for code of others."""
-    if not _is_mine():
+    if not has_process():
         yield
         return
     with _put_back():
@@ -113,7 +115,12 @@ def released() -> Iterator[None]:
                     _PROCESS.acquire()
 
 
-def _is_mine() -> bool:
+def num_waiting() -> int:
+    """Count the threads that wait for the process, to which :func:`give_way` gives way."""
+    return len(_waiting)
+
+
+def has_process() -> bool:
     """Whether this thread has the process, and has changed something."""
     return bool(_active) and _holder[0] == threading.get_ident()
 
@@ -165,7 +172,7 @@ def _begin_anew() -> None:
     """
     global _PROCESS, _TURN
     _waiting.clear()
-    if _active and not _is_mine():
+    if _active and not has_process():
         for own in reversed(_active):
             if own.put is not _put_generators:
                 own.put(own.kept)

@@ -76,8 +76,7 @@ class NegativeLogLikelihood(nn.Module):
     ) -> None:
         super().__init__()
         require_counts(num_points=num_points)
-        dim = (network.stacked if isinstance(network, DeepEnsemble) else network).dim_out
-        cell = None if cell is None else _as_cells(cell, dim)
+        cell = None if cell is None else _as_cells(cell, network.dim_out)
         self.network, self.num_points = network, int(num_points)
         self.register_buffer("cell", cell, persistent=False)
 
