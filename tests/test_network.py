@@ -68,7 +68,7 @@ def test_usage_of_the_reference_implementation():
     model = MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=50)
     pred_parameters = model(x)
     assert [layer.out_features for layer in model.backbone if isinstance(layer, nn.Linear)] == [50, 50]
-    probs, scale = pred_parameters.logits.softmax(-1), pred_parameters.covariance.variance.sqrt().squeeze(-1)
+    probs, scale = pred_parameters.logits.softmax(-1), pred_parameters.covariance.variance().sqrt().squeeze(-1)
     densities = torch.distributions.Normal(pred_parameters.locs.squeeze(-1), scale).log_prob(y).exp()
     assert_close(model.loss(x, y), -(probs * densities).sum(-1).log())
     draws = torch.stack([model.sample(x) for _ in range(2000)]).squeeze(-1)
