@@ -1,4 +1,4 @@
-r"""Sources: mixtures, draws of the weights behind them and how they came about, from what users have of them."""
+r"""Sources of inference data: mixtures, the draws of the weights behind them, and the inference they come from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ENSEMBLE", "POINT", "Source", "predict"]
 
 
 class Source(NamedTuple):
-    """Mixtures ``(S, N)``, draws by site ``(chains, S / chains, *shape)``, and what is known about them."""
+    """Mixtures ``(S, N)``, draws of the weights by site ``(chains, S / chains, *shape)``, and their inference."""
 
     mixture: GaussianMixture
     chains: int
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
     @classmethod
     def of(cls, predictive: Any, x: Any, posterior: Any, num_samples: int | None, method: str | None) -> Source:
-        """From the arguments of :func:`pyro_mdn.to_inference_data`."""
+        """Make a source of the arguments of :func:`pyro_mdn.to_inference_data`."""
         used = None if posterior is None else as_posterior(posterior)
         if isinstance(predictive, GaussianMixture):
             mixture, predictor, told = _by_draws(predictive), None, _method(predictive, used)
@@ -55,12 +55,12 @@ class Source(NamedTuple):
 
     @property
     def is_posterior(self) -> bool:
-        """Whether the mixtures are by draws from a posterior, so that each stands for one."""
+        """Whether each mixture belongs to one draw from a posterior."""
         return self.method not in (POINT, ENSEMBLE) and self.mixture.batch_shape[0] > 1
 
 
 def predict(predictor: Predictor, x: Any, posterior: Posterior | None) -> GaussianMixture:
-    """Mixtures ``(S, N)`` by draws of the weights or by members, one of a network alone, at inputs of any kind."""
+    """Predict mixtures ``(S, N)`` by draws of the weights or by members; a network alone predicts one for each row."""
     inputs = _inputs(predictor, x)
     with torch.no_grad(), evaluating(predictor):
         if posterior is not None:
@@ -84,7 +84,7 @@ def _inputs(predictor: Predictor, x: Any) -> Tensor:
 
 
 def _fixed(predictor: Predictor, x: Any, posterior: Posterior, num_samples: int | None) -> Posterior:
-    """The same draws from a posterior wherever it predicts."""
+    """Fix the draws of a posterior, so that the same weights predict everywhere."""
     network = predictor.architecture
     if network is not predictor:
         raise ValueError(f"posterior: expected none for several members, got {posterior.method}")
@@ -94,7 +94,7 @@ def _fixed(predictor: Predictor, x: Any, posterior: Posterior, num_samples: int 
 
 
 def _by_draws(mixture: GaussianMixture) -> GaussianMixture:
-    """Mixtures ``(S, N)``, one where they have no axis of draws."""
+    """Give mixtures ``(N,)`` an axis of draws, of size 1."""
     if len(mixture.batch_shape) not in (1, 2):
         shape = tuple(mixture.batch_shape)
         raise ValueError(f"predictive: expected mixtures of batch shape (N,) or (S, N), got {shape}")
@@ -102,14 +102,14 @@ def _by_draws(mixture: GaussianMixture) -> GaussianMixture:
 
 
 def _method(mixture: GaussianMixture, posterior: Posterior | None) -> str:
-    """Name of the inference that mixtures come from."""
+    """Name the inference that mixtures come from."""
     if posterior is not None and posterior.method != DRAWS:
         return posterior.method
     return POINT if len(mixture.batch_shape) == 1 else DRAWS
 
 
 def _scaling(predictor: Predictor | None) -> dict[str, Any]:
-    """How a network standardises inputs and targets; of several members, the first one."""
+    """Describe how a network, or the first of several members, standardises inputs and targets."""
     if predictor is None:
         return {}
     network = predictor.architecture

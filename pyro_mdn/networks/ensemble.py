@@ -1,4 +1,4 @@
-r"""Deep ensembles: networks of one architecture, side by side."""
+r"""Deep ensembles: networks of one architecture that predict by their average density."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ __all__ = ["DeepEnsemble"]
 
 
 class DeepEnsemble(Predictor):
-    r"""Networks of one architecture that differ in their weights; together, their average density.
+    r"""Ensemble of networks of one architecture that differ in their weights; it predicts by their average density.
 
     .. math:: p(y \mid x) = \frac1M \sum_{m=1}^M p_m(y \mid x)
 
-    exactly a mixture of M·K components. :func:`pyro_mdn.fit` trains all members in one vectorised pass, each from its
-    own initial weights, on its own split of the rows, in its own order, and up to its own best epoch.
+    which is exactly a mixture of M·K components. :func:`pyro_mdn.fit` trains all members in one vectorised pass, each
+    from its own initial weights, on its own split of the rows, in its own order, with early stopping of its own.
 
     Args:
-        network: Network of the architecture; it is copied, and each member initialised anew, but for parameters that
+        network: Network of the architecture. Each member is a copy with new initial weights, except for parameters that
             do not require a gradient. Or a sequence of networks, which become the members as they are.
         size: Number of members M; by default 10.
-        seed: Seed of the members' first weights. By default they come from torch's generator, which a seed leaves
-            alone. Networks of a sequence have theirs already, and take none.
+        seed: Seed of the members' initial weights. Without a seed, they are drawn from torch's global generator; with
+            one, that generator stays as it was. A sequence of networks takes no seed.
         bootstrap: Whether each member trains on rows drawn with replacement from its training rows (Breiman, 1996).
 
     Attributes:
-        stacked: Network whose tensors have a leading axis of members; not to be called.
+        stacked: Network whose tensors have a leading axis of members. Do not call it.
 
     Raises:
         ValueError: If the size is not positive, if there is a seed beside a sequence, if networks have latent weights,
@@ -105,18 +105,18 @@ class DeepEnsemble(Predictor):
         return f"size={self.size}, bootstrap={self.bootstrap}"
 
     def forward(self, x: Any) -> GaussianMixture:
-        """Average of the members' densities over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``."""
+        """Predict the average of the members' densities, ``batch_shape`` ``(*batch,)``, for ``(*batch, dim_in)``."""
         return self.members(x).pool(0)
 
     def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
-        """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
+        """Predict the mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
 
         Args:
             x: Inputs.
             which: Positions of the members, by default all.
-            chunk_size: Members in one pass at most. By default all where there are gradients or in training mode, and
-                otherwise as many as keep intermediate results at about 16 MB, with parts of the rows one after another
-                where one member takes more.
+            chunk_size: Largest number of members in one pass. By default all members, if gradients are recorded or in
+                training mode; otherwise as many as keep intermediate results at about 16 MB. If one member takes more
+                than that, the rows go in parts.
         """
         x = self.stacked.inputs(x)
         tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
@@ -127,13 +127,13 @@ class DeepEnsemble(Predictor):
         return self.stacked.head.mixture(raw, shift, scale)
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
-        r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.
+        r"""Compute the negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``.
 
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``.
-            replicated: Whether there may be several targets for each input, ``(*sample, M, *batch, D)``, and so losses
-                ``(*sample, M, *batch)``.
+            replicated: Whether each input may have several targets, ``(*sample, M, *batch, D)``; the losses then have
+                shape ``(*sample, M, *batch)``.
 
         Raises:
             ValueError: If the shapes do not agree or, when Pyro validates, if a value is infinite or one of x NaN.
@@ -159,14 +159,14 @@ class DeepEnsemble(Predictor):
             require_no_infinity(y, "y", None, self.stacked.x_shift.dtype)
 
     def member(self, i: int) -> MixtureDensityNetwork:
-        """Member number i as a network of its own: a copy."""
+        """Copy member number i to a network of its own."""
         network = copied(self.stacked)
         set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
         return network
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, y: Tensor) -> None:
-        """Set the scalers of each member from its own rows, and spread its components over its targets.
+        """Set the scalers of each member from its own rows, and start its components at clusters of its targets.
 
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
@@ -179,14 +179,14 @@ class DeepEnsemble(Predictor):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights of all members anew, but for frozen ones."""
+        """Draw the weights of all members anew, except for frozen parameters."""
         for i in range(self.size):
             member = self.member(i)
             draw_anew_(member)
             self._take_over(i, member)
 
     def _take_over(self, i: int, member: MixtureDensityNetwork) -> None:
-        """Give member number i the tensors of a network."""
+        """Copy the tensors of a network to member number i."""
         tensors = self._tensors()
         for name, tensor in member.state_dict().items():
             tensors[name][i].copy_(tensor)
@@ -194,7 +194,7 @@ class DeepEnsemble(Predictor):
     def _raw(
         self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw parameters ``(M, *batch, ...)`` of the mixtures, for inputs that members share or have each their own."""
+        """Compute raw parameters ``(M, *batch, ...)`` of the mixtures; members share inputs, or have each their own."""
         if is_dense(self.stacked):
 
             def dense(tensors: Any, x: Tensor, chunk_size: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,14 +215,14 @@ class DeepEnsemble(Predictor):
     def _called(
         self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None
     ) -> GaussianMixture:
-        """Mixtures that calls of the networks give, ``(M, *batch)``."""
+        """Compute mixtures by calls of the networks, ``(M, *batch)``."""
         called = MixtureTensors(lambda tensors, x: functional_call(self.stacked, tensors, (x,)))
         return called.mixture(*self._of_each(called, x, tensors, shared, chunk_size))
 
     def _of_each(
         self, call: Callable[..., Any], x: Tensor, tensors: dict[str, Tensor], shared: bool, chunk_size: int | None
     ) -> tuple[Tensor, ...]:
-        """Results ``(M, *batch, ...)`` of a function of a member's tensors and of inputs."""
+        """Compute results ``(M, *batch, ...)`` of a function of a member's tensors and of inputs."""
         with isolated():
             if shared and chunk_size is None and self._in_passes(x, tensors):
                 return in_passes(call, tensors, x, self.stacked)
@@ -234,7 +234,7 @@ class DeepEnsemble(Predictor):
             return over_draws(member, tensors if shared else {**tensors, "x": x}, self.stacked, chunk_size=chunk_size)
 
     def _in_passes(self, x: Tensor, tensors: dict[str, Tensor]) -> bool:
-        """Whether intermediate results are not needed any more, and rows go through each member by themselves."""
+        """Whether members and rows may go in parts: no gradients are recorded, and no layer is in training mode."""
         kept = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors.values()))
         training = any(part.training for part in self.stacked.modules())  # batch norm, and the noise of dropout
         return x.ndim > len(self.stacked.input_shape) and not (kept or training)
@@ -249,12 +249,12 @@ class DeepEnsemble(Predictor):
     # Files
 
     def config(self) -> dict[str, Any]:
-        """What to build an ensemble like this from, in plain values, and what to compare its networks with then."""
+        """Describe the ensemble in plain values; see :meth:`MixtureDensityNetwork.config`."""
         return {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:
-        """Build the ensemble that :meth:`config` described; a ``ValueError`` that names the source if it is not one."""
+        """Build the ensemble that :meth:`config` described, or raise a ``ValueError`` that names the source."""
         if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
             raise ValueError(f"{source}: expected an ensemble, got another file of this library")
         network = MixtureDensityNetwork.from_config(config["ensemble"], source, backbone=copied(backbone))
@@ -262,7 +262,7 @@ class DeepEnsemble(Predictor):
 
 
 class _Raw(nn.Module):
-    """A network whose call gives the raw parameters of its mixtures, away from Pyro's handlers."""
+    """Network whose call returns the raw parameters of its mixtures; Pyro's handlers do not see that call."""
 
     def __init__(self, network: MixtureDensityNetwork) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ class _Raw(nn.Module):
 
 
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
-    """Copy of a network with fresh weights, but for frozen ones."""
+    """Copy a network, and draw the weights of the copy anew, except for frozen parameters."""
     network = copied(network)
     draw_anew_(network)
     return network

@@ -36,7 +36,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def _shapes_of(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of tensors by name; the state of a module may have other values, whose shape is empty."""
+    """Return shapes by name; a value of a state that is no tensor has an empty shape."""
     return {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
 
 
@@ -63,7 +63,7 @@ def require_loadable(predictor: Predictor, config: Mapping[str, Any]) -> None:
 
 
 def _plain(path: str, part: nn.Module) -> Iterator[str]:
-    """Calls that make plain parameters of computed ones, outside of a backbone, which users build themselves."""
+    """List calls that make plain parameters of computed ones. Users build a backbone themselves, so it is left out."""
     if path.startswith("network.backbone"):
         return
     if parametrize.is_parametrized(part):
@@ -79,7 +79,7 @@ def _plain(path: str, part: nn.Module) -> Iterator[str]:
 
 
 def _shapes_outside_backbone(network: MixtureDensityNetwork) -> tuple[Shapes, Shapes]:
-    """Shapes by name of the tensors that a new network of these settings has, and of those of this one."""
+    """Return shapes by name of the tensors of a new network with these settings, and of those of this network."""
     with torch.device("meta"):
         head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, noise=network.head.noise)
     expected = _shapes_of({f"head.{name}": tensor for name, tensor in head.state_dict().items()})
@@ -89,7 +89,7 @@ def _shapes_outside_backbone(network: MixtureDensityNetwork) -> tuple[Shapes, Sh
 
 
 def _builds(network: MixtureDensityNetwork, config: Mapping[str, Any]) -> bool:
-    """Whether a class of the user's builds a network with the tensors of this one."""
+    """Whether the class of a network, perhaps a subclass, builds one with the same tensors from a configuration."""
     try:
         backbone = copy.deepcopy(network.backbone) if config["custom_backbone"] else None
         built = type(network).from_config(config, "", backbone=backbone)
@@ -99,11 +99,11 @@ def _builds(network: MixtureDensityNetwork, config: Mapping[str, Any]) -> bool:
 
 
 def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], source: str) -> None:
-    """Warn if a network is not built like the one that this configuration is of; what was added since does not count.
+    """Warn if a network is built differently from the network that a configuration describes.
 
-    Files of earlier versions do not say how it was built.
+    Entries that the fingerprint has gained since do not count. Files of the earliest versions have no fingerprint.
     """
-    # Files of earlier versions have values in other forms, or in words, and name the classes that Pyro makes of others.
+    # Earlier versions wrote values in other forms or in words, and named the classes that Pyro derives from others.
     forms = [(values, form) for form in FORMS for values in (False, True)]
     known = [described(network=network, buffers=False, code=False, values=values, form=form) for values, form in forms]
     then = {name: re.sub(r"^PyroModule\[(.+?)\]", r"\1", text) for name, text in config.get("structure", {}).items()}
@@ -114,7 +114,7 @@ def warn_if_unlike(network: MixtureDensityNetwork, config: Mapping[str, Any], so
 
 
 def _require_backbone(source: str, custom: Any, backbone: nn.Module | None, structure: Mapping[str, str]) -> None:
-    """Raise a ``ValueError`` unless there is a backbone exactly if a file needs one."""
+    """Raise a ``ValueError`` if a file needs a backbone and there is none, or the other way round."""
     if custom is True and backbone is None:
         parts = [f"{name}: {text}" for name, text in structure.items() if name.startswith("network.backbone")]
         shown = "; ".join(part for part in parts if not part.endswith((": parameter", ": buffer")))
@@ -125,7 +125,7 @@ def _require_backbone(source: str, custom: Any, backbone: nn.Module | None, stru
 
 
 def _is_custom(backbone: nn.Module, widths: Sequence[int]) -> bool:
-    """Whether a backbone is another than the hidden layers of these widths, apart from weights and hooks."""
+    """Whether a backbone differs from the usual hidden layers of these widths, apart from weights and hooks."""
     with torch.device("meta"):
         usual = hidden_layers(widths)
     structures = (described(backbone=module, hooks=False, buffers=False) for module in (backbone, usual))
@@ -159,7 +159,7 @@ def network_from_config(
     _require_backbone(source, config.pop("custom_backbone"), backbone, structure)
     try:
         noise = noise_from_config(config.pop("noise"))
-        with own_generators():  # the first weights do not stay
+        with own_generators():  # the initial weights are overwritten
             return kind(**config, noise=noise, backbone=backbone)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error

@@ -1,4 +1,4 @@
-r"""The network: backbone, head and scalers, as a Pyro module and a Pyro model."""
+r"""The mixture density network: backbone, head and scalers of the inputs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     .. math:: p(y \mid x) = \sum_{k=1}^K w_k(x) \, \mathcal{N}(y \mid \mu_k(x), \Sigma_k(x))
 
-    Inputs and outputs are standardised inside, by buffers that :meth:`initialize_` sets; every mixture, density
-    and sample is in the units of y. ``bfloat16()`` and ``half()`` convert the weights: these buffers, and densities,
-    have single precision at least.
+    The network standardises inputs and outputs inside, by buffers that :meth:`initialize_` sets. Every mixture, density
+    and sample is in the units of y. ``bfloat16()`` and ``half()`` convert the weights alone: scalers and densities keep
+    at least single precision.
 
     Args:
         dim_in: Width of the inputs or, for a backbone that takes more than a vector, their shape.
@@ -45,8 +45,8 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         noise: Noise model of the components, by default ``Diagonal()``; or ``"diagonal"``, ``"full"``,
             ``"isotropic"`` or ``"low_rank"`` for one with its default settings.
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
-        seed: Seed of the first weights, but for those of a ``backbone``, which has its own. By default they come from
-            torch's generator, which a seed leaves alone.
+        seed: Seed of the initial weights; a ``backbone`` keeps its own weights. Without a seed, the weights are drawn
+            from torch's global generator. With a seed, that generator stays as it was.
 
     Raises:
         ValueError: If a size is not a positive integer, the noise model does not fit ``dim_out``, or the seed is none.
@@ -104,7 +104,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     @property
     def architecture(self) -> MixtureDensityNetwork:
-        """The network itself; see :class:`DeepEnsemble` for predictors with several members."""
+        """The network itself; a :class:`DeepEnsemble` has several members of one architecture."""
         return self
 
     @property
@@ -123,30 +123,31 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         return self.head.n_components
 
     def __call__(self, x: Any) -> GaussianMixture:
-        """Mixture over y for inputs x, in the units of y; see :meth:`forward`.
+        """Predict the mixture over y for inputs x, in the units of y; see :meth:`forward`.
 
         Warns:
-            UserWarning: If there are latent weights, and no handler of Pyro's sees them: they are drawn from the prior.
+            UserWarning: If weights are latent and no handler of Pyro is active: the call draws them from the prior.
         """
         with self.calling(warns=True):
             return nn.Module.__call__(self, x)
 
     def raw(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Raw logits, locations and noise for inputs x: what ``head.mixture`` makes a mixture of."""
+        """Compute raw logits, locations and noise for inputs x, from which ``head.mixture`` builds the mixture."""
         with self.calling(warns=True):
             return self.head.raw(self.features(x))
 
     @property
     def is_described_by_raw(self) -> bool:
-        """Whether a call gives what the head makes of :meth:`raw`: no hook and no other ``forward`` has a say."""
+        """Whether a call equals what the head makes of :meth:`raw`: no hook or overridden ``forward`` changes it."""
         head: Any = self._modules["head"]  # as an attribute, Pyro would look at it for microseconds
         own = is_inherited(self, MixtureDensityNetwork, "__call__", "forward")
         return own and is_inherited(head, MixtureHead, "forward") and not (is_hooked(self) or is_hooked(head))
 
     def forward(self, x: Any) -> GaussianMixture:
-        """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
+        """Predict the mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``.
 
-        Its numbers are tensors with a graph, so that gradients can flow to the weights; :meth:`predict` gives arrays.
+        The parameters of the mixture are tensors with a graph, so that gradients can flow to the weights;
+        :meth:`predict` returns NumPy arrays.
 
         Args:
             x: Inputs ``(*batch, dim_in)``: a tensor, array, data frame or nested lists of numbers.
@@ -161,22 +162,22 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             raise
 
     def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
-        """Mixture over y, ``batch_shape`` ``(1, *batch)``, by the network as the only member."""
+        """Predict the mixture over y by the network as the only member, ``batch_shape`` ``(1, *batch)``."""
         mixture = self(x)
         return mixture.expand((1, *mixture.batch_shape))[which]
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
-        r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, shape ``(*batch,)``.
+        r"""Compute the negative log-likelihood :math:`-\log p(y \mid x)` in nats and the units of y, ``(*batch,)``.
 
-        That of the mixture that a call gives, which is not built unless a hook or a ``forward`` of your own may
-        change it.
+        The loss equals ``-network(x).log_prob(y)``, without building that mixture, unless a hook or an overridden
+        ``forward`` may change it.
 
         Args:
             x: Inputs ``(*batch, dim_in)``.
-            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. An entry that is NaN was
-                not observed: the density is that of the others.
-            replicated: Whether there may be several targets for each input, ``(*sample, *batch, D)``, and so losses
-                ``(*sample, *batch)``.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. NaN marks a missing entry:
+                the loss is that of the observed entries, by their marginal density.
+            replicated: Whether each input may have several targets, ``(*sample, *batch, D)``; the losses then have
+                shape ``(*sample, *batch)``.
 
         Raises:
             ValueError: If shapes, dtypes or devices do not agree or, when Pyro validates, if a value is infinite or
@@ -191,7 +192,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             return -self.head.log_prob(features, complete_when_run(y))
 
     def sample(self, x: Any, sample_shape: int | Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
-        r"""Draws of y given x, shape ``(*sample_shape, *batch, D)``.
+        r"""Draw y given x, shape ``(*sample_shape, *batch, D)``.
 
         Args:
             x: Inputs ``(*batch, dim_in)``.
@@ -208,16 +209,16 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     @torch.no_grad()
     def initialize_(self, x: Any, y: Any) -> None:
-        """Set the scalers from data, and spread the components over the targets.
+        """Set the scalers from data, and start the components at clusters of the targets (k-means).
 
-        Where nothing was observed, as at the padding of sequences, inputs do not count either.
+        Rows without an observed target, such as the padding of sequences, do not count.
 
         Args:
             x: Inputs ``(*batch, dim_in)``. A column that is constant is only shifted.
-            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. Entries may be NaN.
+            y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. NaN marks missing entries.
 
         Raises:
-            ValueError: If :meth:`check` does; nothing is changed then.
+            ValueError: If :meth:`check` refuses the data; the network stays as it was.
         """
         x, y = self.check(x, y)
         observed = ~y.isnan().all(-1)
@@ -230,7 +231,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     @property
     def initialized(self) -> bool:
-        """Whether scalers were set; see :meth:`initialize_`."""
+        """Whether the scalers differ from those of a new network; see :meth:`initialize_`."""
         shifts, scales = (self.x_shift, self.head.shift), (self.x_scale, self.head.scale)
         return any(bool((shift != 0).any()) for shift in shifts) or any(bool((scale != 1).any()) for scale in scales)
 
@@ -238,22 +239,22 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     @torch.no_grad()
     def check(self, x: Any, y: Any, *, given: tuple[Any, Any] | None = None) -> tuple[Tensor, Tensor]:
-        """Check data as a whole, running the network on one row, and return them as tensors, y ``(*batch, D)``.
+        """Check whole data, run the network on one row, and return the data as tensors, y ``(*batch, D)``.
 
         Args:
             x: Inputs ``(*batch, dim_in)``.
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``.
-            given: What x and y were converted from, whose names of rows and columns errors have.
+            given: The containers that x and y were converted from; errors name their rows and columns.
 
         Raises:
-            ValueError: If shapes, dtypes or devices do not agree, if there are no data, if some are not finite, or if
-                the range of a column is beyond that of the network's precision; a target may be NaN where it was not
-                observed, but not a whole column.
+            ValueError: If shapes, dtypes or devices do not agree, if there are no data, if a number is not finite, or
+                if the range of a column exceeds that of the network's precision. NaN marks missing targets, but each
+                column needs an observed one.
         """
         return checked(self, x, y, given or (x, y))
 
     def features(self, x: Any) -> Tensor:
-        """What the backbone makes of inputs x, ``(*batch, hidden_dim)``."""
+        """Compute the features of inputs x by the backbone, ``(*batch, hidden_dim)``."""
         x = self.inputs(x)
         batch_shape = self._batch_shape(x)
         shift, scale = self._units()
@@ -267,7 +268,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """Precision of the weights, and of what the backbone is given; scalers have single precision at least."""
+        """Dtype of the weights and of the inputs to the backbone; scalers keep at least single precision."""
         linear: Any = self._modules["head"]._modules["linear"]  # pyright: ignore[reportOptionalMemberAccess]
         weight = linear._parameters.get("weight", linear._buffers.get("weight_start"))
         if weight is None:  # a layer of the user's, or one whose weight is computed
@@ -275,7 +276,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         return weight.dtype
 
     def _units(self) -> tuple[Tensor, Tensor]:
-        """Scalers of x; Pyro takes microseconds over an attribute of its modules."""
+        """Return the scalers of x from the buffers: an attribute of a Pyro module takes microseconds to look up."""
         buffers: Any = self._buffers
         return buffers["x_shift"], buffers["x_scale"]
 
@@ -291,8 +292,8 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         """Convert inputs of any container to a tensor ``(*batch, dim_in)`` on the device of the network.
 
         Raises:
-            ValueError: If there is something else than numbers, if a tensor is on another device, if the shape does
-                not fit or, when Pyro validates, if a number is not finite in the precision of the network.
+            ValueError: If x holds anything but numbers, if a tensor is on another device, if the shape does not fit
+                or, when Pyro validates, if a number is not finite in the precision of the network.
         """
         unit = self._units()[0]
         n, given, x = len(self.input_shape), x, as_tensor(x, "x", unit.device)
@@ -305,11 +306,11 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         return x
 
     def targets(self, y: Any, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
-        """Convert targets of any container to ``(*batch, D)``; if ``replicated``, perhaps with further dimensions left.
+        """Convert targets of any container to ``(*batch, D)``, or ``(*sample, *batch, D)`` if ``replicated``.
 
         Raises:
-            ValueError: If there is something else than numbers, if the shape or the device of a tensor does not fit
-                or, when Pyro validates, if a value is infinite, or beyond the precision of the network.
+            ValueError: If y holds anything but numbers, if the shape or the device of a tensor does not fit or, when
+                Pyro validates, if a value is infinite or beyond the precision of the network.
         """
         unit = self._units()[0]
         given, y = y, as_tensor(y, "y", unit.device)
@@ -325,7 +326,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     # Files
 
     def config(self) -> dict[str, Any]:
-        """What to build a network like this from, in plain values, and what it is to be compared with then.
+        """Describe the network in plain values: settings to build one like it, and a fingerprint to compare it with.
 
         Raises:
             ValueError: If there are latent weights.
@@ -334,5 +335,5 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:
-        """Build the network that :meth:`config` described; a ``ValueError`` that names the source if it is not one."""
+        """Build the network that :meth:`config` described, or raise a ``ValueError`` that names the source."""
         return network_from_config(cls, config, source, backbone)

@@ -1,4 +1,4 @@
-r"""Predictors: networks, and whatever else gives mixtures over y by one or several members."""
+r"""Predictors: networks and ensembles, which predict mixtures over y by one or several members."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ POINT, ENSEMBLE = "point estimate", "ensemble"
 
 
 class Predictor(nn.Module):
-    """Base class of what predicts mixtures over y from inputs x, by one or several members of one architecture.
+    """Base class of models that predict mixtures over y from inputs x, by one or several members of one architecture.
 
-    A network has one member, which is itself. What needs a predictor asks for the methods and properties here, and not
-    for its type.
+    A network has one member: itself. Training, posteriors, plots and groups for ArviZ rely on the methods and
+    properties of this class, and never ask for the type of a model.
     """
 
     @property
     def architecture(self) -> MixtureDensityNetwork:
-        """Network that has the tensors of the predictor, those of several members with a leading axis."""
+        """Network that holds the tensors of the predictor; those of several members have a leading axis."""
         raise NotImplementedError
 
     @property
@@ -41,7 +41,7 @@ class Predictor(nn.Module):
 
     @property
     def inference_method(self) -> str:
-        """How the weights came about, in words."""
+        """Name of the inference that the weights come from: a point estimate, or an ensemble."""
         return POINT if self.architecture is self else ENSEMBLE
 
     @property
@@ -55,17 +55,17 @@ class Predictor(nn.Module):
         return self.architecture.latent
 
     def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> GaussianMixture:
-        """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
+        """Predict the mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
 
         Args:
             x: Inputs.
             which: Positions of the members, by default all.
-            chunk_size: Members in one pass at most; by default as many as fit into memory that is quick.
+            chunk_size: Largest number of members in one pass; by default as many as fit into the cache.
         """
         raise NotImplementedError
 
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
-        """Negative log-likelihood of rows, in nats and the units of y."""
+        """Compute the negative log-likelihood of rows, in nats and the units of y."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
@@ -80,16 +80,16 @@ class Predictor(nn.Module):
     def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
         """Predict rows: means, quantiles, intervals and draws as NumPy arrays or a data frame, without gradients.
 
-        Several members predict by their average density. The networks are in evaluation mode meanwhile: dropout and
+        Several members predict by their average density. Networks are in evaluation mode meanwhile, so that dropout and
         batch normalisation do not make predictions random.
 
         Args:
             x: Inputs ``(N, ..., dim_in)`` of any container and on any device.
-            chunk_size: Rows that go through the network at once, on its device. The first dimension of x is taken apart
-                without asking: a backbone whose rows depend on each other needs ``chunk_size=len(x)``.
+            chunk_size: Number of rows that go through the network at once, on its device. The first dimension of x is
+                split into chunks: a backbone whose rows depend on each other needs ``chunk_size=len(x)``.
 
         Raises:
-            ValueError: If x is not usable, or if there are latent weights, which only a posterior has values of.
+            ValueError: If x is not usable, or if weights are latent: only a posterior has values of these.
 
         >>> from pyro_mdn import MixtureDensityNetwork
         >>> network = MixtureDensityNetwork(dim_in=2, dim_out=1)
@@ -103,15 +103,15 @@ class Predictor(nn.Module):
             return predicted_in_parts(self, x, self.architecture, chunk_size)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole.
+        """Write configuration and tensors to one safetensors file; an existing file is replaced atomically.
 
-        Hooks, and what was put into the head in place of its own layers, are not in the file: :meth:`load` warns then.
-        A backbone of other layers than those of ``hidden_dim`` is not in it either, however it came there.
+        The file contains no code: neither hooks, nor layers that replaced those of the head (:meth:`load` warns of
+        these), nor a backbone other than the hidden layers of ``hidden_dim`` (:meth:`load` takes one).
 
         Raises:
-            ValueError: If there are latent weights: what was learned of them is in the guide or the samples. Or if the
-                head has other tensors than :meth:`load` builds, as parametrised or pruned layers have: the error says
-                how to make plain ones of them. Nothing is written then.
+            ValueError: If weights are latent: a guide or samples hold what was learned of these. Or if the head has
+                other tensors than :meth:`load` builds, as parametrised or pruned layers have: the error says how to
+                make plain layers of them. Nothing is written in either case.
         """
         config = self.config()
         require_loadable(self, config)
@@ -119,19 +119,19 @@ class Predictor(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
-        """Read what :meth:`save` wrote, into evaluation mode; nothing in the file is executed.
+        """Read what :meth:`save` wrote, in evaluation mode; nothing in the file is executed.
 
         Args:
             path: The file.
-            backbone: A module of the same architecture, where the network was built with one, or its hidden layers were
-                changed; a single network takes it over, with the weights in the file.
+            backbone: A module of the same architecture, if the saved network was built with one or its hidden layers
+                were changed. A single network takes over this very module, with the weights in the file.
 
         Raises:
-            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was; or
-                if there is no backbone where the file needs one.
+            ValueError: If the file is damaged, was not written by :meth:`save`, or does not fit the backbone, which
+                stays as it was; or if the file needs a backbone and there is none.
 
         Warns:
-            UserWarning: If the networks that were saved had other types, attributes or hooks, which are named.
+            UserWarning: If the saved networks had other types, attributes or hooks; the warning names these.
         """
         config, tensors = tensor_files.read_tensors(path)
         predictor = cls.from_config(config, str(path), backbone=backbone)

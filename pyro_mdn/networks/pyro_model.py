@@ -1,4 +1,4 @@
-r"""A network as a Pyro model: contexts of its calls, the sites of the model, and the model as a module of its own."""
+r"""A network as a Pyro model: the context of its calls, its sites, and the model as a module of its own."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["NetworkModel", "PyroNetwork", "require_single_weights"]
 
 
 class PyroNetwork(PyroModule):
-    """Pyro module whose calls are plain PyTorch outside of Pyro's handlers.
+    """Network that is a Pyro model, and whose calls are plain PyTorch while no handler of Pyro is active.
 
-    Such a call does not touch the global parameter store, where another network's weights may stand under the same
-    names.
+    A plain call does not touch Pyro's global parameter store, where the weights of another network may be registered
+    under the same names.
     """
 
     inputs: Callable[..., Tensor]
@@ -38,10 +38,10 @@ class PyroNetwork(PyroModule):
         return _is_latent(self)
 
     def calling(self, *, warns: bool = False) -> AbstractContextManager[Any]:
-        """Context of a call of the module or of its parts.
+        """Return the context in which the network or its parts have to be called.
 
         Args:
-            warns: Whether to warn if the call draws latent weights from the prior.
+            warns: Whether to warn if the call would draw latent weights from the prior.
         """
         if am_i_wrapped():
             return self._making_statements()
@@ -50,7 +50,7 @@ class PyroNetwork(PyroModule):
         if warns and self.latent:
             drawn = "network: its weights are latent, and outside of Pyro's handlers a call draws them from the prior"
             instead = "posterior_predictive(network, posterior, x) predicts; Predictive(network.model, ...) draws too"
-            warnings.warn(f"{drawn}; {instead}", stacklevel=3)  # who calls what has this context
+            warnings.warn(f"{drawn}; {instead}", stacklevel=3)  # at the caller of the method that uses this context
         return self._drawing()
 
     @contextmanager
@@ -64,16 +64,16 @@ class PyroNetwork(PyroModule):
         with own_store(), self._making_statements():
             yield
         if not context.active:
-            context.used = used  # nothing remains under the names that it has now
+            context.used = used  # the store is as it was: nothing is registered under these names
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
-        # Pyro refuses parts that were called before, whose parameters may be in its store under another name: here
-        # the module holds them, and what runs next puts them there under the new one.
+        # Pyro refuses to rename a module that was called before, because its parameters may be in the store under the
+        # old name. Here the module itself holds the parameters, and the next call registers them under the new name.
         self._pyro_context.used = False
         super()._pyro_set_supermodule(name, context)
 
     def __repr__(self) -> str:
-        with own_generators():  # torch's layers look at their weights, which are draws where they are latent
+        with own_generators():  # the printout of a layer reads its weights, and reading a latent weight draws it
             return super().__repr__()
 
     def model(
@@ -85,17 +85,17 @@ class PyroNetwork(PyroModule):
         name: str = "y",
         plate: str = "data",
     ) -> Tensor:
-        """Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
+        """Run the Pyro model of y given x: a plate ``"data"`` around a site ``"y"``.
 
-        For two networks in one program, or a program with such sites of its own, give other names;
-        ``functools.partial(network.model, name="z", plate="rows")`` and :class:`pyro_mdn.NetworkModel` are models with
-        names for guides, SVI, NUTS and ``Predictive``.
+        Two networks in one program need different names of their sites. ``functools.partial(network.model, name="z",
+        plate="rows")`` and :class:`pyro_mdn.NetworkModel` are models with other names, for guides, SVI (stochastic
+        variational inference), NUTS and ``Predictive``.
 
         Args:
             x: Inputs ``(N, ..., dim_in)``; the first dimension is the plate's, further ones belong to the event.
-            y: Targets ``(N, ..., D)`` to condition on, if any. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An
-                entry that is NaN was not observed.
-            num_data: Size of the whole data when x is a minibatch of it: the likelihood is scaled to it.
+            y: Targets ``(N, ..., D)`` to condition on, if any. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. NaN
+                marks missing entries.
+            num_data: Number of rows of the whole data, if x is a minibatch: the likelihood is scaled up to them.
             name: Name of the site.
             plate: Name of the plate.
 
@@ -103,9 +103,9 @@ class PyroNetwork(PyroModule):
             UserWarning: If Pyro's parameter store has another network's weights under the same names: SVI trains those.
         """
         with self.calling():
-            # Weights are global, so the network is evaluated outside the plate.
+            # All rows share the weights, so the network is evaluated outside the plate.
             x = self.inputs(x)
-            mixture = nn.Module.__call__(self, x)  # a call, but for the context, which there is
+            mixture = nn.Module.__call__(self, x)  # like a call, whose context is already active
             self.require_batch(x)
             size = len(x) if num_data is None else num_data
             if size < len(x):
@@ -113,16 +113,16 @@ class PyroNetwork(PyroModule):
             obs = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
             if obs is not None and torch.is_grad_enabled():
                 _warn_of_strangers(self)
-            # A given subsample spares the plate a permutation of the whole data.
+            # With a given subsample, the plate does not permute all indices to draw one.
             with pyro.plate(plate, size, subsample=torch.arange(len(x), device=x.device), dim=-1):
                 return pyro.sample(name, mixture.to_event(len(mixture.batch_shape) - 1), obs=obs)
 
 
 class NetworkModel(nn.Module):
-    """``network.model`` as a module, which has the network's parameters; a bound method has none.
+    """Module whose call is ``network.model``: unlike a bound method, it has the parameters of the network.
 
-    ``Trace_ELBO()(NetworkModel(network), guide)`` is then a module whose ``parameters()``, after one call of it, are
-    those of network and guide, for an optimizer of torch. The network's sites have the same names as in
+    ``Trace_ELBO()(NetworkModel(network), guide)`` is a module whose ``parameters()``, after its first call, are those
+    of network and guide, for an optimiser of torch. The sites of the weights have the same names as in
     ``network.model``.
 
     Args:
@@ -162,10 +162,10 @@ class NetworkModel(nn.Module):
 
 
 def _warn_of_strangers(network: PyroNetwork) -> None:
-    """Warn if the parameter store has the head of another network in the place of this one's: SVI trains that."""
+    """Warn if Pyro's parameter store holds the head of another network under the same names: SVI would train that."""
     head = network._modules["head"]
     if isinstance(head, PyroModule) or head is None:
-        return  # Pyro puts the store's parameters into its own modules
+        return  # a Pyro module takes its parameters from the store
     prefix, store = f"{network._pyro_name}.head$$$".lstrip("."), pyro.get_param_store()
     for name, parameter in head.named_parameters():
         if store._params.get(prefix + name, parameter) is not parameter and parameter.requires_grad:
@@ -175,7 +175,7 @@ def _warn_of_strangers(network: PyroNetwork) -> None:
 
 
 def require_single_weights(network: MixtureDensityNetwork, error: Exception) -> None:
-    """Raise a ``ValueError`` from an error if latent weights were drawn in a plate, with further dimensions."""
+    """Raise a ``ValueError`` in place of an error if a plate gave latent weights further dimensions."""
     for name, part in network.named_modules():
         for leaf in part.__dict__.get("_pyro_samples", ()):
             start, value = part._buffers.get(f"{leaf}_start"), getattr(part, leaf)
@@ -187,15 +187,15 @@ def require_single_weights(network: MixtureDensityNetwork, error: Exception) -> 
 
 
 def _is_latent(module: nn.Module | None) -> bool:
-    """Whether a module or a part of it has latent weights; asked at every call, so that it has to be quick."""
+    """Whether a module or a part of it has latent weights. Every call asks, so that this has to be quick."""
     return module is not None and (
         bool(module.__dict__.get("_pyro_samples")) or any(map(_is_latent, module._modules.values()))
     )
 
 
 def _has_pyro_modules(module: nn.Module) -> bool:
-    """Whether parts of a module register their parameters, or draw them."""
-    for part in module._modules.values():  # asked at every call, so that it has to be quick
+    """Whether parts of a module are Pyro modules, which register or draw parameters. Every call asks this, too."""
+    for part in module._modules.values():
         if part is not None and (isinstance(part, PyroModule) or (part._modules and _has_pyro_modules(part))):
             return True
     return False

@@ -1,4 +1,4 @@
-r"""Where a training starts: hidden layers with their first weights, and weights drawn anew."""
+r"""Where a training starts: hidden layers with their initial weights, and weights that are drawn anew."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["FirstLinear", "draw_anew_", "hidden_layers"]
 
 
 class FirstLinear(nn.Linear):
-    """Linear layer with initial weights three times those of torch, for inputs of unit scale.
+    """Linear layer whose initial weights are three times those of torch, for standardised inputs.
 
-    What it gives has a variance of 3 then, so that the network starts with features that vary within the range of the
-    data. From the small weights of torch, jumps between the levels of an input take far longer to learn.
+    Its outputs have a variance of 3, so that the network starts with features that vary within the range of the data.
+    From the smaller initial weights of torch, jumps between the levels of an input take far longer to learn.
     """
 
     def reset_parameters(self) -> None:
@@ -33,10 +33,10 @@ def hidden_layers(widths: Sequence[int]) -> nn.Sequential:
 
 
 def draw_anew_(network: nn.Module) -> None:
-    """Draw the weights of all layers of a network anew, by their ``reset_parameters``, but for frozen ones.
+    """Draw the weights of all layers of a network anew by their ``reset_parameters``, except for frozen parameters.
 
-    Weights come in the order of construction, so that a generator in the same state gives the same network again.
-    Running statistics, as of batch norm, start again too. Scalers stay.
+    Weights are drawn in the order of construction, so that a generator in the same state gives the same network again.
+    Running statistics of batch normalisation are reset, too. Scalers stay.
 
     Raises:
         ValueError: If weights are latent, or in a layer without ``reset_parameters``; nothing is changed then.
@@ -51,7 +51,7 @@ def draw_anew_(network: nn.Module) -> None:
 
 
 def _resets(network: nn.Module) -> list[Callable[[], Any]]:
-    """Functions that draw the weights of the layers; those of a head come last, its start with them."""
+    """List the functions that draw the weights of the layers. Heads come last, with the start of their components."""
     if latent := [name for name, part in network.named_modules() if part.__dict__.get("_pyro_samples")]:
         instead = "build a new network, and bayesianize that"
         raise ValueError(f"network: expected no latent weights to draw anew, got some in {latent[0]}: {instead}")
@@ -64,7 +64,7 @@ def _resets(network: nn.Module) -> list[Callable[[], Any]]:
 
 
 def _reset(name: str, part: nn.Module) -> Callable[[], Any] | None:
-    """Function that draws the weights of one module, not those of its parts; ``None`` if there is nothing to draw."""
+    """Return the function that draws a module's own weights, without its parts; ``None`` if there are none to draw."""
     own = list(part.parameters(recurse=False))
     if not own:
         return getattr(part, "reset_running_stats", None)

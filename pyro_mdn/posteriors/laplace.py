@@ -1,4 +1,4 @@
-r"""Laplace's approximation: a Gaussian at the mode of the posterior of the weights."""
+r"""Laplace approximation: a Gaussian at the mode of the posterior of the weights."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _BLOCK = 512
 def laplace(
     network: MixtureDensityNetwork, x: Any, y: Any, *, max_iter: int = 1000, progress: bool = True
 ) -> LaplaceGuide:
-    r"""Gaussian at the mode of the posterior of latent weights, with a generalised Gauss-Newton curvature.
+    r"""Approximate the posterior of latent weights by a Gaussian at its mode, with generalised Gauss-Newton curvature.
 
     .. math:: q(w) = \mathcal{N}(w \mid \hat w, \Lambda^{-1}), \quad
               \Lambda = \sum_n J_n^\top H_n^+ J_n - \nabla^2 \log p(\hat w)
 
     Here :math:`J_n` is the Jacobian of the raw outputs of the head for row n with respect to the latent weights, and
-    :math:`H_n^+` the Hessian of the row's negative log-likelihood with respect to these outputs, its negative
-    eigenvalues set to 0: that of a mixture is not convex. So :math:`\Lambda` is positive definite. It is exact for
-    latent weights of the head, one component and fixed noise.
+    :math:`H_n^+` the Hessian of the row's negative log-likelihood with respect to these outputs. That of a mixture is
+    not convex; negative eigenvalues are set to 0, so that :math:`\Lambda` is positive definite. The approximation is
+    exact for latent weights of the head, one component and fixed noise.
 
-    The weights of a mixture network have many modes; this is one, near the values that the weights had. A posterior
-    of weights in all layers is less normal than that of the head, ``bayesianize(network, layers="head")``: draws of
-    them need ``posterior_predictive(..., linearize=True)``.
+    The posterior of a mixture network has many modes, because components and hidden units are exchangeable; this is a
+    mode near the values that the weights had. The posterior of weights in all layers is less normal than that of the
+    head, ``bayesianize(network, layers="head")``: draws need ``posterior_predictive(..., linearize=True)``.
 
     For P weights and N rows with C raw outputs each, time grows as :math:`(N C + P) P^2`, memory as :math:`P^2`: some
     seconds for the 5 263 weights of a default network and 600 rows.
@@ -49,17 +49,17 @@ def laplace(
     Args:
         network: Network with latent weights, 10 000 at most.
         x: Inputs ``(N, ..., dim_in)``: all rows.
-        y: Targets ``(N, ..., D)``. An entry that is NaN was not observed: the row's density is that of the others.
-        max_iter: Steps of L-BFGS from ``starting_weights(network)`` to the mode at most; 0 takes the starting
+        y: Targets ``(N, ..., D)``. NaN marks missing entries: the density of a row is that of its observed ones.
+        max_iter: Largest number of steps of L-BFGS from ``starting_weights(network)`` to the mode; 0 takes the starting
             weights as they are.
         progress: Show a progress bar.
 
     Returns:
-        Guide of ``network.model``, set up; for :func:`pyro_mdn.posterior_predictive` and all that takes a guide.
+        Guide of ``network.model``, ready for :func:`pyro_mdn.posterior_predictive` and whatever takes a guide.
 
     Raises:
-        ValueError: If there are no latent weights or too many, if the prior of one is not over the real numbers or
-            depends on others, or if the data are not usable.
+        ValueError: If there are no latent weights or too many, if the support of a prior is not the real line, if a
+            prior depends on other weights, or if the data are not usable.
         FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     References:
@@ -86,11 +86,11 @@ def laplace(
 
 
 def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
-    """Mode ``(P,)`` and lower triangle of the covariance ``(P, P)`` of :func:`laplace`, in float64.
+    """Compute mode ``(P,)`` and lower triangle of the covariance ``(P, P)`` of :func:`laplace`, in float64.
 
     Args:
         joint: Density of weights and data.
-        max_iter: Steps to the mode at most.
+        max_iter: Largest number of steps to the mode.
         progress: Show a progress bar.
         block: Columns of a triangle that are computed together.
     """
@@ -99,7 +99,7 @@ def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool, block: int
 
 
 def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
-    """Weights of the highest density that L-BFGS meets."""
+    """Find the mode by L-BFGS: the weights of the highest density that it meets."""
     from scipy.optimize import minimize  # it takes longer to import than all of this package
 
     best = joint.flatten(joint.start)
@@ -113,7 +113,7 @@ def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
         value, gradient = joint.value_and_gradient(vector)
         if value > highest:
             best, highest = vector.clone(), value
-        # A line search steps back from numbers that are large, but not from those that are not finite.
+        # A line search steps back from large numbers, but not from infinite ones or NaN.
         return min(-value, 1e300) if value == value else 1e300, -gradient.nan_to_num().cpu().numpy()
 
     with tqdm(total=max_iter, desc="laplace", disable=not progress, leave=False) as bar:
@@ -128,7 +128,7 @@ def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
 
 
 def _precision(joint: LogJoint, mode: Tensor, block: int) -> Tensor:
-    """Gauss-Newton precision ``(P, P)``, in float64."""
+    """Compute the Gauss-Newton precision ``(P, P)``, in float64."""
     weights = joint.unflatten(mode)
     head = joint.network.head
     blocks = [prior_precision(prior, weights[name]) for name, prior in joint.priors.items()]
@@ -140,7 +140,7 @@ def _precision(joint: LogJoint, mode: Tensor, block: int) -> Tensor:
         with torch.no_grad():
             raw = _joined(joint.raw(weights, inputs))
         weighted = (_output_root(head, raw, y, (jacobian != 0).any(-1)).mT @ jacobian).reshape(-1, len(mode))
-        # Beside the prior, outputs of unused components and directions without curvature are nothing.
+        # Outputs of unused components and directions without curvature are negligible beside the prior.
         _add_square(total, weighted[~(weighted.square().sum(-1) <= _NEGLIGIBLE * floor)], block)  # NaN counts
     total = total.tril() + total.tril(-1).mT
     if not all_finite(total):
@@ -156,7 +156,7 @@ def _add_square(total: Tensor, factor: Tensor, block: int) -> None:
 
 
 def _jacobian(joint: LogJoint, mode: Tensor, inputs: Tensor) -> Tensor:
-    """Jacobian of the raw outputs of each row with respect to the weights, ``(N, ..., C, P)``."""
+    """Compute the Jacobian of each row's raw outputs with respect to the weights, ``(N, ..., C, P)``."""
 
     def of_row(row: dict[str, Tensor]) -> tuple[Tensor]:
         def outputs(vector: Tensor) -> Tensor:
@@ -170,14 +170,14 @@ def _jacobian(joint: LogJoint, mode: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _output_root(head: MixtureHead, raw: Tensor, y: Tensor, latent: Tensor) -> Tensor:
-    """Root R of the Hessian of each row's loss without its negative part, :math:`H^+ = R R^T`, ``(N, ..., C, C)``.
+    """Compute a root R of the positive part of the Hessian of each row's loss, :math:`H^+ = R R^T`.
 
-    Outputs that are not ``latent``, ``(N, ..., C)``, are constants.
+    The root has shape ``(N, ..., C, C)``. Outputs that do not depend on latent weights, ``(N, ..., C)``, are constants.
     """
     raw = raw.double().requires_grad_()
     density = head.log_density(_split(head, raw), y.double(), head.shift.double(), head.scale.double())
     (gradient,) = torch.autograd.grad(-density.sum(), raw, create_graph=True)
-    # Rows do not depend on each other: a derivative of the sum is that of each.
+    # Rows do not depend on each other, so that one derivative of the sum has those of all rows.
     columns = [torch.autograd.grad(g.sum(), raw, retain_graph=True)[0] for g in gradient.unbind(-1)]
     hessian = torch.stack(columns, -1) * latent.unsqueeze(-1) * latent.unsqueeze(-2)
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
@@ -199,7 +199,7 @@ def _split(head: MixtureHead, joined: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def prior_precision(prior: Distribution, value: Tensor) -> Tensor:
-    """Minus the Hessian of a prior's log-density at a value of P numbers, ``(P, P)``; nowhere below its precision."""
+    """Compute minus the Hessian of a prior's log-density, ``(P, P)``, but at least the precision of the prior."""
     floor = reciprocal_variance(prior, value)
     if not isinstance(prior, Independent) or prior.base_dist.event_shape:
         hessian = torch.autograd.functional.hessian(
@@ -230,7 +230,7 @@ def _inverse_root(precision: Tensor, block: int) -> Tensor:
 
 
 def _inverse_triangle(root: Tensor, block: int) -> Tensor:
-    """Inverse of a lower triangle, without what is 0 in it."""
+    """Invert a lower triangle block by block, without its zeros."""
     inverse = torch.zeros_like(root, memory_format=torch.contiguous_format)
     for start in range(0, len(root), block):
         part = root[start:, start:]
@@ -244,7 +244,7 @@ def _inverse_triangle(root: Tensor, block: int) -> Tensor:
 
 def _guide(network: MixtureDensityNetwork, loc: Tensor, scale_tril: Tensor, x: Tensor, y: Tensor) -> Any:
     guide: Any = LaplaceGuide(network.model)
-    guide(x, y)  # it takes for latent what is not given
+    guide(x, y)  # with targets, which an AutoGuide would take for latent otherwise
     with torch.no_grad():
         scale = scale_tril.diagonal()
         guide.loc.copy_(loc)

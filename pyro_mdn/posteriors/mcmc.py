@@ -1,4 +1,4 @@
-r"""Markov chain Monte Carlo over latent weights: Pyro's NUTS, and what tells whether to trust it."""
+r"""Markov chain Monte Carlo (MCMC) over latent weights, by Pyro's no-U-turn sampler."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ def fit_mcmc(
 
     .. math:: w_s \sim p(w \mid x, y) \propto p(w) \prod_n p(y_n \mid x_n, w)
 
-    Exact in the limit of many draws, for hundreds of rows and, best, for weights of the head alone,
-    ``bayesianize(network, layers="head")``: the backbone is evaluated once then.
+    The draws are exact in the limit of many. The sampler suits hundreds of rows and, best, latent weights of the head
+    alone, ``bayesianize(network, layers="head")``, because the backbone is evaluated only once then.
 
-    Chains start near the mode that :func:`pyro_mdn.laplace` finds from ``starting_weights(network)``, each at another
-    place, and move in coordinates in which its approximation is a standard normal. If the prior of a weight is not
-    over the real numbers or depends on others, or beyond 2000 weights, they start near the starting weights, and go
-    by the weights themselves; that takes more steps. Starting weights outside the support of their prior are replaced
-    by its median.
+    Each chain starts at another place near the mode that :func:`pyro_mdn.laplace` finds, and moves in coordinates in
+    which the Laplace approximation is a standard normal (whitening). If the support of a prior is not the real line, if
+    a prior depends on other weights, or beyond 2000 weights, chains start near the starting weights and move in the
+    weights themselves, which takes more steps. Starting weights outside the support of their prior are replaced by
+    the median of the prior.
 
     Args:
         network: Network with latent weights.
         x: Inputs ``(N, ..., dim_in)``: all rows.
-        y: Targets ``(N, ..., D)``. An entry that is NaN was not observed.
+        y: Targets ``(N, ..., D)``. NaN marks missing entries.
         num_samples: Draws of each chain.
-        warmup_steps: Steps before them, in which step size and mass matrix adapt.
-        num_chains: Number of chains; with one, R-hat compares its halves.
-        max_tree_depth: At most :math:`2^\text{depth} - 1` evaluations of the gradient for a draw.
-        target_accept_prob: Acceptance that the step size adapts to; closer to 1 there are fewer divergences.
-        seed: Seed; by default one is drawn from torch's generator. Apart from that the generators stay as they were.
+        warmup_steps: Warm-up steps before the draws, in which step size and mass matrix adapt.
+        num_chains: Number of chains; with a single chain, R-hat compares its halves.
+        max_tree_depth: Limit of :math:`2^\text{depth} - 1` evaluations of the gradient for a draw.
+        target_accept_prob: Acceptance probability that the step size adapts to; closer to 1, divergences are fewer.
+        seed: Seed. Without one, a seed is drawn from torch's global generator, which otherwise stays as it was.
         progress: Show Pyro's progress bars.
 
     Raises:
@@ -85,7 +85,7 @@ def fit_mcmc(
         FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     Warns:
-        ConvergenceWarning: If there were divergences, or if R-hat of the joint density is above 1.05.
+        ConvergenceWarning: If steps diverged, or if R-hat of the joint density is above 1.05.
 
     References:
         Hoffman & Gelman (2014), The no-U-turn sampler.
@@ -182,11 +182,11 @@ class Target(ABC):
 
 
 class WhitenedJoint(Target):
-    r"""The joint density of whitened weights, :math:`w = \hat w + L z`, which NUTS needs far fewer steps for.
+    r"""Joint density of whitened weights, :math:`w = \hat w + L z`, for which NUTS needs far fewer steps.
 
-    Mode and covariance :math:`L L^T` are those of Laplace's approximation. Beyond some thousand weights, where the
-    products would cost more than they save, they are the starting weights and the scale of the prior. The sampler
-    works in float64, whatever the network's dtype.
+    Mode and covariance :math:`L L^T` are those of the Laplace approximation. Beyond ``limit`` weights, where products
+    with L would cost more than they save, they are the starting weights and the scales of the prior. The sampler
+    works in float64, whatever the dtype of the network.
 
     Args:
         joint: The joint density.
@@ -221,7 +221,7 @@ class WhitenedJoint(Target):
 
 
 class ModelJoint(Target):
-    """The Pyro model, whatever its sites are."""
+    """Joint density of the Pyro model, with any latent sites."""
 
     def __init__(self, network: MixtureDensityNetwork, rows: Rows) -> None:
         self.network, self.rows = network, rows
@@ -247,7 +247,7 @@ def target_of(network: MixtureDensityNetwork, rows: Rows) -> Target:
 
 
 def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -> dict[str, Tensor]:
-    """Weights a little apart from the starting ones, where any real number will do."""
+    """Move starting weights a little, so that chains start apart, if any real number is a value of the prior."""
     values = {}
     for name, value in start.items():
         scale = reciprocal_variance(priors[name], value).rsqrt().clamp(max=1.0).to(value)
@@ -259,7 +259,7 @@ def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -
 
 
 def _marked(positions: list[int], size: int) -> Tensor:
-    """True at these positions."""
+    """Make a mask that is true at these positions."""
     marks = torch.zeros(size, dtype=torch.bool, device="cpu")
     marks[positions] = True
     return marks

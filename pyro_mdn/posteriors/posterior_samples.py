@@ -22,22 +22,22 @@ _R_HAT = 1.05
 
 
 class ConvergenceWarning(UserWarning):
-    """Chains that had divergent steps, or that do not agree on the joint density."""
+    """Markov chains had divergent steps, or do not agree on the joint density: they have not converged."""
 
 
 @dataclass(frozen=True)
 class PosteriorSamples(Posterior):
     r"""Draws of latent weights by Markov chain Monte Carlo.
 
-    The weights of a mixture network are not identified: components and hidden units can change places, so that
-    chains may agree on all predictions while :attr:`r_hat` of a weight is large. Look at ``log_joint``, whose
-    diagnostics stand beside those of the sites, and at predictions.
+    The weights of a mixture network are not identified (identifiability): components and hidden units can change
+    places, so that chains may agree on all predictions while :attr:`r_hat` of a weight is large. Look at the
+    diagnostics of ``log_joint``, which stand beside those of the sites, and at predictions.
 
     Attributes:
         samples: Draws by site, ``(num_chains, num_samples, *shape)``.
         log_joint: Log joint density of each draw and the data, ``(num_chains, num_samples)``, in float64.
         diverging: Whether the step to a draw diverged, ``(num_chains, num_samples)``.
-        acceptance: Share of steps that moved, for each chain.
+        acceptance: Share of accepted steps, for each chain.
         seconds: Wall-clock time.
     """
 
@@ -70,10 +70,10 @@ class PosteriorSamples(Posterior):
         return {"lp": self.log_joint, "diverging": self.diverging}
 
     def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """Draws by site, ``(num_chains · num_samples, *shape)``; as ``pyro.infer.MCMC`` has it.
+        """Return draws by site, ``(num_chains · num_samples, *shape)``, like ``pyro.infer.MCMC``.
 
         Args:
-            num_samples: So many of them, drawn with replacement.
+            num_samples: Number of draws, chosen with replacement; by default all draws.
             group_by_chain: Keep the chains apart, ``(num_chains, num_samples, *shape)``.
         """
         return select_samples(dict(self.samples), num_samples, group_by_chain)
@@ -96,7 +96,7 @@ class PosteriorSamples(Posterior):
 
     @property
     def effective_sample_size(self) -> dict[str, Tensor]:
-        """Number of independent draws that a mean over all chains is worth, by site, and of ``"log_joint"``.
+        """Effective sample size by site, and of ``"log_joint"``: the equivalent number of independent draws.
 
         NaN where all draws are equal, and below 4 draws.
         """
@@ -114,7 +114,7 @@ class PosteriorSamples(Posterior):
 
 
 def _effective_sample_size(chains: Tensor) -> Tensor:
-    """Pyro's, at most N log10 N: where draws alternate, the estimate may exceed that, or be negative."""
+    """Bound Pyro's estimate by N log10 N: if draws alternate, the estimate may be larger, or negative."""
     total, size = chains.shape[0] * chains.shape[1], effective_sample_size(chains)
     most = total * math.log10(total)
     return torch.where((size <= 0) | (size > most), most, size)

@@ -1,4 +1,4 @@
-r"""Predictive mixtures given draws of the weights from a posterior of any kind."""
+r"""Posterior predictive distributions: mixtures for draws of the weights from a posterior of any kind."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ def posterior_predictive(
     linearize: bool | None = None,
     chunk_size: int | None = None,
 ) -> GaussianMixture:
-    r"""Mixture over y for each draw of the weights, ``batch_shape`` ``(S, *batch)``, in the units of y.
+    r"""Predict the mixture over y for each draw of the weights, ``batch_shape`` ``(S, *batch)``, in the units of y.
 
     .. math:: p(y \mid x, w_s), \quad w_s \sim p(w \mid \text{data})
 
-    ``.pool(0)`` is the predictive distribution :math:`\frac1S \sum_s p(y \mid x, w_s)`, exactly a mixture of S·K
-    components. All draws go through the network in one vectorised pass.
+    ``.pool(0)`` is the posterior predictive distribution :math:`\frac1S \sum_s p(y \mid x, w_s)`, exactly a mixture of
+    S·K components. All draws go through the network in one vectorised pass.
 
-    :func:`pyro_mdn.laplace` takes the raw outputs f of the head to be linear in the weights. Draws of weights in
-    hidden layers go so far that they are not, and predict badly; ``linearize=True`` has the outputs that the
-    approximation is about, in place of those of the network:
+    :func:`pyro_mdn.laplace` assumes that the raw outputs f of the head are linear in the weights. Draws of weights in
+    hidden layers are so far from the mode that the outputs are not linear there, and predictions are bad.
+    ``linearize=True`` replaces the outputs of the network by those that the approximation assumes:
 
     .. math:: f(x, \hat w) + \nabla_w f(x, \hat w)^\top (w_s - \hat w), \quad \hat w \text{ the guide's median}
 
-    For weights of the head alone the two are the same.
+    For weights of the head alone, both are the same.
 
     Args:
         network: The network that the posterior is of.
         posterior: A guide of ``network.model``, as SVI or :func:`pyro_mdn.laplace` gives it; samples as
             :func:`pyro_mdn.fit_mcmc`, ``MCMC`` or ``MCMC.get_samples()`` give them, ``(S, *shape)`` by site; or a
-            :class:`DeepEnsemble`. Of a larger model that the network is part of, its own sites count. Of a
-            reparametrised one (``poutine.reparam``), an AutoGuide or ``MCMC`` has the model that computes the weights.
+            :class:`DeepEnsemble`. If the network is part of a larger model, its own sites count. If a model is
+            reparametrised (``poutine.reparam``), an AutoGuide or ``MCMC`` has the model that computes the weights.
         x: Inputs ``(*batch, dim_in)``.
-        num_samples: Number of draws; by default 100 of a guide, and all of samples. Fewer of samples are spread
-            evenly over them.
-        linearize: Whether the raw outputs are linear in the weights, around the median of the guide. By default not,
-            with a warning where they should be.
-        chunk_size: Draws in one pass; by default as many as keep intermediate results at about 16 MB, which is measured
-            on two rows, and where one draw takes more, parts of the rows one after another. A backbone that mixes rows
-            has all of them at once, and with gradients to ``x`` the results of all passes are kept. Members of an
-            ensemble go at once where there are gradients to their weights: use ``torch.no_grad()`` otherwise.
+        num_samples: Number of draws; by default 100 draws from a guide, and all samples. Fewer samples are spread
+            evenly over all.
+        linearize: Whether to linearise the raw outputs in the weights, around the median of the guide. By default not,
+            with a warning if the posterior assumes it.
+        chunk_size: Number of draws in one pass; by default as many as keep intermediate results at about 16 MB, as
+            measured on two rows. If one draw takes more, the rows go in parts, unless the backbone mixes rows. With
+            gradients to ``x``, the results of all passes are kept. Members of an ensemble go in one pass if gradients to
+            their weights are recorded: use ``torch.no_grad()`` otherwise.
 
     Raises:
         ValueError: If the posterior is not one of this network's, there are not as many draws, it has no median to
@@ -110,7 +110,7 @@ def _no_median(posterior: Any) -> ValueError:
 def draw_weights(
     network: MixtureDensityNetwork, posterior: Any, x: Any, num_samples: int | None = None
 ) -> dict[str, Tensor]:
-    """Draws of the latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
+    """Draw latent weights from a posterior, ``(S, *shape)`` by site; see :func:`posterior_predictive`."""
     return as_posterior(posterior).draws(network, x, num_samples)
 
 
@@ -121,7 +121,7 @@ def _mixtures(
     chunk_size: int | None,
     center: Mapping[str, Tensor] | None = None,
 ) -> GaussianMixture:
-    """Mixtures given weights, ``(S, *batch)``; with a center, by outputs that are linear in the weights around it."""
+    """Compute mixtures for draws of the weights, ``(S, *batch)``; with a center, by outputs linearised around it."""
     whole = chunk_size is not None or x.ndim == len(network.input_shape)
 
     def passes(function: Callable[[dict[str, Tensor], Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -162,7 +162,7 @@ def _linear(
 ) -> tuple[Tensor, ...]:
     at = dict(center)
     changes = {name: weights[name] - at[name] for name in at}
-    # Fused attention has no derivative in forward mode, at the first of which torch warns of what it uses itself.
+    # Fused attention has no derivative in forward mode. On the first such derivative, torch warns of its own functions.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.filterwarnings("ignore", ".*torch.jit.script")  # of another category from torch 2.14 on
         values, slopes, *_ = torch.func.jvp(lambda point: _raw(network, point, x), (at,), (changes,))

@@ -1,4 +1,4 @@
-r"""Evaluation mode of modules that several threads may use at once."""
+r"""Evaluation mode of modules, also if several threads use one at once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 __all__ = ["evaluating"]
 
-_MODES = threading.Lock()  # held for moments, never while code of others runs
-_evaluated: dict[int, tuple[nn.Module, bool, list[int]]] = {}  # parts by id, with the mode they had, and who is inside
+_MODES = threading.Lock()  # held for moments, never while other code runs
+_evaluated: dict[int, tuple[nn.Module, bool, list[int]]] = {}  # by id: part, former mode, threads inside
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each part's own mode again once nobody is inside, in whatever thread."""
+    """Set a module to evaluation mode, and restore each part's own mode once no thread is inside any more."""
     parts, thread = [*module.modules()], threading.get_ident()
     with _MODES:
         for part in parts:
@@ -32,7 +32,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _leave(part: nn.Module, thread: int) -> None:
-    """Count a thread out of the evaluation of a module; the last gives it the mode it had."""
+    """Remove a thread from those inside a part; the last one restores the mode of the part."""
     _, training, inside = _evaluated[id(part)]
     inside.remove(thread)
     if not inside:
@@ -41,7 +41,7 @@ def _leave(part: nn.Module, thread: int) -> None:
 
 
 def _leave_for_others() -> None:
-    """Count out, in a process that was forked, the threads that are not there any more."""
+    """Remove, in a forked process, the threads that do not exist there."""
     global _MODES
     _MODES = threading.Lock()  # one of them may have held it
     for part, _, inside in [*_evaluated.values()]:

@@ -1,4 +1,4 @@
-r"""Fingerprints of modules: what they compute, apart from their weights, as text by name."""
+r"""Structural fingerprints of modules: types, attributes, hooks and code, apart from the weights, as text by name."""
 
 from __future__ import annotations
 
@@ -45,25 +45,26 @@ def described(
 ) -> dict[str, str]:
     """Describe what modules compute, apart from their weights, in words that are the same in every process.
 
-    There is an entry for each submodule, with its type and the order of its parts, and for each attribute, tensor and
-    hook. A function or a class counts by its name, or by its code and what it closes over where the name does not lead
-    to it for certain: in ``__main__``, or where it is local. Of the global variables that code reads, functions and
-    classes count, and no other values. A tensor that is neither parameter nor buffer counts by
-    its values. Left out are weights, modes, devices, states of generators, and caches: cached properties, and
-    attributes with ``cache`` in their name. Of a class that declares its ``_settings``, what was attached besides is
-    left out too. A counter, or another state, does not count where it is a buffer.
+    The description has an entry for each submodule, with its type and the order of its parts, and for each attribute,
+    tensor and hook. Objects count by their state, never by their ``repr``. A function or a class counts by its name. If
+    the name may not lead to it again, because it is local or in ``__main__``, its code and closure count instead; of
+    the global variables that this code reads, only functions and classes count. A tensor that is neither parameter nor
+    buffer counts by its values.
+
+    Not part of a fingerprint are weights, modes, devices, states of generators, and caches: cached properties, and
+    attributes with ``cache`` in their name. Nor are buffers, such as a counter, nor attributes that users attached to a
+    class which declares its ``_settings``.
 
     Args:
         hooks: Whether hooks count.
         buffers: Whether the values of buffers that are not persistent count.
-        code: Whether modules and code of functions and classes count, or their qualified names alone. These are the
-            same for a program that defines a class and another that imports it.
-        values: Whether the values of attributes are written as they are, or as digests, for a file: an attribute may
-            be a secret. Numbers and names that torch and this library declare as settings of their modules are
-            written in either case.
-        form: One of ``FORMS``: 0, or another for what earlier versions wrote into files for the same modules. An object
-            whose state was another then tells all of these in ``_fingerprinted(state)``, today's first.
-        modules: Modules by name. Where one contains another, or shares a tensor with it, the text says so.
+        code: Whether the modules and the code of functions and classes count, or only their qualified names, which are
+            the same in a program that defines a class and in another that imports it.
+        values: Whether to write values of attributes in words. A file gets digests instead, because an attribute may be
+            a secret. Numbers and names that torch and this library declare as settings are in words in either case.
+        form: One of ``FORMS``: 0 for today's, or another for what an earlier version wrote for the same modules. An
+            object whose state has changed between versions lists all its forms in ``_fingerprinted(state)``.
+        modules: Modules by name. If one contains another, or shares a tensor with it, the text says so.
 
     >>> described(layer=nn.LeakyReLU(0.1))["layer.negative_slope"]
     '0.1'
@@ -81,25 +82,25 @@ def described(
 
 
 def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    """Sorted names of the entries that are not the same in two descriptions."""
+    """List the names of the entries that differ between two descriptions, sorted."""
     return sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
 
 
 def incomparable(description: Mapping[str, str]) -> list[str]:
-    """Sorted names of the entries with an object whose settings cannot be read, such as a lock or an open file."""
+    """List the names of the entries with an object whose state cannot be read, such as a lock or an open file."""
     return sorted(name for name, text in description.items() if _OPAQUE in text)
 
 
 _OPAQUE = "object that cannot be compared"
 _LONGEST = 200
-_DEEPEST = 50  # the same in every process, while the stack of Python may be used up sooner or later
+_DEEPEST = 50  # a limit of our own: how soon Python's stack overflows depends on the process
 
 
 _WRAPPED = property | staticmethod | classmethod
 
 
 _PACKAGE = __name__.partition(".")[0]
-# Earlier versions wrote the module, too.
+# Earlier versions wrote the modules in which these classes stood then.
 _FORMER_MODULES = {
     name: module
     for module, names in {
@@ -117,13 +118,13 @@ _FORMER_MODULES = {
 
 
 class _Used(NamedTuple):
-    """What code finds among the global variables."""
+    """Value of a global variable that code reads."""
 
     value: Any
 
 
 class _Writer:
-    """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
+    """Writer that turns values into text. It remembers the objects it has seen, so that circular references end."""
 
     def __init__(
         self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool, form: int
@@ -131,12 +132,12 @@ class _Writer:
         self.places, self.buffers, self.code, self.values, self.form = places, buffers, code, values, form
         self.hooks = _HOOKS if hooks else ()
         self.active: list[int] = []
-        self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
+        self.texts: dict[int, tuple[Any, str]] = {}  # the object is kept, so that no other one gets its id
 
     # Modules
 
     def entries(self, name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-        """Names and texts for a module and its parts."""
+        """Write a module and its parts, as pairs of name and text."""
         if (place := self.places.get(id(module), name)) != name:
             yield name, f"the same as {place}"
             return
@@ -156,14 +157,14 @@ class _Writer:
             yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
 
     def _definitions(self, name: str, kind: type) -> Iterator[tuple[str, str]]:
-        """Each member of classes that count by their code, so that the one that differs has a name."""
+        """Write each member of classes that count by their code, so that a difference has a name."""
         for base in kind.__mro__:
             if is_local(base) and not base.__module__.startswith(_MADE_BY):
                 for leaf, member in members(base):
                     yield f"{name}: {base.__name__}.{leaf}", _sealed(self.text(member))
 
     def _value(self, value: Any, *, in_words: bool) -> str:
-        """An attribute; in place of one that is nested too deep, that it cannot be compared."""
+        """Write an attribute, or that it cannot be compared if it is nested too deep."""
         try:
             text = self.text(value)
         except RecursionError:
@@ -182,13 +183,13 @@ class _Writer:
         return numbers(tensor) if transient or id(tensor) not in self.places else "buffer"
 
     def _module(self, module: nn.Module) -> str:
-        """A module that is no registered part, and whose weights therefore are not trained either."""
+        """Write a module that is an attribute but no registered part, so that nothing trains its weights."""
         return self._pairs(self.entries("", module))
 
     # Values
 
     def text(self, value: Any) -> str:
-        """Text for any value."""
+        """Write any value."""
         if isinstance(value, _Used):
             return self._used(value.value)
         if type(value) in _PLAIN:
@@ -220,7 +221,7 @@ class _Writer:
         return f"{type(value).__name__}{self._listed(value)}"
 
     def _object(self, value: Any) -> str:
-        """An object by its type and what a copy of it would be made from."""
+        """Write an object by its type and its pickled state."""
         if type(value) in _CONTAINERS:
             return self._container(value)
         name = self.text(type(value))
@@ -240,7 +241,7 @@ class _Writer:
         return f"{name}{''.join(parts)}"
 
     def _formed(self, value: Any, state: Any) -> Any:
-        """State of an object in the form that is asked for, where the object knows others."""
+        """Return the state of an object in the form that was asked for, if the object knows several."""
         if not isinstance(state, dict) or not hasattr(type(value), "_fingerprinted"):
             return state
         states = value._fingerprinted(state)
@@ -276,7 +277,7 @@ class _Writer:
         return f"{function.__name__} {_sealed(self._listed(parts))}"
 
     def _home(self, value: Any) -> str:
-        """Module of a class or function; what is ours belongs to the package, whichever of its modules it stands in."""
+        """Name the module of a class or function. Ours belong to the package, so that they may move within it."""
         module = value.__module__
         if module.split(".")[0] != _PACKAGE:
             return module
@@ -287,7 +288,7 @@ class _Writer:
         )
 
     def _used(self, value: Any) -> str:
-        """A function or class that code finds among the global variables: of a class, only what it can do."""
+        """Write a function or class that code reads as a global variable; of a class, only its methods."""
         if not isinstance(value, type) or leads_to(value) or id(value) in self.active:
             return self.text(value)
         self.active.append(id(value))
@@ -339,10 +340,10 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 
 def _sealed(text: str) -> str:
-    """Digest of a text, in which objects that cannot be compared are still named."""
+    """Compute the digest of a text; the result still says whether there is an object that cannot be compared."""
     return f"{digest(text.encode())}{f' with an {_OPAQUE}' if _OPAQUE in text else ''}"
 
 
 def _short(text: str) -> str:
-    """The text, or its beginning and a digest of the whole."""
+    """Shorten a long text to its beginning and a digest of the whole."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… {_sealed(text)}"

@@ -1,4 +1,4 @@
-r"""What decides what modules compute: which of their attributes, which parts of classes and functions, and numbers."""
+r"""Parts that decide what a module computes: which attributes, which code of classes and functions, which numbers."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ _OF_GUIDES = {"create_plates", "init_loc_fn", "master", "plates", "prototype_tra
 
 
 def module_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Parameters and buffers of a module itself, without a look at latent ones, which would be draws."""
+    """List the parameters and buffers of a module itself. Latent weights are not read, which would draw them."""
     return [*module._parameters.items(), *module._buffers.items()]
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of a module that decide what it computes."""
+    """Iterate over the attributes of a module that decide what it computes."""
     kind = type(module)
     if kind.__module__.startswith("torch._dynamo"):  # what wraps a module that is compiled
         return
@@ -75,13 +75,13 @@ def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def plain_class(kind: type) -> type:
-    """The class that ``PyroModule[...]`` made another of, or the class itself."""
+    """Return the class that ``PyroModule[...]`` derived another from, or the class itself."""
     is_made = issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]
     return kind.__bases__[0] if is_made else kind
 
 
 def is_setting(kind: type, name: str) -> bool:
-    """Whether the class itself, of torch or of this library, declares an attribute as one of its settings."""
+    """Whether a class of torch or of this library declares an attribute as one of its settings."""
     constants = [
         vars(base).get("__constants__", ()) for base in kind.__mro__ if base.__module__.startswith("torch.nn.")
     ]
@@ -89,18 +89,18 @@ def is_setting(kind: type, name: str) -> bool:
 
 
 def _is_attached(kind: type, name: str) -> bool:
-    """Whether a user attached something to a module of a class that reads its own settings alone."""
+    """Whether a user attached an attribute to a module whose class reads only its declared settings."""
     read = is_setting(kind, name) or name.startswith("_pyro_") or hasattr(kind, name)  # a method that was replaced
     return "_settings" in vars(plain_class(kind)) and not read
 
 
 def _is_derived(module: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor was computed from parameters: old-style weight norm, spectral norm and pruning keep such."""
+    """Whether a tensor was computed from parameters, as older weight norm, spectral norm and pruning do."""
     return tensor.grad_fn is not None or not module._parameters.keys().isdisjoint({f"{name}_orig", f"{name}_g"})
 
 
 def is_cache(kind: type, name: str) -> bool:
-    """Whether an attribute can be computed again: a cached property of any sort, or one that is called a cache."""
+    """Whether an attribute is a cache, which can be computed again: a cached property, or ``cache`` in its name."""
     if "cache" in name.lower() or name == "_validate_args":
         return True
     attribute = inspect.getattr_static(kind, name, None)
@@ -109,7 +109,7 @@ def is_cache(kind: type, name: str) -> bool:
 
 
 def leads_to(value: Any) -> bool:
-    """Whether module and qualified name lead to this very class or function; in a notebook they may not tomorrow."""
+    """Whether module and qualified name lead to this very class or function, also in another process."""
     found: Any = None if value.__module__ == "__main__" else sys.modules.get(value.__module__)
     for name in value.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -117,7 +117,7 @@ def leads_to(value: Any) -> bool:
 
 
 def _global_names(code: types.CodeType) -> list[str]:
-    """Names of the global variables that code reads, sorted."""
+    """List the names of the global variables that code reads, sorted."""
     inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _global_names(const)]
     return sorted({*inner, *(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")})
 
@@ -128,29 +128,29 @@ def is_local(kind: type) -> bool:
 
 
 def used_globals(function: types.FunctionType) -> list[Any]:
-    """Functions and classes among the global variables that a function reads.
+    """List functions and classes among the global variables that a function reads.
 
-    Other values belong to the program, such as its arguments or its data; what a module takes of them is in its
-    attributes.
+    Other global variables belong to the program, such as its arguments or its data; a module keeps the values that it
+    needs of these in attributes.
     """
     found = [function.__globals__.get(name) for name in _global_names(function.__code__)]
     return [value for value in found if is_code(value)]
 
 
 def is_code(value: Any) -> bool:
-    """Whether a value is a function or a class, and no method of an object."""
+    """Whether a value is a function or a class, but no bound method."""
     owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
     unbound = owner is None or isinstance(owner, types.ModuleType | type)
     return isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and unbound
 
 
 def members(kind: type) -> list[tuple[str, Any]]:
-    """What a class itself defines."""
+    """List the members that a class itself defines."""
     return [(k, v) for k, v in vars(kind).items() if k not in _OF_CLASSES and not k.startswith("_abc_")]
 
 
 def cell_content(cell: types.CellType) -> Any:
-    """What a function closes over; ``None`` if nothing is in the cell yet."""
+    """Return the value that a function closes over; ``None`` for an empty cell."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -158,7 +158,7 @@ def cell_content(cell: types.CellType) -> Any:
 
 
 def numbers(tensor: Tensor) -> str:
-    """Dtype, shape and digest of the entries, wherever these are."""
+    """Write dtype, shape and digest of the entries of a tensor on any device."""
     if is_lazy(tensor) or tensor.is_meta:
         return f"{tensor.dtype} without values"
     dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
@@ -167,5 +167,5 @@ def numbers(tensor: Tensor) -> str:
 
 
 def digest(content: bytes) -> str:
-    """Beginning of a checksum."""
+    """Compute the first 16 digits of a SHA-256 checksum."""
     return hashlib.sha256(content).hexdigest()[:16]

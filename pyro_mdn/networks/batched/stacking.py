@@ -21,7 +21,11 @@ _OF_CLASSES = ("__dict__", "__weakref__")  # what each class makes for itself
 
 
 def stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
-    """Network with the tensors of all members along a new first axis."""
+    """Build a network with the tensors of all members along a new first axis.
+
+    Raises:
+        ValueError: If networks have latent weights, differ in more than the values of their tensors, or share tensors.
+    """
     for member in members:
         if not isinstance(member, MixtureDensityNetwork):
             raise ValueError(f"network: expected MixtureDensityNetwork, got {type(member).__name__}")
@@ -38,7 +42,7 @@ def stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
 
 
 def warn_if_unsure(members: Sequence[MixtureDensityNetwork]) -> None:
-    """Warn if networks that are not one and the same have attributes that cannot be compared."""
+    """Warn if different networks have attributes that cannot be compared."""
     names = incomparable(described(network=members[0], buffers=False))
     if names and any(member is not members[0] for member in members):
         text = f"network: cannot tell whether these agree in all networks, and use those of the first: {names}"
@@ -46,12 +50,12 @@ def warn_if_unsure(members: Sequence[MixtureDensityNetwork]) -> None:
 
 
 def copied(network: M) -> M:
-    """Copy of a module. Attributes that cannot be copied, such as a lock, are shared with it."""
+    """Copy a module; attributes that cannot be copied, such as a lock, are shared with the copy."""
     copied = _deeplycopied(network)
     for part in [] if copied is None else copied.modules():
         kind = type(part)
-        # torch makes a class for each parametrised module, which copies share: what removes the parametrization of one
-        # would take the weights of all.
+        # torch makes a class for each parametrised module, and copies share that class: to remove the parametrization
+        # of one copy would remove the weights of all.
         if parametrize.is_parametrized(part) and kind.__module__ == parametrize.__name__:
             members = {name: member for name, member in vars(kind).items() if name not in _OF_CLASSES}
             alike: Any = type(kind.__name__, kind.__bases__, members)
@@ -78,8 +82,8 @@ def _can_becopied(value: object) -> bool:
 
 
 def _require_alike(first: MixtureDensityNetwork, member: MixtureDensityNetwork) -> None:
-    """Raise a ``ValueError`` unless two networks differ in the values of their tensors alone."""
-    # Buffers are stacked, so that each member has its own.
+    """Raise a ``ValueError`` if two networks differ in more than the values of their tensors."""
+    # Values of buffers may differ: they are stacked, so that each member has its own.
     a, b = (described(network=network, buffers=False) for network in (first, member))
     if names := differing(a, b):
         got = f"{a.get(names[0])} and {b.get(names[0])} for {names[0]}"
@@ -96,7 +100,7 @@ def _tensors(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool
 
 
 def set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors of any shape in place of parameters and buffers."""
+    """Replace parameters and buffers by tensors of any shape."""
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         part = network.get_submodule(path)
