@@ -201,11 +201,10 @@ def draws_from_samples(
     if len(counts) != 1 or counts == {0}:
         raise ValueError(f"posterior: expected as many draws of each site, got {sorted(counts)}")
     require_available(num_samples, size := counts.pop())
-    chosen = slice(None) if num_samples in (None, size) else spread(size, num_samples)
-    return {
-        name: value[chosen if isinstance(chosen, slice) else chosen.to(value.device)].to(sites.expected[name])
-        for name, value in own.items()
-    }
+    if num_samples in (None, size):
+        return {name: value.to(sites.expected[name]) for name, value in own.items()}
+    chosen = spread(size, num_samples)
+    return {name: value[chosen.to(value.device)].to(sites.expected[name]) for name, value in own.items()}
 
 
 def require_available(num_samples: int | None, available: int) -> None:

@@ -63,8 +63,8 @@ def posterior_predictive(
             with a warning if the posterior assumes it.
         chunk_size: Number of draws in one pass; by default as many as keep intermediate results at about 16 MB, as
             measured on two rows. If one draw takes more, the rows go in parts, unless the backbone mixes rows. With
-            gradients to ``x``, the results of all passes are kept. Members of an ensemble go in one pass if gradients to
-            their weights are recorded: use ``torch.no_grad()`` otherwise.
+            gradients to ``x``, the results of all passes are kept. Members of an ensemble go in one pass if gradients
+            to their weights are recorded: use ``torch.no_grad()`` otherwise.
 
     Raises:
         ValueError: If the posterior is not one of this network's, there are not as many draws, it has no median to
