@@ -1,4 +1,4 @@
-r"""Sites of the latent weights of a network, and draws at these from whatever a posterior has draws of."""
+r"""Sites of the latent weights of a network, and draws at these sites from draws of a larger or other model."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class NetworkSites:
         return cls(network, row, values, values.pop("y"))
 
     def computed(self, owner: Any, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Draws with those at sites of the network besides that a reparametrised model computes from them.
+        """Add to draws the values at sites of the network that a reparametrised model computes from them.
 
         Args:
-            owner: What has the model that the draws are of, as AutoGuides and kernels of MCMC do.
+            owner: AutoGuide or kernel of MCMC, whose ``model`` the draws belong to.
             draws: Draws ``(S, *shape)`` by site.
         """
         missing = {*self.expected} - draws.keys()
@@ -87,15 +87,15 @@ class NetworkSites:
         return dict(zip(names, values, strict=True))
 
     def own(self, name: str, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Draws ``(S, *shape)`` at the sites of the network; a larger model that it is part of may have further ones.
+        """Select the draws ``(S, *shape)`` at the sites of the network; a larger model may have further sites.
 
         Args:
-            name: What an error calls the posterior.
+            name: Name of the posterior in errors.
             draws: Draws by site, perhaps as ``Predictive`` gives them: observations are among them, and there are
                 dimensions of 1 for the plates of the model.
 
         Raises:
-            ValueError: If one is missing, of another shape, or of what is not latent in the network.
+            ValueError: If a site is missing, has another shape, or is not latent in the network.
         """
         expected, network = self.expected, self.network
         draws = {site: _without_plates(value, expected.get(site)) for site, value in draws.items() if site != "y"}
@@ -109,7 +109,7 @@ class NetworkSites:
         return {site: draws[site] for site in expected}
 
     def require_weights(self, samples: Mapping[str, Tensor]) -> None:
-        """Raise a ``ValueError`` if samples are those of a reparametrised model, in place of the weights."""
+        """Raise a ``ValueError`` if samples are those of a reparametrised model instead of the weights."""
         names, roots = samples.keys() - self.expected.keys(), tuple(f"{name}_" for name in self.expected)
         others = sorted(name for name in names if name.startswith(roots))
         if others and not samples.keys() >= self.expected.keys():
@@ -119,7 +119,7 @@ class NetworkSites:
 
 
 class _WithoutStart(Messenger):
-    """Have weights computed from their draws: the model of an AutoGuide has those that the guide starts from first."""
+    """Make an AutoGuide's model compute weights from draws; it would return the values that the guide starts from."""
 
     def _pyro_get_init_messengers(self, msg: Any) -> None:
         msg["value"] = []

@@ -34,10 +34,10 @@ DRAWS = "draws from a posterior"
 
 
 class Posterior(ABC):
-    """Posterior of the latent weights of a network.
+    """Posterior distribution of the latent weights of a network.
 
-    Whoever needs draws of the weights asks for what is declared here, and not for the kind of inference;
-    :func:`as_posterior` makes a posterior of guides, samplers and samples.
+    Predictions and groups for ArviZ rely on the methods of this class, and never ask for the kind of inference.
+    :func:`as_posterior` converts guides, samplers and samples.
     """
 
     @property
@@ -47,12 +47,12 @@ class Posterior(ABC):
 
     @property
     def linear(self) -> bool:
-        """Whether the inference takes the outputs of the network to be linear in the weights."""
+        """Whether the inference assumes that the outputs of the network are linear in the weights."""
         return False
 
     @property
     def chains(self) -> int:
-        """Number of chains that the draws are of, one after another."""
+        """Number of Markov chains that the draws come from, one after another."""
         return 1
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Posterior(ABC):
         Args:
             network: The network that the posterior is of.
             x: Inputs, which a guide may depend on.
-            num_samples: Number of draws; by default 100, or all that there are.
+            num_samples: Number of draws; by default 100 draws from a guide, or all samples.
 
         Raises:
             ValueError: If the posterior is not one of this network's, or if there are not as many draws.
@@ -73,24 +73,24 @@ class Posterior(ABC):
         return self
 
     def sites(self) -> dict[str, Any]:
-        """Draws that there are, ``(chains, S / chains, *shape)`` by site; of a guide none."""
+        """Return the samples by site, ``(chains, S / chains, *shape)``; a guide has none."""
         return {}
 
     def statistics(self) -> dict[str, Any]:
-        """What a sampler says of each draw, ``(chains, S / chains)`` by name."""
+        """Return statistics of the sampler for each draw, ``(chains, S / chains)`` by name."""
         return {}
 
     def median(self, network: MixtureDensityNetwork, draws: Mapping[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-        """Median of each weight, at the sites of some draws.
+        """Return the median of each weight, by the sites of some draws.
 
         Raises:
-            NotImplementedError: If the posterior knows none.
+            NotImplementedError: If the posterior has no median.
         """
         raise NotImplementedError
 
 
 def as_posterior(value: Any) -> Posterior:
-    """Convert what users have of a posterior: a guide, draws by site, ``MCMC``, or a :class:`Posterior` itself.
+    """Convert a guide, draws by site, ``MCMC`` or a :class:`Posterior` to a posterior.
 
     Raises:
         ValueError: If it is none of these.
@@ -105,7 +105,7 @@ def as_posterior(value: Any) -> Posterior:
 
 
 def warn_if_nonlinear(network: MixtureDensityNetwork, posterior: Posterior) -> None:
-    """Warn if weights of hidden layers are latent, and the posterior takes outputs to be linear in them."""
+    """Warn if weights of hidden layers are latent, and the posterior assumes outputs that are linear in these."""
     if posterior.linear and not all(name.startswith("head.") for name in latent_names(network).values()):
         message = "Laplace's approximation of hidden layers predicts badly unless linearize=True"
         warnings.warn(f"posterior_predictive: {message}; linearize=False to go on", stacklevel=3)
@@ -178,14 +178,14 @@ def draws_from_samples(
     *,
     owner: Any = None,
 ) -> dict[str, Tensor]:
-    """Draws at the sites of a network from samples ``(S, *shape)`` by site; fewer are spread evenly over all.
+    """Select draws at the sites of a network from samples ``(S, *shape)`` by site; fewer are spread evenly over all.
 
     Args:
         network: The network.
         samples: The samples.
         x: Inputs, for their shape.
         num_samples: Number of draws; by default all.
-        owner: What has the model that the samples are of, if that may be a reparametrised one.
+        owner: Kernel or guide whose model may be a reparametrised one, from which the weights are computed.
     """
     x = _with_rows(network, x)
     learned = _learned_elsewhere()
@@ -214,7 +214,7 @@ def require_available(num_samples: int | None, available: int) -> None:
 
 
 def spread(size: int, num_samples: int | None) -> Tensor:
-    """Positions of so many of ``size`` draws, spread evenly."""
+    """Choose positions of some of ``size`` draws, spread evenly."""
     return torch.linspace(0, size - 1, num_samples or size, device="cpu").round().long()
 
 
@@ -282,7 +282,7 @@ class AutoGuidePosterior(GuidePosterior):
     def _set_up(self, sites: NetworkSites) -> None:
         if self.guide.prototype_trace is None:
             with KeepFrozen():
-                self.guide(sites.row, torch.zeros_like(sites.target))  # it takes for latent what is not given
+                self.guide(sites.row, torch.zeros_like(sites.target))  # without targets, it would take y for latent
 
 
 class LaplacePosterior(AutoGuidePosterior):
@@ -313,9 +313,9 @@ def _with_rows(network: MixtureDensityNetwork, x: Any) -> Tensor:
 
 
 def _learned_elsewhere(guide: Any = None) -> Any:
-    """State of Pyro's parameter store, where SVI puts what ``pyro.param`` made, but for a module's own parameters.
+    """Return the state of Pyro's parameter store, where SVI keeps values of ``pyro.param``.
 
-    Another module may have left values of the same names.
+    Names of a guide's own parameters are left out: another module may have registered values under the same names.
     """
     parts = [part for part in guide.modules() if isinstance(part, PyroModule)] if isinstance(guide, nn.Module) else []
     leaves = [(part, leaf.removesuffix("_unconstrained")) for part in parts for leaf in part._parameters]
