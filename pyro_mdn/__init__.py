@@ -23,7 +23,8 @@ from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.pyro_model import NetworkModel
 from pyro_mdn.posteriors.laplace import laplace
-from pyro_mdn.posteriors.mcmc import ConvergenceWarning, PosteriorSamples, fit_mcmc
+from pyro_mdn.posteriors.mcmc import fit_mcmc
+from pyro_mdn.posteriors.posterior_samples import ConvergenceWarning, PosteriorSamples
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.posteriors.priors import bayesianize, starting_weights
 from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit

@@ -331,7 +331,7 @@ def _uncentered(
 ) -> MixtureDensityNetwork | DeepEnsemble:
     """Network for data that are not centred, in float64: float32 could not hold the shifts."""
     network = network.cpu().double()
-    part = network.stacked if isinstance(network, DeepEnsemble) else network
+    part = network.architecture
     part.x_shift += x_shift
     part.head.shift += y_shift
     return network.eval()

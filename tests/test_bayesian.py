@@ -46,9 +46,12 @@ from pyro_mdn import (
     posterior_predictive,
     starting_weights,
 )
+from pyro_mdn.adapters.sources import Source
 from pyro_mdn.networks.batched.functional import over_draws
 from pyro_mdn.networks.batched.layers import is_dense
+from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.posteriors.guide_draws import draw_from
+from pyro_mdn.posteriors.posterior import Posterior
 from pyro_mdn.posteriors.predictive import draw_weights
 from pyro_mdn.posteriors.priors import fan_in_normal
 
@@ -716,7 +719,8 @@ def test_autocast():
 def test_no_rows():
     network = bayesianize(make())
     mixture = posterior_predictive(network, AutoNormal(network.model), data()[0][:0], 3)
-    assert mixture.batch_shape == (3, 0)
+    assert mixture.batch_shape == mixture.log_prob(data()[1][:0]).shape == (3, 0)
+    assert mixture.pool(0).n_components == 3 * network.n_components
 
 
 def test_networks_and_guides_can_be_pickled():
@@ -1141,3 +1145,86 @@ def test_a_weight_that_the_guide_of_a_reparametrised_model_lacks_is_not_made_up(
     guide(x, y)
     with pytest.raises(ValueError, match="guide: expected the sites"):
         posterior_predictive(network, guide, x)
+
+
+# Posteriors and predictors that others wrote
+
+
+class TwoPoints(Posterior):
+    """Two values of the weights, from two chains of one draw each."""
+
+    method = "two points"
+    chains = 2
+
+    def __init__(self, values):
+        self.values = values
+
+    def draws(self, network, x, num_samples=None):
+        return {name: value[:num_samples] for name, value in self.values.items()}
+
+    def sites(self):
+        return {name: value.unsqueeze(1) for name, value in self.values.items()}
+
+    def statistics(self):
+        return {"lp": torch.tensor([[1.0], [2.0]])}
+
+
+def test_posteriors_of_others_predict():
+    network, (x, y) = bayesianize(make()), data()
+    weights = draw_weights(network, AutoNormal(network.model), x, 2)
+    posterior = TwoPoints(weights)
+    expected = posterior_predictive(network, weights, x)
+    assert_close(posterior_predictive(network, posterior, x).log_prob(y), expected.log_prob(y))
+    assert posterior_predictive(network, posterior, x, 1).batch_shape == (1, len(x))
+    with pytest.raises(ValueError, match=r"expected a guide with a median, .* got TwoPoints"):
+        posterior_predictive(network, posterior, x, linearize=True)
+    source = Source.of(network, x, posterior, None, None)
+    assert (source.method, source.chains) == ("two points", 2)
+    assert_close(torch.as_tensor(source.stats["lp"]), torch.tensor([[1.0], [2.0]]))
+    assert_close(source.mixture.log_prob(y), expected.log_prob(y))
+
+
+class Halves(Predictor):
+    """The first two of four members."""
+
+    def __init__(self, ensemble):
+        super().__init__()
+        self.ensemble = ensemble
+
+    architecture = property(lambda self: self.ensemble.stacked)
+    num_members = 2
+
+    def members(self, x, which=slice(None), *, chunk_size=None):
+        return self.ensemble.members(x)[:2][which]
+
+    def forward(self, x):
+        return self.members(x).pool(0)
+
+
+def test_predictors_of_others_predict():
+    ensemble, (x, y) = DeepEnsemble(make(), 4), data()
+    halves, expected = Halves(ensemble), ensemble.members(x)[:2].log_prob(y)
+    assert_close(posterior_predictive(ensemble.stacked, halves, x).log_prob(y), expected)
+    assert_close(posterior_predictive(ensemble.stacked, halves, x, 1).log_prob(y), expected[:1])
+    with pytest.raises(ValueError, match="num_samples: expected at most the 2 draws"):
+        posterior_predictive(ensemble.stacked, halves, x, 3)
+    source = Source.of(halves, x, None, None, None)
+    assert source.method == "ensemble"
+    assert_close(source.mixture.log_prob(y), expected)
+    log_density = torch.as_tensor(halves.predict(x).log_prob(y))
+    assert_close(log_density, expected.logsumexp(0) - math.log(2))
+
+
+def test_a_network_is_a_predictor_with_one_member():
+    network, (x, y) = make(), data()
+    assert (network.architecture, network.num_members, network.inference_method) == (network, 1, "point estimate")
+    assert_close(network.members(x).log_prob(y), network(x).log_prob(y).unsqueeze(0))
+    ensemble = DeepEnsemble(network, 3)
+    assert (ensemble.architecture, ensemble.num_members, ensemble.dim_out) == (ensemble.stacked, 3, network.dim_out)
+
+
+def test_members_take_no_posterior_beside_them():
+    network, (x, _) = bayesianize(make()), data()
+    weights = draw_weights(network, AutoNormal(network.model), x, 2)
+    with pytest.raises(ValueError, match="posterior: expected none for several members"):
+        Source.of(DeepEnsemble(make(), 2), x, weights, None, None)

@@ -308,7 +308,7 @@ def test_members_differ_and_the_network_does_not_change():
         assert parameter.shape[0] == 3
         if "bias" not in name or "linear" not in name:
             assert not torch.equal(parameter[0], parameter[1]), name
-    assert len(DeepEnsemble(network)._tensors()["x_shift"]) == 10
+    assert len(DeepEnsemble(network).stacked.x_shift) == 10
 
 
 def test_frozen_parameters_are_kept():

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -39,6 +40,26 @@ class Level(enum.IntEnum):
 class Settings:
     slope: float
     names: list = dataclasses.field(default_factory=list)
+
+
+class Quiet:
+    """Object whose ``repr`` says nothing of its setting."""
+
+    def __init__(self, slope):
+        self.slope = slope
+
+    def __repr__(self):
+        return "Quiet"
+
+
+class Counting(Quiet):
+    """Object whose ``repr`` is another each time."""
+
+    def __repr__(self):
+        return f"{next(TIMES)}"
+
+
+TIMES = itertools.count()
 
 
 class Slots:
@@ -88,6 +109,7 @@ def alike(a, b):
 
 PAIRS = {
     "number": (0.1, 0.2),
+    "object whose repr is the same": (Quiet(0.1), Quiet(0.2)),
     "number and text": (1, "1"),
     "tuple and list": ((1, 2), [1, 2]),
     "nested": ({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}),
@@ -137,6 +159,7 @@ def rebuilt(make):
 
 
 SAME = {
+    "object whose repr changes": lambda: Counting(0.1),
     "closure": lambda: closure(0.1),
     "local class": lambda: local_class(0.1),
     "nested": lambda: {"a": [1, (2.5, "b")], "c": {3, 4}},

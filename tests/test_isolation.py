@@ -30,8 +30,16 @@ from pyro_mdn import (
     posterior_predictive,
     starting_weights,
 )
-from pyro_mdn.support import process_state
-from pyro_mdn.support.process_state import give_way, isolated, own_store, released, seeded, unvalidated
+from pyro_mdn.support.process_state import (
+    give_way,
+    has_process,
+    isolated,
+    num_waiting,
+    own_store,
+    released,
+    seeded,
+    unvalidated,
+)
 from pyro_mdn.training.loop import copied
 
 LATENT = ("head.linear.weight", "head.linear.bias")
@@ -260,28 +268,25 @@ def test_callbacks_have_the_process_as_the_caller_left_it():
 
 
 @pytest.mark.parametrize("in_thread", [False, True])
-def test_trainings_do_not_wait_for_a_callback(in_thread, monkeypatch):
+def test_trainings_do_not_wait_for_a_callback(in_thread):
     """While a callback runs, its training has no use for the process: one that trains meanwhile waits for nobody."""
-    wait, waits = process_state._TURN.wait, []
+    waiting = []
 
-    def counted(timeout):
-        waits.append(inside.is_set())
-        return wait(timeout)
+    class Watching(MixtureDensityNetwork):
+        def forward(self, x):
+            waiting.append(num_waiting())
+            return super().forward(x)
 
     def train():
-        fit(MixtureDensityNetwork(1, 1, 2, 8, seed=1), LINE, LINE**2, **{**STEPS, "batch_size": 10})
+        fit(Watching(1, 1, 2, 8, seed=1), LINE, LINE**2, **{**STEPS, "batch_size": 10})
 
     def callback(result):
         thread = threading.Thread(target=train)
-        inside.set()
         for run in [thread.start, thread.join] if in_thread else [train]:
             run()
-        inside.clear()
 
-    inside = threading.Event()
-    monkeypatch.setattr(process_state._TURN, "wait", counted)
     fit(MixtureDensityNetwork(1, 1, 2, 8, seed=0), LINE, LINE**2, callbacks=[callback], **{**STEPS, "batch_size": 30})
-    assert sum(waits) == 0
+    assert {*waiting} == {0}
 
 
 def test_the_process_is_whole_again_after_errors():
@@ -355,7 +360,7 @@ def test_a_fork_of_the_thread_that_has_the_process_goes_on():
     validates = Distribution._validate_args
 
     def goes_on(stack):
-        inside = process_state._is_mine(), Distribution._validate_args
+        inside = has_process(), Distribution._validate_args
         stack.close()
         return inside == (True, False) and Distribution._validate_args == validates
 

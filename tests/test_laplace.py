@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, Full, LowRank, MixtureDensityNetwork, bayesianize, laplace, posterior_predictive
-from pyro_mdn.posteriors.laplace import _site_precision, mode_and_scale
+from pyro_mdn.posteriors.laplace import mode_and_scale, prior_precision
 from pyro_mdn.posteriors.log_joint import LogJoint, log_joint_of_model, rows_of, undisturbed
 from pyro_mdn.posteriors.predictive import draw_weights
 from pyro_mdn.posteriors.priors import starting_weights
@@ -197,11 +197,12 @@ def test_mode_is_no_worse_than_the_start_and_stationary():
 def test_chunks_give_the_same(monkeypatch):
     network, x, y = make(2)
     y[0, 0] = math.nan
-    expected = moments(laplace(network, x, y, max_iter=3, progress=False))
-    monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 30_000)
-    monkeypatch.setitem(mode_and_scale.__globals__, "_BLOCK", 7)
-    assert LogJoint(network, rows_of(network, x, y)).size < len(x)
-    assert_close(moments(laplace(network, x, y, max_iter=3, progress=False)), expected)
+    with undisturbed(network):
+        expected = mode_and_scale(joint_of(network, x, y), 3, progress=False)
+        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 30_000)
+        in_parts = joint_of(network, x, y)
+        assert in_parts.size < len(x)
+        assert_close(mode_and_scale(in_parts, 3, progress=False, block=7), expected)
 
 
 @pytest.mark.parametrize("layers", ["backbone.0", "head.linear.bias"])
@@ -247,14 +248,20 @@ def test_priors_that_are_not_normal():
 def test_correlated_prior_is_exact():
     covariance = 0.9 + 0.1 * torch.eye(5).double()
     prior, value = dist.MultivariateNormal(torch.zeros(5).double(), covariance), torch.randn(5).double()
-    assert_close(_site_precision(prior, value), prior.precision_matrix)
+    assert_close(prior_precision(prior, value), prior.precision_matrix)
 
 
 @pytest.mark.parametrize("layers", ["head", "all"])
 def test_recurrent_backbones(layers):
     network, x, y = make(backbone=Recurrent(4), layers=layers)
-    guide = laplace(network, x, y, max_iter=3, progress=False)
-    assert posterior_predictive(network, guide, x, 4, linearize=False).batch_shape == (4, 30)
+    guide = laplace(network, x, y, max_iter=0, progress=False)
+    torch.manual_seed(3)
+    mixture = posterior_predictive(network, guide, x, 4, linearize=False)
+    torch.manual_seed(3)
+    draws = draw_weights(network, guide, x, 4)
+    for i in range(4):
+        with poutine.condition(data={name: value[i] for name, value in draws.items()}):
+            assert_close(mixture[i].log_prob(y), network(x).log_prob(y))
 
 
 def test_sequences():

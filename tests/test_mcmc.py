@@ -22,7 +22,8 @@ from pyro_mdn import (
     posterior_predictive,
 )
 from pyro_mdn.posteriors.log_joint import LogJoint, log_joint_of_model, rows_of, undisturbed
-from pyro_mdn.posteriors.mcmc import _Joint, _Model, _target, _warn
+from pyro_mdn.posteriors.mcmc import ModelJoint, WhitenedJoint, sample_target, target_of
+from pyro_mdn.posteriors.posterior_samples import warn_of_nonconvergence
 from pyro_mdn.posteriors.priors import starting_weights
 
 QUICK = {"num_samples": 6, "warmup_steps": 6, "num_chains": 2, "max_tree_depth": 3, "seed": 0, "progress": False}
@@ -75,18 +76,22 @@ def test_linear_regression():
     assert posterior.divergences == [0, 0]
 
 
-def test_linear_regression_beyond_the_limit_of_whitening(monkeypatch):
-    monkeypatch.setitem(fit_mcmc.__globals__, "_LIMIT", 3)
-    network, x, y, mean, covariance = linear_regression(rows=8, prior_scale=0.2)
-    posterior = fit_mcmc(network, x, y, num_samples=150, warmup_steps=50, num_chains=2, seed=0, progress=False)
-    require_moments(posterior, mean, covariance)
+TARGETS = {
+    "scaled": lambda network, rows: WhitenedJoint(LogJoint(network, rows), limit=3),
+    "model": ModelJoint,
+}
 
 
-def test_linear_regression_by_the_model(monkeypatch):
-    monkeypatch.setitem(fit_mcmc.__globals__, "_target", _Model)
+@pytest.mark.parametrize(("name", "num_samples"), [("scaled", 150), ("model", 100)])
+def test_linear_regression_by_other_targets(name, num_samples):
     network, x, y, mean, covariance = linear_regression(rows=8, prior_scale=0.2)
-    posterior = fit_mcmc(network, x, y, num_samples=100, warmup_steps=50, num_chains=2, seed=0, progress=False)
+    with undisturbed(network):
+        rows = rows_of(network, x, y)
+        target = TARGETS[name](network, rows)
+        counts = {"num_samples": num_samples, "warmup_steps": 50, "num_chains": 2}
+        posterior = sample_target(target, rows, **counts, seed=0, max_tree_depth=8, target_accept_prob=0.8)
     require_moments(posterior, mean, covariance)
+    assert name == "model" or target.root.ndim == 1, "scales alone, beyond the limit"
 
 
 def test_log_joint_is_that_of_the_model():
@@ -107,14 +112,14 @@ def test_constrained_and_hierarchical_priors_go_by_the_model():
         lambda module: dist.Normal(0.0, network.width).expand([6]).to_event(1)
     )
     with undisturbed(network):
-        assert isinstance(_target(network, rows_of(network, x, y)), _Model)
+        assert isinstance(target_of(network, rows_of(network, x, y)), ModelJoint)
     posterior = quick(network, x, y)
     assert posterior.samples["width"].shape == (2, 6)
     assert bool((posterior.samples["width"] > 0).all())
     assert posterior_predictive(network, posterior, x).batch_shape == (12, 20)
     network, x, y = make()
     with undisturbed(network):
-        assert isinstance(_target(network, rows_of(network, x, y)), _Joint)
+        assert isinstance(target_of(network, rows_of(network, x, y)), WhitenedJoint)
 
 
 # What comes back
@@ -141,8 +146,8 @@ def test_networks_that_are_overridden_go_by_the_model(change):
         part.register_forward_hook(lambda _, inputs, mixture: mixture.temper(2.0))
     with undisturbed(network):
         rows, weights = rows_of(network, x, y), starting_weights(network)
-        target = _target(network, rows)
-        assert isinstance(target, _Model)
+        target = target_of(network, rows)
+        assert isinstance(target, ModelJoint)
         model = poutine.condition(network.model, data=weights)
         assert_close(target(weights), poutine.trace(model).get_trace(x, y).log_prob_sum())
     with pytest.raises(ValueError, match="expected model and forward of MixtureDensityNetwork"):
@@ -187,7 +192,8 @@ def test_chains_differ_and_repeat():
     for bias in (first.samples["head.linear.bias"][1], other.samples["head.linear.bias"][0]):
         assert not torch.equal(bias, first.samples["head.linear.bias"][0])
     torch.manual_seed(5)
-    by_generator = quick(network, x, y, seed=None)
+    by_generator, next_one = quick(network, x, y, seed=None), quick(network, x, y, seed=None)
+    assert not torch.equal(next_one.samples["head.linear.bias"], by_generator.samples["head.linear.bias"])
     torch.manual_seed(5)
     assert_close(quick(network, x, y, seed=None).samples, by_generator.samples, rtol=0, atol=0)
 
@@ -255,7 +261,7 @@ def test_diagnostics_tell_chains_apart():
     assert stuck.r_hat["w"].isnan()
     assert stuck.effective_sample_size["w"].isnan()
     with pytest.warns(ConvergenceWarning, match="is nan"):
-        _warn(stuck)
+        warn_of_nonconvergence(stuck)
 
 
 def test_warnings():

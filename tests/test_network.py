@@ -63,15 +63,17 @@ class Recurrent(nn.Module):
 
 
 def test_usage_of_the_reference_implementation():
+    """Its loss is the same formula, by torch's own mixture; draws follow the same distribution."""
     x, y = torch.randn(5, 1), torch.randn(5, 1)
     model = MixtureDensityNetwork(1, 1, n_components=3, hidden_dim=50)
     pred_parameters = model(x)
-    loss = model.loss(x, y)
-    samples = model.sample(x)
-    assert isinstance(pred_parameters, GaussianMixture)
     assert [layer.out_features for layer in model.backbone if isinstance(layer, nn.Linear)] == [50, 50]
-    assert loss.shape == (5,)
-    assert samples.shape == (5, 1)
+    probs, scale = pred_parameters.logits.softmax(-1), pred_parameters.covariance.variance().sqrt().squeeze(-1)
+    densities = torch.distributions.Normal(pred_parameters.locs.squeeze(-1), scale).log_prob(y).exp()
+    assert_close(model.loss(x, y), -(probs * densities).sum(-1).log())
+    draws = torch.stack([model.sample(x) for _ in range(2000)]).squeeze(-1)
+    uniforms = pred_parameters.cdf(draws.unsqueeze(-1)).squeeze(-1)
+    assert (uniforms.mean(0) - 0.5).abs().max() < 5 / (12 * 2000) ** 0.5
 
 
 @pytest.mark.parametrize("name", NOISE)
@@ -470,6 +472,11 @@ def test_start_is_the_clustered_marginal():
 def test_start_survives_fewer_points_than_components(y):
     network = MixtureDensityNetwork(1, 1, n_components=8)
     network.initialize_(torch.randn(len(y), 1), y)
+    with torch.no_grad():
+        mixture = network.head(torch.zeros(1, 64))  # the biases alone
+    distance = (mixture.locs.reshape(-1, 1) - y.T).abs()
+    assert_close(distance.amin(1), torch.zeros(8), atol=1e-5, rtol=0)
+    assert_close(distance.amin(0), torch.zeros(len(y)), atol=1e-5, rtol=0)
     assert network.loss(torch.randn(len(y), 1), y).isfinite().all()
 
 
@@ -1133,8 +1140,12 @@ def test_plain_calls_leave_a_running_svi_step_alone():
     network = MixtureDensityNetwork(3, 2)
     with poutine.trace(param_only=True) as captured:
         Trace_ELBO().differentiable_loss(network.model, lambda *_: None, GOOD_X, GOOD_Y)
+    held = [site["value"].unconstrained() for site in captured.trace.nodes.values()]
     network.loss(GOOD_X, GOOD_Y)
-    assert all(site["value"].unconstrained() is not None for site in captured.trace.nodes.values())
+    # Pyro refers to these weakly: those of a store that was cleared meanwhile are gone.
+    again = [site["value"].unconstrained() for site in captured.trace.nodes.values()]
+    assert len(held) == len(list(network.parameters()))
+    assert all(a is b for a, b in zip(held, again, strict=True))
 
 
 def test_draws_are_as_many_as_their_shape_says():

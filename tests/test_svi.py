@@ -242,7 +242,9 @@ def test_guide_starts_within_the_support_of_a_prior():
     x = torch.randn(50, 1)
     network.initialize_(x, x)
     bayesianize(network, layers="head.linear.bias", prior=dist.HalfNormal(1.0))  # some starting values are negative
+    assert network.head.linear.bias_start.min() < 0
     result = fit(network, x, x, guide=AutoNormal, max_epochs=2, seed=0, progress=False)
+    assert draw_weights(network, result.guide, x, 100)["head.linear.bias"].min() > 0
     assert all(math.isfinite(row["loss"]) for row in result.history)
 
 

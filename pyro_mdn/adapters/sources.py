@@ -1,146 +1,118 @@
-r"""Sources: mixtures, draws of the weights behind them and how they came about, from what users have of them."""
+r"""Sources of inference data: mixtures, the draws of the weights behind them, and the inference they come from."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from pyro.infer import MCMC
-from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
-from pyro_mdn.networks.ensemble import DeepEnsemble
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
-from pyro_mdn.posteriors.guide_draws import LaplaceGuide
-from pyro_mdn.posteriors.mcmc import PosteriorSamples
-from pyro_mdn.posteriors.predictive import draw_weights, posterior_predictive, warn_if_nonlinear
+from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.networks.predictor import ENSEMBLE, POINT, Predictor
+from pyro_mdn.posteriors.posterior import DRAWS, Posterior, as_posterior
+from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.support.arrays import Array, as_tensor, to_numpy
+from pyro_mdn.support.evaluation_mode import evaluating
 
 __all__ = ["ENSEMBLE", "POINT", "Source", "predict"]
 
-POINT, ENSEMBLE = "point estimate", "ensemble"
-
 
 class Source(NamedTuple):
-    """Mixtures ``(S, N)``, draws by site ``(chains, S / chains, *shape)``, and what is known about them."""
+    """Mixtures ``(S, N)``, draws of the weights by site ``(chains, S / chains, *shape)``, and their inference."""
 
-    mixture: GaussianMixture
+    mixture: Mixture
     chains: int
     method: str
     sites: Mapping[str, Array]
     stats: Mapping[str, Array]
     scaling: Mapping[str, Any]
-    network: Any
-    posterior: Any
+    network: Predictor | None
+    posterior: Posterior | None
 
     @classmethod
     def of(cls, predictive: Any, x: Any, posterior: Any, num_samples: int | None, method: str | None) -> Source:
-        """From the arguments of :func:`pyro_mdn.to_inference_data`."""
-        network = None if isinstance(predictive, GaussianMixture) else predictive
-        used = posterior if network is None else _drawn(network, x, posterior, num_samples)
-        sites, stats = _posterior_sites(used)
-        mixture = predictive if network is None else predict(network, x, used)
-        given = _method(network, mixture, posterior) if method is None else str(method)
-        drawn = used is not None or isinstance(network, DeepEnsemble)
-        if len(mixture.batch_shape) not in ((1, 2) if network is None else (1 + drawn,)):
-            expected = "(N,) or (S, N)" if network is None else "(N,) for each draw of the weights"
-            shape = tuple(mixture.batch_shape[network is not None and drawn :])
-            raise ValueError(f"predictive: expected mixtures of batch shape {expected}, got {shape}")
-        mixture = mixture.expand((1, *mixture.batch_shape)) if len(mixture.batch_shape) == 1 else mixture
-        counts = {value.shape[:2] for value in sites.values()} or {(1, mixture.batch_shape[0])}
-        if len(counts) > 1 or math.prod(shape := next(iter(counts))) != mixture.batch_shape[0]:
-            raise ValueError(f"posterior: expected {mixture.batch_shape[0]} draws, as many as mixtures, got {counts}")
-        scaling = _scaling(network.stacked if isinstance(network, DeepEnsemble) else network)
-        return cls(mixture, shape[0], given, sites, stats, scaling, network, used)
+        """Make a source of the arguments of :func:`pyro_mdn.to_inference_data`."""
+        used = None if posterior is None else as_posterior(posterior)
+        if isinstance(predictive, Mixture):
+            mixture, predictor, told = _by_draws(predictive), None, _method(predictive, used)
+        else:
+            predictor = _require_predictor(predictive)
+            if used is not None:
+                used = _fixed(predictor, x, used, num_samples)
+            mixture = predict(predictor, x, used)
+            told = predictor.inference_method if used is None else used.method
+            if len(mixture.batch_shape) != 2:
+                expected, shape = "(N,) for each draw of the weights", tuple(mixture.batch_shape[1:])
+                raise ValueError(f"predictive: expected mixtures of batch shape {expected}, got {shape}")
+        chains, sites, stats = (1, {}, {}) if used is None else (used.chains, used.sites(), used.statistics())
+        draws = mixture.batch_shape[0]
+        counts = {tuple(value.shape[:2]) for value in sites.values()}
+        if counts - {(chains, draws // chains)} or draws % chains:
+            raise ValueError(f"posterior: expected {draws} draws, as many as mixtures, got {counts}")
+        given = told if method is None else str(method)
+        return cls(mixture, chains, given, _arrays(sites), _arrays(stats), _scaling(predictor), predictor, used)
 
     @property
     def is_posterior(self) -> bool:
-        """Whether the mixtures are by draws from a posterior, so that each stands for one."""
+        """Whether each mixture belongs to one draw from a posterior."""
         return self.method not in (POINT, ENSEMBLE) and self.mixture.batch_shape[0] > 1
 
 
-def predict(network: Any, x: Any, posterior: Any) -> GaussianMixture:
-    """Mixtures ``(N,)``, or ``(S, N)`` by draws of the weights or by members, at inputs of any kind."""
-    inputs = _inputs(network, x)
-    with torch.no_grad(), evaluating(network):
-        if isinstance(network, DeepEnsemble):
-            return network.members(inputs)
+def predict(predictor: Predictor, x: Any, posterior: Posterior | None) -> Mixture:
+    """Predict mixtures ``(S, N)`` by draws of the weights or by members; a network alone predicts one for each row."""
+    inputs = _inputs(predictor, x)
+    with torch.no_grad(), evaluating(predictor):
         if posterior is not None:
-            return posterior_predictive(network, posterior, inputs)
-        if network.latent:
+            return posterior_predictive(predictor.architecture, posterior, inputs)
+        if predictor.latent:
             raise ValueError("posterior: expected one for a network with latent weights, got none")
-        return network(inputs)
+        return predictor.members(inputs)
 
 
-def _inputs(network: Any, x: Any) -> Tensor:
-    if not isinstance(network, MixtureDensityNetwork | DeepEnsemble):
-        expected = "a GaussianMixture, a network or an ensemble"
-        raise ValueError(f"predictive: expected {expected}, got {type(network).__name__}")
+def _require_predictor(value: Any) -> Predictor:
+    if not isinstance(value, Predictor):
+        expected = "a Mixture, a network or an ensemble"
+        raise ValueError(f"predictive: expected {expected}, got {type(value).__name__}")
+    return value
+
+
+def _inputs(predictor: Predictor, x: Any) -> Tensor:
     if x is None:
         raise ValueError("x: expected the inputs that the network predicts from, got none")
-    return as_tensor(x, "x", next(network.buffers()).device)
+    return as_tensor(x, "x", next(predictor.buffers()).device)
 
 
-def _drawn(network: Any, x: Any, posterior: Any, num_samples: int | None) -> Any:
-    """Draws from a guide, so that the same weights predict everywhere; any other posterior as it is.
-
-    Draws by site may come from ``Predictive``, with dimensions for plates and with observations, which are not draws of
-    a posterior. Sites of a larger model stay.
-    """
-    if isinstance(posterior, Mapping) and isinstance(network, MixtureDensityNetwork):
-        with evaluating(network):
-            weights = draw_weights(network, posterior, _inputs(network, x))
-        return {**{name: value for name, value in posterior.items() if name != "y"}, **weights}
-    if posterior is None or isinstance(posterior, MCMC) or not callable(posterior):
-        return posterior
+def _fixed(predictor: Predictor, x: Any, posterior: Posterior, num_samples: int | None) -> Posterior:
+    """Fix the draws of a posterior, so that the same weights predict everywhere."""
+    network = predictor.architecture
+    if network is not predictor:
+        raise ValueError(f"posterior: expected none for several members, got {posterior.method}")
     inputs = _inputs(network, x)
     with evaluating(network):
-        draws = draw_weights(network, posterior, inputs, num_samples or 1000)
-    warn_if_nonlinear(network, posterior)
-    return {name: value.clone() for name, value in draws.items()}  # those of AutoDelta are its parameters
+        return posterior.fixed(network, inputs, num_samples)
 
 
-def _method(network: Any, mixture: GaussianMixture, posterior: Any) -> str:
-    if isinstance(network, DeepEnsemble):
-        return ENSEMBLE
-    if isinstance(posterior, PosteriorSamples | MCMC):
-        return "MCMC"
-    if isinstance(posterior, LaplaceGuide):
-        return "Laplace"
-    if isinstance(posterior, AutoGuide):
-        return f"SVI with {type(posterior).__name__}"
-    return POINT if len(mixture.batch_shape) == 1 else "draws from a posterior"
+def _by_draws(mixture: Mixture) -> Mixture:
+    """Give mixtures ``(N,)`` an axis of draws, of size 1."""
+    if len(mixture.batch_shape) not in (1, 2):
+        shape = tuple(mixture.batch_shape)
+        raise ValueError(f"predictive: expected mixtures of batch shape (N,) or (S, N), got {shape}")
+    return mixture if len(mixture.batch_shape) == 2 else mixture.expand((1, *mixture.batch_shape))
 
 
-def _posterior_sites(posterior: Any) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Draws ``(chains, draws, *shape)`` by site, and statistics of the sampler."""
-    if isinstance(posterior, PosteriorSamples):
-        stats = {"lp": posterior.log_joint, "diverging": posterior.diverging}
-        return _arrays(posterior.samples), _arrays(stats)
-    if isinstance(posterior, MCMC):
-        sites = _arrays(posterior.get_samples(group_by_chain=True))
-        shape = next(iter(sites.values())).shape[:2]
-        diverging = np.zeros(shape, dtype=bool)
-        found = posterior.diagnostics().get("divergences", {})
-        for chain, positions in enumerate(found.values()):
-            diverging[chain, list(positions)] = True
-        return sites, {"diverging": diverging}
-    if isinstance(posterior, Mapping):
-        return {name: value[None] for name, value in _arrays(posterior).items()}, {}
-    if posterior is None or callable(posterior):
-        return {}, {}
-    expected = "a guide, draws by site, PosteriorSamples or MCMC"
-    raise ValueError(f"posterior: expected {expected}, got {type(posterior).__name__}")
+def _method(mixture: Mixture, posterior: Posterior | None) -> str:
+    """Name the inference that mixtures come from."""
+    if posterior is not None and posterior.method != DRAWS:
+        return posterior.method
+    return POINT if len(mixture.batch_shape) == 1 else DRAWS
 
 
-def _scaling(network: Any) -> dict[str, Any]:
-    """How the network standardises inputs and targets; of an ensemble, for its first member."""
-    if network is None:
+def _scaling(predictor: Predictor | None) -> dict[str, Any]:
+    """Describe how a network, or the first of several members, standardises inputs and targets."""
+    if predictor is None:
         return {}
+    network = predictor.architecture
     buffers = {
         "x_shift": network.x_shift,
         "x_scale": network.x_scale,

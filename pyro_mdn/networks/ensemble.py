@@ -1,58 +1,49 @@
-r"""Deep ensembles: networks of one architecture, side by side."""
+r"""Deep ensembles: networks of one architecture that predict by their average density."""
 
 from __future__ import annotations
 
-import copy
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils import parametrize
 
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.predictions import Prediction, predicted_in_parts
 from pyro_mdn.distributions.transforms import Units
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
-from pyro_mdn.networks.files import require_loadable
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating, shapes_outside_backbone, warn_if_unlike
+from pyro_mdn.networks.batched.stacking import copied, set_tensors, stack, warn_if_unsure
+from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.starting_point import draw_anew_
-from pyro_mdn.support import tensor_files
 from pyro_mdn.support.arrays import as_tensor, require_no_infinity
 from pyro_mdn.support.checks import is_known, require_counts, shown
-from pyro_mdn.support.fingerprint import described, differing, incomparable
 from pyro_mdn.support.process_state import isolated, require_seed, seeded
 
 __all__ = ["DeepEnsemble"]
 
-M = TypeVar("M", bound=nn.Module | None)
-_OF_CLASSES = ("__dict__", "__weakref__")  # what each class makes for itself
 
-
-class DeepEnsemble(nn.Module):
-    r"""Networks of one architecture that differ in their weights; together, their average density.
+class DeepEnsemble(Predictor):
+    r"""Ensemble of networks of one architecture that differ in their weights; it predicts by their average density.
 
     .. math:: p(y \mid x) = \frac1M \sum_{m=1}^M p_m(y \mid x)
 
-    exactly a mixture of M·K components. :func:`pyro_mdn.fit` trains all members in one vectorised pass, each from its
-    own initial weights, on its own split of the rows, in its own order, and up to its own best epoch.
+    which is exactly a mixture of M·K components. :func:`pyro_mdn.fit` trains all members in one vectorised pass, each
+    from its own initial weights, on its own split of the rows, in its own order, with early stopping of its own.
 
     Args:
-        network: Network of the architecture; it is copied, and each member initialised anew, but for parameters that
+        network: Network of the architecture. Each member is a copy with new initial weights, except for parameters that
             do not require a gradient. Or a sequence of networks, which become the members as they are.
         size: Number of members M; by default 10.
-        seed: Seed of the members' first weights. By default they come from torch's generator, which a seed leaves
-            alone. Networks of a sequence have theirs already, and take none.
+        seed: Seed of the members' initial weights. Without a seed, they are drawn from torch's global generator; with
+            one, that generator stays as it was. A sequence of networks takes no seed.
         bootstrap: Whether each member trains on rows drawn with replacement from its training rows (Breiman, 1996).
 
     Attributes:
-        stacked: Network whose tensors have a leading axis of members; not to be called.
+        stacked: Network whose tensors have a leading axis of members. Do not call it.
 
     Raises:
         ValueError: If the size is not positive, if there is a seed beside a sequence, if networks have latent weights,
@@ -97,27 +88,37 @@ class DeepEnsemble(nn.Module):
                 raise ValueError(f"seed: expected none beside networks with weights of their own, got {shown(seed)}")
             if not members or size not in (None, len(members)):
                 raise ValueError(f"size: expected one network at least, and as many as size={size}, got {len(members)}")
-        self.stacked, self.size, self.bootstrap = _stack(members), len(members), bootstrap
+        self.stacked, self.size, self.bootstrap = stack(members), len(members), bootstrap
         if not isinstance(network, MixtureDensityNetwork):
-            _warn_if_unsure(members)
+            warn_if_unsure(members)
+
+    @property
+    def architecture(self) -> MixtureDensityNetwork:
+        """The network :attr:`stacked`."""
+        return self.stacked
+
+    @property
+    def num_members(self) -> int:
+        """Number of members M."""
+        return self.size
 
     def extra_repr(self) -> str:
         """Describe the ensemble in a module's printout."""
         return f"size={self.size}, bootstrap={self.bootstrap}"
 
     def forward(self, x: Any) -> Mixture:
-        """Average of the members' densities over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``."""
+        """Predict the average of the members' densities, ``batch_shape`` ``(*batch,)``, for ``(*batch, dim_in)``."""
         return self.members(x).pool(0)
 
     def members(self, x: Any, which: Tensor | slice = slice(None), *, chunk_size: int | None = None) -> Mixture:
-        """Mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
+        """Predict the mixture over y by each member, ``batch_shape`` ``(M, *batch)``, for inputs ``(*batch, dim_in)``.
 
         Args:
             x: Inputs.
             which: Positions of the members, by default all.
-            chunk_size: Members in one pass at most. By default all where there are gradients or in training mode, and
-                otherwise as many as keep intermediate results at about 16 MB, with parts of the rows one after another
-                where one member takes more.
+            chunk_size: Largest number of members in one pass. By default all members, if gradients are recorded or in
+                training mode; otherwise as many as keep intermediate results at about 16 MB. If one member takes more
+                than that, the rows go in parts.
         """
         x = self.stacked.inputs(x)
         tensors = {name: tensor[which] for name, tensor in self._tensors().items()}
@@ -126,19 +127,14 @@ class DeepEnsemble(nn.Module):
         raw = self._raw(x, tensors, shared=True, chunk_size=chunk_size)
         return self.stacked.head.mixture(raw, self._units(tensors, raw[0].ndim - 1))
 
-    def predict(self, x: Any, *, chunk_size: int = 1024) -> Prediction:
-        """Predict rows by the average density; see :meth:`MixtureDensityNetwork.predict`."""
-        with evaluating(self):
-            return predicted_in_parts(self, x, self.stacked, chunk_size)
-
     def loss(self, x: Any, y: Any, *, replicated: bool = False) -> Tensor:
-        r"""Negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``, in nats.
+        r"""Compute the negative log-likelihood :math:`-\log p_m(y \mid x)` of each member's own rows, ``(M, *batch)``.
 
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``.
-            replicated: Whether there may be several targets for each input, ``(*sample, M, *batch, D)``, and so losses
-                ``(*sample, M, *batch)``.
+            replicated: Whether each input may have several targets, ``(*sample, M, *batch, D)``; the losses then have
+                shape ``(*sample, M, *batch)``.
 
         Raises:
             ValueError: If the shapes do not agree or, when Pyro validates, if a value is infinite or one of x NaN.
@@ -163,14 +159,14 @@ class DeepEnsemble(nn.Module):
             require_no_infinity(y, "y", None, self.stacked.x_shift.dtype)
 
     def member(self, i: int) -> MixtureDensityNetwork:
-        """Member number i as a network of its own: a copy."""
-        network = _copied(self.stacked)
-        _set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
+        """Copy member number i to a network of its own."""
+        network = copied(self.stacked)
+        set_tensors(network, {name: tensor[i] for name, tensor in self._tensors().items()})
         return network
 
     @torch.no_grad()
     def initialize_(self, x: Tensor, y: Tensor) -> None:
-        """Set the scalers of each member from its own rows, and spread its components over its targets.
+        """Set the scalers of each member from its own rows, and start its components at clusters of its targets.
 
         Args:
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
@@ -183,20 +179,20 @@ class DeepEnsemble(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weights of all members anew, but for frozen ones."""
+        """Draw the weights of all members anew, except for frozen parameters."""
         for i in range(self.size):
             member = self.member(i)
             draw_anew_(member)
             self._take_over(i, member)
 
     def _take_over(self, i: int, member: MixtureDensityNetwork) -> None:
-        """Give member number i the tensors of a network."""
+        """Copy the tensors of a network to member number i."""
         tensors = self._tensors()
         for name, tensor in member.state_dict().items():
             tensors[name][i].copy_(tensor)
 
     def _raw(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None) -> Raw:
-        """Raw parameters ``(M, *batch, ...)`` of the mixtures, for inputs that members share or have each their own."""
+        """Compute raw parameters ``(M, *batch, ...)`` of the mixtures; members share inputs, or have each their own."""
         if is_dense(self.stacked):
 
             def dense(tensors: Any, x: Tensor, chunk_size: int | None) -> Raw:
@@ -213,14 +209,14 @@ class DeepEnsemble(nn.Module):
         return self._of_each(call, x, tensors, shared, chunk_size)
 
     def _called(self, x: Tensor, tensors: dict[str, Tensor], *, shared: bool, chunk_size: int | None = None) -> Mixture:
-        """Mixtures that calls of the networks give, ``(M, *batch)``."""
+        """Compute mixtures by calls of the networks, ``(M, *batch)``."""
         called = MixtureTensors(lambda tensors, x: functional_call(self.stacked, tensors, (x,)))
         return called.mixture(*self._of_each(called, x, tensors, shared, chunk_size))
 
     def _of_each(
         self, call: Callable[..., Any], x: Tensor, tensors: dict[str, Tensor], shared: bool, chunk_size: int | None
     ) -> tuple[Tensor, ...]:
-        """Results ``(M, *batch, ...)`` of a function of a member's tensors and of inputs."""
+        """Compute results ``(M, *batch, ...)`` of a function of a member's tensors and of inputs."""
         with isolated():
             if shared and chunk_size is None and self._in_passes(x, tensors):
                 return in_passes(call, tensors, x, self.stacked)
@@ -232,7 +228,7 @@ class DeepEnsemble(nn.Module):
             return over_draws(member, tensors if shared else {**tensors, "x": x}, self.stacked, chunk_size=chunk_size)
 
     def _in_passes(self, x: Tensor, tensors: dict[str, Tensor]) -> bool:
-        """Whether intermediate results are not needed any more, and rows go through each member by themselves."""
+        """Whether members and rows may go in parts: no gradients are recorded, and no layer is in training mode."""
         kept = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *tensors.values()))
         training = any(part.training for part in self.stacked.modules())  # batch norm, and the noise of dropout
         return x.ndim > len(self.stacked.input_shape) and not (kept or training)
@@ -251,50 +247,21 @@ class DeepEnsemble(nn.Module):
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write configuration and tensors to one safetensors file; a file already there is replaced as a whole.
-
-        Raises:
-            ValueError: If the networks have other tensors than :meth:`load` builds, apart from a backbone's, as
-                parametrised or pruned layers of a head have: the error says how to make plain ones of them. Nothing is
-                written then.
-        """
-        config = {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
-        expected, got = shapes_outside_backbone(self.stacked)
-        expected = {name: (self.size, *shape) for name, shape in expected.items()}
-        require_loadable(self.stacked, expected, got, of_members=True)
-        tensor_files.write_tensors(path, config, self.stacked.state_dict())
+    def config(self) -> dict[str, Any]:
+        """Describe the ensemble in plain values; see :meth:`MixtureDensityNetwork.config`."""
+        return {"ensemble": self.stacked.config(), "size": self.size, "bootstrap": self.bootstrap}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], *, backbone: nn.Module | None = None) -> Self:
-        """Read an ensemble that :meth:`save` wrote, into evaluation mode; nothing in the file is executed.
-
-        Args:
-            path: The file.
-            backbone: A module of the same architecture, where the networks were built with one, or their hidden layers
-                were changed.
-
-        Raises:
-            ValueError: If the file is damaged, not from here, or does not fit the backbone, which stays as it was; or
-                if there is no backbone where the file needs one.
-
-        Warns:
-            UserWarning: If the networks that were saved had other types, attributes or hooks, which are named.
-        """
-        config, tensors = tensor_files.read_tensors(path)
+    def from_config(cls, config: Mapping[str, Any], source: str, *, backbone: nn.Module | None = None) -> Self:
+        """Build the ensemble that :meth:`config` described, or raise a ``ValueError`` that names the source."""
         if not isinstance(config.get("ensemble"), dict) or not isinstance(config.get("size"), int):
-            raise ValueError(f"{path}: expected an ensemble, got another file of this library")
-        network = MixtureDensityNetwork.from_config(config["ensemble"], str(path), backbone=_copied(backbone))
-        ensemble = cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
-        tensor_files.require_fitting(str(path), ensemble.stacked.state_dict(), tensors)
-        ensemble.to(tensors["head.linear.weight"].dtype)
-        ensemble.stacked.load_state_dict(tensors)
-        warn_if_unlike(ensemble.stacked, config["ensemble"], str(path))
-        return ensemble.eval()
+            raise ValueError(f"{source}: expected an ensemble, got another file of this library")
+        network = MixtureDensityNetwork.from_config(config["ensemble"], source, backbone=copied(backbone))
+        return cls([network] * config["size"], bootstrap=bool(config.get("bootstrap")))
 
 
 class _Raw(nn.Module):
-    """A network whose call gives the raw parameters of its mixtures, away from Pyro's handlers."""
+    """Network whose call returns the raw parameters of its mixtures; Pyro's handlers do not see that call."""
 
     def __init__(self, network: MixtureDensityNetwork) -> None:
         super().__init__()
@@ -305,96 +272,7 @@ class _Raw(nn.Module):
 
 
 def _initialized_anew(network: MixtureDensityNetwork) -> MixtureDensityNetwork:
-    """Copy of a network with fresh weights, but for frozen ones."""
-    network = _copied(network)
+    """Copy a network, and draw the weights of the copy anew, except for frozen parameters."""
+    network = copied(network)
     draw_anew_(network)
     return network
-
-
-def _stack(members: Sequence[MixtureDensityNetwork]) -> MixtureDensityNetwork:
-    """Network with the tensors of all members along a new first axis."""
-    for member in members:
-        if not isinstance(member, MixtureDensityNetwork):
-            raise ValueError(f"network: expected MixtureDensityNetwork, got {type(member).__name__}")
-        if member.latent:
-            raise ValueError("network: expected no latent weights: see posterior_predictive for these")
-        _require_alike(members[0], member)
-        every = [*member.named_parameters(remove_duplicate=False), *member.named_buffers(remove_duplicate=False)]
-        if len({id(tensor) for _, tensor in every}) != len(every):
-            raise ValueError("network: expected tensors of their own in each layer, got some that layers share")
-    stacked = _copied(members[0])
-    states = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in members]
-    _set_tensors(stacked, {name: torch.stack([state[name].detach() for state in states]) for name in states[0]})
-    return stacked
-
-
-def _warn_if_unsure(members: Sequence[MixtureDensityNetwork]) -> None:
-    """Warn if networks that are not one and the same have attributes that cannot be compared."""
-    names = incomparable(described(network=members[0], buffers=False))
-    if names and any(member is not members[0] for member in members):
-        text = f"network: cannot tell whether these agree in all networks, and use those of the first: {names}"
-        warnings.warn(text, stacklevel=3)
-
-
-def _copied(network: M) -> M:
-    """Copy of a module. Attributes that cannot be copied, such as a lock, are shared with it."""
-    copied = _deeply_copied(network)
-    for part in [] if copied is None else copied.modules():
-        kind = type(part)
-        # torch makes a class for each parametrised module, which copies share: what removes the parametrization of one
-        # would take the weights of all.
-        if parametrize.is_parametrized(part) and kind.__module__ == parametrize.__name__:
-            members = {name: member for name, member in vars(kind).items() if name not in _OF_CLASSES}
-            alike: Any = type(kind.__name__, kind.__bases__, members)
-            part.__class__ = alike
-    return copied
-
-
-def _deeply_copied(network: M) -> M:
-    try:
-        return copy.deepcopy(network)
-    except Exception:  # whatever an attribute's own code raises
-        parts = ("_modules", "_parameters", "_buffers")
-        modules = [] if network is None else network.modules()
-        values = [value for part in modules for name, value in vars(part).items() if name not in parts]
-        return copy.deepcopy(network, {id(value): value for value in values if not _can_be_copied(value)})
-
-
-def _can_be_copied(value: object) -> bool:
-    try:
-        copy.deepcopy(value)
-    except Exception:  # whatever its own code raises
-        return False
-    return True
-
-
-def _require_alike(first: MixtureDensityNetwork, member: MixtureDensityNetwork) -> None:
-    """Raise a ``ValueError`` unless two networks differ in the values of their tensors alone."""
-    # Buffers are stacked, so that each member has its own.
-    a, b = (described(network=network, buffers=False) for network in (first, member))
-    if names := differing(a, b):
-        got = f"{a.get(names[0])} and {b.get(names[0])} for {names[0]}"
-        others = f", and others for {names[1:]}" if names[1:] else ""
-        raise ValueError(f"network: expected networks of one architecture, got {got}{others}")
-    if names := sorted({name for name, *_ in _tensors(member) ^ _tensors(first)}):
-        kinds = "one shape, dtype and requires_grad"
-        raise ValueError(f"network: expected tensors of {kinds} in all networks, got others for {names}")
-
-
-def _tensors(network: nn.Module) -> set[tuple[str, torch.Size, torch.dtype, bool]]:
-    tensors = [*network.named_parameters(), *network.named_buffers()]
-    return {(name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors}
-
-
-def _set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put tensors of any shape in place of parameters and buffers."""
-    for name, tensor in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        part = network.get_submodule(path)
-        if leaf in part._buffers:
-            part._buffers[leaf] = tensor.detach().clone()
-        else:
-            trained = part._parameters[leaf]
-            part._parameters[leaf] = nn.Parameter(
-                tensor.detach().clone(), requires_grad=trained is not None and trained.requires_grad
-            )

@@ -6,26 +6,30 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.support.checks import require_range
+from pyro_mdn.support.evaluation_mode import evaluating
 
-__all__ = ["Rows", "as_device_tensor", "as_rows"]
+if TYPE_CHECKING:
+    from pyro_mdn.networks.network import MixtureDensityNetwork
+
+__all__ = ["Rows", "as_device_tensor", "as_rows", "checked", "require_device"]
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs, targets and, unless all count alike, weights of some rows.
+    """Inputs, targets and, unless all rows count alike, weights of some rows.
 
-    An entry of the targets is what has a vector of its own: a row or, of a sequence, a step.
+    An entry is a vector of targets: that of a row or, in a sequence, that of a step. NaN marks missing targets.
 
     Attributes:
-        weight: Weights of the rows ``(N,)``, or of the shape of y: 0 where it was not observed.
-        leading: Dimensions of x and y before those of one row.
+        weight: Weights of the rows ``(N,)``, or weights of the shape of y, which are 0 for missing targets.
+        leading: Number of dimensions of x and y before those of one row.
     """
 
     x: Tensor
@@ -40,7 +44,7 @@ class Rows:
         return Rows(self.x[index], self.y[index], None if self.weight is None else self.weight[index])
 
     def informative(self) -> Rows:
-        """Rows that count, of which there has to be one; their weights have a mean of 1."""
+        """Select the rows that count, with weights whose mean is 1; raise a ``ValueError`` if there are none."""
         rows = self.counted()
         if not len(rows):
             raise ValueError("x, y: expected rows of positive weight with a target, got none")
@@ -49,7 +53,7 @@ class Rows:
         return Rows(rows.x, rows.y, rows.weight / rows.weight[rows.weight > 0].mean())
 
     def counted(self) -> Rows:
-        """Rows that count, those of a positive weight and with an observed target; what else is missing weighs 0."""
+        """Select rows with a positive weight and an observed target; missing targets of these rows weigh 0."""
         if self.weight is None and not bool(self.y.isnan().any()):
             return self
         rows = self.masked()
@@ -59,19 +63,19 @@ class Rows:
         return Rows(rows.x, rows.y) if complete else rows
 
     def masked(self) -> Rows:
-        """Have weights of the shape of y, 0 where it was not observed: losses may be of outputs, entries or rows."""
+        """Give the weights the shape of y, 0 for missing targets, as losses of outputs, entries or rows need them."""
         observed = (~self.y.isnan()).to(torch.promote_types(self.x.dtype, torch.float32))
         return Rows(
             self.x, self.y, observed if self.weight is None else observed * _aligned(self.weight, observed.shape)
         )
 
     def num_counted(self) -> Tensor:
-        """Number of rows of positive weight."""
+        """Count the rows of positive weight."""
         return (self.weights(self.x.new_ones(self.x.shape[: self.leading])) > 0).sum()
 
     @staticmethod
     def joined(parts: Sequence[Rows]) -> Rows:
-        """Rows of several parts; where others have weights, those without count 1. Shorter sequences are padded."""
+        """Join rows of several parts. Rows without weights weigh 1 beside others; shorter sequences are padded."""
         if all(part.y.ndim > 2 for part in parts):
             steps = max(part.y.shape[1] for part in parts)
             parts = [part._padded(steps) for part in parts]
@@ -82,43 +86,43 @@ class Rows:
         return Rows(x, y, torch.cat(weights))
 
     def _padded(self, steps: int) -> Rows:
-        """Sequences of so many steps: to shorter ones are added some of x = 0 without a target."""
+        """Pad sequences to a number of steps by steps of x = 0 without a target."""
         if (more := steps - self.y.shape[1]) == 0:
             return self
         rows: Any = self.masked()
         return Rows(_longer(rows.x, more, 0.0), _longer(rows.y, more, torch.nan), _longer(rows.weight, more, 0.0))
 
     def chunks(self, size: int) -> Iterator[Rows]:
-        """Successive rows, ``size`` at a time."""
+        """Iterate over successive rows, ``size`` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def weights(self, losses: Tensor) -> Tensor:
-        """Weights of losses of rows, entries or outputs: of the shape of y up to some dimension."""
+        """Return the weights of losses of rows, entries or outputs, whose shape is that of y up to some dimension."""
         if self.weight is None:
             return torch.ones_like(losses)
         return _aligned(self.weight, losses.shape).to(losses).expand_as(losses)
 
     def totals(self, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses ``(N, ...)`` times their weights, and sum of the weights; for each member, if there are."""
+        """Sum losses ``(N, ...)`` times their weights, and the weights; separately for each member of an ensemble."""
         first = self.leading - 1
         if self.weight is None:
             total = losses.flatten(first).sum(-1)
             return total, torch.full_like(total, losses.numel() / total.numel())
         weights = self.weights(losses)
-        counted = torch.where(weights > 0, losses, 0)  # that of a missing target may be NaN
+        counted = torch.where(weights > 0, losses, 0)  # the loss of a missing target may be NaN
         return (counted * weights).flatten(first).sum(-1), weights.flatten(first).sum(-1)
 
     def row_weight(self, losses: Tensor) -> Tensor:
-        """Mean over the rows of the sum of their weights, for losses of some of the rows."""
+        """Average over the rows the sum of the weights in a row, for losses of this shape."""
         shape = *self.x.shape[: self.leading], *losses.shape[self.leading :]
         return self.totals(losses.new_zeros(()).expand(shape))[1] / len(self)
 
     def targets_per_row(self) -> float:
-        """Mean number of observed entries of a row."""
+        """Average the number of observed entries over the rows."""
         return _observed(self.y).sum().item() / math.prod(self.y.shape[: self.leading])
 
     def digest(self) -> str:
-        """Checksum of the contents."""
+        """Compute a checksum of the contents."""
         digest = hashlib.sha256()
         for tensor in (self.x, self.y, self.weight):
             if tensor is not None:
@@ -128,24 +132,45 @@ class Rows:
 
 
 def _observed(y: Tensor) -> Tensor:
-    """Which entries of targets ``(..., D)`` have an output that was observed."""
+    """Mark the entries of targets ``(..., D)`` with at least one observed output."""
     return ~y.isnan().all(-1) if y.ndim > 1 else ~y.isnan()
 
 
 def _aligned(weight: Tensor, shape: Sequence[int]) -> Tensor:
-    """Weights for losses of a shape: a loss of several entries weighs what the heaviest does."""
+    """Reduce weights to the shape of losses: a loss of several entries has the largest of their weights."""
     while weight.shape != shape[: weight.ndim]:
         weight = weight.amax(-1)
     return weight.reshape(*weight.shape, *(1,) * (len(shape) - weight.ndim))
 
 
 def _longer(sequences: Tensor, more: int, padding: float) -> Tensor:
-    """Sequences ``(N, T, ...)`` with further steps."""
+    """Append steps to sequences ``(N, T, ...)``."""
     return torch.cat([sequences, sequences.new_full((len(sequences), more, *sequences.shape[2:]), padding)], 1)
 
 
+def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+    """Check data as :meth:`MixtureDensityNetwork.check` does."""
+    x = network.inputs(x)
+    network.require_batch(x)
+    if x.numel() == 0:
+        raise ValueError(f"x: expected data, got shape {tuple(x.shape)}")
+    with network.calling(), evaluating(network):
+        features = network.features(x[:1])
+    y = network.targets(y, x.shape[: x.ndim - len(network.input_shape)][: features.ndim - 1])
+    dtype = network.x_shift.dtype
+    require_finite(x, "x", given[0], dtype)
+    require_no_infinity(y, "y", given[1], dtype)
+    columns = y.reshape(-1, network.dim_out)
+    if bool((unobserved := columns.isnan().all(0)).any()):
+        positions = unobserved.nonzero().flatten().tolist()
+        raise ValueError(f"y: expected an observed target in each column, got none in {positions}")
+    require_range(x.reshape(-1, *network.input_shape), "x", dtype)
+    require_range(columns, "y", dtype)
+    return x, y
+
+
 def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:
-    """Check arrays as a whole and make them tensors on the device of the network.
+    """Check whole arrays, and convert them to rows on the device of the network.
 
     Raises:
         ValueError: If they are not usable.
@@ -172,3 +197,9 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name:
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
         raise ValueError(f"{name}: expected finite numbers that are not negative, one positive at least")
     return (weight / weight.max()).to(torch.promote_types(like.dtype, torch.float32))
+
+
+def require_device(value: Tensor, name: str, device: torch.device) -> None:
+    """Raise a ``ValueError`` unless a tensor is on a device."""
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")

@@ -1,23 +1,42 @@
-r"""First weights of a network, drawn anew."""
+r"""Where a training starts: hidden layers with their initial weights, and weights that are drawn anew."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from pyro_mdn.networks.head import MixtureHead
+__all__ = ["FirstLinear", "draw_anew_", "hidden_layers"]
 
-__all__ = ["draw_anew_"]
+
+class FirstLinear(nn.Linear):
+    """Linear layer whose initial weights are three times those of torch, for standardised inputs.
+
+    Its outputs have a variance of 3, so that the network starts with features that vary within the range of the data.
+    From the smaller initial weights of torch, jumps between the levels of an input take far longer to learn.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        super().reset_parameters()
+        with torch.no_grad():
+            self.weight.mul_(3.0)
+
+
+def hidden_layers(widths: Sequence[int]) -> nn.Sequential:
+    """Build hidden layers of these widths, that of the inputs first, each with a GELU."""
+    layers = [(nn.Linear if i else FirstLinear)(a, b) for i, (a, b) in enumerate(pairwise(widths))]
+    return nn.Sequential(*(module for layer in layers for module in (layer, nn.GELU())))
 
 
 def draw_anew_(network: nn.Module) -> None:
-    """Draw the weights of all layers of a network anew, by their ``reset_parameters``, but for frozen ones.
+    """Draw the weights of all layers of a network anew by their ``reset_parameters``, except for frozen parameters.
 
-    Weights come in the order of construction, so that a generator in the same state gives the same network again.
-    Running statistics, as of batch norm, start again too. Scalers stay.
+    Weights are drawn in the order of construction, so that a generator in the same state gives the same network again.
+    Running statistics of batch normalisation are reset, too. Scalers stay.
 
     Raises:
         ValueError: If weights are latent, or in a layer without ``reset_parameters``; nothing is changed then.
@@ -32,11 +51,11 @@ def draw_anew_(network: nn.Module) -> None:
 
 
 def _resets(network: nn.Module) -> list[Callable[[], Any]]:
-    """Functions that draw the weights of the layers; those of a head come last, its start with them."""
+    """List the functions that draw the weights of the layers. Heads come last, with the start of their components."""
     if latent := [name for name, part in network.named_modules() if part.__dict__.get("_pyro_samples")]:
         instead = "build a new network, and bayesianize that"
         raise ValueError(f"network: expected no latent weights to draw anew, got some in {latent[0]}: {instead}")
-    heads = [part for part in network.modules() if isinstance(part, MixtureHead)]
+    heads: list[Any] = [part for part in network.modules() if hasattr(part, "start_anywhere")]
     linear = [head.linear for head in heads if hasattr(head.linear, "reset_parameters")]
     apart = {id(part) for part in (*heads, *linear)}
     resets = [_reset(name, part) for name, part in network.named_modules() if id(part) not in apart]
@@ -45,7 +64,7 @@ def _resets(network: nn.Module) -> list[Callable[[], Any]]:
 
 
 def _reset(name: str, part: nn.Module) -> Callable[[], Any] | None:
-    """Function that draws the weights of one module, not those of its parts; ``None`` if there is nothing to draw."""
+    """Return the function that draws a module's own weights, without its parts; ``None`` if there are none to draw."""
     own = list(part.parameters(recurse=False))
     if not own:
         return getattr(part, "reset_running_stats", None)

@@ -1,4 +1,4 @@
-r"""Guides: many draws of the latent weights at once, with their densities."""
+r"""Guides of variational inference: many draws of the latent weights in one pass, with their densities."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ __all__ = ["LaplaceGuide", "draw_from", "latent_sites", "log_density_at", "requi
 
 
 class LaplaceGuide(AutoMultivariateNormal):
-    """A normal around a mode, with the curvature of a network whose raw outputs are linear in the weights."""
+    """Normal around a mode, whose precision is the curvature of a network with outputs linear in the weights."""
 
 
 def draw_from(
     guide: Callable[..., Any], size: int, *args: Any, pathwise: bool = False, density: bool = True, **kwargs: Any
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws at the sites of a guide, ``(S, *shape)`` by name, and the log-density of each draw, ``(S,)``.
+    """Draw at the sites of a guide, ``(S, *shape)`` by name, and compute the log-density of each draw, ``(S,)``.
 
     Args:
-        guide: The guide. An AutoGuide that was not called before is, once, and makes its parameters.
+        guide: The guide. An AutoGuide that was never called is called once, to make its parameters.
         size: Number of draws S.
-        args: What it is called with, as the model is.
-        pathwise: Whether it must have pathwise gradients.
-        density: Whether the log-density is wanted; it is 0 otherwise.
-        kwargs: Likewise.
+        args: Arguments of the guide, which are those of the model.
+        pathwise: Whether every site must have pathwise gradients.
+        density: Whether to compute the log-density; it is 0 otherwise.
+        kwargs: Further arguments of the guide.
 
     Raises:
         ValueError: If a site has no pathwise gradients, but must have them, or torch.vmap cannot handle the guide.
@@ -69,7 +69,7 @@ def draw_from(
 
 
 def _sampled(posterior: Any, size: int) -> Tensor:
-    """Draws from a distribution of vectors, in as few passes over them as it takes."""
+    """Draw vectors from a distribution; for normals, in fewer passes over memory than by ``rsample``."""
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(size, like.shape[-1], dtype=like.dtype, device=like.device)
@@ -93,7 +93,7 @@ def _mapped(function: Callable[..., tuple[Tensor, ...]], given: Mapping[str, Ten
 
 
 def latent_sites(trace: Any, given: Collection[str] = ()) -> dict[str, Any]:
-    """Sample sites of a trace that are not observed, and those that were given."""
+    """Select the sample sites of a trace that are not observed, and those that were given."""
     return {
         name: site
         for name, site in trace.nodes.items()
@@ -102,13 +102,13 @@ def latent_sites(trace: Any, given: Collection[str] = ()) -> dict[str, Any]:
 
 
 def log_density_at(names: Collection[str], trace: Any) -> Tensor:
-    """Log-density of a trace at these sites together, a number."""
+    """Compute the joint log-density of a trace at these sites, a number."""
     total = trace.log_prob_sum(lambda name, _: name in names)
     return total if isinstance(total, Tensor) else torch.zeros(())
 
 
 def require_sites(name: str, expected: Collection[str], got: Collection[str]) -> None:
-    """Raise a ``ValueError`` unless these are the same sites."""
+    """Raise a ``ValueError`` if sites differ from the expected ones."""
     if set(expected) != set(got):
         raise ValueError(f"{name}: expected the sites {sorted(expected)}, got {sorted(got)}")
 
@@ -124,7 +124,7 @@ def _is_auxiliary(site: Mapping[str, Any]) -> bool:
 
 
 class _Auxiliary(Messenger):
-    """Give the auxiliary site of a guide a value, if there is one."""
+    """Set the auxiliary site of a guide to a value, if the value is not ``None``."""
 
     def __init__(self, value: Tensor | None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-r"""Laplace's approximation: a Gaussian at the mode of the posterior of the weights."""
+r"""Laplace approximation: a Gaussian at the mode of the posterior of the weights."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from pyro_mdn.posteriors.log_joint import LogJoint, reciprocal_variance, rows_of
 from pyro_mdn.support.checks import all_finite, shown
 from pyro_mdn.support.process_state import give_way
 
-__all__ = ["laplace", "mode_and_scale"]
+__all__ = ["laplace", "mode_and_scale", "prior_precision"]
 
 _LIMIT = 10_000  # latent weights; the precision matrix takes their square times 8 bytes
 _NEGLIGIBLE = 1e-13  # share in the precision of the prior
-_BLOCK = 512  # columns of a triangle that are computed together
+_BLOCK = 512
 
 
 def laplace(
     network: MixtureDensityNetwork, x: Any, y: Any, *, max_iter: int = 1000, progress: bool = True
 ) -> LaplaceGuide:
-    r"""Gaussian at the mode of the posterior of latent weights, with a generalised Gauss-Newton curvature.
+    r"""Approximate the posterior of latent weights by a Gaussian at its mode, with generalised Gauss-Newton curvature.
 
     .. math:: q(w) = \mathcal{N}(w \mid \hat w, \Lambda^{-1}), \quad
               \Lambda = \sum_n J_n^\top H_n^+ J_n - \nabla^2 \log p(\hat w)
 
     Here :math:`J_n` is the Jacobian of the raw outputs of the head for row n with respect to the latent weights, and
-    :math:`H_n^+` the Hessian of the row's negative log-likelihood with respect to these outputs, its negative
-    eigenvalues set to 0: that of a mixture is not convex. So :math:`\Lambda` is positive definite. It is exact for
-    latent weights of the head, one component and fixed noise.
+    :math:`H_n^+` the Hessian of the row's negative log-likelihood with respect to these outputs. That of a mixture is
+    not convex; negative eigenvalues are set to 0, so that :math:`\Lambda` is positive definite. The approximation is
+    exact for latent weights of the head, one component and fixed noise.
 
-    The weights of a mixture network have many modes; this is one, near the values that the weights had. A posterior
-    of weights in all layers is less normal than that of the head, ``bayesianize(network, layers="head")``: draws of
-    them need ``posterior_predictive(..., linearize=True)``.
+    The posterior of a mixture network has many modes, because components and hidden units are exchangeable; this is a
+    mode near the values that the weights had. The posterior of weights in all layers is less normal than that of the
+    head, ``bayesianize(network, layers="head")``: draws need ``posterior_predictive(..., linearize=True)``.
 
     For P weights and N rows with C raw outputs each, time grows as :math:`(N C + P) P^2`, memory as :math:`P^2`: some
     seconds for the 5 263 weights of a default network and 600 rows.
@@ -50,17 +50,17 @@ def laplace(
     Args:
         network: Network with latent weights, 10 000 at most.
         x: Inputs ``(N, ..., dim_in)``: all rows.
-        y: Targets ``(N, ..., D)``. An entry that is NaN was not observed: the row's density is that of the others.
-        max_iter: Steps of L-BFGS from ``starting_weights(network)`` to the mode at most; 0 takes the starting
+        y: Targets ``(N, ..., D)``. NaN marks missing entries: the density of a row is that of its observed ones.
+        max_iter: Largest number of steps of L-BFGS from ``starting_weights(network)`` to the mode; 0 takes the starting
             weights as they are.
         progress: Show a progress bar.
 
     Returns:
-        Guide of ``network.model``, set up; for :func:`pyro_mdn.posterior_predictive` and all that takes a guide.
+        Guide of ``network.model``, ready for :func:`pyro_mdn.posterior_predictive` and whatever takes a guide.
 
     Raises:
-        ValueError: If there are no latent weights or too many, if the prior of one is not over the real numbers or
-            depends on others, or if the data are not usable.
+        ValueError: If there are no latent weights or too many, if the support of a prior is not the real line, if a
+            prior depends on other weights, or if the data are not usable.
         FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     References:
@@ -86,14 +86,21 @@ def laplace(
         return _guide(network, *mode_and_scale(joint, int(max_iter), progress=progress), rows.x[:1], rows.y[:1])
 
 
-def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool) -> tuple[Tensor, Tensor]:
-    """Mode ``(P,)`` and lower triangle of the covariance ``(P, P)`` of :func:`laplace`, in float64."""
+def mode_and_scale(joint: LogJoint, max_iter: int, *, progress: bool, block: int = _BLOCK) -> tuple[Tensor, Tensor]:
+    """Compute mode ``(P,)`` and lower triangle of the covariance ``(P, P)`` of :func:`laplace`, in float64.
+
+    Args:
+        joint: Density of weights and data.
+        max_iter: Largest number of steps to the mode.
+        progress: Show a progress bar.
+        block: Columns of a triangle that are computed together.
+    """
     mode = _climb(joint, max_iter, progress=progress)
-    return mode, _inverse_root(_precision(joint, mode))
+    return mode, _inverse_root(_precision(joint, mode, block), block)
 
 
 def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
-    """Weights of the highest density that L-BFGS meets."""
+    """Find the mode by L-BFGS: the weights of the highest density that it meets."""
     from scipy.optimize import minimize  # it takes longer to import than all of this package
 
     best = joint.flatten(joint.start)
@@ -107,7 +114,7 @@ def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
         value, gradient = joint.value_and_gradient(vector)
         if value > highest:
             best, highest = vector.clone(), value
-        # A line search steps back from numbers that are large, but not from those that are not finite.
+        # A line search steps back from large numbers, but not from infinite ones or NaN.
         return min(-value, 1e300) if value == value else 1e300, -gradient.nan_to_num().cpu().numpy()
 
     with tqdm(total=max_iter, desc="laplace", disable=not progress, leave=False) as bar:
@@ -121,11 +128,12 @@ def _climb(joint: LogJoint, max_iter: int, *, progress: bool) -> Tensor:
 # Curvature
 
 
-def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
-    """Gauss-Newton precision ``(P, P)``, in float64."""
+def _precision(joint: LogJoint, mode: Tensor, block: int) -> Tensor:
+    """Compute the Gauss-Newton precision ``(P, P)``, in float64."""
     weights = joint.unflatten(mode)
     head = joint.network.head
-    total = _prior_precision(joint, weights)
+    blocks = [prior_precision(prior, weights[name]) for name, prior in joint.priors.items()]
+    total = torch.block_diag(*blocks)
     floor = total.diagonal().min()
     for inputs, y in joint.chunks(joint.rows(lambda part: (_jacobian(joint, mode, part),))):
         give_way()
@@ -133,23 +141,23 @@ def _precision(joint: LogJoint, mode: Tensor) -> Tensor:
         with torch.no_grad():
             raw = _joined(joint.raw(weights, inputs))
         weighted = (_output_root(head, raw, y, (jacobian != 0).any(-1)).mT @ jacobian).reshape(-1, len(mode))
-        # Beside the prior, outputs of unused components and directions without curvature are nothing.
-        _add_square(total, weighted[~(weighted.square().sum(-1) <= _NEGLIGIBLE * floor)])  # NaN counts
+        # Outputs of unused components and directions without curvature are negligible beside the prior.
+        _add_square(total, weighted[~(weighted.square().sum(-1) <= _NEGLIGIBLE * floor)], block)  # NaN counts
     total = total.tril() + total.tril(-1).mT
     if not all_finite(total):
         raise FloatingPointError("network: expected finite derivatives at the mode, got NaN or Inf")
     return total
 
 
-def _add_square(total: Tensor, factor: Tensor) -> None:
+def _add_square(total: Tensor, factor: Tensor, block: int) -> None:
     """Add ``factor.mT @ factor`` to the lower triangle of a matrix, in place."""
-    for start in range(0, len(total), _BLOCK):
-        stop = start + _BLOCK
+    for start in range(0, len(total), block):
+        stop = start + block
         total[start:stop, :stop].addmm_(factor[:, start:stop].mT, factor[:, :stop])
 
 
 def _jacobian(joint: LogJoint, mode: Tensor, inputs: Tensor) -> Tensor:
-    """Jacobian of the raw outputs of each row with respect to the weights, ``(N, ..., C, P)``."""
+    """Compute the Jacobian of each row's raw outputs with respect to the weights, ``(N, ..., C, P)``."""
 
     def of_row(row: dict[str, Tensor]) -> tuple[Tensor]:
         def outputs(vector: Tensor) -> Tensor:
@@ -163,14 +171,14 @@ def _jacobian(joint: LogJoint, mode: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _output_root(head: MixtureHead, raw: Tensor, y: Tensor, latent: Tensor) -> Tensor:
-    """Root R of the Hessian of each row's loss without its negative part, :math:`H^+ = R R^T`, ``(N, ..., C, C)``.
+    """Compute a root R of the positive part of the Hessian of each row's loss, :math:`H^+ = R R^T`.
 
-    Outputs that are not ``latent``, ``(N, ..., C)``, are constants.
+    The root has shape ``(N, ..., C, C)``. Outputs that do not depend on latent weights, ``(N, ..., C)``, are constants.
     """
     raw = raw.double().requires_grad_()
     density = head.log_density(_split(head, raw), y.double(), head.units_in(torch.float64))
     (gradient,) = torch.autograd.grad(-density.sum(), raw, create_graph=True)
-    # Rows do not depend on each other: a derivative of the sum is that of each.
+    # Rows do not depend on each other, so that one derivative of the sum has those of all rows.
     columns = [torch.autograd.grad(g.sum(), raw, retain_graph=True)[0] for g in gradient.unbind(-1)]
     hessian = torch.stack(columns, -1) * latent.unsqueeze(-1) * latent.unsqueeze(-2)
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
@@ -192,12 +200,8 @@ def _split(head: MixtureHead, joined: Tensor) -> Raw:
     return logits, *(part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def _prior_precision(joint: LogJoint, weights: dict[str, Tensor]) -> Tensor:
-    """Minus the Hessian of the log-density of the prior, ``(P, P)``; nowhere below the prior's own precision."""
-    return torch.block_diag(*(_site_precision(prior, weights[name]) for name, prior in joint.priors.items()))
-
-
-def _site_precision(prior: Distribution, value: Tensor) -> Tensor:
+def prior_precision(prior: Distribution, value: Tensor) -> Tensor:
+    """Compute minus the Hessian of a prior's log-density, ``(P, P)``, but at least the precision of the prior."""
     floor = reciprocal_variance(prior, value)
     if not isinstance(prior, Independent) or prior.base_dist.event_shape:
         hessian = torch.autograd.functional.hessian(
@@ -213,7 +217,7 @@ def _site_precision(prior: Distribution, value: Tensor) -> Tensor:
     return torch.maximum(curvature.double(), floor).flatten().diag()
 
 
-def _inverse_root(precision: Tensor) -> Tensor:
+def _inverse_root(precision: Tensor, block: int) -> Tensor:
     r"""Lower triangle L of a covariance :math:`\Sigma = L L^T = \Lambda^{-1}`."""
     jitter, scale = 0.0, precision.diagonal().mean()
     while True:
@@ -224,16 +228,16 @@ def _inverse_root(precision: Tensor) -> Tensor:
         if not failed:
             break
         jitter = max(1e-14, 10 * jitter)
-    return _inverse_triangle(root.flip(0, 1).mT)
+    return _inverse_triangle(root.flip(0, 1).mT, block)
 
 
-def _inverse_triangle(root: Tensor) -> Tensor:
-    """Inverse of a lower triangle, without what is 0 in it."""
+def _inverse_triangle(root: Tensor, block: int) -> Tensor:
+    """Invert a lower triangle block by block, without its zeros."""
     inverse = torch.zeros_like(root, memory_format=torch.contiguous_format)
-    for start in range(0, len(root), _BLOCK):
+    for start in range(0, len(root), block):
         part = root[start:, start:]
-        columns = torch.eye(len(part), min(_BLOCK, len(part)), dtype=root.dtype, device=root.device)
-        inverse[start:, start : start + _BLOCK] = torch.linalg.solve_triangular(part, columns, upper=False)
+        columns = torch.eye(len(part), min(block, len(part)), dtype=root.dtype, device=root.device)
+        inverse[start:, start : start + block] = torch.linalg.solve_triangular(part, columns, upper=False)
     return inverse
 
 
@@ -242,7 +246,7 @@ def _inverse_triangle(root: Tensor) -> Tensor:
 
 def _guide(network: MixtureDensityNetwork, loc: Tensor, scale_tril: Tensor, x: Tensor, y: Tensor) -> Any:
     guide: Any = LaplaceGuide(network.model)
-    guide(x, y)  # it takes for latent what is not given
+    guide(x, y)  # with targets, which an AutoGuide would take for latent otherwise
     with torch.no_grad():
         scale = scale_tril.diagonal()
         guide.loc.copy_(loc)

@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.networks.batched.functional import OwnParameters
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.rows import Rows, as_rows
 from pyro_mdn.posteriors.guide_draws import log_density_at
 from pyro_mdn.posteriors.priors import latent_names, starting_weights
 from pyro_mdn.support.batching import cost_of
 from pyro_mdn.support.checks import is_inherited
+from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import give_way, isolated, own_generators
 
 __all__ = [
@@ -39,24 +40,24 @@ Weights = Mapping[str, Tensor]
 
 
 class UnusualModelError(ValueError):
-    """Latent sites that are not all weights, real and independent of each other; or a model that is overridden."""
+    """A model whose latent sites are not all real, independent weights, or that overrides that of the library."""
 
 
 class LogJoint:
-    r"""Joint log-density of the latent weights of a network and data.
+    r"""Joint log-density of the latent weights of a network and the data.
 
     .. math:: \log p(w) + \sum_n \log p(y_n \mid x_n, w)
 
-    That of ``network.model``, without its trace. Sums are in float64, the network has its own dtype. Where weights
-    of the head alone are latent, the backbone is evaluated once. Use it within :func:`undisturbed`.
+    It equals the density of ``network.model``, but needs no trace. Sums are in float64, the network keeps its dtype. If
+    only weights of the head are latent, the backbone is evaluated once. Use it within :func:`undisturbed`.
 
     Args:
         network: Network with latent weights.
         rows: Checked data.
 
     Raises:
-        UnusualModelError: If there are other latent sites, or if the prior of one has a support that is not the
-            whole real line, or depends on another; or if the network has a model or ``forward`` of its own, or hooks.
+        UnusualModelError: If there are other latent sites, if the support of a prior is not the whole real line, if a
+            prior depends on another weight, or if the network overrides ``model`` or ``forward`` or has hooks.
         FloatingPointError: If the density of the starting weights is not finite.
     """
 
@@ -82,7 +83,7 @@ class LogJoint:
         network = self.network
 
         def features(part: Tensor) -> tuple[Tensor]:
-            with OwnParameters(), poutine.condition(data=self.start), network._context():
+            with OwnParameters(), poutine.condition(data=self.start), network.calling():
                 return (network.features(part),)
 
         return torch.cat([features(part)[0] for part in x.split(_rows_in_pass(features, x))])
@@ -93,15 +94,15 @@ class LogJoint:
         return sum(value.numel() for value in self.start.values())
 
     def __call__(self, weights: Weights) -> Tensor:
-        """Density of weights by site, in float64."""
+        """Compute the joint log-density of weights by site, in float64."""
         return self.log_prior(weights) + self.log_likelihood(weights, self.inputs, self.y)
 
     def log_prior(self, weights: Weights) -> Tensor:
-        """Log-density of weights under their prior."""
+        """Compute the log-density of weights under their prior."""
         return torch.stack([prior.log_prob(weights[n]).double().sum() for n, prior in self.priors.items()]).sum()
 
     def log_likelihood(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
-        """Log-density of rows given weights, summed."""
+        """Compute the summed log-density of rows given weights."""
         return self._densities(weights, inputs, y).double().sum()
 
     def _densities(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
@@ -109,31 +110,31 @@ class LogJoint:
         return head.log_density(self.raw(weights, inputs), y, head.units)
 
     def raw(self, weights: Weights, inputs: Tensor) -> Raw:
-        """Raw outputs of the head given weights; of some of ``inputs``."""
-        with OwnParameters(), poutine.condition(data=dict(weights)), self.network._context():
+        """Compute the raw outputs of the head given weights, for some of ``inputs``."""
+        with OwnParameters(), poutine.condition(data=dict(weights)), self.network.calling():
             return self.network.head.raw(inputs) if self.in_head else self.network.raw(inputs)
 
     # As a function of one vector, in the order of the sites in the model, which is that of AutoGuides
 
     def flatten(self, weights: Weights) -> Tensor:
-        """One vector ``(P,)`` of weights, in float64."""
+        """Flatten weights to one vector ``(P,)``, in float64."""
         return torch.cat([weights[name].reshape(-1).double() for name in self.start])
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Weights by site, in the dtype of the network, from a vector ``(P,)``."""
+        """Restore weights by site, in the dtype of the network, from a vector ``(P,)``."""
         parts = vector.split([value.numel() for value in self.start.values()])
         return {n: part.reshape(v.shape).to(v) for part, (n, v) in zip(parts, self.start.items(), strict=True)}
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Successive inputs and targets, ``size`` rows at a time."""
+        """Iterate over successive inputs and targets, ``size`` rows at a time."""
         return zip(self.inputs.split(size), self.y.split(size), strict=True)
 
     def rows(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> int:
-        """How many rows of ``inputs`` a function of them, which is measured, takes in one pass."""
+        """Measure how many rows of ``inputs`` a function takes in one pass."""
         return _rows_in_pass(function, self.inputs)
 
     def value_and_gradient(self, vector: Tensor) -> tuple[float, Tensor]:
-        """Density and its gradient ``(P,)``, one chunk of rows after another."""
+        """Compute the density and its gradient ``(P,)``, one chunk of rows after another."""
         vector = vector.detach().requires_grad_()
         value = self.log_prior(self.unflatten(vector))
         (gradient,) = torch.autograd.grad(value, vector)
@@ -147,7 +148,7 @@ class LogJoint:
 
 
 def rows_of(network: MixtureDensityNetwork, x: Any, y: Any) -> Rows:
-    """Check a network with latent weights and data of it; rows without any target are left out.
+    """Check a network with latent weights, and its data; leave out rows without an observed target.
 
     Raises:
         ValueError: If there are no latent weights or the data are not usable.
@@ -161,7 +162,7 @@ def rows_of(network: MixtureDensityNetwork, x: Any, y: Any) -> Rows:
 
 @contextmanager
 def undisturbed(network: MixtureDensityNetwork) -> Iterator[None]:
-    """Evaluation mode, gradients, and an empty parameter store; afterwards all that and the generators as before."""
+    """Run in evaluation mode, with gradients and an empty parameter store; restore these and the generators."""
     with ExitStack() as stack:
         stack.enter_context(own_generators())
         stack.enter_context(isolated())
@@ -171,25 +172,25 @@ def undisturbed(network: MixtureDensityNetwork) -> Iterator[None]:
 
 
 def log_joint_of_model(network: MixtureDensityNetwork, rows: Rows, values: Weights) -> Tensor:
-    """Joint log-density of ``network.model`` at values of all its latent sites."""
+    """Compute the joint log-density of ``network.model`` at values of all its latent sites."""
     trace = poutine.trace(poutine.condition(network.model, data=dict(values))).get_trace(rows.x, rows.y)
     return log_density_at(trace.nodes, trace).double()
 
 
 def latent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Distribution]:
-    """Prior of each latent site given the starting weights, in the order of the model."""
+    """Return the prior of each latent site given the starting weights, in the order of the model."""
     return {name: site["fn"] for name, site in _latent_sites(network, rows, starting_weights(network)).items()}
 
 
 def supported_start(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Tensor]:
-    """Starting weights by site, but for those outside the support of their prior."""
+    """Return starting weights by site, without those outside the support of their prior."""
     priors = latent_priors(network, rows)
     inside = {name: biject_to(priors[name].support).inv for name in priors}
     return {name: v for name, v in starting_weights(network).items() if bool(inside[name](v).isfinite().all())}
 
 
 def is_real(prior: Distribution) -> bool:
-    """Whether any real numbers will do."""
+    """Whether the support of a prior is the whole real line, for each entry."""
     support: Any = prior.support
     while isinstance(support, constraints.independent):
         support = support.base_constraint
@@ -197,7 +198,7 @@ def is_real(prior: Distribution) -> bool:
 
 
 def reciprocal_variance(prior: Distribution, value: Tensor) -> Tensor:
-    """Precision of a prior, entry by entry; 1e-6 where the variance is not finite or not known."""
+    """Compute the precision of each entry under a prior; 1e-6 if the variance is infinite or unknown."""
     try:
         variance = prior.variance.detach().double().expand(value.shape)
     except NotImplementedError:
@@ -212,7 +213,7 @@ def _latent_sites(network: MixtureDensityNetwork, rows: Rows, weights: Weights) 
 
 
 def _independent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str, Distribution]:
-    """Prior of each weight, in the order of the model."""
+    """Return the prior of each weight in the order of the model, or raise an :class:`UnusualModelError`."""
     start = {name: value.requires_grad_() for name, value in starting_weights(network).items()}
     sites = _latent_sites(network, rows, start)
     if sites.keys() != start.keys():
@@ -231,4 +232,4 @@ def _independent_priors(network: MixtureDensityNetwork, rows: Rows) -> dict[str,
 def _rows_in_pass(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> int:
     with own_generators():
         cost = cost_of(function, x)
-    return cost._replace(separable=True).rows(len(x))  # rows are rows to training, whatever a backbone makes of them
+    return cost._replace(separable=True).rows(len(x))  # data are rows, whatever a backbone takes a batch for

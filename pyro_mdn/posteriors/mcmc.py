@@ -1,13 +1,12 @@
-r"""Markov chain Monte Carlo over latent weights: Pyro's NUTS, and what tells whether to trust it."""
+r"""Markov chain Monte Carlo (MCMC) over latent weights, by Pyro's no-U-turn sampler."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
 from numbers import Integral
 from typing import Any
 
@@ -15,8 +14,6 @@ import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import init_to_median, init_to_value
-from pyro.infer.mcmc.util import select_samples
-from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -34,85 +31,15 @@ from pyro_mdn.posteriors.log_joint import (
     supported_start,
     undisturbed,
 )
+from pyro_mdn.posteriors.posterior_samples import PosteriorSamples, warn_of_nonconvergence
 from pyro_mdn.support.checks import require_counts, shown
 from pyro_mdn.support.process_state import give_way, require_seed
 
-__all__ = ["ConvergenceWarning", "PosteriorSamples", "fit_mcmc"]
+__all__ = ["ModelJoint", "Target", "WhitenedJoint", "fit_mcmc", "sample_target", "target_of"]
 
-_R_HAT = 1.05
 _JITTER = 0.3  # of a standard deviation
 _LIMIT = 2000  # weights that are whitened together
 _MAX_ITER = 1000
-
-
-class ConvergenceWarning(UserWarning):
-    """Chains that had divergent steps, or that do not agree on the joint density."""
-
-
-@dataclass(frozen=True)
-class PosteriorSamples:
-    r"""Draws of latent weights by Markov chain Monte Carlo.
-
-    The weights of a mixture network are not identified: components and hidden units can change places, so that
-    chains may agree on all predictions while :attr:`r_hat` of a weight is large. Look at ``log_joint``, whose
-    diagnostics stand beside those of the sites, and at predictions.
-
-    Attributes:
-        samples: Draws by site, ``(num_chains, num_samples, *shape)``.
-        log_joint: Log joint density of each draw and the data, ``(num_chains, num_samples)``, in float64.
-        diverging: Whether the step to a draw diverged, ``(num_chains, num_samples)``.
-        acceptance: Share of steps that moved, for each chain.
-        seconds: Wall-clock time.
-    """
-
-    samples: Mapping[str, Tensor]
-    log_joint: Tensor
-    diverging: Tensor
-    acceptance: list[float]
-    seconds: float
-
-    def get_samples(self, num_samples: int | None = None, group_by_chain: bool = False) -> dict[str, Tensor]:
-        """Draws by site, ``(num_chains · num_samples, *shape)``; as ``pyro.infer.MCMC`` has it.
-
-        Args:
-            num_samples: So many of them, drawn with replacement.
-            group_by_chain: Keep the chains apart, ``(num_chains, num_samples, *shape)``.
-        """
-        return select_samples(dict(self.samples), num_samples, group_by_chain)
-
-    @property
-    def divergences(self) -> list[int]:
-        """Number of divergent steps after the warm-up, for each chain."""
-        return self.diverging.sum(-1).tolist()
-
-    @property
-    def r_hat(self) -> dict[str, Tensor]:
-        """Split R-hat by site, and of ``"log_joint"``: 1 where chains and their halves agree.
-
-        NaN where all draws are equal, and below 4 draws.
-
-        References:
-            Gelman et al. (2013), Bayesian data analysis, chapter 11.
-        """
-        return self._of_each(split_gelman_rubin)
-
-    @property
-    def effective_sample_size(self) -> dict[str, Tensor]:
-        """Number of independent draws that a mean over all chains is worth, by site, and of ``"log_joint"``.
-
-        NaN where all draws are equal, and below 4 draws.
-        """
-        return self._of_each(_effective_sample_size)
-
-    def _of_each(self, statistic: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        chains = {**self.samples, "log_joint": self.log_joint}
-        if self.log_joint.shape[1] < 4:
-            return {name: chain.new_full(chain.shape[2:], torch.nan) for name, chain in chains.items()}
-        return {name: statistic(chain.double()) for name, chain in chains.items()}
-
-    def __repr__(self) -> str:
-        chains, draws = self.log_joint.shape
-        return f"{type(self).__name__}(chains={chains}, draws={draws}, divergences={sum(self.divergences)})"
 
 
 def fit_mcmc(
@@ -132,25 +59,25 @@ def fit_mcmc(
 
     .. math:: w_s \sim p(w \mid x, y) \propto p(w) \prod_n p(y_n \mid x_n, w)
 
-    Exact in the limit of many draws, for hundreds of rows and, best, for weights of the head alone,
-    ``bayesianize(network, layers="head")``: the backbone is evaluated once then.
+    The draws are exact in the limit of many. The sampler suits hundreds of rows and, best, latent weights of the head
+    alone, ``bayesianize(network, layers="head")``, because the backbone is evaluated only once then.
 
-    Chains start near the mode that :func:`pyro_mdn.laplace` finds from ``starting_weights(network)``, each at another
-    place, and move in coordinates in which its approximation is a standard normal. If the prior of a weight is not
-    over the real numbers or depends on others, or beyond 2000 weights, they start near the starting weights, and go
-    by the weights themselves; that takes more steps. Starting weights outside the support of their prior are replaced
-    by its median.
+    Each chain starts at another place near the mode that :func:`pyro_mdn.laplace` finds, and moves in coordinates in
+    which the Laplace approximation is a standard normal (whitening). If the support of a prior is not the real line, if
+    a prior depends on other weights, or beyond 2000 weights, chains start near the starting weights and move in the
+    weights themselves, which takes more steps. Starting weights outside the support of their prior are replaced by
+    the median of the prior.
 
     Args:
         network: Network with latent weights.
         x: Inputs ``(N, ..., dim_in)``: all rows.
-        y: Targets ``(N, ..., D)``. An entry that is NaN was not observed.
+        y: Targets ``(N, ..., D)``. NaN marks missing entries.
         num_samples: Draws of each chain.
-        warmup_steps: Steps before them, in which step size and mass matrix adapt.
-        num_chains: Number of chains; with one, R-hat compares its halves.
-        max_tree_depth: At most :math:`2^\text{depth} - 1` evaluations of the gradient for a draw.
-        target_accept_prob: Acceptance that the step size adapts to; closer to 1 there are fewer divergences.
-        seed: Seed; by default one is drawn from torch's generator. Apart from that the generators stay as they were.
+        warmup_steps: Warm-up steps before the draws, in which step size and mass matrix adapt.
+        num_chains: Number of chains; with a single chain, R-hat compares its halves.
+        max_tree_depth: Limit of :math:`2^\text{depth} - 1` evaluations of the gradient for a draw.
+        target_accept_prob: Acceptance probability that the step size adapts to; closer to 1, divergences are fewer.
+        seed: Seed. Without one, a seed is drawn from torch's global generator, which otherwise stays as it was.
         progress: Show Pyro's progress bars.
 
     Raises:
@@ -158,7 +85,7 @@ def fit_mcmc(
         FloatingPointError: If the density of the starting weights is not finite, or a derivative at the mode.
 
     Warns:
-        ConvergenceWarning: If there were divergences, or if R-hat of the joint density is above 1.05.
+        ConvergenceWarning: If steps diverged, or if R-hat of the joint density is above 1.05.
 
     References:
         Hoffman & Gelman (2014), The no-U-turn sampler.
@@ -177,56 +104,98 @@ def fit_mcmc(
     root = int(torch.randint(2**62, (), device="cpu")) if seed is None else int(seed)
     with undisturbed(network):
         rows = rows_of(network, x, y)
-        target = _target(network, rows)
+        counts = {"num_samples": num_samples, "warmup_steps": int(warmup_steps), "num_chains": num_chains}
+        kernel = {"max_tree_depth": max_tree_depth, "target_accept_prob": target_accept_prob}
+        posterior = sample_target(target_of(network, rows), rows, **counts, seed=root, progress=progress, **kernel)
+    posterior = replace(posterior, seconds=time.perf_counter() - started)
+    warn_of_nonconvergence(posterior)
+    return posterior
 
-        def chain(number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-            found: dict[str, Any] = {}
-            torch.manual_seed(int(np.random.SeedSequence([root, number]).generate_state(1, np.uint64)[0]) >> 1)
-            kernel, start = target.kernel(max_tree_depth=max_tree_depth, target_accept_prob=target_accept_prob)
 
-            def hook(kernel: Any, _: Any, stage: str, __: int) -> None:
-                give_way()
-                found.update(kernel.diagnostics() if "Sample" in stage else {})
+def sample_target(
+    target: Target,
+    rows: Rows,
+    *,
+    num_samples: int,
+    warmup_steps: int,
+    num_chains: int,
+    seed: int,
+    progress: bool = False,
+    **kernel: Any,
+) -> PosteriorSamples:
+    """Draw from one target density by NUTS; see :func:`fit_mcmc`. Use it within ``undisturbed(network)``.
 
-            mcmc = MCMC(
-                kernel,
-                num_samples,
-                int(warmup_steps),
-                initial_params=start,
-                disable_progbar=not progress,
-                hook_fn=hook,
-            )
-            mcmc.run(rows.x, rows.y)
-            return target.samples(mcmc.get_samples()), found
+    Args:
+        target: The density.
+        rows: Checked data.
+        num_samples: Draws of each chain.
+        warmup_steps: Steps before them.
+        num_chains: Number of chains.
+        seed: Seed.
+        progress: Show Pyro's progress bars.
+        kernel: Settings of NUTS.
+    """
+    started = time.perf_counter()
 
-        chains, found = zip(*map(chain, range(num_chains)), strict=True)
-        samples = {name: torch.stack([chain[name] for chain in chains]).detach() for name in chains[0]}
-        log_joint = _log_joint(target, samples)
-    posterior = PosteriorSamples(
+    def chain(number: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        torch.manual_seed(int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1)
+        nuts, start = target.kernel(**kernel)
+        found: dict[str, Any] = {}
+
+        def hook(kernel: Any, _: Any, stage: str, __: int) -> None:
+            give_way()
+            found.update(kernel.diagnostics() if "Sample" in stage else {})
+
+        shown = {"disable_progbar": not progress, "hook_fn": hook}
+        mcmc = MCMC(nuts, num_samples, warmup_steps, initial_params=start, **shown)
+        mcmc.run(rows.x, rows.y)
+        return target.samples(mcmc.get_samples()), found
+
+    chains, found = zip(*map(chain, range(num_chains)), strict=True)
+    samples = {name: torch.stack([chain[name] for chain in chains]).detach() for name in chains[0]}
+    return PosteriorSamples(
         samples,
-        log_joint,
+        _log_joint(target, samples),
         diverging=torch.stack([_marked(diagnostics["divergences"], num_samples) for diagnostics in found]),
         acceptance=[diagnostics["acceptance rate"] for diagnostics in found],
         seconds=time.perf_counter() - started,
     )
-    _warn(posterior)
-    return posterior
 
 
 # Targets
 
 
-class _Joint:
-    r"""The joint density of whitened weights, :math:`w = \hat w + L z`, which NUTS needs far fewer steps for.
+class Target(ABC):
+    """Joint density of weights and data, as a target of NUTS."""
 
-    Mode and covariance :math:`L L^T` are those of Laplace's approximation. Beyond some thousand weights, where the
-    products would cost more than they save, they are the starting weights and the scale of the prior. The sampler
-    works in float64, whatever the network's dtype.
+    @abstractmethod
+    def kernel(self, **settings: Any) -> tuple[NUTS, dict[str, Tensor] | None]:
+        """Kernel with these settings, and where a chain starts in its coordinates, unless the kernel chooses."""
+
+    @abstractmethod
+    def samples(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by site, from draws in the coordinates of the kernel."""
+
+    @abstractmethod
+    def __call__(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Log joint density of weights by site."""
+
+
+class WhitenedJoint(Target):
+    r"""Joint density of whitened weights, :math:`w = \hat w + L z`, for which NUTS needs far fewer steps.
+
+    Mode and covariance :math:`L L^T` are those of the Laplace approximation. Beyond ``limit`` weights, where products
+    with L would cost more than they save, they are the starting weights and the scales of the prior. The sampler
+    works in float64, whatever the dtype of the network.
+
+    Args:
+        joint: The joint density.
+        limit: Number of weights up to which their correlations are whitened, too.
     """
 
-    def __init__(self, joint: LogJoint) -> None:
+    def __init__(self, joint: LogJoint, limit: int = _LIMIT) -> None:
         self.joint = joint
-        if joint.num_weights <= _LIMIT:
+        if joint.num_weights <= limit:
             self.loc, self.root = mode_and_scale(joint, _MAX_ITER, progress=False)
         else:
             scale = {
@@ -251,8 +220,8 @@ class _Joint:
         return self.joint(weights)
 
 
-class _Model:
-    """The Pyro model, whatever its sites are."""
+class ModelJoint(Target):
+    """Joint density of the Pyro model, with any latent sites."""
 
     def __init__(self, network: MixtureDensityNetwork, rows: Rows) -> None:
         self.network, self.rows = network, rows
@@ -269,15 +238,16 @@ class _Model:
         return log_joint_of_model(self.network, self.rows, weights)
 
 
-def _target(network: MixtureDensityNetwork, rows: Rows) -> _Joint | _Model:
+def target_of(network: MixtureDensityNetwork, rows: Rows) -> Target:
+    """Choose the target of a network: whitened weights where their joint density is known, or else the model."""
     try:
-        return _Joint(LogJoint(network, rows))
+        return WhitenedJoint(LogJoint(network, rows))
     except UnusualModelError:
-        return _Model(network, rows)
+        return ModelJoint(network, rows)
 
 
 def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -> dict[str, Tensor]:
-    """Weights a little apart from the starting ones, where any real number will do."""
+    """Move starting weights a little, so that chains start apart, if any real number is a value of the prior."""
     values = {}
     for name, value in start.items():
         scale = reciprocal_variance(priors[name], value).rsqrt().clamp(max=1.0).to(value)
@@ -288,39 +258,21 @@ def _jittered(start: Mapping[str, Tensor], priors: Mapping[str, Distribution]) -
 # Results
 
 
-def _effective_sample_size(chains: Tensor) -> Tensor:
-    """Pyro's, at most N log10 N: where draws alternate, the estimate may exceed that, or be negative."""
-    total, size = chains.shape[0] * chains.shape[1], effective_sample_size(chains)
-    most = total * math.log10(total)
-    return torch.where((size <= 0) | (size > most), most, size)
-
-
 def _marked(positions: list[int], size: int) -> Tensor:
-    """True at these positions."""
+    """Make a mask that is true at these positions."""
     marks = torch.zeros(size, dtype=torch.bool, device="cpu")
     marks[positions] = True
     return marks
 
 
 @torch.no_grad()
-def _log_joint(target: _Joint | _Model, samples: Mapping[str, Tensor]) -> Tensor:
+def _log_joint(target: Target, samples: Mapping[str, Tensor]) -> Tensor:
     chains, draws = next(iter(samples.values())).shape[:2]
     values = []
     for i, j in itertools.product(range(chains), range(draws)):
         give_way()
         values.append(target({name: value[i, j] for name, value in samples.items()}))
     return torch.stack(values).reshape(chains, draws)
-
-
-def _warn(posterior: PosteriorSamples) -> None:
-    r_hat = float(posterior.r_hat["log_joint"])
-    troubles = []
-    if divergences := sum(posterior.divergences):
-        troubles.append(f"{divergences} divergent steps: target_accept_prob closer to 1 helps")
-    if r_hat > _R_HAT or (math.isnan(r_hat) and posterior.log_joint.shape[1] >= 4):  # NaN: none moved
-        troubles.append(f"R-hat of the log joint density is {r_hat:.2f}: more warmup_steps and num_samples help")
-    if troubles:
-        warnings.warn(f"fit_mcmc: {'; '.join(troubles)}", ConvergenceWarning, stacklevel=3)
 
 
 def _require_settings(warmup_steps: Any, target_accept_prob: Any, seed: Any) -> None:

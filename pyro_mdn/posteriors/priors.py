@@ -1,4 +1,4 @@
-r"""Latent weights: which parameters of a network, with which priors."""
+r"""Latent weights of Bayesian networks: which parameters are latent, and their priors."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ def bayesianize(
     layers: str | Sequence[str] = "all",
     prior: dist.Distribution | Prior | None = None,
 ) -> MixtureDensityNetwork:
-    r"""Make parameters of a network latent: ``PyroSample`` sites of ``network.model``, in place.
+    r"""Make a network Bayesian in place: its parameters become latent ``PyroSample`` sites of ``network.model``.
 
     .. math:: W_{ij} \sim \mathcal{N}(0, s^2 / n_\text{in}), \quad b_i \sim \mathcal{N}(0, s^2)
 
-    so that the prior over functions has a limit as layers get wider (Neal, 1996). The values that the parameters
-    had stay as buffers ``weight_start`` and so on: inference starts from them.
+    With these scales, the prior over functions has a limit as layers get wider (Neal, 1996). The former values of the
+    parameters stay as buffers such as ``weight_start``, from which inference starts.
 
     Args:
-        network: The network. Train it first, and inference starts from there.
+        network: The network. Inference starts from its weights, so that it helps to train the network first.
         prior_scale: Prior scale s.
-        layers: ``"all"``, ``"head"``, or names of parameters or of modules, as ``network.named_parameters()`` has
-            them.
-        prior: In place of the normal: a distribution for each entry, or a function from a parameter's name and
-            value to a distribution with its shape as event shape.
+        layers: ``"all"``, ``"head"``, or names of parameters or modules as in ``network.named_parameters()``.
+        prior: Prior in place of the normal: a distribution of each entry, or a function of a parameter's name and value
+            that returns a distribution whose event shape is that of the parameter.
 
     Returns:
         The network.
@@ -70,9 +69,9 @@ def bayesianize(
                 expected = f"event shape {tuple(value.shape)} and {value.dtype} for {name}"
                 got = f"{tuple(shape)} and {dtype}, and batch shape {tuple(distribution.batch_shape)}"
                 raise ValueError(f"prior: expected {expected}, got {got}")
-    with own_store():  # Pyro takes from it what has the name of a part that is put in again
+    with own_store():  # when a part is set again, Pyro would take parameters of the same names from the store
         for part in sorted({name.split(".")[0] for name in names if "." in name}):
-            # As a whole: parts that are put in again one by one change their order in nn.Sequential.
+            # Set a whole part: parts of nn.Sequential that are set one by one change their order.
             to_pyro_module_(child := network.get_submodule(part))
             setattr(network, part, child)
         for name in names:
@@ -82,7 +81,7 @@ def bayesianize(
 
 @dataclass(frozen=True)
 class fan_in_normal:
-    """Normal prior whose scale falls with the number of inputs; see :func:`bayesianize`.
+    """Normal prior whose scale decreases with the number of inputs of a layer; see :func:`bayesianize`.
 
     >>> fan_in_normal(2.0)("weight", torch.zeros(3, 16)).base_dist.stddev.unique()
     tensor([0.5000])
@@ -91,16 +90,16 @@ class fan_in_normal:
     scale: float
 
     def __call__(self, name: str, value: Tensor) -> dist.TorchDistribution:
-        """Prior of a parameter, given its name and value."""
+        """Return the prior of a parameter with this name and value."""
         fan_in = value[0].numel() if value.ndim > 1 else 1
         return dist.Normal(torch.zeros_like(value), self.scale / math.sqrt(fan_in)).to_event(value.ndim)
 
 
 def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
-    """Values that the latent parameters had before they became so, by the name of their site.
+    """Return the values that parameters had before they became latent, by the name of their site.
 
-    ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides. The values are copies:
-    some guides train the tensors that they start from. Call it anew for each guide.
+    ``init_to_value(values=starting_weights(network))`` is an ``init_loc_fn`` for AutoGuides. The values are copies,
+    because some guides train the tensors that they start from: call this function anew for each guide.
     """
     buffers = dict(network.named_buffers())
     names = latent_names(network).items()
@@ -108,7 +107,7 @@ def starting_weights(network: MixtureDensityNetwork) -> dict[str, Tensor]:
 
 
 def latent_names(network: MixtureDensityNetwork) -> dict[str, str]:
-    """Name within the network of each latent parameter, by its site: a part of another module has longer names there.
+    """Map sites to the names of latent parameters in the network; in a larger module, sites have longer names.
 
     >>> from pyro.nn import PyroModule
     >>> model = PyroModule()
@@ -121,7 +120,7 @@ def latent_names(network: MixtureDensityNetwork) -> dict[str, str]:
 
 
 def site_name(network: MixtureDensityNetwork, name: str) -> str:
-    """Site of a latent parameter, given its name within the network."""
+    """Name the site of a latent parameter, given its name within the network."""
     return f"{network._pyro_name}.{name}".removeprefix(".")
 
 
@@ -130,7 +129,7 @@ def site_name(network: MixtureDensityNetwork, name: str) -> str:
 
 @dataclass(frozen=True)
 class _OfModule:
-    """Prior of one parameter, given the module that it belongs to, on whose device it is made."""
+    """Function that makes the prior of one parameter on the device of the module that the parameter belongs to."""
 
     make: Prior
     name: str
@@ -171,7 +170,7 @@ def _of_pyro(prior: Any) -> TorchDistributionMixin:
 
 
 def _matching(network: MixtureDensityNetwork, layers: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Parameters of the layers with these names."""
+    """Select the parameters of the layers with these names."""
     parameters = dict(network.named_parameters(remove_duplicate=False))
     if len({id(p) for p in parameters.values()}) != len(parameters):
         raise ValueError("network: expected parameters of their own in each layer, got some that layers share")

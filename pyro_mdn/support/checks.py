@@ -3,7 +3,7 @@ r"""Checks of settings and tensors, for errors that say what was expected and wh
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Number, Real
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.modules import module as torch_module
 
 __all__ = [
     "all_finite",
+    "as_sizes",
     "bounds",
     "describe",
     "is_count",
@@ -97,6 +98,14 @@ def is_count(value: Any) -> bool:
     (True, False, False)
     """
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+def as_sizes(value: Any, name: str) -> tuple[int, ...]:
+    """Convert a positive integer, or a sequence of them, to a tuple."""
+    sizes = [value] if isinstance(value, Integral) else value
+    if not isinstance(sizes, Iterable) or not (sizes := [*sizes]) or not all(map(is_count, sizes)):
+        raise ValueError(f"{name}: expected a positive integer or a sequence of them, got {shown(value)}")
+    return tuple(map(int, sizes))
 
 
 def require_counts(**settings: Any) -> None:

@@ -1,27 +1,33 @@
-r"""Fingerprints of modules: what they compute, apart from their weights, as text by name."""
+r"""Structural fingerprints of modules: types, attributes, hooks and code, apart from the weights, as text by name."""
 
 from __future__ import annotations
 
 import copyreg
-import dis
-import hashlib
-import inspect
-import random
-import sys
 import types
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroModule
-from pyro.poutine import Trace
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
+
+from pyro_mdn.support.introspection import (
+    WITHOUT_SETTINGS,
+    attributes,
+    cell_content,
+    digest,
+    is_cache,
+    is_code,
+    is_local,
+    is_setting,
+    leads_to,
+    members,
+    module_tensors,
+    numbers,
+    plain_class,
+    used_globals,
+)
 
 __all__ = ["FORMS", "described", "differing", "incomparable"]
 
@@ -39,25 +45,26 @@ def described(
 ) -> dict[str, str]:
     """Describe what modules compute, apart from their weights, in words that are the same in every process.
 
-    There is an entry for each submodule, with its type and the order of its parts, and for each attribute, tensor and
-    hook. A function or a class counts by its name, or by its code and what it closes over where the name does not lead
-    to it for certain: in ``__main__``, or where it is local. Of the global variables that code reads, functions and
-    classes count, and no other values. A tensor that is neither parameter nor buffer counts by
-    its values. Left out are weights, modes, devices, states of generators, and caches: cached properties, and
-    attributes with ``cache`` in their name. Of a class that declares its ``_settings``, what was attached besides is
-    left out too. A counter, or another state, does not count where it is a buffer.
+    The description has an entry for each submodule, with its type and the order of its parts, and for each attribute,
+    tensor and hook. Objects count by their state, never by their ``repr``. A function or a class counts by its name. If
+    the name may not lead to it again, because it is local or in ``__main__``, its code and closure count instead; of
+    the global variables that this code reads, only functions and classes count. A tensor that is neither parameter nor
+    buffer counts by its values.
+
+    Not part of a fingerprint are weights, modes, devices, states of generators, and caches: cached properties, and
+    attributes with ``cache`` in their name. Nor are buffers, such as a counter, nor attributes that users attached to a
+    class which declares its ``_settings``.
 
     Args:
         hooks: Whether hooks count.
         buffers: Whether the values of buffers that are not persistent count.
-        code: Whether modules and code of functions and classes count, or their qualified names alone. These are the
-            same for a program that defines a class and another that imports it.
-        values: Whether the values of attributes are written as they are, or as digests, for a file: an attribute may
-            be a secret. Numbers and names that torch and this library declare as settings of their modules are
-            written in either case.
-        form: One of ``FORMS``: 0, or another for what earlier versions wrote into files for the same modules. An object
-            whose state was another then tells all of these in ``_fingerprinted(state)``, today's first.
-        modules: Modules by name. Where one contains another, or shares a tensor with it, the text says so.
+        code: Whether the modules and the code of functions and classes count, or only their qualified names, which are
+            the same in a program that defines a class and in another that imports it.
+        values: Whether to write values of attributes in words. A file gets digests instead, because an attribute may be
+            a secret. Numbers and names that torch and this library declare as settings are in words in either case.
+        form: One of ``FORMS``: 0 for today's, or another for what an earlier version wrote for the same modules. An
+            object whose state has changed between versions lists all its forms in ``_fingerprinted(state)``.
+        modules: Modules by name. If one contains another, or shares a tensor with it, the text says so.
 
     >>> described(layer=nn.LeakyReLU(0.1))["layer.negative_slope"]
     '0.1'
@@ -68,32 +75,32 @@ def described(
     for name, module in modules.items():
         for path, part in module.named_modules(prefix=name):
             places.setdefault(id(part), path)
-            for leaf, tensor in _tensors(part):
+            for leaf, tensor in module_tensors(part):
                 places.setdefault(id(tensor), f"{path}.{leaf}")
     writer = _Writer(places, hooks, buffers, code, values, form)
     return {entry: text for name, module in modules.items() for entry, text in writer.entries(name, module)}
 
 
 def differing(a: Mapping[str, str], b: Mapping[str, str]) -> list[str]:
-    """Sorted names of the entries that are not the same in two descriptions."""
+    """List the names of the entries that differ between two descriptions, sorted."""
     return sorted(name for name in {*a, *b} if a.get(name) != b.get(name))
 
 
 def incomparable(description: Mapping[str, str]) -> list[str]:
-    """Sorted names of the entries with an object whose settings cannot be read, such as a lock or an open file."""
+    """List the names of the entries with an object whose state cannot be read, such as a lock or an open file."""
     return sorted(name for name, text in description.items() if _OPAQUE in text)
 
 
 _OPAQUE = "object that cannot be compared"
 _LONGEST = 200
-_DEEPEST = 50  # the same in every process, while the stack of Python may be used up sooner or later
+_DEEPEST = 50  # a limit of our own: how soon Python's stack overflows depends on the process
 
 
 _WRAPPED = property | staticmethod | classmethod
 
 
 _PACKAGE = __name__.partition(".")[0]
-# Earlier versions wrote the module, too.
+# Earlier versions wrote the modules in which these classes stood then.
 _FORMER_MODULES = {
     name: module
     for module, names in {
@@ -111,13 +118,13 @@ _FORMER_MODULES = {
 
 
 class _Used(NamedTuple):
-    """What code finds among the global variables."""
+    """Value of a global variable that code reads."""
 
     value: Any
 
 
 class _Writer:
-    """Turns values into text. It keeps what it has seen, so that shared and circular references come to an end."""
+    """Writer that turns values into text. It remembers the objects it has seen, so that circular references end."""
 
     def __init__(
         self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool, form: int
@@ -125,20 +132,20 @@ class _Writer:
         self.places, self.buffers, self.code, self.values, self.form = places, buffers, code, values, form
         self.hooks = _HOOKS if hooks else ()
         self.active: list[int] = []
-        self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
+        self.texts: dict[int, tuple[Any, str]] = {}  # the object is kept, so that no other one gets its id
 
     # Modules
 
     def entries(self, name: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-        """Names and texts for a module and its parts."""
+        """Write a module and its parts, as pairs of name and text."""
         if (place := self.places.get(id(module), name)) != name:
             yield name, f"the same as {place}"
             return
         yield name, f"{self.text(type(module))}({', '.join(module._modules)})"
-        for leaf, tensor in _tensors(module):
+        for leaf, tensor in module_tensors(module):
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
-        for leaf, value in _attributes(module):
-            plain = type(value) in _PLAIN | _CONTAINERS and _is_setting(type(module), leaf)
+        for leaf, value in attributes(module):
+            plain = type(value) in _PLAIN | _CONTAINERS and is_setting(type(module), leaf)
             yield f"{name}.{leaf}", self._value(value, in_words=self.values or plain)
         if self.code:
             yield from self._definitions(name, type(module))
@@ -150,20 +157,20 @@ class _Writer:
             yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
 
     def _definitions(self, name: str, kind: type) -> Iterator[tuple[str, str]]:
-        """Each member of classes that count by their code, so that the one that differs has a name."""
+        """Write each member of classes that count by their code, so that a difference has a name."""
         for base in kind.__mro__:
-            if not _leads_to(base) and base.__flags__ & _ON_HEAP and not base.__module__.startswith(_MADE_BY):
-                for leaf, member in _members(base):
+            if is_local(base) and not base.__module__.startswith(_MADE_BY):
+                for leaf, member in members(base):
                     yield f"{name}: {base.__name__}.{leaf}", _sealed(self.text(member))
 
     def _value(self, value: Any, *, in_words: bool) -> str:
-        """An attribute; in place of one that is nested too deep, that it cannot be compared."""
+        """Write an attribute, or that it cannot be compared if it is nested too deep."""
         try:
             text = self.text(value)
         except RecursionError:
             self.active.clear()
             text = _OPAQUE
-        return _short(text) if in_words or _is_code(value) else f"{type(value).__qualname__} {_sealed(text)}"
+        return _short(text) if in_words or is_code(value) else f"{type(value).__qualname__} {_sealed(text)}"
 
     def _registered(self, name: str, tensor: Tensor | None, module: nn.Module, leaf: str) -> str:
         if tensor is None:
@@ -173,16 +180,16 @@ class _Writer:
         if isinstance(tensor, nn.Parameter) and id(tensor) in self.places:
             return "parameter"
         transient = leaf in module._non_persistent_buffers_set and self.buffers
-        return _numbers(tensor) if transient or id(tensor) not in self.places else "buffer"
+        return numbers(tensor) if transient or id(tensor) not in self.places else "buffer"
 
     def _module(self, module: nn.Module) -> str:
-        """A module that is no registered part, and whose weights therefore are not trained either."""
+        """Write a module that is an attribute but no registered part, so that nothing trains its weights."""
         return self._pairs(self.entries("", module))
 
     # Values
 
     def text(self, value: Any) -> str:
-        """Text for any value."""
+        """Write any value."""
         if isinstance(value, _Used):
             return self._used(value.value)
         if type(value) in _PLAIN:
@@ -214,7 +221,7 @@ class _Writer:
         return f"{type(value).__name__}{self._listed(value)}"
 
     def _object(self, value: Any) -> str:
-        """An object by its type and what a copy of it would be made from."""
+        """Write an object by its type and its pickled state."""
         if type(value) in _CONTAINERS:
             return self._container(value)
         name = self.text(type(value))
@@ -234,7 +241,7 @@ class _Writer:
         return f"{name}{''.join(parts)}"
 
     def _formed(self, value: Any, state: Any) -> Any:
-        """State of an object in the form that is asked for, where the object knows others."""
+        """Return the state of an object in the form that was asked for, if the object knows several."""
         if not isinstance(state, dict) or not hasattr(type(value), "_fingerprinted"):
             return state
         states = value._fingerprinted(state)
@@ -243,33 +250,34 @@ class _Writer:
     def _state(self, kind: type, state: Any) -> str:
         if not isinstance(state, dict):
             return self.text(state)
-        return self._pairs((str(name), self.text(v)) for name, v in state.items() if not _is_cache(kind, str(name)))
+        return self._pairs((str(name), self.text(v)) for name, v in state.items() if not is_cache(kind, str(name)))
 
     # Code
 
     def _type(self, kind: type) -> str:
-        if (plain := _plain_class(kind)) is not kind:  # which parameters are latent is an attribute
+        if (plain := plain_class(kind)) is not kind:  # which parameters are latent is an attribute
             return self.text(plain)
         if kind.__module__ == parametrize.__name__ and kind.__name__ == f"Parametrized{kind.__bases__[0].__name__}":
             return f"Parametrized[{self.text(kind.__bases__[0])}]"  # by its parts; torch makes a class for each module
         if not self.code:
             return kind.__qualname__
-        if _leads_to(kind) or not kind.__flags__ & _ON_HEAP:
+        if not is_local(kind):
             return f"{self._home(kind)}.{kind.__qualname__}"
-        code = self._pairs((name, self.text(member)) for name, member in _members(kind))
+        code = self._pairs((name, self.text(member)) for name, member in members(kind))
         return f"{kind.__name__}{self._listed(kind.__bases__)} {_sealed(code)}"
 
     def _function(self, function: types.FunctionType) -> str:
         if not self.code:
             return function.__qualname__
-        if _leads_to(function):
+        if leads_to(function):
             return f"{self._home(function)}.{function.__qualname__}"
-        cells = [_content(cell) for cell in function.__closure__ or ()]
-        parts = [function.__code__, function.__defaults__, function.__kwdefaults__, cells, _used(function)]
+        cells = [cell_content(cell) for cell in function.__closure__ or ()]
+        used = [_Used(value) for value in used_globals(function)]
+        parts = [function.__code__, function.__defaults__, function.__kwdefaults__, cells, used]
         return f"{function.__name__} {_sealed(self._listed(parts))}"
 
     def _home(self, value: Any) -> str:
-        """Module of a class or function; what is ours belongs to the package, whichever of its modules it stands in."""
+        """Name the module of a class or function. Ours belong to the package, so that they may move within it."""
         module = value.__module__
         if module.split(".")[0] != _PACKAGE:
             return module
@@ -280,12 +288,12 @@ class _Writer:
         )
 
     def _used(self, value: Any) -> str:
-        """A function or class that code finds among the global variables: of a class, only what it can do."""
-        if not isinstance(value, type) or _leads_to(value) or id(value) in self.active:
+        """Write a function or class that code reads as a global variable; of a class, only its methods."""
+        if not isinstance(value, type) or leads_to(value) or id(value) in self.active:
             return self.text(value)
         self.active.append(id(value))
-        members = [(name, m) for name, m in _members(value) if isinstance(m, types.FunctionType | _WRAPPED)]
-        bases, code = map(_Used, value.__bases__), self._pairs((name, self.text(m)) for name, m in members)
+        able = [(name, m) for name, m in members(value) if isinstance(m, types.FunctionType | _WRAPPED)]
+        bases, code = map(_Used, value.__bases__), self._pairs((name, self.text(m)) for name, m in able)
         text = f"{value.__name__}{self._listed(bases)} {_sealed(code)}"
         self.active.pop()
         return text
@@ -308,27 +316,16 @@ _PLAIN = frozenset(
     (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented), torch.dtype, torch.Size)
 )
 _CONTAINERS = frozenset((dict, list, tuple, set, frozenset))
-_WITHOUT_SETTINGS = (  # their state changes by use, or says where something is
-    RemovableHandle,
-    Trace,
-    np.random.BitGenerator,
-    np.random.Generator,
-    np.random.RandomState,
-    random.Random,
-    torch.Generator,
-    torch.device,
-    weakref.ReferenceType,
-)
 _WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
-    (_WITHOUT_SETTINGS, lambda writer, value: writer.text(type(value))),
+    (WITHOUT_SETTINGS, lambda writer, value: writer.text(type(value))),
     (nn.Module, _Writer._module),
-    (Tensor, lambda _, value: _numbers(value)),
+    (Tensor, lambda _, value: numbers(value)),
     (
         np.ndarray | np.generic,
         lambda writer, value: (
             writer._listed([value.tolist()])
             if value.dtype.hasobject
-            else f"{value.dtype} {value.shape} {_digest(np.ascontiguousarray(value).tobytes())}"
+            else f"{value.dtype} {value.shape} {digest(np.ascontiguousarray(value).tobytes())}"
         ),
     ),
     (type, _Writer._type),
@@ -339,127 +336,14 @@ _WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
     (types.ModuleType, lambda _, value: value.__name__),
 ]
 _MADE_BY = ("pyro.nn.", parametrize.__name__)  # classes that these make of others
-_ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_OF_CLASSES = {*vars(type("", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
-_OF_MODULES = {*vars(PyroModule()), "_compiled_call_impl", "_is_torch_compile"} - {"_pyro_params", "_pyro_samples"}
-_OF_GUIDES = {"create_plates", "init_loc_fn", "master", "plates", "prototype_trace"}
-
-
-def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
-    """Parameters and buffers of a module itself, without a look at latent ones, which would be draws."""
-    return [*module._parameters.items(), *module._buffers.items()]
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Attributes of a module that decide what it computes."""
-    kind = type(module)
-    if kind.__module__.startswith("torch._dynamo"):  # what wraps a module that is compiled
-        return
-    for name, value in vars(module).items():
-        of_torch = name in _OF_MODULES or (isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"))
-        of_pyro = name in ("_pyro_params", "_pyro_samples") and not value
-        of_guide = isinstance(module, AutoGuide) and (name in _OF_GUIDES or name.startswith("_"))
-        derived = isinstance(value, Tensor) and _is_derived(module, name, value)
-        if not (_is_attached(kind, name) or of_torch or of_pyro or of_guide or derived or _is_cache(kind, name)):
-            yield name, value
-
-
-def _plain_class(kind: type) -> type:
-    """The class that ``PyroModule[...]`` made another of, or the class itself."""
-    is_made = issubclass(kind, PyroModule) and kind is not PyroModule and kind is PyroModule[kind.__bases__[0]]
-    return kind.__bases__[0] if is_made else kind
-
-
-def _is_setting(kind: type, name: str) -> bool:
-    """Whether the class itself, of torch or of this library, declares an attribute as one of its settings."""
-    constants = [
-        vars(base).get("__constants__", ()) for base in kind.__mro__ if base.__module__.startswith("torch.nn.")
-    ]
-    return name in vars(_plain_class(kind)).get("_settings", ()) or any(name in names for names in constants)
-
-
-def _is_attached(kind: type, name: str) -> bool:
-    """Whether a user attached something to a module of a class that reads its own settings alone."""
-    read = _is_setting(kind, name) or name.startswith("_pyro_") or hasattr(kind, name)  # a method that was replaced
-    return "_settings" in vars(_plain_class(kind)) and not read
-
-
-def _is_derived(module: nn.Module, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor was computed from parameters: old-style weight norm, spectral norm and pruning keep such."""
-    return tensor.grad_fn is not None or not module._parameters.keys().isdisjoint({f"{name}_orig", f"{name}_g"})
-
-
-def _is_cache(kind: type, name: str) -> bool:
-    """Whether an attribute can be computed again: a cached property of any sort, or one that is called a cache."""
-    if "cache" in name.lower() or name == "_validate_args":
-        return True
-    attribute = inspect.getattr_static(kind, name, None)
-    is_code = isinstance(attribute, types.FunctionType | types.MethodDescriptorType | staticmethod | classmethod | type)
-    return hasattr(attribute, "__get__") and not hasattr(attribute, "__set__") and not is_code
-
-
-def _leads_to(value: Any) -> bool:
-    """Whether module and qualified name lead to this very class or function; in a notebook they may not tomorrow."""
-    found: Any = None if value.__module__ == "__main__" else sys.modules.get(value.__module__)
-    for name in value.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found is value
-
-
-def _globals(code: types.CodeType) -> list[str]:
-    """Names of the global variables that code reads, sorted."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _globals(const)]
-    return sorted({*inner, *(step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL")})
-
-
-def _used(function: types.FunctionType) -> list[_Used]:
-    """Functions and classes among the global variables that a function reads.
-
-    Other values belong to the program, such as its arguments or its data; what a module takes of them is in its
-    attributes.
-    """
-    found = [function.__globals__.get(name) for name in _globals(function.__code__)]
-    return [_Used(value) for value in found if _is_code(value)]
-
-
-def _is_code(value: Any) -> bool:
-    """Whether a value is a function or a class, and no method of an object."""
-    owner = getattr(value, "__self__", None) if isinstance(value, types.BuiltinFunctionType) else None
-    unbound = owner is None or isinstance(owner, types.ModuleType | type)
-    return isinstance(value, type | types.FunctionType | types.BuiltinFunctionType) and unbound
-
-
-def _members(kind: type) -> list[tuple[str, Any]]:
-    """What a class itself defines."""
-    return [(k, v) for k, v in vars(kind).items() if k not in _OF_CLASSES and not k.startswith("_abc_")]
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # nothing is in it yet
-        return None
-
-
-def _numbers(tensor: Tensor) -> str:
-    """Dtype, shape and digest of the entries, wherever these are."""
-    if is_lazy(tensor) or tensor.is_meta:
-        return f"{tensor.dtype} without values"
-    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
-    flat = dense.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {_digest(flat.view(torch.uint8).numpy().tobytes())}"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _sealed(text: str) -> str:
-    """Digest of a text, in which objects that cannot be compared are still named."""
-    return f"{_digest(text.encode())}{f' with an {_OPAQUE}' if _OPAQUE in text else ''}"
+    """Compute the digest of a text; the result still says whether there is an object that cannot be compared."""
+    return f"{digest(text.encode())}{f' with an {_OPAQUE}' if _OPAQUE in text else ''}"
 
 
 def _short(text: str) -> str:
-    """The text, or its beginning and a digest of the whole."""
+    """Shorten a long text to its beginning and a digest of the whole."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… {_sealed(text)}"

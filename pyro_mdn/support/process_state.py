@@ -1,10 +1,10 @@
 r"""Temporarily change process-wide state, and restore it afterwards.
 
-That is Pyro's parameter store and handlers, the validation of distributions, and the random generators of torch. A lock
-lets one thread at a time change this state; others wait. Code that keeps the process for long, such as the loop of a
-training, must call :func:`give_way` between its steps: if another thread waits, the state of the process is put back,
-the other thread has its turn, and then the work goes on with the state that it had. If no thread waits, that costs a
-look at a set.
+Process-wide state is Pyro's parameter store and handlers, the validation of distributions, and the random generators of
+torch. A lock lets one thread at a time change this state; others wait. Code that holds the lock for long, such as a
+training loop, must call :func:`give_way` between its steps. If another thread waits, the state of the process is
+restored, the other thread has its turn, and then the first thread goes on with the state that it had. If no thread
+waits, the call only looks at a set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from pyro_mdn.support.checks import shown
 __all__ = [
     "KeepFrozen",
     "give_way",
+    "has_process",
     "isolated",
+    "num_waiting",
     "own_generators",
     "own_store",
     "released",
@@ -40,34 +42,31 @@ __all__ = [
 ]
 
 _PROCESS = threading.RLock()
-_TURN = threading.Condition(_PROCESS)  # notified by each thread that is done with the process, or gives way
-_PATIENCE = 0.01  # seconds that a thread which gives way waits for another to take its turn
-_waiting: set[object] = set()  # a ticket for each thread that waits for the process
-_holder = [0]  # the thread that has the process
-_active: list[_Own] = []  # what that thread has changed, in order; empty while the state of the others is in place
+_TURN = threading.Condition(_PROCESS)  # notified by each thread that releases the lock or gives way
+_PATIENCE = 0.01  # seconds that a thread waits for another to take its turn, when it gives way
+_waiting: set[object] = set()  # a ticket for each thread that waits for the lock
+_holder = [0]  # the thread that holds the lock
+_active: list[_Own] = []  # the pieces of state that this thread has changed, in order; empty while they are restored
 
 
 # Taking turns
 
 
 class _Own:
-    """A piece of process-wide state of which a thread has a value of its own; ``kept`` is the value of the others."""
+    """A piece of process-wide state for which a thread has a value of its own; ``kept`` is the value to restore."""
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], None]) -> None:
         self.get, self.put, self.kept = get, put, get()
 
     def swap(self) -> None:
-        """Exchange the value in place and the kept one."""
+        """Exchange the current value and the kept one."""
         kept, self.kept = self.kept, self.get()
         self.put(kept)
 
 
 @contextmanager
 def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) -> Iterator[None]:
-    """Have the process, once no other thread has it, with another value of a piece of its state inside.
-
-    By default that starts as the value there is.
-    """
+    """Acquire the lock, and give a piece of process-wide state a value of its own inside."""
     ticket = object()
     _waiting.add(ticket)
     try:
@@ -81,7 +80,7 @@ def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) 
                 _active.append(own)
                 yield
             finally:
-                if own in _active:  # it is not, if its first value was refused
+                if own in _active:  # not if ``put`` refused the first value
                     _active.remove(own)
                 put(own.kept)
                 if _waiting:
@@ -91,16 +90,16 @@ def _own(get: Callable[[], Any], put: Callable[[Any], None], first: Any = None) 
 
 
 def give_way() -> None:
-    """Let other threads that wait for the process have it for a turn, as it was before this thread changed it."""
-    if _waiting and _is_mine():
-        with _put_back(), _ticket():  # a thread that has its turn may itself give way, back to this one
+    """Let threads that wait for the lock have a turn, with the process-wide state as it was before this thread."""
+    if _waiting and has_process():
+        with _put_back(), _ticket():  # with a ticket, so that the other thread may give way to this one again
             _TURN.wait(_PATIENCE)
 
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Let go of the process inside, which is as it was before this thread changed it: for code of others."""
-    if not _is_mine():
+    """Restore the process-wide state and release the lock inside, to run code of others, such as a callback."""
+    if not has_process():
         yield
         return
     with _put_back():
@@ -108,19 +107,24 @@ def released() -> Iterator[None]:
         try:
             yield
         finally:
-            with _ticket():  # not before: who gives way to a thread that does not wait loses that time
+            with _ticket():  # not before: other threads would give way to this one in vain, and lose time
                 for _ in range(depth):
                     _PROCESS.acquire()
 
 
-def _is_mine() -> bool:
-    """Whether this thread has the process, and has changed something."""
+def num_waiting() -> int:
+    """Count the threads that wait for the lock."""
+    return len(_waiting)
+
+
+def has_process() -> bool:
+    """Whether this thread holds the lock and has changed process-wide state."""
     return bool(_active) and _holder[0] == threading.get_ident()
 
 
 @contextmanager
 def _put_back() -> Iterator[None]:
-    """Have the state of the others in place inside, and afterwards again what this thread has changed."""
+    """Restore the process-wide state inside, and afterwards set again what this thread has changed."""
     mine = _active[:]
     _active.clear()
     for own in reversed(mine):
@@ -137,7 +141,7 @@ def _put_back() -> Iterator[None]:
 
 @contextmanager
 def _ticket() -> Iterator[None]:
-    """Count as a thread that waits for the process inside."""
+    """Count as a thread that waits for the lock inside."""
     ticket = object()
     _waiting.add(ticket)
     try:
@@ -147,25 +151,25 @@ def _ticket() -> Iterator[None]:
 
 
 def _let_go() -> int:
-    """Release the lock as often as this thread has acquired it; the number of times."""
+    """Release the lock as often as this thread has acquired it, and return the number of times."""
     depth = 0
     while True:
         try:
             _PROCESS.release()
-        except RuntimeError:  # it is not this thread's any more
+        except RuntimeError:  # this thread does not hold it any more
             return depth
         depth += 1
 
 
 def _begin_anew() -> None:
-    """Have nobody wait in a process that was forked, nor have it, unless the thread that forked has it.
+    """Reset the lock in a forked process, unless the thread that forked holds it.
 
-    Other threads are not there any more. What one of them had changed is put back, but for the generators: it may have
-    held their lock, which then nothing gets any more.
+    Other threads do not exist in the new process. State that one of them had changed is restored, except for that of
+    the generators: the thread may have held their own lock, which nothing can release any more.
     """
     global _PROCESS, _TURN
     _waiting.clear()
-    if _active and not _is_mine():
+    if _active and not has_process():
         for own in reversed(_active):
             if own.put is not _put_generators:
                 own.put(own.kept)
@@ -184,7 +188,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def isolated() -> Iterator[None]:
-    """Have Pyro's parameter store empty, no handlers of the caller's and nothing validated inside."""
+    """Run with an empty parameter store, without handlers of the caller, and without validation."""
     with own_store(), unvalidated(), _own(_PYRO_STACK.copy, _put_handlers, []):
         yield
 
@@ -194,7 +198,7 @@ def _put_handlers(handlers: list[Any]) -> None:
 
 
 def own_store() -> AbstractContextManager[None]:
-    """Have Pyro's parameter store empty inside."""
+    """Run with an empty parameter store, and restore the store of the caller."""
     return _own(pyro.get_param_store().get_state, _put_store, {"params": {}, "constraints": {}})
 
 
@@ -206,7 +210,7 @@ def _put_store(state: Any) -> None:
 
 
 def own_generators() -> AbstractContextManager[None]:
-    """Have torch's generators go on inside, and as they were afterwards."""
+    """Run with the generators of torch as they are, and restore their states afterwards."""
     return _own(_generators, _put_generators)
 
 
@@ -222,7 +226,7 @@ def _put_generators(states: list[torch.Tensor]) -> None:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Have torch's generators start from a seed inside; with ``None``, let them go on, also afterwards."""
+    """Run with generators that start from a seed, and restore their states; with ``None``, change nothing."""
     if seed is None:
         yield
         return
@@ -232,7 +236,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def unvalidated() -> AbstractContextManager[None]:
-    """Have nothing validated inside: under vmap, a test of values would have to read data."""
+    """Run without validation: under vmap, checks cannot read the values."""
     return _own(_validation, _put_validation, (False,) * 4)
 
 
@@ -253,7 +257,7 @@ def _put_validation(values: tuple[bool, bool, bool, bool]) -> None:
 
 
 class KeepFrozen(Messenger):
-    """Keep frozen parameters out of Pyro's parameter store, which makes all that it takes require a gradient."""
+    """Keep frozen parameters out of Pyro's parameter store, which makes all its parameters require a gradient."""
 
     def _pyro_param(self, msg: Any) -> None:
         _, *initial = msg["args"]
@@ -262,7 +266,7 @@ class KeepFrozen(Messenger):
 
 
 def require_owned(module: nn.Module) -> None:
-    """Raise a ``ValueError`` if the parameter store has parameters that are not the module's: nothing trains those."""
+    """Raise a ``ValueError`` if the store has parameters that are not the module's: the optimiser has none of these."""
     if store := pyro.get_param_store():
         owned = {id(parameter) for parameter in module.parameters()}
         if strangers := [name for name, p in store.named_parameters() if id(p) not in owned]:

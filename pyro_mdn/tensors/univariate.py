@@ -68,7 +68,7 @@ class Law(TensorBatch):
         return self
 
     def log_mass(self, centre: Tensor, half: Tensor) -> Tensor:
-        """Log-probability of the interval within ``half`` of a centre, accurate in both tails and where it is narrow."""
+        """Log-probability of the interval within ``half`` of a centre, accurate in both tails and if it is narrow."""
         law, at = self.mirrored(), -centre.abs()  # in the lower tail logarithms are accurate
         if law is not self:
             above = centre > 0

@@ -14,10 +14,11 @@ from torch.func import functional_call
 from pyro_mdn import scores
 from pyro_mdn.networks.batched.functional import OwnParameters, over_draws
 from pyro_mdn.networks.ensemble import DeepEnsemble
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.posteriors.guide_draws import draw_from, latent_sites, log_density_at, require_sites
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import require_counts, require_numbers, shown
+from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import KeepFrozen, isolated, own_generators, own_store, require_owned, unvalidated
 
 __all__ = [
@@ -78,8 +79,7 @@ class NegativeLogLikelihood(nn.Module):
     ) -> None:
         super().__init__()
         require_counts(num_points=num_points)
-        dim = (network.stacked if isinstance(network, DeepEnsemble) else network).dim_out
-        cell = None if cell is None else _as_cells(cell, dim)
+        cell = None if cell is None else _as_cells(cell, network.dim_out)
         self.network, self.num_points = network, int(num_points)
         self.register_buffer("cell", cell, persistent=False)
 

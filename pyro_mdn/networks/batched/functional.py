@@ -1,4 +1,4 @@
-r"""Many networks at once: functions of weights, mapped over a leading axis of draws or members."""
+r"""Many networks in one pass: functions of weights, mapped by ``torch.vmap`` over an axis of draws or members."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def over_draws(
 ) -> tuple[Tensor, ...]:
     """Apply a function of named tensors to each slice of them along their first axis, in one vectorised pass.
 
-    Random numbers inside differ from draw to draw. Recurrent layers of torch, which :func:`torch.vmap` does not
-    support, go one draw after another.
+    Random numbers differ from draw to draw. :func:`torch.vmap` does not support the recurrent layers of torch: networks
+    with these go one draw after another.
 
     Args:
         function: Takes tensors without the first axis; returns a tuple of tensors.
         draws: The tensors, ``(S, ...)`` each.
         module: What the function calls.
-        chunk_size: Draws in one pass at most; by default all.
+        chunk_size: Largest number of draws in one pass; by default all.
 
     Returns:
         The results, each ``(S, ...)``.
@@ -65,7 +65,7 @@ def in_passes(
     x: Tensor,
     module: nn.Module,
 ) -> tuple[Tensor, ...]:
-    """Results ``(S, N, ...)`` of a function of named tensors and rows, in passes that are measured.
+    """Compute results ``(S, N, ...)`` of a function of named tensors and rows, in passes whose size is measured.
 
     Args:
         function: Takes tensors without the first axis, and rows; returns a tuple of tensors ``(N, ...)``.
@@ -95,11 +95,11 @@ def in_parts(
     draws: Mapping[str, Tensor],
     x: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Results ``(S, N, ...)``: so many draws at a time and, where not even one fits into a pass, parts of the rows.
+    """Compute results ``(S, N, ...)`` by some draws at a time; if a single draw exceeds one pass, by parts of the rows.
 
     Args:
-        run: Takes all draws, some rows, and how many draws go at once.
-        cost: What one draw takes.
+        run: Takes all draws, some rows, and the number of draws in one pass.
+        cost: Memory that one draw takes.
         draws: Named tensors, ``(S, ...)`` each.
         x: The rows, ``(N, ...)``.
     """
@@ -109,16 +109,16 @@ def in_parts(
 
 
 def _joined(results: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """Results ``(S, N, ...)`` of parts of the rows together; or those of any, where they are the same for all rows."""
+    """Join results ``(S, N, ...)`` of parts of the rows; results that do not depend on rows are those of any part."""
     by_row = all(result.shape[1] == len(part) for result, part in zip(results, parts, strict=True))
     return torch.cat([*results], 1) if by_row and len(results) > 1 else results[0]
 
 
 class MixtureTensors:
-    """A function that gives a mixture, as one that gives the mixture's tensors, each with all dimensions of its batch.
+    """Function that returns the tensors of a mixture, each with all batch dimensions, for ``torch.vmap``.
 
     Args:
-        function: What gives the mixture.
+        function: Function that returns the mixture.
     """
 
     def __init__(self, function: Callable[..., Mixture]) -> None:
@@ -127,7 +127,7 @@ class MixtureTensors:
         self.components: Any = None
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Logits and what the components store."""
+        """Return logits and the tensors that the components store."""
         mixture = self.function(*args)
         batch_shape = mixture.batch_shape
         self.kind = type(mixture)
@@ -135,12 +135,12 @@ class MixtureTensors:
         return mixture.logits, *self.components.tensors()
 
     def mixture(self, logits: Tensor, *stored: Tensor) -> Mixture:
-        """Mixture of such tensors, of any batch shape, with components like those of the last call."""
+        """Build the mixture of such tensors, of any batch shape, with components like those of the last call."""
         return self.kind.of_components(logits, self.components.with_tensors(stored))
 
 
 class OwnParameters(Messenger):
-    """Have ``pyro.param`` give a tensor that it is given: under vmap the parameter store cannot take new ones."""
+    """Make ``pyro.param`` return its initial tensor: under vmap, the parameter store cannot register new ones."""
 
     def _pyro_param(self, msg: Any) -> None:
         name, *initial = msg["args"]
@@ -149,7 +149,7 @@ class OwnParameters(Messenger):
 
 
 def _failing(call: Callable[[], Any], module: nn.Module) -> str | None:
-    """Name and type of the part of a module whose call does not return, if there is one."""
+    """Find the part of a module whose call fails; return its name and type, or ``None``."""
     entered: list[str] = []
     with ExitStack() as stack:
         for name, part in module.named_modules():
@@ -163,7 +163,7 @@ def _failing(call: Callable[[], Any], module: nn.Module) -> str | None:
 
 
 class _FreshNoise(TorchFunctionMode):
-    """Have distributions draw anew for each slice under vmap, where they fill a tensor that is the same for all."""
+    """Make distributions draw anew for each slice under vmap, although they fill a tensor that all slices share."""
 
     in_place = frozenset((torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.exponential_))
 

@@ -1,4 +1,4 @@
-r"""Many networks at once whose hidden layers are our own: batched matrix products, faster than vmap makes them."""
+r"""Many networks in one pass if their hidden layers are the usual ones: batched matrix products, faster than vmap."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_mdn.networks.head import MixtureHead
-from pyro_mdn.networks.network import FirstLinear, MixtureDensityNetwork
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.raw_parameters import Raw
+from pyro_mdn.networks.starting_point import FirstLinear
 from pyro_mdn.support.batching import Cost
 from pyro_mdn.support.checks import is_inherited, is_plain
 from pyro_mdn.support.process_state import give_way
@@ -19,10 +20,10 @@ __all__ = ["dense_cost", "dense_raw", "is_dense"]
 
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
-    """Check that :func:`dense_raw` computes what a network does, and that the weights are where it looks for them.
+    """Check that :func:`dense_raw` computes the same as a network, and finds its weights.
 
-    It does not call layers of weights, so that these are plain ones, without hooks; and for all layers together there
-    is one call of an activation function, whose hooks would see another shape.
+    The function multiplies by the weights of linear layers without calling these, so that they have to be plain ones,
+    without hooks. It calls each activation once for all networks, whose hooks would see another shape.
     """
     head, backbone = network.head, network.backbone
     inherited = is_inherited(network, MixtureDensityNetwork, "raw", "features")
@@ -46,13 +47,13 @@ def _is_linear(layer: nn.Module) -> bool:
 def dense_raw(
     network: MixtureDensityNetwork, x: Tensor, tensors: Mapping[str, Tensor], *, chunk_size: int | None = None
 ) -> Raw:
-    """Raw parameters ``(S, *batch, ...)`` of the mixtures by S networks that differ in their tensors.
+    """Compute raw parameters ``(S, *batch, ...)`` of the mixtures by S networks that differ in their tensors.
 
     Args:
         network: Network of the architecture, for which :func:`is_dense` holds.
-        x: Inputs ``(S, *batch, dim_in)``, or ``(1, *batch, dim_in)`` where all have the same.
-        tensors: Parameters and buffers by name, ``(S, *shape)``, or ``(1, *shape)`` where all have the same.
-        chunk_size: Networks in one pass at most; by default all.
+        x: Inputs ``(S, *batch, dim_in)``, or ``(1, *batch, dim_in)`` if all networks share them.
+        tensors: Parameters and buffers by name, ``(S, *shape)``, or ``(1, *shape)`` if all networks share them.
+        chunk_size: Largest number of networks in one pass; by default all.
     """
     n, size = x.ndim - 1, max(len(x), *(len(tensor) for tensor in tensors.values()))
     shift, scale = (_aligned(tensors[name], n) for name in ("x_shift", "x_scale"))
@@ -60,12 +61,12 @@ def dense_raw(
     inputs = inputs.reshape(max(len(x), len(shift)), x.shape[1:-1].numel(), x.shape[-1])
     step = chunk_size or size
     weight = tensors["head.linear.weight"]
-    # Chunks write to their place in one tensor; but autograd wants one of its own from each, autocast another dtype.
+    # Chunks write into one tensor. Autograd needs a tensor of each chunk instead, and autocast another dtype.
     apart = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     whole = None if apart else weight.new_empty(size, weight.shape[1], inputs.shape[1])
     parts = []
     for start in range(0, size, step):
-        if step < size:  # in one pass it may be a step of training, or compiled
+        if step < size:  # a single pass may be a training step, or be compiled
             give_way()
         own = {name: _part(tensor, start, step) for name, tensor in tensors.items()}
         out = None if whole is None else whole[start : start + step]
@@ -79,7 +80,7 @@ def dense_raw(
 
 
 def dense_cost(network: MixtureDensityNetwork, draws: Mapping[str, Tensor]) -> Cost:
-    """What :func:`dense_raw` takes for each network and row: what layers give, and what becomes of it."""
+    """Estimate the memory that :func:`dense_raw` takes for each network and row: outputs of layers, and the mixture."""
     layers = [layer for layer in network.backbone._modules.values() if isinstance(layer, nn.Linear)]
     widths = 2 * sum(layer.out_features for layer in layers) + 4 * sum(network.head.sizes)
     size = network.x_shift.itemsize
@@ -89,7 +90,7 @@ def dense_cost(network: MixtureDensityNetwork, draws: Mapping[str, Tensor]) -> C
 def _channels(
     network: MixtureDensityNetwork, features: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None
 ) -> Tensor:
-    """What the head's linear layer gives, ``(S, C, N)``."""
+    """Compute the channels of the head's linear layer, ``(S, C, N)``."""
     layers: dict[str, Any] = network.backbone._modules
     for name, layer in layers.items():  # ``named_children`` has one that occurs twice only once
         if isinstance(layer, nn.Linear):
@@ -105,7 +106,7 @@ def _channels(
 
 
 def _linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Outputs ``(S, N, out)`` of S layers; where they have the same inputs, by one product that is wider."""
+    """Compute outputs ``(S, N, out)`` of S linear layers; if they share inputs, by one wider product."""
     if len(features) > 1 or len(weight) == 1:
         return _product(bias.unsqueeze(1), features, weight.mT)
     wide = torch.addmm(bias.expand(len(weight), -1).flatten(), features[0], weight.flatten(0, 1).mT)
@@ -122,5 +123,5 @@ def _part(tensor: Tensor, start: int, step: int) -> Tensor:
 
 
 def _aligned(tensor: Tensor, batch_dim: int) -> Tensor:
-    """Shape ``(S, D)`` for a batch ``(S, ...)``."""
+    """Reshape ``(S, D)`` so that it broadcasts with a batch ``(S, ...)``."""
     return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), -1)

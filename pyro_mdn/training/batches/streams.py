@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_mdn.networks.network import MixtureDensityNetwork, evaluating
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows, as_device_tensor
 from pyro_mdn.support.checks import describe
+from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import give_way, own_generators
 from pyro_mdn.training.batches.missing_targets import gaps_given
 
@@ -93,7 +94,7 @@ class Streamed:
         if self.flat is None:
             self.flat = network.dim_out == 1 and y.ndim <= x.ndim - len(network.input_shape)
             if self.flat:
-                with own_generators(), torch.no_grad(), evaluating(network), network._context():
+                with own_generators(), torch.no_grad(), evaluating(network), network.calling():
                     self.flat = y.ndim == network.features(x[:1]).ndim - 1
         return self.flat
 
