@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.mixture import GaussianMixture
 from pyro_mdn.scores import observed_mean
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.arrays import as_tensor, in_columns
 from pyro_mdn.support.checks import require_counts, shown
 
 __all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
@@ -194,8 +194,7 @@ def _check_points(points: ArrayLike | None) -> Array:
 
 
 def _as_rows(mixture: GaussianMixture, y: Any) -> Tensor:
-    y = as_tensor(y, "y", mixture.locs.device)
-    y = y.unsqueeze(-1) if y.ndim == 1 else y
+    y = in_columns(as_tensor(y, "y", mixture.locs.device))
     if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
         expected = "a mixture of batch shape (N,) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")

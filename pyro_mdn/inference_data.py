@@ -18,7 +18,7 @@ from pyro_mdn.adapters.xarray_labels import JOINT, Labels, by_chain
 from pyro_mdn.distributions.mixture import GaussianMixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.support.arrays import Array, as_array, as_tensor, to_numpy
+from pyro_mdn.support.arrays import Array, as_array, as_tensor, in_columns, to_numpy
 from pyro_mdn.support.checks import require_counts
 from pyro_mdn.support.process_state import seeded
 
@@ -100,8 +100,7 @@ def to_inference_data(
     """
     x, y = _named(positional, x, y)
     require_counts(num_samples=num_samples)
-    targets = as_array(y, "y")
-    targets = targets[:, None] if targets.ndim == 1 else targets
+    targets = in_columns(as_array(y, "y"))
     if not targets.size or np.isinf(targets).any():
         raise ValueError(f"y: expected finite numbers, or NaN, in one row at least, got shape {targets.shape}")
     with torch.no_grad(), seeded(seed):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.special import ndtri
 
 from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.support.arrays import Array, as_array, to_numpy
+from pyro_mdn.support.arrays import Array, as_array, in_columns, to_numpy
 
 __all__ = [
     "PIXELS",
@@ -68,8 +68,7 @@ def one_input(x: Any) -> tuple[Array, str]:
 
 def targets_of(y: Any, size: int | None = None, dim: int | None = None) -> Array:
     """Targets ``(N, D)`` of any kind."""
-    rows = as_array(y, "y")
-    rows = rows[:, None] if rows.ndim == 1 else rows
+    rows = in_columns(as_array(y, "y"))
     if rows.ndim != 2 or size not in (None, rows.shape[0]) or dim not in (None, rows.shape[1]):
         expected = f"({'N' if size is None else size}, {'D' if dim is None else dim})"
         raise ValueError(f"y: expected shape {expected}, got {rows.shape}")

@@ -14,7 +14,7 @@ from pyro_mdn.adapters.pareto_smoothing import smoothed_weights, varies, warn_if
 from pyro_mdn.adapters.sources import ENSEMBLE, POINT
 from pyro_mdn.adapters.xarray_labels import JOINT
 from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.support.arrays import Array, as_tensor
+from pyro_mdn.support.arrays import Array, as_tensor, in_columns
 
 __all__ = ["LooPit", "compare", "loo", "loo_pit"]
 
@@ -136,8 +136,7 @@ def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
     >>> loo_pit(mixture, torch.randn(5, 1)).pit.shape
     torch.Size([5, 1])
     """
-    y = as_tensor(y, "y", mixture.locs.device)
-    y = y.unsqueeze(-1) if y.ndim == 1 else y
+    y = in_columns(as_tensor(y, "y", mixture.locs.device))
     if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
         expected = "mixtures (S, N) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")

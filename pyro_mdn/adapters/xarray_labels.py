@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pyro_mdn.support.arrays import Array
+from pyro_mdn.support.arrays import Array, in_columns
 
 if TYPE_CHECKING:
     from xarray import Dataset
@@ -74,7 +74,7 @@ class Labels(NamedTuple):
         """Inputs of the rows."""
         if len(x) != size:
             raise ValueError(f"x: expected {size} rows, got {len(x)}")
-        x = x[:, None] if x.ndim == 1 else x
+        x = in_columns(x)
         return self._dataset({"x": (("obs_id", *(f"x_dim_{i}" for i in range(x.ndim - 2)), "input"), x)})
 
     def _dataset(self, variables: Mapping[str, Any], coords: Mapping[str, Array] | None = None) -> Dataset:

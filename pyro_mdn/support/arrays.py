@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "as_array",
     "as_tensor",
     "columns_of",
+    "in_columns",
     "is_frame",
     "require_finite",
     "require_no_infinity",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+Numbers = TypeVar("Numbers", Tensor, Array)
 
 _INSTEAD = {
     "M": "dates: give them as numbers, such as days since a date",
@@ -148,6 +150,15 @@ def to_numpy(values: Any) -> Array:
     if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
         values = [to_numpy(row) for row in values]
     return np.asarray(unmasked(values))
+
+
+def in_columns(values: Numbers) -> Numbers:
+    """Give rows of one number each, ``(N,)``, the axis of columns, ``(N, 1)``; other shapes come back as they are.
+
+    >>> in_columns(torch.zeros(3)).shape, in_columns(np.zeros((3, 2))).shape
+    (torch.Size([3, 1]), (3, 2))
+    """
+    return values[:, None] if values.ndim == 1 else values
 
 
 def is_frame(values: Any) -> bool:

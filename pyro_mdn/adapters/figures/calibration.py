@@ -14,7 +14,7 @@ from pyro_mdn.adapters.figures.axes import COLORS, STYLES, axes_of
 from pyro_mdn.adapters.xarray_labels import names_of
 from pyro_mdn.calibration import coverage_table, ecdf_band
 from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.support.arrays import as_array, to_numpy
+from pyro_mdn.support.arrays import as_array, in_columns, to_numpy
 from pyro_mdn.support.checks import shown
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def plot_pit(
     >>> plot_pit(torch.rand(100)).get_xlabel()
     'probability integral transform u'
     """
-    rows = as_array(pit, "pit")
-    rows = rows[:, None] if rows.ndim == 1 else rows
+    rows = in_columns(as_array(pit, "pit"))
     observed = [column[~np.isnan(column)] for column in rows.T] if rows.ndim == 2 else []
     if rows.ndim != 2 or not all(len(u) and ((u >= 0) & (u <= 1)).all() for u in observed):
         raise ValueError(f"pit: expected numbers in [0, 1], (N,) or (N, D), got shape {np.shape(pit)}")
