@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.special import ndtri
 
 from pyro_mdn.distributions.mixture import GaussianMixture
-from pyro_mdn.support.arrays import Array, as_array, in_columns, to_numpy
+from pyro_mdn.support.arrays import Array, as_array, columns_of, in_columns, to_numpy
 
 __all__ = [
+    "ELEMENTS",
     "PIXELS",
     "along",
     "cell_density",
@@ -27,12 +28,15 @@ __all__ = [
     "targets_of",
 ]
 
-PIXELS, _MOST = 300, 1000
-"""Points of a grid: about as many as a figure has pixels, where each is a colour; at most, where there are contours."""
+PIXELS = 300
+"""Points of a grid of colours: about as many as a figure has pixels."""
+
+_MOST = 1000
+"""Points of a grid of contours at most."""
 
 _QUANTILES = 1000
 
-_ELEMENTS = 2**24
+ELEMENTS = 2**24
 """Numbers in the largest tensor at once, where one point of a grid does not need more."""
 
 
@@ -48,13 +52,12 @@ def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, Ga
     if not 0 <= output < mixture.dim:
         raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
     order = np.argsort(values, kind="stable")
-    sorted_ = mixture.marginal(output)._flat(mixture.batch_shape)._pick(torch.from_numpy(order))
-    return values[order], label, sorted_, order
+    return values[order], label, mixture.marginal(output)[torch.from_numpy(order)], order
 
 
 def one_input(x: Any) -> tuple[Array, str]:
     """Values of one input, numbers or times, and what to call it."""
-    columns = getattr(x, "columns", None)
+    columns = columns_of(x)
     name = getattr(x, "name", None) if columns is None else next(iter(columns), None)
     values = to_numpy(x)
     values = values if values.dtype.kind == "M" else as_array(x, "x")
@@ -140,7 +143,16 @@ def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor
     return [log_density.kthvalue(rank, 0).values for rank in ranks]
 
 
-def in_parts(function: Callable[[Tensor], Tensor], points: Tensor, mixture: GaussianMixture) -> Tensor:
-    """Evaluate a function of a mixture at ``(points, ...)``, as many at a time as fit."""
+def in_parts(
+    function: Callable[[Tensor], Tensor], points: Tensor, mixture: GaussianMixture, *, elements: int = ELEMENTS
+) -> Tensor:
+    """Evaluate a function of a mixture at ``(points, ...)``, in parts that bound the memory.
+
+    Args:
+        function: A method of the mixture, such as ``mixture.cdf``.
+        points: Points ``(points, *batch, D)``; the function is evaluated at each of the first dimension.
+        mixture: The mixture, whose batch shape and number of components say what one point needs.
+        elements: Numbers in the largest tensor of a part, where one point does not need more.
+    """
     one = torch.broadcast_shapes(points.shape[1:-1], mixture.batch_shape).numel() * mixture.n_components * mixture.dim
-    return torch.cat([function(part) for part in points.split(max(1, _ELEMENTS // one))])
+    return torch.cat([function(part) for part in points.split(max(1, elements // one))])

@@ -162,23 +162,36 @@ def in_columns(values: Numbers) -> Numbers:
 
 
 def is_frame(values: Any) -> bool:
-    """Whether this is a data frame, of pandas or polars, which may have columns of several types."""
-    return hasattr(values, "columns") and hasattr(values, "dtypes") and hasattr(values, "to_numpy")
+    """Check for a data frame of pandas or polars, or a table of Arrow: its columns may have several types."""
+    return _is_arrow(values) or all(hasattr(values, name) for name in ("columns", "dtypes", "to_numpy"))
+
+
+def _is_arrow(values: Any) -> bool:
+    return hasattr(values, "column_names") and hasattr(values, "schema")
 
 
 def columns_of(values: Any) -> list[Any] | None:
-    """Names of the columns of a data frame; None of anything else."""
-    return list(values.columns) if is_frame(values) else None
+    """Return the names of the columns of a data frame or table; None for anything else."""
+    if not is_frame(values):
+        return None
+    return list(values.column_names if _is_arrow(values) else values.columns)
 
 
 def _of_frame(frame: Any, name: str) -> Array:
     """Numbers of a data frame: column by column, since each may have a type of its own."""
-    series = [frame.iloc[:, i] for i in range(frame.shape[1])] if hasattr(frame, "iloc") else frame.get_columns()
-    labels = list(frame.columns)
-    columns = [_of_column(part, f"{name}, column {label!r}") for part, label in zip(series, labels, strict=True)]
+    labels = columns_of(frame) or []
+    columns = [
+        _of_column(part, f"{name}, column {label!r}") for part, label in zip(_series(frame), labels, strict=True)
+    ]
     if not columns:
         return np.empty((len(frame), 0))
     return np.stack(columns, 1)
+
+
+def _series(frame: Any) -> list[Any]:
+    if hasattr(frame, "iloc"):
+        return [frame.iloc[:, i] for i in range(frame.shape[1])]
+    return frame.columns if _is_arrow(frame) else frame.get_columns()
 
 
 def _of_column(column: Any, name: str) -> Array:

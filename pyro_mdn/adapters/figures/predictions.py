@@ -150,9 +150,7 @@ def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0,
     names = names_of(None, None, mixture.dim)
     values, label, _, order = along(mixture, x, output)
     ax = axes_of(ax)
-    # In double precision, where the squares of small and large units are in range.
-    covariance = mixture.covariance.map(lambda t, n: t.double())
-    mixture = mixture._new(mixture.logits.double(), mixture.locs.double(), covariance)
+    mixture = mixture.double()  # in which the squares of small and large units are in range
     noise, doubt = uncertainty.aleatoric_variance(mixture), uncertainty.epistemic_variance(mixture)
     looks = [{"color": "0.75", "linewidth": 4}, {"color": COLORS[0]}, {"color": COLORS[1], "linestyle": "--"}]
     parts = {"total": noise + doubt, "aleatoric: noise": noise, "epistemic: open": doubt}
