@@ -13,7 +13,7 @@ import torch
 from cases import make_mixture
 from scipy import integrate
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, plots, scores, uncertainty
+from pyro_mdn import Diagonal, DiagonalCovariance, FitResult, Full, GaussianMixture, plots, scores, uncertainty
 from pyro_mdn.adapters import density_grids
 from pyro_mdn.calibration import ecdf_band, uniformity_p_value
 
@@ -125,6 +125,18 @@ def test_components():
     assert (light < dark - 0.1).all()
     low, high = ax.get_ylim()
     assert low < mixture.locs[..., 1].min() - 0.2 < mixture.locs[..., 1].max() + 0.2 < high
+
+
+def test_training_is_readable_in_grey():
+    """Three line styles, and a light and a dark colour, by the luminance that a grey print shows."""
+    rows = [{"epoch": e, "loss": 1 / (e + 1), "validation_loss": 2 / (e + 1)} for e in range(5)]
+    ax = plots.plot_training(FitResult(history=rows, best_epoch=3))
+    assert len({line.get_linestyle() for line in ax.lines}) == 3
+    luminance = [np.dot(mpl.colors.to_rgb(line.get_color()), [0.299, 0.587, 0.114]) for line in ax.lines]
+    assert luminance[0] - luminance[1] > 0.25
+    assert [list(line.get_ydata()) for line in ax.lines[:2]] == [
+        [r[n] for r in rows] for n in ("loss", "validation_loss")
+    ]
 
 
 def test_each_component_looks_different():
@@ -360,7 +372,7 @@ def test_moments_in_small_units():
     small = single.affine(0.0, 1e-25)
     for one, other in [(single, small), (single.marginal(0), small.marginal(0))]:
         grid, small_grid = (density_grids.grid_of(m) for m in (one, other))
-        assert density_grids.PIXELS < len(grid)  # two points for each standard deviation, so that its size matters
+        assert len(grid) > density_grids.PIXELS  # two points for each standard deviation, so that its size matters
         assert np.allclose(small_grid * 1e25, grid, rtol=1e-4)
         draws = [m.expand((3, ROWS)) for m in (one, other)]
         lines = [plots.plot_uncertainty_split(draw, x).lines[0].get_ydata() for draw in draws]
