@@ -1,7 +1,7 @@
 r"""Figures of predictions, calibration and training.
 
-Every function takes axes and returns them, and changes no style. Mixtures of batch shape ``(S, N)``, by draws of the
-weights, are averaged. Colours are told apart by colour-blind readers, and lines also by their style.
+Every function takes axes and returns them, and does not change the style. Mixtures of batch shape ``(S, N)``, for S
+draws of the weights, are averaged. Colours are safe for colour-blind readers, and lines also differ in their style.
 """
 
 from pyro_mdn.adapters.figures.calibration import plot_calibration, plot_pit

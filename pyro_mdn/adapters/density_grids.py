@@ -1,4 +1,4 @@
-r"""Grids: mixtures along one input and densities over one output, as arrays that a figure shows."""
+r"""Evaluate mixtures along one input, and densities over a grid of one output, as arrays for figures."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = [
 ]
 
 PIXELS = 300
-"""Points of a grid of colours: about as many as a figure has pixels."""
+"""Points of a grid that is shown as colours: about as many as a figure has pixels."""
 
 _MOST = 1000
-"""Points of a grid of contours at most."""
+"""Largest number of points of a grid that contours are computed on."""
 
 _QUANTILES = 1000
 
 ELEMENTS = 2**24
-"""Numbers in the largest tensor at once, where one point of a grid does not need more."""
+"""Numbers in the largest tensor at a time, unless a single point of the grid needs more."""
 
 
 def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, GaussianMixture, Array]:
-    """Sorted values of x, its label, the average mixtures of one output in that order, and the order."""
+    """Sort mixtures by x: values of x, its label, the (averaged) mixtures of one output, and the order."""
     values, label = one_input(x)
     mixture = pooled(mixture)
     if mixture.batch_shape != values.shape:
@@ -56,7 +56,7 @@ def along(mixture: GaussianMixture, x: Any, output: int) -> tuple[Array, str, Ga
 
 
 def one_input(x: Any) -> tuple[Array, str]:
-    """Values of one input, numbers or times, and what to call it."""
+    """Convert one input, numbers or times, to an array; also return its name for a label."""
     columns = columns_of(x)
     name = getattr(x, "name", None) if columns is None else next(iter(columns), None)
     values = to_numpy(x)
@@ -70,7 +70,7 @@ def one_input(x: Any) -> tuple[Array, str]:
 
 
 def targets_of(y: Any, size: int | None = None, dim: int | None = None) -> Array:
-    """Targets ``(N, D)`` of any kind."""
+    """Convert targets of any container to an array ``(N, D)``."""
     rows = in_columns(as_array(y, "y"))
     if rows.ndim != 2 or size not in (None, rows.shape[0]) or dim not in (None, rows.shape[1]):
         expected = f"({'N' if size is None else size}, {'D' if dim is None else dim})"
@@ -84,7 +84,10 @@ def pooled(mixture: GaussianMixture) -> GaussianMixture:
 
 
 def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> Tensor:
-    """Points over all but 0.1 % of each distribution of one output, two for each standard deviation up to ``most``."""
+    """Choose points that cover 99.9 % of each distribution of one output, at most ``most``.
+
+    There are two points for each standard deviation of the narrowest component that matters.
+    """
     single = mixture.marginal(output)
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
     count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
@@ -93,7 +96,7 @@ def grid_of(mixture: GaussianMixture, output: int = 0, *, most: int = _MOST) -> 
 
 
 def _finest(mixture: GaussianMixture) -> Tensor:
-    """Smallest standard deviation of an output, given the other if there are two, of components that matter."""
+    """Find the smallest standard deviation of an output (given the other one of two) of components that matter."""
     stddev, half_log_det = mixture.covariance.stddev(), mixture.covariance.half_log_det()
     conditional = (half_log_det - stddev.log().sum(-1)).exp() * stddev.min(-1).values
     matter = mixture.logits.exp() > 0.05 / mixture.n_components
@@ -101,16 +104,17 @@ def _finest(mixture: GaussianMixture) -> Tensor:
 
 
 def cell_density(mixture: GaussianMixture, grid: Tensor) -> Tensor:
-    """Mean density within half a step of each point, ``(points, N)``: no mode is too narrow for it."""
+    """Compute the mean density within half a step of each point, ``(points, N)``, which sees the narrowest modes."""
     step = grid[1] - grid[0]
     ends = torch.cat([grid - step / 2, grid[-1:] + step / 2])
     return in_parts(mixture.cdf, ends[:, None, None], mixture).diff(dim=0).squeeze(-1) / step
 
 
 def regions(mixture: GaussianMixture, grid: Tensor, masses: list[float]) -> Iterator[Tensor]:
-    """For each probability, ``(points, N)`` that are positive within the regions of highest density.
+    """Yield, for each probability, ``(points, N)`` numbers that are positive inside the region of highest density.
 
-    Where a mode is narrower than a step of the grid, regions are of whole cells, so that they do not fall between them.
+    Where a mode is narrower than a step of the grid, the region consists of whole cells, so that no mode is lost
+    between two points.
     """
     density, step = cell_density(mixture, grid), grid[1] - grid[0]
     coarse, narrow = density.clamp(min=torch.finfo(density.dtype).tiny).log(), _finest(mixture) < step
@@ -119,14 +123,15 @@ def regions(mixture: GaussianMixture, grid: Tensor, masses: list[float]) -> Iter
     inside = falling.exp().cumsum(0) * step
     for mass, threshold in zip(masses, log_thresholds(mixture, masses), strict=True):
         last = (inside < mass).sum(0, keepdim=True).clamp(max=len(grid) - 1)
-        of_cells = falling.gather(0, last).squeeze(0) - math.log(2)  # below the last one, which would be a point
+        of_cells = falling.gather(0, last).squeeze(0) - math.log(2)  # at the last cell itself the region is a point
         yield shown - torch.where(narrow, torch.minimum(threshold, of_cells), threshold)
 
 
 def log_thresholds(mixture: GaussianMixture, masses: list[float]) -> list[Tensor]:
-    """Log-density at the border of regions of highest density of one output, ``(N,)`` for each probability.
+    """Compute the log-density at the border of regions of highest density, ``(N,)`` for each probability.
 
-    As ``mixture.highest_density_threshold``, from equally likely quantiles of the components in place of draws.
+    This is ``mixture.highest_density_threshold`` for one output, with equally likely quantiles of the components in
+    place of random draws.
     """
     weights = mixture.logits.double().exp()
     reached = weights.cumsum(-1)

@@ -1,4 +1,4 @@
-r"""Whether predicted probabilities match observed frequencies: transforms and coverage with their bands."""
+r"""Draw whether predicted probabilities match observed frequencies: PIT values and coverage, with their bands."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ __all__ = ["plot_calibration", "plot_pit"]
 def plot_pit(
     pit: Any, *, level: float = 0.95, output_names: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    r"""Draw how far the distribution of transforms is from uniform, with a simultaneous band.
+    r"""Draw how far the distribution of probability integral transforms (PIT) is from uniform, with a band.
 
     .. math:: \hat F(u) - u
 
-    A line inside the band everywhere is what independent uniform numbers show with probability ``level``. Too narrow
-    predictions lie above it on the left and below it on the right; too wide ones the other way round.
+    The band is simultaneous: the line of independent uniform numbers stays inside everywhere with probability
+    ``level``. If predictions are too narrow, the line is above the band on the left and below it on the right; if they
+    are too wide, it is the other way round.
 
     Args:
         pit: Transforms ``(N,)`` or ``(N, D)``, as by :func:`pyro_mdn.scores.pit`; NaN are left out.
-        level: Probability of the band, which is that of the output with the fewest transforms.
+        level: Probability of the band. Its width is for the output with the fewest transforms.
         output_names: Names of the outputs.
         ax: Axes to draw on; by default new ones.
 
     Raises:
-        ValueError: If there are none, or some are outside [0, 1].
+        ValueError: If there are no transforms, or if some are outside [0, 1].
         ImportError: If matplotlib is not installed.
 
     References:
@@ -81,7 +82,9 @@ def plot_calibration(
     output_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw how many targets lie in central intervals against their probability, with a pointwise binomial band.
+    """Draw the share of targets in central intervals against the intervals' probability, with a binomial band.
+
+    The band is pointwise. Predictions are calibrated if the line follows the diagonal.
 
     Args:
         mixture: Predictive distributions ``(N,)``.

@@ -23,18 +23,18 @@ __all__ = ["plot_components"]
 def plot_components(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Axes | None = None) -> Axes:
     """Draw mean, standard deviation and weight of each component of one output along x.
 
-    Bands are means ± one standard deviation, the more opaque the larger the weight. Where that is below a hundredth
-    nothing is drawn.
+    Bands are means ± one standard deviation; the larger the weight, the more opaque is the band. Components are not
+    drawn where their weight is below 0.01.
 
     Args:
         mixture: Predictive distributions ``(N,)`` at x.
         x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order.
-        output: Which output.
+        output: Index of the output.
         ax: Axes to draw on; by default new ones.
 
     Raises:
         ValueError: If shapes do not agree, if mixtures are by several draws of the weights, whose components do not
-            correspond, or there is no such output.
+            correspond, or if there is no such output.
         ImportError: If matplotlib is not installed.
 
     >>> from pyro_mdn import MixtureDensityNetwork

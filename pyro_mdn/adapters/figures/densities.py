@@ -33,19 +33,19 @@ def plot_conditional_density(
     output_names: Sequence[str] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the density of one output along x, or the joint density of two at one x, with what was observed.
+    """Draw the density of one output along x, or the joint density of two outputs at one x, with observed targets.
 
     Args:
-        mixture: Predictive distributions ``(N,)`` at x; or one, of batch shape ``()``, for two outputs.
-        x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order. Without it there are contours of two outputs.
-        y: Observed targets ``(N', D)`` to draw over it: at x, where there is one, and N' is N.
-        output: Which output, or which two; by default the first ones.
+        mixture: Predictive distributions ``(N,)`` at x; or one distribution, of batch shape ``()``, for two outputs.
+        x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order. Without x, the figure has contours of two outputs.
+        y: Observed targets ``(N', D)`` to draw as points; with x, they are at x, and N' has to be N.
+        output: Index of the output, or of the two outputs; by default the first ones.
         masses: Probabilities of the regions of highest density that the contours enclose.
         output_names: Names of all outputs; by default those of y.
         ax: Axes to draw on; by default new ones.
 
     Raises:
-        ValueError: If shapes do not agree, or there is no such output.
+        ValueError: If shapes do not agree, or if there is no such output.
         ImportError: If matplotlib is not installed.
 
     >>> from pyro_mdn import MixtureDensityNetwork

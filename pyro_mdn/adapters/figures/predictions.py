@@ -1,4 +1,4 @@
-r"""What is predicted along x: intervals, draws beside observed targets, and how uncertainty splits."""
+r"""Draw predictions along x: intervals, draws beside observed targets, aleatoric and epistemic uncertainty."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def plot_predictive_intervals(
     output: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw intervals of several probabilities for one output along x, with what was observed.
+    """Draw intervals of several probabilities for one output along x, with observed targets.
 
     Args:
         mixture: Predictive distributions ``(N,)`` at x.
         x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order.
         y: Observed targets ``(N, D)``.
         masses: Probabilities, in (0, 1).
-        kind: ``"central"`` and ``"shortest"`` as in ``mixture.interval``, with the median; regions of ``"highest
-            density"`` may have several parts.
-        output: Which output.
+        kind: ``"central"`` or ``"shortest"`` as in ``mixture.interval``, with the median; or ``"highest density"``,
+            whose regions may have several parts.
+        output: Index of the output.
         ax: Axes to draw on; by default new ones.
 
     Raises:
-        ValueError: If shapes do not agree, or there is no such output or kind.
+        ValueError: If shapes do not agree, or if there is no such output or kind.
         ImportError: If matplotlib is not installed.
 
     >>> from pyro_mdn import MixtureDensityNetwork
@@ -90,8 +90,8 @@ def plot_observed_vs_sampled(
     Args:
         x: Values of one input, ``(N,)`` or ``(N, 1)``.
         y: Observed targets ``(N, D)``.
-        sampled: One draw for each, ``(N, D)``, as from ``network.sample(x)``.
-        output: Which output.
+        sampled: One draw for each row, ``(N, D)``, such as ``network.sample(x)``.
+        output: Index of the output.
         ax: Two axes to draw on; by default new ones.
 
     Raises:
@@ -127,16 +127,18 @@ def plot_observed_vs_sampled(
 
 @torch.no_grad()
 def plot_uncertainty_split(mixture: GaussianMixture, x: Any, *, output: int = 0, ax: Axes | None = None) -> Axes:
-    """Draw what is noise and what the data leave open along x, as standard deviations of one output.
+    """Draw aleatoric (noise) and epistemic uncertainty (what the data leave open) of one output along x.
+
+    Both are shown as standard deviations.
 
     Args:
-        mixture: Mixtures ``(S, N)`` by draws of the weights, or members of an ensemble, at x.
+        mixture: Mixtures ``(S, N)`` at x, for S draws of the weights or S members of an ensemble.
         x: Values of one input, ``(N,)`` or ``(N, 1)``, in any order.
-        output: Which output.
+        output: Index of the output.
         ax: Axes to draw on; by default new ones.
 
     Raises:
-        ValueError: If shapes do not agree, or there is no such output.
+        ValueError: If shapes do not agree, or if there is no such output.
         ImportError: If matplotlib is not installed.
 
     >>> from pyro_mdn import DeepEnsemble, MixtureDensityNetwork
