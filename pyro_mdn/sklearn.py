@@ -195,8 +195,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """Predict distributions, ``batch_shape`` ``(N,)`` and ``event_shape`` ``(D,)``, in float64 on the CPU.
 
         Raises:
-            ValueError: If X is not usable, or is a data frame whose columns differ from those in :meth:`fit`.
-            NotFittedError: If there was no :meth:`fit`.
+            ValueError: If X is not usable, or is a data frame whose columns differ from those in :meth:`fit`. If there
+                was no :meth:`fit`, this is scikit-learn's ``NotFittedError``.
         """
         check_is_fitted(self)
         X = validate_data(self, plain(X, "X"), reset=False, dtype=np.float64)

@@ -85,6 +85,20 @@ def test_relative_links_exist(page):
         assert (made or (ROOT / page).parent / target).exists(), target
 
 
+def slugs(text):
+    """Anchors that headings have, on the site and on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_anchors_exist(page):
+    text = (ROOT / page).read_text()
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+        other = text if not target else ((ROOT / page).parent / target).read_text()
+        assert anchor in slugs(other), f"{target}#{anchor}"
+
+
 def test_first_screen_of_the_readme():
     """The problem, ten lines of code, one picture, two commands and three links, in this order."""
     text = (ROOT / "README.md").read_text().split("\n## ")[0]
