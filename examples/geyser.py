@@ -1,7 +1,7 @@
 """Old Faithful
 ============
 
-The next eruption given the last: two correlated outputs, several modes, noise models, a pool.
+Predict the next eruption from the last one: two correlated outputs, several modes, five noise models, an ensemble.
 """
 
 import argparse
