@@ -1,9 +1,9 @@
 """Active learning
 ===============
 
-What to label next is where an ensemble's members disagree (BALD), not where the noise is large. A machine mostly idles,
-its signal jumping between two levels. Under load, one row in ten, it follows the speed closely. A label is dear, and
-all speeds matter. Where is a prediction's variance large, and where can labels reduce it?
+Label next where the members of an ensemble disagree (BALD), not where the noise is large. A machine mostly idles, and
+its signal jumps between two levels. Under load, in one row of ten, the signal follows the speed closely. Labels are
+expensive, and all speeds matter. The question is not where the variance is large, but where labels can reduce it.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """A Bayesian workflow
 ===================
 
-Old Faithful: prior and posterior predictive, calibration, leave-one-out comparison, decision. Each model is a network
-with latent weights in its head, and Laplace's approximation of their posterior. At night durations were noted as short,
-medium or long, coded 2, 3 and 4 min. Such targets count as missing: else the model with the narrowest spike there wins.
+Old Faithful, from prior predictive and calibration to a leave-one-out comparison. Each model is a network with latent
+weights in its head, with Laplace's approximation of their posterior. At night durations were noted as short, medium or
+long, coded 2, 3 and 4 min. Such targets are missing here; otherwise the model with the narrowest spike would win.
 """
 
 import argparse
@@ -56,9 +56,9 @@ def main():
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     settings, draws = ({"max_epochs": 2}, 60) if args.smoke else ({}, 1000)
-    warnings.filterwarnings("ignore", "(loo|compare).*: expected Pareto's k")  # held-out rows are there to tell
+    warnings.filterwarnings("ignore", "(loo|compare).*: expected Pareto's k")  # held-out rows decide
     (x, x_new), (y, y_new) = load_pairs()
-    # The waiting before a coded duration was measured and counts. As an input, the last duration stays: 4 means long.
+    # The waiting before a coded duration was measured, so it counts. As an input, a code may stay: 4 means long.
     y, y_new = (torch.where(torch.isin(t, torch.tensor([2.0, 3.0, 4.0])), torch.nan, t) for t in (y, y_new))
     models = {name: train(*model, x, y, draws, **settings) for name, model in MODELS.items()}
     table = compare({name: data for name, (_, _, data) in models.items()})

@@ -1,8 +1,8 @@
 """A gap in the data
 =================
 
-What posteriors of the weights say where there are no data. Readings of a sensor, one in five a glitch, none from -1.5
-to 1.5: an ensemble, Laplace (linearised: Immer et al., 2021) and NUTS leave it open, SVI may not (Foong et al., 2020).
+Epistemic uncertainty where there are no data: readings of a sensor, one in five a glitch, none from -1.5 to 1.5. There
+an ensemble, Laplace (linearised, Immer et al., 2021) and NUTS are uncertain; SVI may not be (Foong et al., 2020).
 """
 
 import argparse

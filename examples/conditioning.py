@@ -1,12 +1,12 @@
 """Conditioning
 ============
 
-The joint density of the next waiting and duration of Old Faithful, then the duration once the waiting is over.
+The joint density of the next waiting and duration of Old Faithful, then the duration given the waiting.
 
-Knowing more does not always score better on 60 rows. The waiting says little about the duration beyond what the last
-eruption does: a small gain on most rows, which a few outweigh, above all one whose duration lies between the two modes:
-its 3.0 min are a code for "medium", noted at night, as exactly 2 and 4 min are codes for "short" and "long".
-The example prints the paired difference with its standard error: about as large as itself, so no evidence either way.
+More information does not always give a better score on 60 rows. The waiting adds little to what the last eruption says
+about the duration: a small gain on most rows, which a few rows outweigh, above all one between the two modes. Its
+3.0 min are a code for "medium", noted at night; exactly 2 and 4 min are codes for "short" and "long".
+The example prints the paired difference and its standard error. They are about equal: no evidence either way.
 """
 
 import argparse

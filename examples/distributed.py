@@ -1,7 +1,7 @@
 """Two processes
 =============
 
-Two processes train one network by Lightning: their gradients, and so their result, are those of one process.
+Two processes train one network with Lightning. Their gradients, and so their result, equal those of one process.
 """
 
 import argparse
@@ -42,14 +42,14 @@ def train(x, y, processes, epochs):
     """Train on so many processes, each with its share of every batch, and return network and first gradients."""
     torch.manual_seed(0)
     (network := MixtureDensityNetwork(dim_in=1, dim_out=1, n_components=3)).initialize_(x, y)
-    # Each process has noise of its own, so without it a step is the same however many processes share the batch.
+    # Each process draws its own noise. Without noise a step is the same for any number of processes.
     module = LightningObjective(NegativeLogLikelihood(network), input_noise=0.0, target_noise=0.0)
     rows = TensorDataset(x, y)
-    # For several processes Lightning puts such a sampler in place of the shuffling: the order of the rows is the same.
+    # With several processes Lightning replaces shuffling by such a sampler, so the order of the rows is the same.
     order = DistributedSampler(rows, num_replicas=1, rank=0) if processes == 1 else None
     loader = DataLoader(rows, BATCH // processes, shuffle=order is None, sampler=order)
     settings = {"max_epochs": epochs, "gradient_clip_val": 1.0, "callbacks": [first := FirstGradients()], **QUIET}
-    strategy = "ddp" if processes > 1 else "auto"  # on CPUs the processes talk by gloo
+    strategy = "ddp" if processes > 1 else "auto"  # on CPUs the processes communicate by gloo
     Trainer(accelerator="cpu", devices=processes, strategy=strategy, **settings).fit(module, loader)
     return network, first.gradients
 
@@ -62,7 +62,7 @@ def main():
     epochs = 2 if args.smoke else 40
     torch.manual_seed(1)
     (x, y), held_out = simulate(16 * BATCH), simulate(2000)
-    # Lightning starts the second process: this script once more, in which what follows for the first one is left out.
+    # Lightning starts the second process, which runs this script again; only the first process does the following.
     alone = rank_zero_only(train)(x, y, 1, epochs)
     shared = train(x, y, 2, epochs)
     if alone is None:

@@ -1,7 +1,7 @@
 """Old Faithful
 ============
 
-The next eruption given the last: two correlated outputs, several modes, noise models, a pool.
+Predict the next eruption from the last one: two correlated outputs, several modes, five noise models, an ensemble.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def draw(network, x, y, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--seeds", type=int, default=1, help="trainings of each model; README has 5")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each model; docs/quality.md has 5")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     (args := parser.parse_args()).out.mkdir(parents=True, exist_ok=True)
     settings = {"max_epochs": 3, "progress": False} if args.smoke else {}

@@ -1,7 +1,7 @@
 """An inverse problem
 ==================
 
-The classic x = 7 sin(5y) + y/2 + ε: one x, up to four y. Observed and sampled side by side.
+The classic x = 7 sin(5y) + y/2 + ε: one x has up to four y. Observed and sampled targets are drawn side by side.
 """
 
 import argparse

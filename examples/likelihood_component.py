@@ -3,8 +3,8 @@
 
 The network is the likelihood of a Pyro model with latent variables of its own: one offset for each of several sensors.
 
-The weights are point estimates, from the same readings. A network too large for those (``--large``) learns their
-noise (overfitting): its density gets too narrow, and so does the posterior of the offsets. Two components suffice here.
+The weights are point estimates from the same readings. A network that is too large for them (``--large``) overfits:
+its density gets too narrow, and so does the posterior of the offsets. Two components suffice here.
 """
 
 import argparse
@@ -32,8 +32,8 @@ class Sensors(PyroModule):
     def forward(self, x, sensor, y=None):
         with pyro.plate("sensors", N_SENSORS):
             offset = pyro.sample("offset", dist.Normal(0.0, 1.0))
-        offset = offset - offset.mean(-1, keepdim=True)  # the network has the common level
-        quantity = self.network(x)  # a distribution: in the units of y, ready for any Pyro statement
+        offset = offset - offset.mean(-1, keepdim=True)  # the network models the common level
+        quantity = self.network(x)  # a distribution in the units of y, for any Pyro statement
         with pyro.plate("readings", len(x)):
             reading = quantity.affine(shift=offset[..., sensor].unsqueeze(-1), scale=1.0)
             return pyro.sample("y", reading, obs=y)

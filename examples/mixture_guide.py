@@ -1,7 +1,7 @@
 """A mixture as a guide
 ====================
 
-SVI with pathwise gradients recovers a posterior with two modes.
+A mixture is the guide of a variational inference: pathwise gradients recover a posterior with two modes.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Noise models
 ============
 
-What the covariance of a component may be: its structure, whether all components share it, and whether it depends on x.
-The same data for all: two correlated outputs around two centres, wider around the left one, and four times as wide at
-x = 1 as at x = -1.
+A noise model chooses the covariance of a component: its structure, whether all components share it, and whether it
+depends on x (heteroscedastic) or not (homoscedastic). All see the same data: two correlated outputs around two centres,
+with more spread around the left one, and with four times as much spread at x = 1 as at x = -1.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A search by scikit-learn
 ========================
 
-Old Faithful: how many components and which noise, by GridSearchCV; then what the best one says.
+GridSearchCV chooses the number of components and the noise model for Old Faithful; then the best estimator predicts.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def load_pairs():
 def search(X, y, folds, **settings):
     """Cross-validate all of the grid by three scores, and refit what has the best log-likelihood."""
     model = MDNRegressor(random_state=0, **settings)
-    # No scaling is needed; products of the columns show how a step before the network goes along.
+    # No scaling is needed. Products of the columns are an example of a step before the network.
     pipeline = make_pipeline(PolynomialFeatures(2, include_bias=False).set_output(transform="pandas"), model)
     return GridSearchCV(pipeline, GRID, scoring=SCORES, refit="log-likelihood", cv=folds).fit(X, y)
 
@@ -53,7 +53,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a run of seconds")
     smoke = parser.parse_args().smoke
-    warnings.simplefilter("ignore", CollapseWarning)  # five components may be more than there is to explain
+    warnings.simplefilter("ignore", CollapseWarning)  # the data may need fewer than five components
     train, test = load_pairs()
     found = search(*train, folds=2 if smoke else 5, **({"max_epochs": 2} if smoke else {"max_epochs": 200}))
     print("mean over the folds, higher is better")

@@ -1,7 +1,7 @@
 """A plain Pyro script
 ===================
 
-SVI with minibatches, then posterior predictive draws.
+Train a network by Pyro's SVI with minibatches, then draw from the posterior predictive.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """A world model
 =============
 
-An LSTM and a mixture watch a game of chance, then dream it on their own (Ha & Schmidhuber, 2018).
+An LSTM with a mixture watches a game of chance, then dreams it: its draws become its inputs (Ha & Schmidhuber, 2018).
 """
 
 import argparse

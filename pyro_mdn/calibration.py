@@ -1,8 +1,9 @@
 r"""Calibration: whether predicted probabilities match observed frequencies, and how sharp predictions are.
 
-Transforms :math:`u = F(y)` by the predictive distribution (:func:`pyro_mdn.scores.pit`) are uniform if it is right,
-and so are those by ``mixture.rosenblatt``, for all outputs jointly. Of targets on a grid (counts, rounded numbers) they
-are not, unless the size of the cells is given to ``pit``; ``rosenblatt`` has no such form.
+The probability integral transforms :math:`u = F(y)` (:func:`pyro_mdn.scores.pit`) are uniformly distributed if the
+predictive distribution F is the true one. ``mixture.rosenblatt`` has the transforms of all outputs jointly. Targets on
+a grid (counts, rounded numbers) have uniform transforms only if ``pit`` knows the size of their cells; ``rosenblatt``
+has no such argument.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor
 
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.scores import observed_mean
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.arrays import as_tensor, in_columns
 from pyro_mdn.support.checks import require_counts, shown
 
 __all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
@@ -28,16 +29,16 @@ __all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
 Array = NDArray[np.float64]
 
 _POINTS = np.linspace(0, 1, 101)[1:-1]
-_MANY = 5000  # from here on the pointwise level hardly depends on the size of the sample
+_MANY = 5000  # for larger samples the pointwise level hardly depends on the size
 
 
 class CoverageTable(NamedTuple):
-    """Intervals of several probabilities: calibration, and sharpness.
+    """Coverage (calibration) and width (sharpness) of intervals of several probabilities.
 
     Attributes:
         mass: Nominal probabilities, ``(M,)``.
         coverage: Share of the observed targets inside, ``(M, D)``.
-        standard_error: Its standard error, if the rows are independent, ``(M, D)``.
+        standard_error: Standard error of the coverage, if the rows are independent, ``(M, D)``.
         width: Mean width of the intervals in the units of y, ``(M, D)``.
     """
 
@@ -49,17 +50,17 @@ class CoverageTable(NamedTuple):
 
 @torch.no_grad()
 def coverage_table(
-    mixture: GaussianMixture,
+    mixture: Mixture,
     y: Any,
     masses: Sequence[float] = (0.5, 0.8, 0.9, 0.95),
     *,
     kind: Literal["central", "shortest"] = "central",
 ) -> CoverageTable:
-    """Coverage and width of predictive intervals; targets that are NaN do not count.
+    """Compute coverage and width of predictive intervals; targets that are NaN are left out.
 
     Args:
         mixture: Predictive distributions, ``batch_shape`` ``(N,)``.
-        y: What was observed, ``(N, D)``.
+        y: Observed targets, ``(N, D)``.
         masses: Probabilities of the intervals, in (0, 1).
         kind: As for ``mixture.interval``.
 
@@ -88,12 +89,13 @@ def coverage_table(
 
 
 def ecdf_band(size: int, points: ArrayLike | None = None, level: float = 0.95) -> tuple[Array, Array]:
-    r"""Simultaneous band of the empirical distribution function of a uniform sample: lower and upper, ``(P,)`` each.
+    r"""Compute a simultaneous band of the empirical distribution function of a uniform sample, two ends ``(P,)``.
 
     .. math:: P\left(l_i \le \hat F_N(z_i) \le u_i \text{ for all } i\right) \ge \text{level}
 
-    Equal-tailed binomial intervals at all points, of one pointwise level, which is found from the exact probability
-    that a sample stays inside: counts at increasing points are a Markov chain. Beyond 5000 the level is that of 5000.
+    The band consists of equal-tailed binomial intervals that have the same pointwise level at all points. This level is
+    computed from the exact probability that a sample stays inside, because counts at increasing points are a Markov
+    chain. For samples of more than 5000 it is the level of 5000.
 
     Args:
         size: Size of the sample N.
@@ -121,17 +123,17 @@ def ecdf_band(size: int, points: ArrayLike | None = None, level: float = 0.95) -
 
 
 def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
-    r"""P-value of the test that transforms are independent and uniform.
+    r"""Compute the p-value of the hypothesis that transforms are independent and uniform.
 
-    The statistic is the smallest of the pointwise binomial tail probabilities of their empirical distribution
-    function; its distribution is exact up to 5000 of them, and then that of 5000. Below 1 − level, the function
-    leaves the band of :func:`ecdf_band`.
+    The statistic is the smallest pointwise binomial tail probability of the empirical distribution function. Its
+    distribution is exact up to 5000 transforms; for more transforms it is that of 5000. If the p-value is below
+    1 − level, the function leaves the band of :func:`ecdf_band`.
 
     Args:
-        pit: Numbers in [0, 1], of any shape; NaN are left out. For several outputs, those of ``mixture.rosenblatt``
-            are independent; those of :func:`pyro_mdn.scores.pit` are not, and belong into a test for each output.
-            Targets on a grid have uniform transforms by ``scores.pit(mixture, y, cell)`` alone, output by output.
-        points: Where the function is looked at, as for :func:`ecdf_band`.
+        pit: Numbers in [0, 1], of any shape; NaN are left out. The transforms of several outputs are independent if
+            they are by ``mixture.rosenblatt``. Those by :func:`pyro_mdn.scores.pit` are not: test each output
+            separately. For targets on a grid use ``scores.pit(mixture, y, cell)``, and test each output separately.
+        points: Points at which the function is evaluated, as for :func:`ecdf_band`.
 
     Raises:
         ValueError: If there is no number, or one outside [0, 1].
@@ -153,13 +155,13 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     z = _check_points(points)
     counts = (u[:, None] <= z).sum(0)
     tail = np.minimum(binom.cdf(counts, len(u), z), binom.sf(counts - 1, len(u), z)).min()
-    # What is as extreme as this lies outside.
+    # The factor makes sure that samples as extreme as this one count as outside.
     return float(np.clip(1 - _inside(min(len(u), _MANY), z, tail * (1 + 1e-9)), 0.0, 1.0))
 
 
 @lru_cache(maxsize=64)
 def _tail(size: int, points: tuple[float, ...], level: float) -> float:
-    """Largest probability of each pointwise tail so that a sample stays inside everywhere with this probability."""
+    """Find the largest pointwise tail probability for which a sample stays inside everywhere with this level."""
     z, low, high = np.asarray(points), 0.0, (1 - level) / 2
     for _ in range(20):
         middle = (low + high) / 2
@@ -168,7 +170,7 @@ def _tail(size: int, points: tuple[float, ...], level: float) -> float:
 
 
 def _inside(size: int, points: Array, tail: float) -> float:
-    """Probability that counts of a uniform sample have no tail smaller than this at any point."""
+    """Compute the probability that counts of a uniform sample have no tail smaller than this at any point."""
     first = binom.ppf(tail, size, points).astype(int)
     last = size - binom.ppf(tail, size, 1 - points).astype(int)
     if (first > last).any():
@@ -193,9 +195,8 @@ def _check_points(points: ArrayLike | None) -> Array:
     return z
 
 
-def _as_rows(mixture: GaussianMixture, y: Any) -> Tensor:
-    y = as_tensor(y, "y", mixture.locs.device)
-    y = y.unsqueeze(-1) if y.ndim == 1 else y
+def _as_rows(mixture: Mixture, y: Any) -> Tensor:
+    y = in_columns(as_tensor(y, "y", mixture.locs.device))
     if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
         expected = "a mixture of batch shape (N,) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")

@@ -1,4 +1,4 @@
-r"""Predictions, and the draws behind them, as groups for ArviZ."""
+r"""Convert predictions, and the draws of the weights that they come from, to groups for ArviZ."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pyro_mdn.adapters.arviz_versions import assemble
 from pyro_mdn.adapters.leave_one_out import LooPit, compare, loo, loo_pit
 from pyro_mdn.adapters.sources import Source, predict
 from pyro_mdn.adapters.xarray_labels import JOINT, Labels, by_chain
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.support.arrays import Array, as_array, as_tensor, to_numpy
+from pyro_mdn.support.arrays import Array, as_array, as_tensor, in_columns, to_numpy
 from pyro_mdn.support.checks import require_counts
 from pyro_mdn.support.process_state import seeded
 
@@ -29,12 +29,12 @@ __all__ = ["LooPit", "compare", "loo", "loo_pit", "to_inference_data"]
 
 
 def to_inference_data(
-    predictive: GaussianMixture | MixtureDensityNetwork | DeepEnsemble,
+    predictive: Mixture | MixtureDensityNetwork | DeepEnsemble,
     *positional: Any,
     x: Any = None,
     y: Any = None,
     posterior: Any = None,
-    prior: GaussianMixture | Any = None,
+    prior: Mixture | Any = None,
     predictions: Any = None,
     num_samples: int | None = None,
     quantities: Sequence[str] = ("mean",),
@@ -44,50 +44,51 @@ def to_inference_data(
     method: str | None = None,
     seed: int | None = None,
 ) -> Any:
-    r"""Predictions of observed rows as ArviZ has them: ``InferenceData`` on 0.x, ``xarray.DataTree`` on 1.x.
+    r"""Convert predictions of observed rows to ``InferenceData`` on ArviZ 0.x, to ``xarray.DataTree`` on 1.x.
 
-    Groups and their variables, all with named dimensions:
+    The result has these groups, whose variables all have named dimensions:
 
-    * ``posterior_predictive``: draws of each output. One for each draw of the weights; for a point estimate or an
-      ensemble ``num_samples`` of the (average) density.
-    * ``log_likelihood``: pointwise log-density of each draw of the weights. Of several outputs together under
-      ``"joint"``, which is what ``loo`` needs, and of each under its name.
-    * ``posterior``: ``quantities`` of the mixtures, and the draws of the weights where there are any.
-    * ``sample_stats``: log joint density and divergences, of :class:`pyro_mdn.PosteriorSamples`.
+    * ``posterior_predictive``: draws of each output, one for each draw of the weights. For a point estimate or an
+      ensemble these are ``num_samples`` draws from the (average) density.
+    * ``log_likelihood``: pointwise log-density of each draw of the weights. With several outputs, ``"joint"`` is their
+      joint density, which ``loo`` needs, and each output is there under its name.
+    * ``posterior``: ``quantities`` of the mixtures, and the draws of the weights if there are any.
+    * ``sample_stats``: log joint density and divergences, from :class:`pyro_mdn.PosteriorSamples`.
     * ``observed_data``, ``constant_data`` (the inputs), ``prior_predictive``, ``predictions`` and
-      ``predictions_constant_data``, of what is given.
+      ``predictions_constant_data``, if their arguments are given.
 
-    Attributes say which inference it was, the versions of packages, and how the network scales the data. Targets
-    that are NaN were not observed: an output with some has its observed rows only, on a dimension ``obs_id_<name>``.
+    Attributes contain the kind of inference, the versions of packages, and the scalers of the network. Targets that are
+    NaN were not observed: an output with such targets has only its observed rows, on a dimension ``obs_id_<name>``.
 
     Args:
-        predictive: Mixtures of batch shape ``(N,)``, a point estimate, or ``(S, N)``, by draws of the weights. Or a
-            network, or an ensemble, which are applied to x.
-        positional: y, and then x, without their names: deprecated, because ``fit`` and all else takes x first.
-        x: Inputs ``(N, ..., dim_in)``, of mixtures optional: a tensor, array or data frame, whose index and columns
+        predictive: Mixtures of batch shape ``(N,)``, a point estimate, or ``(S, N)``, for S draws of the weights. Or a
+            network or an ensemble, which is applied to x.
+        positional: y, and then x, without names. Deprecated, because ``fit`` and all other functions take x first.
+        x: Inputs ``(N, ..., dim_in)``, optional for mixtures: a tensor, array or data frame, whose index and columns
             name rows and inputs.
         y: Observed targets ``(N, D)``, or ``(N,)`` for D = 1, likewise.
-        posterior: Of a network, what :func:`pyro_mdn.posterior_predictive` takes. Of mixtures, the draws of the weights
-            that they were made from: ``(S, *shape)`` by site, :class:`pyro_mdn.PosteriorSamples` or ``MCMC``; of the
-            last two the chains stay apart.
+        posterior: For a network, what :func:`pyro_mdn.posterior_predictive` takes. For mixtures, the draws of the
+            weights that they were computed from: ``(S, *shape)`` by site, :class:`pyro_mdn.PosteriorSamples` or
+            ``MCMC``; the last two keep their chains apart.
         prior: Mixtures ``(S, N)`` by draws from the prior, or draws of y ``(S, N, D)``.
         predictions: Mixtures for new inputs, ``(N',)`` or ``(S, N')``; a pair of them and these inputs; or the inputs
             alone, if ``predictive`` is a network or an ensemble.
-        num_samples: Draws of the weights from a guide, or of y from a point estimate or an ensemble; by default 1000.
+        num_samples: Number of draws of the weights from a guide, or of y from a point estimate or an ensemble; by
+            default 1000.
         quantities: Some of ``"mean"``, ``"stddev"``, ``"weights"``, ``"locs"``, ``"scales"`` and ``"entropy_bounds"``.
-        sites: Whether to have the draws of the weights in ``posterior``.
+        sites: Whether ``posterior`` contains the draws of the weights.
         output_names: Names of the D outputs; by default columns of y, ``"y"``, or ``"y0"``, ``"y1"``, ....
         coords: Labels along ``"obs_id"``, ``"input"``, or ``"component"``.
-        method: Name of the inference; by default what can be told from ``predictive`` and ``posterior``. Mixtures of
-            an ensemble need ``method="ensemble"``.
-        seed: Seed of the draws; by default torch's generator goes on.
+        method: Name of the inference; by default derived from ``predictive`` and ``posterior``. Mixtures of an ensemble
+            need ``method="ensemble"``.
+        seed: Seed of the draws; by default they are from torch's global generator.
 
     Raises:
         ValueError: If shapes, names, indices or counts do not agree.
         ImportError: If ArviZ is not installed.
 
     Warns:
-        FutureWarning: If y or x come without their names.
+        FutureWarning: If y or x are given without names.
 
     References:
         Kumar, Carroll, Hartikainen & Martin (2019), ArviZ: a unified library for exploratory analysis of Bayesian
@@ -100,8 +101,7 @@ def to_inference_data(
     """
     x, y = _named(positional, x, y)
     require_counts(num_samples=num_samples)
-    targets = as_array(y, "y")
-    targets = targets[:, None] if targets.ndim == 1 else targets
+    targets = in_columns(as_array(y, "y"))
     if not targets.size or np.isinf(targets).any():
         raise ValueError(f"y: expected finite numbers, or NaN, in one row at least, got shape {targets.shape}")
     with torch.no_grad(), seeded(seed):
@@ -129,7 +129,7 @@ def to_inference_data(
 
 
 def _named(positional: Sequence[Any], x: Any, y: Any) -> tuple[Any, Any]:
-    """Return x and y; those without their names have the order of old, y first, which is not that of ``fit``."""
+    """Return x and y; arguments without names are in the order of earlier versions, y first, unlike in ``fit``."""
     given = [name for name, value in [("y", y), ("x", x)] if value is not None]
     if taken := ["y", "x"][: len(positional)]:
         if len(positional) > 2 or set(taken) & set(given):
@@ -146,8 +146,8 @@ def _named(positional: Sequence[Any], x: Any, y: Any) -> tuple[Any, Any]:
 # Groups
 
 
-def _quantities(mixture: GaussianMixture, names: Sequence[str], chains: int) -> dict[str, tuple[Array, Any]]:
-    """Values ``(chains, draws, N, ...)`` and names of the dimensions from N on."""
+def _quantities(mixture: Mixture, names: Sequence[str], chains: int) -> dict[str, tuple[Array, Any]]:
+    """Compute values ``(chains, draws, N, ...)``, with the names of the dimensions from N on."""
     known: dict[str, tuple[Callable[[], Tensor], str]] = {
         "mean": (lambda: mixture.mean, "output"),
         "stddev": (lambda: mixture.stddev, "output"),
@@ -166,14 +166,14 @@ def _unnamed(values: Mapping[str, Array]) -> dict[str, tuple[Array, None]]:
     return {name: (value, None) for name, value in values.items()}
 
 
-def _draws(source: Source, mixture: GaussianMixture, num_samples: int | None) -> Array:
+def _draws(source: Source, mixture: Mixture, num_samples: int | None) -> Array:
     """Draws of y, ``(chains, draws, N, D)``."""
     if source.is_posterior:
         return by_chain(to_numpy(mixture.sample()), source.chains)
     return to_numpy(mixture.pool(0).sample((num_samples or 1000,)))[None]
 
 
-def _log_likelihood(mixture: GaussianMixture, y: Array, chains: int, labels: Labels) -> Dataset:
+def _log_likelihood(mixture: Mixture, y: Array, chains: int, labels: Labels) -> Dataset:
     values = as_tensor(y, "y").to(mixture.locs)
     joint = by_chain(to_numpy(mixture.log_prob(values)), chains)
     observed: Array = ~np.isnan(y)
@@ -186,7 +186,7 @@ def _log_likelihood(mixture: GaussianMixture, y: Array, chains: int, labels: Lab
 
 
 def _prior_draws(prior: Any, shape: tuple[int, ...]) -> Array:
-    drawn = to_numpy(prior.sample()) if isinstance(prior, GaussianMixture) else as_array(prior, "prior")
+    drawn = to_numpy(prior.sample()) if isinstance(prior, Mixture) else as_array(prior, "prior")
     if drawn.ndim != 3 or drawn.shape[1:] != shape:
         raise ValueError(f"prior: expected draws of y {('S', *shape)}, got {drawn.shape}")
     return drawn[None]
@@ -194,9 +194,9 @@ def _prior_draws(prior: Any, shape: tuple[int, ...]) -> Array:
 
 def _predictions(predictions: Any, source: Source, num_samples: int | None, labels: Labels) -> dict[str, Dataset]:
     new, inputs = predictions if isinstance(predictions, tuple) else (predictions, None)
-    if not isinstance(new, GaussianMixture):
+    if not isinstance(new, Mixture):
         if source.network is None:
-            expected = "a GaussianMixture, as predictive is one"
+            expected = "a Mixture, as predictive is one"
             raise ValueError(f"predictions: expected {expected}, got {type(new).__name__}")
         new, inputs = predict(source.network, new, source.posterior), new
     if new.dim != len(labels.names) or len(new.batch_shape) not in (1, 2):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.precision import in_widest_precision
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.arrays import as_tensor, in_columns
 from pyro_mdn.support.checks import shown
 from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
 from pyro_mdn.tensors.numerics import norm
@@ -110,8 +110,7 @@ def compare(predictions: Mapping[str, Mixture], y: Any) -> dict[str, Comparison]
     """
     if not predictions:
         raise ValueError("predictions: expected one at least, got none")
-    losses, y = {}, as_tensor(y, "y")
-    y = y.unsqueeze(-1) if y.ndim == 1 else y
+    losses, y = {}, in_columns(as_tensor(y, "y"))
     for name, mixture in predictions.items():
         pooled = mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
         if y.ndim != 2 or pooled.batch_shape != y.shape[:1] or pooled.dim != y.shape[1]:

@@ -1,4 +1,4 @@
-r"""Estimator for scikit-learn whose predictions are distributions, and scorers for it."""
+r"""A scikit-learn estimator whose predictions are distributions, and scorers for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from pyro_mdn.adapters.sklearn_scorers import (
     predictive_distribution,
 )
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.arrays import as_tensor
@@ -49,27 +50,30 @@ _GROUPS = (Optimization, TrainingLoop, NoiseSchedule, EarlyStopping)
 
 
 class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
-    r"""Mixture density network as a scikit-learn regressor: it predicts distributions, not only means.
+    r"""Mixture density network as a scikit-learn regressor, which predicts distributions, not only means.
 
     .. math:: p(y \mid x) = \sum_{k=1}^K w_k(x) \, \mathcal{N}(y \mid \mu_k(x), \Sigma_k(x))
 
-    X and y need no scaling: the network standardises both, and everything it predicts is in the units of y. Where y
-    was one-dimensional in :meth:`fit`, predictions lack the last axis D.
+    You do not have to scale X and y: the network standardises both, and all predictions are in the units of y. If y was
+    one-dimensional in :meth:`fit`, predictions lack the last axis D.
 
-    Training is in ``dtype``, on data that were centred in float64. Predictions are computed in float64 from X as it
-    is, on the CPU, and come as NumPy arrays of float64 (:meth:`predict_distribution`: as a torch distribution).
+    The data are centred in float64, and training is in ``dtype``. Predictions are computed in float64 on the CPU from
+    the original X. They are NumPy arrays of float64; :meth:`predict_distribution` returns a torch distribution.
 
     Args:
         n_components: Number of mixture components K.
         hidden_dim: Width of two hidden layers, or a sequence of widths.
         noise: ``"diagonal"``, ``"full"``, ``"isotropic"``, ``"low_rank"`` or ``"fixed"``; or a :class:`NoiseModel`
-            such as ``Full(tied=True)``, for all that these can be.
-        rank: Rank of ``noise="low_rank"``, which alone reads it; by default 2, but 1 for a single output.
-        noise_scale: Standard deviation, in the units of y, of ``noise="fixed"``, which alone reads it and needs it.
-        ensemble_size: Number of networks; from 2 on a :class:`DeepEnsemble`, whose average density is the prediction.
-        max_epochs: Passes over the training rows at most. :func:`pyro_mdn.fit` has the details of this setting and of
-            those that follow.
-        batch_size: Rows in a batch at most.
+            such as ``Full(tied=True)``, with all its options.
+        family: Family of the components, such as :class:`StudentT`, in place of ``noise``; or its name, such as
+            ``"student_t"``, beside ``noise``. By default the components are normal.
+        rank: Rank, only for ``noise="low_rank"``; by default 2, but 1 for a single output.
+        noise_scale: Standard deviation in the units of y, only for ``noise="fixed"``, which needs it.
+        ensemble_size: Number of networks. From 2 on, they are a :class:`DeepEnsemble`, whose average density is the
+            prediction.
+        max_epochs: Largest number of passes over the training rows; for this and the following arguments see
+            :func:`pyro_mdn.fit`.
+        batch_size: Largest number of rows per step.
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay of the weight matrices.
         input_noise: Standard deviation of the noise on X at the start, in standardised units.
@@ -83,17 +87,17 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         early_stopping: A whole :class:`pyro_mdn.EarlyStopping`, whose ``validation`` is a fraction here.
         device: Where to train, such as ``"cuda"``.
         dtype: ``"float32"`` or ``"float64"``, for training.
-        verbose: Show a progress bar.
-        random_state: Seed of everything random in :meth:`fit`: an integer gives the same bits on the same machine.
+        verbose: Whether to show a progress bar.
+        random_state: Seed of everything random in :meth:`fit`; an integer gives the same bits on the same machine.
             ``None`` and a ``RandomState`` draw a seed for each call, ``None`` from NumPy's global generator as in all
-            of scikit-learn. No generator of torch is touched.
+            of scikit-learn. The generators of torch are not changed.
 
     Attributes:
         network_: The trained :class:`MixtureDensityNetwork` or :class:`DeepEnsemble`, in float64, on the CPU.
-        result_: The :class:`FitResult`: history, best epoch, what each component explains.
+        result_: The :class:`FitResult`: history, best epoch, share of the rows that each component explains.
         n_outputs_: Number of outputs D.
         n_features_in_: Number of columns of X.
-        feature_names_in_: Their names, if X was a data frame whose column names are all strings.
+        feature_names_in_: Names of the columns of X, if X was a data frame whose column names are all strings.
 
     References:
         Bishop (1994), Mixture Density Networks.
@@ -114,6 +118,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         hidden_dim: int | Sequence[int] = 64,
         *,
         noise: str | NoiseModel = "diagonal",
+        family: str | Family | None = None,
         rank: int | None = None,
         noise_scale: float | None = None,
         ensemble_size: int = 1,
@@ -137,6 +142,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.n_components = n_components
         self.hidden_dim = hidden_dim
         self.noise = noise
+        self.family = family
         self.rank = rank
         self.noise_scale = noise_scale
         self.ensemble_size = ensemble_size
@@ -158,16 +164,17 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Train on rows (X, y); whatever was learned before is replaced.
+        """Train on rows (X, y), and replace an earlier training.
 
         Args:
             X: Inputs ``(N, n_features)``: finite numbers, not sparse.
             y: Targets ``(N,)`` or ``(N, D)``. An entry that is NaN or masked was not observed: its row counts with
-                the density of its other entries. (Neither X nor weights may be masked.)
+                the density of its other entries. (X and weights must not be masked.)
             sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. A row of weight 0 is left out.
 
         Raises:
-            ValueError: If the data or a setting are not usable. (TypeError: X is sparse.)
+            ValueError: If the data or a setting are not usable.
+            TypeError: If X is sparse.
         """
         checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
         masked = unmasked(y) is not y
@@ -198,11 +205,12 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.n_outputs_, self._vector = targets.shape[1], y.ndim == 1
         return self
 
-    def predict_distribution(self, X: Any) -> GaussianMixture:
-        """Predictive distribution, ``batch_shape`` ``(N,)`` and ``event_shape`` ``(D,)``, in float64 and on the CPU.
+    def predict_distribution(self, X: Any) -> Mixture:
+        """Predict distributions, ``batch_shape`` ``(N,)`` and ``event_shape`` ``(D,)``, in float64 on the CPU.
 
         Raises:
-            ValueError: If X is not usable. (NotFittedError, also a ValueError: if there was no ``fit``.)
+            ValueError: If X is not usable, or is a data frame whose columns differ from those in :meth:`fit`. If there
+                was no :meth:`fit`, this is scikit-learn's ``NotFittedError``.
         """
         check_is_fitted(self)
         X = validate_data(self, plain(X, "X"), reset=False, dtype=np.float64)
@@ -210,17 +218,17 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             return self.network_(as_tensor(X, "X"))
 
     def predict(self, X: Any, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-        """Mean of each output, ``(N, D)``; with ``return_std`` also its standard deviation."""
+        """Predict the mean of each output, ``(N, D)``; with ``return_std`` also its standard deviation."""
         mixture = self.predict_distribution(X)
         mean = self._shaped(mixture.mean)
         return (mean, self._shaped(mixture.stddev)) if return_std else mean
 
     def predict_quantiles(self, X: Any, quantiles: Any = (0.05, 0.5, 0.95)) -> np.ndarray:
-        """Quantiles of each output, ``(N, Q, D)``; for a single number instead of a sequence ``(N, D)``.
+        """Predict quantiles of each output, ``(N, Q, D)``, or ``(N, D)`` if ``quantiles`` is a single number.
 
         Args:
             X: Inputs ``(N, n_features)``.
-            quantiles: Probabilities in (0, 1): Q of them, or one.
+            quantiles: Q probabilities in (0, 1), or a single one.
 
         Raises:
             ValueError: If a probability is not in (0, 1).
@@ -234,7 +242,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def predict_interval(
         self, X: Any, mass: float = 0.9, *, kind: Literal["central", "shortest"] = "central"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends, ``(N, D)`` each, of an interval with probability ``mass`` for each output.
+        """Predict lower and upper ends, ``(N, D)`` each, of an interval with probability ``mass`` for each output.
 
         Args:
             X: Inputs ``(N, n_features)``.
@@ -248,12 +256,12 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return self._shaped(lower), self._shaped(upper)
 
     def sample(self, X: Any, n: int = 1, *, random_state: Any = None) -> np.ndarray:
-        """Draws of y given each row of X, ``(n, N, D)``.
+        """Draw y given each row of X, ``(n, N, D)``.
 
         Args:
             X: Inputs ``(N, n_features)``.
             n: Number of draws for each row.
-            random_state: As scikit-learn has it; ``None`` draws a seed from NumPy's global generator.
+            random_state: Seed, as in scikit-learn; ``None`` draws a seed from NumPy's global generator.
         """
         require_counts(n=n)
         mixture = self.predict_distribution(X)
@@ -261,10 +269,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             return self._shaped(mixture.sample((int(n),)))
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        r"""Mean log-likelihood :math:`\log p(y \mid x)` in nats and the units of y: higher is better.
+        r"""Compute the mean log-likelihood :math:`\log p(y \mid x)` in nats; higher is better.
 
-        What other regressors call their score is :meth:`r2_score` here: it judges the mean alone. A change of the unit
-        of y by a factor c changes the log-likelihood by :math:`-D \log c`.
+        The score of other regressors is R², here :meth:`r2_score`, which judges only the mean. The log-likelihood
+        depends on the units of y: if y is multiplied by c, it changes by :math:`-D \log c`.
 
         Args:
             X: Inputs ``(N, n_features)``.
@@ -274,11 +282,11 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return neg_log_score(self, X, y, sample_weight)
 
     def log_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Mean negative log-likelihood in nats: :meth:`score` as a loss, as :mod:`pyro_mdn.scores` has it."""
+        """Compute the mean negative log-likelihood in nats: :meth:`score` as a loss, like :mod:`pyro_mdn.scores`."""
         return -self.score(X, y, sample_weight)
 
     def r2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Coefficient of determination R² of the predicted means, over the observed rows; the mean over outputs."""
+        """Compute R² of the predicted means over the observed rows, as the mean over outputs."""
         mean = self.predict_distribution(X).mean
         target = as_targets(y, *mean.shape)
         weight = None if sample_weight is None else as_weight(sample_weight, len(mean)).numpy()
@@ -291,12 +299,12 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        # scikit-learn's check of it wants R² of 0.5 from ``score``, which is a log-likelihood.
+        # scikit-learn checks that ``score`` exceeds 0.5, as R² should; here ``score`` is a log-likelihood.
         tags.regressor_tags.poor_score = True
         return tags
 
     def _build(self, dim_in: int, dim_out: int) -> MixtureDensityNetwork | DeepEnsemble:
-        """Network or ensemble that these settings describe; a ``ValueError`` if they do not."""
+        """Construct the network or ensemble of these settings, or raise a ``ValueError`` that names a setting."""
         if not is_count(self.ensemble_size):
             raise ValueError(f"ensemble_size: expected a positive integer, got {shown(self.ensemble_size)}")
         fractions = [self.validation, getattr(self.early_stopping, "validation", None) or 0.0]
@@ -304,8 +312,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise ValueError(f"validation: expected a fraction in [0, 1), got {shown(others[0])}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
-        noise = self._noise(dim_out)
-        network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, noise=noise)
+        noise = None if isinstance(self.family, Family) else self._noise(dim_out)
+        network = MixtureDensityNetwork(
+            dim_in, dim_out, self.n_components, self.hidden_dim, noise=noise, family=self.family
+        )
         network = network.to(_DTYPES[self.dtype])
         return network if self.ensemble_size == 1 else DeepEnsemble(network, self.ensemble_size)
 
@@ -329,7 +339,7 @@ def _center(values: Tensor) -> Tensor:
 def _uncentered(
     network: MixtureDensityNetwork | DeepEnsemble, x_shift: Tensor, y_shift: Tensor
 ) -> MixtureDensityNetwork | DeepEnsemble:
-    """Network for data that are not centred, in float64: float32 could not hold the shifts."""
+    """Convert the network to data that are not centred, in float64, because float32 could not hold the shifts."""
     network = network.cpu().double()
     part = network.architecture
     part.x_shift += x_shift

@@ -1,36 +1,41 @@
-r"""What the data leave open and what is noise: functions of mixtures by several draws of the weights.
+r"""Aleatoric uncertainty (noise) and epistemic uncertainty (what the data leave open), from draws of the weights.
 
-The first batch dimension of a mixture, ``batch_shape`` ``(S, *batch)``, are draws of the weights from a posterior, or
-members of an ensemble, all equally likely. Their average density is ``mixture.pool(0)``.
+All functions take mixtures of ``batch_shape`` ``(S, *batch)``. The first dimension has S draws of the weights from a
+posterior, or S members of an ensemble, all equally likely. Their average density is ``mixture.pool(0)``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.special import entr
 
 from pyro_mdn.distributions.covariance.low_rank import low_rank_capacitance
+from pyro_mdn.distributions.families.components import not_closed
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.scores import Estimate
 from pyro_mdn.support.checks import require_counts
 
 __all__ = ["aleatoric_variance", "epistemic_variance", "mutual_information", "mutual_information_bounds"]
 
+M = TypeVar("M", bound=Mixture)
+
 _ELEMENTS = 2**20
-"""Numbers in the largest tensor at once, where one row of the batch does not need more."""
+"""Numbers in the largest tensor at a time, unless a single row of the batch needs more."""
 
 
-def aleatoric_variance(mixture: GaussianMixture) -> Tensor:
-    r"""Variance of each output that remains when the weights are known, shape ``(*batch, D)``.
+def aleatoric_variance(mixture: Mixture) -> Tensor:
+    r"""Compute the variance of each output that remains if the weights are known, shape ``(*batch, D)``.
 
     .. math:: E_s[\mathrm{Var}(y \mid s)]
 
-    With :func:`epistemic_variance` it adds up to the variance of the pooled mixture, by the law of total variance.
+    By the law of total variance, aleatoric and :func:`epistemic_variance` add up to the variance of the pooled mixture.
     ``mixture.split_variance`` gives both as matrices.
 
     Args:
@@ -53,12 +58,12 @@ def aleatoric_variance(mixture: GaussianMixture) -> Tensor:
     return mixture.variance.mean(0)
 
 
-def epistemic_variance(mixture: GaussianMixture) -> Tensor:
-    r"""Variance of each output's mean over the draws of the weights, shape ``(*batch, D)``.
+def epistemic_variance(mixture: Mixture) -> Tensor:
+    r"""Compute the variance of each output's mean over the draws of the weights, shape ``(*batch, D)``.
 
     .. math:: \mathrm{Var}_s(E[y \mid s])
 
-    It does not see draws that agree in the mean and differ in all else: :func:`mutual_information` does.
+    Draws that have the same mean and differ otherwise have no epistemic variance; :func:`mutual_information` sees them.
 
     Args:
         mixture: Mixtures by S draws of the weights, ``batch_shape`` ``(S, *batch)``.
@@ -75,21 +80,24 @@ def epistemic_variance(mixture: GaussianMixture) -> Tensor:
 
 
 @torch.no_grad()
-def mutual_information(mixture: GaussianMixture, *, num_samples: int = 1000) -> Estimate:
-    r"""Mutual information of the weights and y in nats, by Monte Carlo, and its standard error, ``(*batch,)`` each.
+def mutual_information(mixture: Mixture, *, num_samples: int = 1000) -> Estimate:
+    r"""Estimate the mutual information of weights and y in nats, with its standard error, ``(*batch,)`` each.
 
     .. math:: I(y; s) = H\Big[\frac1S \sum_s p_s\Big] - \frac1S \sum_s H[p_s]
               = E_y\Big[\log S - H[s \mid y]\Big] \in [0, \log S]
 
-    What an observation of y is expected to tell about the weights: the entropy of the prediction without its noise.
-    Invariant under invertible maps of y. Active learning by the largest one is known as BALD.
+    This is the information that one observation of y is expected to give about the weights: the entropy of the average
+    prediction less the mean entropy of the predictions. It is invariant under invertible maps of y. Active learning
+    that labels the rows with the largest mutual information is known as BALD.
 
-    Equally many y are drawn from each of the S mixtures, and each draw contributes the information that it gives on
-    which mixture it came from, a number in :math:`[0, \log S]`. Not differentiable; the bounds are.
+    The Monte Carlo estimate draws equally many y from each of the S mixtures. Each draw contributes the information
+    about which mixture it came from, a number in :math:`[0, \log S]`. The estimate is not differentiable; the bounds
+    of :func:`mutual_information_bounds` are.
 
     Args:
         mixture: Mixtures by S draws of the weights, ``batch_shape`` ``(S, *batch)``.
-        num_samples: Draws of y altogether, rounded up to as many from each of the S mixtures, two at least.
+        num_samples: Number of draws of y in total, rounded up so that each of the S mixtures has equally many, and at
+            least two.
 
     Raises:
         ValueError: If the mixture has no batch dimension, if there are no draws of the weights, or if ``num_samples``
@@ -120,19 +128,20 @@ def mutual_information(mixture: GaussianMixture, *, num_samples: int = 1000) -> 
 
 
 @in_widest_precision
-def mutual_information_bounds(mixture: GaussianMixture) -> tuple[Tensor, Tensor]:
-    r"""Lower and upper bound of the mutual information of the weights and y in nats, ``(*batch,)`` each.
+def mutual_information_bounds(mixture: Mixture) -> tuple[Tensor, Tensor]:
+    r"""Compute lower and upper bounds of the mutual information of weights and y in nats, ``(*batch,)`` each.
 
-    In closed form, differentiable, in :math:`O(S^2 K^2)`. With the index s of the draw and k of the component, both
+    The bounds are in closed form, differentiable, and cost :math:`O(S^2 K^2)`. With the index s of the draw and k of
+    the component, both
     :math:`I(y; s) = I(y; (s, k)) - I(y; k \mid s)` and :math:`I(y; s) \le I(k; s) + I(y; s \mid k)`, where components
-    of the same k are taken together. The information on a component is bounded by pairwise distances,
+    of the same k are taken together. The information about a component is bounded by pairwise distances,
 
     .. math:: -\sum_i w_i \log \sum_j w_j \, e^{-B(i, j)} \le I(y; i) \le
               -\sum_i w_i \log \sum_j w_j \, e^{-\mathrm{KL}(i \Vert j)}
 
     with the Bhattacharyya distance B, and from above also by the entropy of the Gaussian with the same covariance.
-    A second lower bound has the draws in place of i, :math:`e^{-B}` of two mixtures being at most its sum over their
-    components. The best ones are taken, within :math:`[0, \log S]`. Equal draws give zeros.
+    A second lower bound has the draws in place of i, because :math:`e^{-B}` of two mixtures is at most the sum over
+    their components. The result has the tightest of these bounds, within :math:`[0, \log S]`. Equal draws give zeros.
 
     Args:
         mixture: Mixtures by S draws of the weights, ``batch_shape`` ``(S, *batch)``.
@@ -151,6 +160,8 @@ def mutual_information_bounds(mixture: GaussianMixture) -> tuple[Tensor, Tensor]
     (tensor(0.0605), tensor(0.1116))
     """
     _check_draws(mixture)
+    if not isinstance(mixture, GaussianMixture):
+        not_closed("mutual_information_bounds", mixture.components, "mutual_information estimates it from draws")
     n_draws, n_components, dim = mixture.batch_shape[0], mixture.n_components, mixture.dim
     per_row = n_draws * n_components * dim * (dim + 1) * n_components
     parts = [_bounds(part) for part in _split(mixture, per_row)]
@@ -158,14 +169,14 @@ def mutual_information_bounds(mixture: GaussianMixture) -> tuple[Tensor, Tensor]
     return lower, upper
 
 
-def _check_draws(mixture: GaussianMixture) -> None:
+def _check_draws(mixture: Mixture) -> None:
     if not mixture.batch_shape or mixture.batch_shape[0] == 0:
         shape = tuple(mixture.batch_shape)
         raise ValueError(f"mixture: expected batch_shape (S, *batch) with S > 0 draws of the weights, got {shape}")
 
 
-def _split(mixture: GaussianMixture, per_row: int) -> Iterator[GaussianMixture]:
-    """Mixtures of ``batch_shape`` ``(S, rows)``, few enough rows each that need ``per_row`` numbers in memory."""
+def _split(mixture: M, per_row: int) -> Iterator[M]:
+    """Yield mixtures ``(S, rows)`` with so few rows that ``per_row`` numbers for each fit into memory."""
     n_draws, *batch = mixture.batch_shape
     n_rows, size = math.prod(batch), max(1, _ELEMENTS // per_row)
     components = mixture.components.expand((*mixture.batch_shape, mixture.n_components))
@@ -181,8 +192,8 @@ def _split(mixture: GaussianMixture, per_row: int) -> Iterator[GaussianMixture]:
 # Monte Carlo
 
 
-def _information_gains(draws: GaussianMixture, each: int) -> Tensor:
-    """What each of ``each`` draws of y from each mixture tells about which one it came from, ``(each, S, rows)``."""
+def _information_gains(draws: Mixture, each: int) -> Tensor:
+    """Draw ``each`` y from each mixture; information about which mixture they came from, ``(each, S, rows)``."""
     n_draws, n_rows = draws.batch_shape
     y = draws.sample((each,)).flatten(0, 1).unsqueeze(1)
     size = max(1, _ELEMENTS // max(1, draws.components.locs.numel()))
@@ -195,7 +206,7 @@ def _information_gains(draws: GaussianMixture, each: int) -> Tensor:
 
 
 def _bounds(draws: GaussianMixture) -> tuple[Tensor, Tensor]:
-    """Bounds of ``(rows,)`` each, for ``batch_shape`` ``(S, rows)``."""
+    """Compute both bounds, ``(rows,)`` each, for ``batch_shape`` ``(S, rows)``."""
     n_draws = draws.batch_shape[0]
     pooled, by_component, within = draws.pool(0), _by_component(draws), draws.logits.movedim(0, 1)
     both, inside, whole, across = [], [], [], []
@@ -227,7 +238,7 @@ def _by_component(draws: GaussianMixture) -> GaussianMixture:
 
 
 def _surprise(weights: Tensor) -> Tensor:
-    """Minus w log w, with finite gradients also at 0."""
+    """Compute -w log w, with finite gradients also at w = 0."""
     return -weights * weights.masked_fill(weights == 0, 1.0).log()
 
 
@@ -236,18 +247,18 @@ def _average(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def _information(log_weights: Tensor, distances: Tensor) -> Tensor:
-    """Surprise at being where all are at these distances: a bound of what a point of it tells about the index."""
+    """Compute -log Σ w exp(-distance): a bound of the information of a point about the index."""
     return -(log_weights - distances).logsumexp(-1)
 
 
 def _gaussian_bound(mixture: GaussianMixture) -> Tensor:
-    """Upper bound of the information on the component: entropy of a Gaussian less that of the components."""
+    """Compute an upper bound of the information about the component: Gaussian entropy less that of components."""
     whole = mixture.as_gaussian().half_log_det().squeeze(-1)
     return whole - _average(mixture.logits.exp(), mixture.covariance.half_log_det())
 
 
 def _distances(draws: GaussianMixture, pooled: GaussianMixture, s: int) -> Tensor:
-    """Bhattacharyya and Kullback-Leibler distance of each component of draw s from all, ``(2, rows, K, S, K)``."""
+    """Compute Bhattacharyya and KL distances of the components of draw s from all, ``(2, rows, K, S, K)``."""
     others = pooled.covariance.map(lambda t, n: t.unsqueeze(1))
     own = draws.covariance.map(lambda t, n: t[s].unsqueeze(2))
     apart = others.whiten(draws.locs[s].unsqueeze(2) - pooled.locs.unsqueeze(1))

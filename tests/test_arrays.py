@@ -41,7 +41,8 @@ CONTAINERS = {
     "nullable": X.convert_dtypes(),
     "arrow": X.convert_dtypes(dtype_backend="pyarrow"),
     "polars": pl.from_pandas(X),
-    "table": pa.Table.from_pandas(X.astype(float)),
+    "table": pa.Table.from_pandas(X),
+    "record batch": pa.RecordBatch.from_pandas(X.astype(float)),
     "lists": NUMBERS.tolist(),
     "rows": [torch.tensor(row) for row in NUMBERS],
     "objects": NUMBERS.astype(object),
@@ -172,6 +173,16 @@ def test_tensors_keep_their_graph_and_everything_else_is_a_copy():
         (pd.DataFrame({"c": pd.Categorical([1, 2])}), "x, column 'c': expected numbers, got categories"),
         (pl.Series(["1", "2"], dtype=pl.Enum(["1", "2"])), "x: expected numbers, got categories"),
         (pa.array([1, 2, 1]).dictionary_encode(), "x: expected numbers, got categories"),
+        (
+            pa.table({"a": [1.0, 2.0], "c": pa.array([1, 2]).dictionary_encode()}),
+            "x, column 'c': expected numbers, got categories",
+        ),
+        (
+            pa.record_batch({"a": [1.0], "c": pa.array([1]).dictionary_encode()}),
+            "x, column 'c': expected numbers, got categories",
+        ),
+        (pa.table({"a": [1.0], "city": ["Bern"]}), "x, column 'city': expected numbers, got text"),
+        (pa.table({"when": [datetime.date(2020, 1, 1)]}), "x, column 'when': expected numbers, got dates"),
         (MixtureDensityNetwork(3, 1)(X), "x: expected numbers, got GaussianMixture$"),
         ([torch.distributions.Normal(torch.zeros(2), 1.0)] * 2, "x: expected numbers, got list of 2"),
         ([torch.zeros(2), torch.zeros(3)], "x: expected numbers in rows of one length, got list of 2"),
@@ -380,6 +391,7 @@ def test_inference_data_of_frames(network):
         ),
         (np.where(NUMBERS == 4, -np.inf, NUMBERS), "got -inf in row 2, column 0$"),
         (pl.DataFrame({"a": [1.0, None], "b": [1, 1], "c": [1, 1]}), "got nan in row 1, column 'a'$"),
+        (pa.table({"a": [1.0, None], "b": [1, 1], "c": [1, 1]}), "got nan in row 1, column 'a'$"),
     ],
 )
 def test_errors_say_where_a_number_is_not_finite(x, message):

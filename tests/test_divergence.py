@@ -3,10 +3,18 @@ import pytest
 import torch
 from cases import NOISE, make_mixture
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
-from torch.distributions import kl_divergence
+from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, kl_monte_carlo, kl_variational_approximation
+from pyro_mdn import (
+    Diagonal,
+    DiagonalCovariance,
+    Full,
+    FullCovariance,
+    GaussianMixture,
+    kl_monte_carlo,
+    kl_variational_approximation,
+)
 
 every_noise = pytest.mark.parametrize("noise", NOISE.values(), ids=NOISE)
 
@@ -19,7 +27,7 @@ def test_exact_for_one_component(noise):
 
 
 def _dense(mixture):
-    return torch.distributions.MultivariateNormal(mixture.mean, mixture.covariance_matrix)
+    return MultivariateNormal(mixture.mean, mixture.covariance_matrix)
 
 
 def _overlapping():
@@ -54,10 +62,34 @@ def test_a_mean_field_elbo_of_mixtures_is_unbiased():
     assert loss(TraceMeanField_ELBO) == pytest.approx(loss(Trace_ELBO))
 
 
+def _by_dense_matrices(p, q):
+    """The approximation by its formula, from the divergences of all pairs of dense normals."""
+    normals = [MultivariateNormal(m.locs, m.covariance.matrix().expand(*m.locs.shape, m.dim)) for m in (p, q)]
+    first = MultivariateNormal(normals[0].loc.unsqueeze(-2), normals[0].covariance_matrix.unsqueeze(-3))
+    own, other = (MultivariateNormal(n.loc.unsqueeze(-3), n.covariance_matrix.unsqueeze(-4)) for n in normals)
+    numerator = (p.logits.unsqueeze(-2) - kl_divergence(first, own)).logsumexp(-1)
+    denominator = (q.logits.unsqueeze(-2) - kl_divergence(first, other)).logsumexp(-1)
+    return (p.logits.exp() * (numerator - denominator)).sum(-1)
+
+
 @every_noise
-def test_zero_for_equal_mixtures(noise):
-    mixture = make_mixture(noise)
-    assert_close(kl_variational_approximation(mixture, mixture), torch.zeros(5, dtype=torch.float64))
+@pytest.mark.parametrize("n_components", [2, 3])
+def test_approximation_is_its_formula(noise, n_components):
+    p, q = make_mixture(noise), make_mixture(Full(), n_components=n_components).affine(0.2, 1.5)
+    assert_close(kl_variational_approximation(p, q), _by_dense_matrices(p, q))
+    assert_close(kl_variational_approximation(q, p), _by_dense_matrices(q, p))
+
+
+@every_noise
+def test_zero_for_one_mixture_in_two_orders(noise):
+    """Components in another order, and their covariances as dense matrices: only the divergence itself is zero."""
+    mixture, order = make_mixture(noise), [2, 0, 1]
+    matrix = mixture.covariance.matrix().expand(5, 3, 4, 4)[:, order]
+    same = GaussianMixture(mixture.logits[:, order], mixture.locs[:, order], FullCovariance.from_matrix(matrix))
+    zero = torch.zeros(5, dtype=torch.float64)
+    assert_close(kl_variational_approximation(mixture, same), zero, rtol=0, atol=1e-6)
+    assert_close(kl_monte_carlo(mixture, same, num_samples=100)[0], zero, rtol=0, atol=1e-6)
+    assert (kl_variational_approximation(mixture, same.affine(0.5, 1.0)) > 0.01).all()
 
 
 def test_far_components_make_the_approximation_exact():

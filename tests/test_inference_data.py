@@ -164,7 +164,10 @@ def test_chains_of_pyro():
     mcmc = MCMC(NUTS(network.model, max_tree_depth=2), num_samples=5, warmup_steps=2, disable_progbar=True)
     mcmc.run(x, y)
     data = to_inference_data(network, x=x, y=y, posterior=mcmc)
-    assert data["sample_stats"]["diverging"].shape == (1, 5)
+    drawn = mcmc.get_samples(group_by_chain=True)["head.linear.bias"]
+    assert_close(values(data, "posterior", "head.linear.bias"), drawn)
+    assert_close(values(data, "log_likelihood", "y")[0], posterior_predictive(network, mcmc, x).log_prob(y))
+    assert values(data, "sample_stats", "diverging")[0].sum() == len(mcmc.diagnostics()["divergences"]["chain 0"])
     assert data.attrs["inference_method"] == "MCMC"
 
 
@@ -389,11 +392,14 @@ def test_files_of_arviz_0_load():
     data = az.from_netcdf(str(FILE))
     assert data.attrs["arviz_version"].startswith("0.23")
     assert dict(data["posterior"]["head.linear.bias"].sizes) == {"chain": 2, "draw": 26, "head.linear.bias_dim_0": 15}
-    mixture, y, _ = written()
+    mixture, y, x = written()
     assert_close(values(data, "log_likelihood", "joint").flatten(0, 1), mixture.log_prob(y))
+    posterior = chains(make(latent=True)[0], size=26)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert np.isfinite(float(loo(data).elpd_loo if OLD else loo(data).elpd))
+        loaded, now = (loo(d) for d in (data, to_inference_data(mixture, x=x, y=y, posterior=posterior)))
+    name = "elpd_loo" if OLD else "elpd"
+    assert float(getattr(loaded, name)) == pytest.approx(float(getattr(now, name)), rel=1e-6)
 
 
 def written():

@@ -6,12 +6,14 @@ import math
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from cases import make_mixture
 from scipy import integrate
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, plots, scores, uncertainty
+from pyro_mdn import Diagonal, DiagonalCovariance, FitResult, Full, GaussianMixture, plots, scores, uncertainty
 from pyro_mdn.adapters import density_grids
 from pyro_mdn.calibration import ecdf_band, uniformity_p_value
 
@@ -123,6 +125,18 @@ def test_components():
     assert (light < dark - 0.1).all()
     low, high = ax.get_ylim()
     assert low < mixture.locs[..., 1].min() - 0.2 < mixture.locs[..., 1].max() + 0.2 < high
+
+
+def test_training_is_readable_in_grey():
+    """Three line styles, and a light and a dark colour, by the luminance that a grey print shows."""
+    rows = [{"epoch": e, "loss": 1 / (e + 1), "validation_loss": 2 / (e + 1)} for e in range(5)]
+    ax = plots.plot_training(FitResult(history=rows, best_epoch=3))
+    assert len({line.get_linestyle() for line in ax.lines}) == 3
+    luminance = [np.dot(mpl.colors.to_rgb(line.get_color()), [0.299, 0.587, 0.114]) for line in ax.lines]
+    assert luminance[0] - luminance[1] > 0.25
+    assert [list(line.get_ydata()) for line in ax.lines[:2]] == [
+        [r[n] for r in rows] for n in ("loss", "validation_loss")
+    ]
 
 
 def test_each_component_looks_different():
@@ -332,7 +346,7 @@ def test_calibration():
     assert legend(ax) == ["95 % band", "a", "b"]
     for i, rows in enumerate([slice(5, None), slice(None)]):
         line = ax.lines[1 + i]
-        part, targets = mixture.flatten(mixture.batch_shape)[torch.arange(ROWS)[rows]], y[rows]
+        part, targets = mixture[rows], y[rows]
         expected = [scores.coverage(part, targets, mass)[:, i].mean() for mass in (0.2, 0.5, 0.9)]
         assert np.allclose(line.get_ydata(), expected)
 
@@ -353,13 +367,13 @@ def test_uncertainty_split():
 
 def test_moments_in_small_units():
     """In single precision, where their squares underflow."""
-    x, mixture, _ = along(2)
-    single = GaussianMixture(
-        mixture.logits.float(), mixture.locs.float(), mixture.covariance.map(lambda t, n: t.float())
-    )
+    x, mixture, _ = along(2, scale=0.02)
+    single = mixture.float()
     small = single.affine(0.0, 1e-25)
     for one, other in [(single, small), (single.marginal(0), small.marginal(0))]:
-        assert np.allclose(density_grids._finest(other) * 1e25, density_grids._finest(one), rtol=1e-4)
+        grid, small_grid = (density_grids.grid_of(m) for m in (one, other))
+        assert len(grid) > density_grids.PIXELS  # two points for each standard deviation, so that its size matters
+        assert np.allclose(small_grid * 1e25, grid, rtol=1e-4)
         draws = [m.expand((3, ROWS)) for m in (one, other)]
         lines = [plots.plot_uncertainty_split(draw, x).lines[0].get_ydata() for draw in draws]
         assert np.allclose(lines[1] * 1e25, lines[0], rtol=1e-4)
@@ -407,6 +421,8 @@ def test_kinds_of_inputs():
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("age", "height")
     assert plots.plot_predictive_intervals(tracked, x.unsqueeze(1).numpy(), y.flatten()).get_ylabel() == "y"
     assert plots.plot_predictive_intervals(tracked, x, pd.Series(y[:, 0], name="height")).get_ylabel() == "height"
+    for table in (pl.DataFrame({"age": x.numpy()}), pa.table({"age": x.numpy()})):
+        assert plots.plot_predictive_intervals(tracked, table).get_xlabel() == "age"
     dates = pd.Series(pd.date_range("2020", periods=ROWS), name="day")
     assert plots.plot_components(tracked, dates).get_xlabel() == "day"
     assert plots.plot_components(tracked, x.tolist()).has_data()
@@ -428,11 +444,19 @@ def test_names_of_outputs():
     assert legend(plots.plot_pit(pd.DataFrame(scores.pit(mixture, y), columns=["a", "b"])))[1:] == ["a", "b"]
 
 
-def test_large_posteriors_go_in_parts(monkeypatch):
-    x, mixture, _ = along()
-    whole = plots.plot_conditional_density(mixture, x).collections[0].get_array()
-    monkeypatch.setattr(density_grids, "_ELEMENTS", 10 * ROWS * 2)
-    assert np.allclose(plots.plot_conditional_density(mixture, x).collections[0].get_array(), whole)
+def test_large_posteriors_go_in_parts():
+    """Ten points at a time, each of which needs a number for every row and component."""
+    _, mixture, _ = along()
+    grid, sizes = density_grids.grid_of(mixture)[:, None, None], []
+
+    def cdf(points):
+        sizes.append(len(points))
+        return mixture.cdf(points)
+
+    parts = density_grids.in_parts(cdf, grid, mixture, elements=10 * ROWS * 2)
+    assert set(sizes) == {10}
+    torch.testing.assert_close(parts, mixture.cdf(grid))
+    assert len(density_grids.in_parts(mixture.cdf, grid, mixture, elements=1)) == len(grid)  # one point at least
 
 
 def test_bad_input():

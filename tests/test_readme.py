@@ -67,8 +67,12 @@ def test_no_code_is_left_out(page):
 def test_pages_with_code():
     """A page that loses its code, or a fence that is no longer recognised, shows here."""
     counts = {page: len(snippets.snippets((ROOT / page).read_text())) for page in CODE}
-    assert counts["README.md"] >= 6
-    without = {"CONTRIBUTING.md", "docs/performance.md", "docs/quality.md", "docs/testing.md"}
+    assert counts["README.md"] >= 3
+    assert counts["docs/features.md"] >= 2
+    assert counts["docs/pyro.md"] >= 2
+    assert counts["docs/start.md"] >= 8
+    names = ["examples", "glossary", "performance", "quality", "testing"]
+    without = {"CONTRIBUTING.md", *(f"docs/{name}.md" for name in names)}
     assert set(PAGES) - set(CODE) == without
 
 
@@ -81,9 +85,55 @@ def test_relative_links_exist(page):
         assert (made or (ROOT / page).parent / target).exists(), target
 
 
+def slugs(text):
+    """Anchors that headings have, on the site and on GitHub."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_anchors_exist(page):
+    text = (ROOT / page).read_text()
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", text):
+        other = text if not target else ((ROOT / page).parent / target).read_text()
+        assert anchor in slugs(other), f"{target}#{anchor}"
+
+
+def test_first_screen_of_the_readme():
+    """The problem, ten lines of code, one picture, two commands and three links, in this order."""
+    text = (ROOT / "README.md").read_text().split("\n## ")[0]
+    code, commands = re.findall(r"^```(?:python|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(code.splitlines()) <= 12
+    assert [line.split()[:2] for line in commands.splitlines()] == [["make", "demo"], ["make", "test"]]
+    pictures, links = re.findall(r"^!\[", text, re.MULTILINE), re.findall(r"^- \[.*?\]\(docs/", text, re.MULTILINE)
+    assert (len(pictures), len(links)) == (1, 3)
+    assert text.index("```python") < text.index("![") < text.index("```sh") < text.index("- [")
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        "aleatoric",
+        "calibration",
+        "censoring",
+        "dequantisation",
+        "early stopping",
+        "epistemic",
+        "homoscedastic",
+        "identifiability",
+        "proper scoring rule",
+    ],
+)
+def test_terms_of_the_field_are_found(term):
+    """In the glossary, and on a page that explains them."""
+    pages = {path.stem for path in DOCS.glob("*.md") if term in path.read_text().lower()}
+    assert "glossary" in pages
+    assert pages - {"glossary", "features"}
+
+
 def test_examples_are_in_one_order():
-    """That of the gallery, which is that of the README."""
-    listed = re.findall(r"^\| \[`(\w+)\.py`\]\(examples/", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    """That of the gallery, which is that of their page."""
+    listed = re.findall(r"^\| \[`(\w+)\.py`\]\(\.\./examples/", (DOCS / "examples.md").read_text(), flags=re.MULTILINE)
     tree = ast.parse((DOCS / "pictures.py").read_text())
     assigned = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign)}
     assert list(ast.literal_eval(assigned["EXAMPLES"])) == listed

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.sparse import csr_array
+from scipy.stats import multivariate_normal
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.compose import TransformedTargetRegressor
@@ -217,8 +218,11 @@ def test_missing_targets_are_marginalised(double):
     y = np.where([True, False], Y, np.nan)
     marginal = double.predict_distribution(X).marginal(0)
     assert math.isclose(double.score(X, y), marginal.log_prob(torch.tensor(Y[:, :1])).mean())
-    partly = regressor(noise="full").fit(X, np.where(RNG.random(Y.shape) < 0.2, np.nan, Y))
-    assert math.isfinite(partly.score(X, Y))
+    hidden = np.random.default_rng(1).random(Y.shape) < 0.2
+    partly = regressor(noise="full", max_epochs=20).fit(X, np.where(hidden, np.nan, Y))
+    assert partly.result_.unobserved == hidden.sum(0).tolist()
+    gaussian = multivariate_normal(Y.mean(0), np.cov(Y.T)).logpdf(Y).mean()  # what needs no inputs
+    assert partly.score(X, Y) > gaussian + 1
 
 
 def test_masks_are_honoured_or_refused(double):
@@ -304,8 +308,15 @@ def test_search_in_a_pipeline():
     pipeline = make_pipeline(StandardScaler(), regressor(max_epochs=2))
     search = GridSearchCV(pipeline, grid, scoring={"crps": neg_crps, "log": neg_log_score}, refit="log", cv=2)
     search.fit(X, Y)
-    assert np.isfinite(search.cv_results_["mean_test_crps"]).all()
-    assert len(set(search.cv_results_["mean_test_log"])) == 4
+    results = search.cv_results_
+    for settings, crps, log in zip(*(results[n] for n in ("params", "mean_test_crps", "mean_test_log")), strict=True):
+        halves = [slice(0, 40), slice(40, 80)]
+        fitted = [clone(pipeline).set_params(**settings).fit(X[half], Y[half]) for half in halves[::-1]]
+        for scorer, value in [(neg_crps, crps), (neg_log_score, log)]:
+            expected = [scorer(model, X[half], Y[half]) for model, half in zip(fitted, halves, strict=True)]
+            np.testing.assert_allclose(value, np.mean(expected))
+    assert len(set(results["mean_test_log"])) == 4
+    assert search.best_index_ == np.argmax(results["mean_test_log"])
     assert neg_crps(search, X, Y) == neg_crps(search.best_estimator_, X, Y)
 
 
@@ -320,10 +331,12 @@ def test_old_faithful_has_more_than_one_component():
 def test_cross_validation():
     pipeline = make_pipeline(StandardScaler(), regressor())
     values = cross_val_score(pipeline, X, Y1, scoring=partial(neg_interval_score, mass=0.5), cv=2)
-    assert np.isfinite(values).all()
-    assert cross_val_predict(regressor(), X, Y, cv=2).shape == (80, 2)
-    folds = cross_val_predict(regressor(), X, Y1, cv=2)
-    np.testing.assert_array_equal(folds[40:], regressor().fit(X[:40], Y1[:40]).predict(X[40:]))
+    second = clone(pipeline).fit(X[:40], Y1[:40])
+    assert math.isclose(values[1], neg_interval_score(second, X[40:], Y1[40:], mass=0.5))
+    assert values[0] != values[1]
+    for y in (Y1, Y):
+        folds = cross_val_predict(regressor(), X, y, cv=2)
+        np.testing.assert_array_equal(folds[40:], regressor().fit(X[:40], y[:40]).predict(X[40:]))
 
 
 @pytest.mark.parametrize("scorer", [neg_crps, partial(neg_interval_score, mass=0.5)])

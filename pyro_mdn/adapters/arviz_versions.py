@@ -1,4 +1,4 @@
-r"""Both generations of ArviZ, 0.x and 1.x, with the same meaning: the only importer of ArviZ."""
+r"""Use both generations of ArviZ, 0.x and 1.x, with the same results; no other module imports ArviZ."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROWS = "__row__"
 
 
 def assemble(groups: Mapping[str, Dataset], attributes: Mapping[str, Any]) -> Any:
-    """Groups as ``InferenceData`` on 0.x, as ``xarray.DataTree`` on 1.x."""
+    """Combine groups into ``InferenceData`` on 0.x, into ``xarray.DataTree`` on 1.x."""
     az = _arviz()
     kept = {name: group.assign_attrs(attributes) for name, group in groups.items() if group.data_vars}
     if _is_new(az):
@@ -35,13 +35,13 @@ def assemble(groups: Mapping[str, Dataset], attributes: Mapping[str, Any]) -> An
 
 
 def dataset(data: Any, group: str) -> Dataset:
-    """A group as ``xarray.Dataset``."""
+    """Return a group as an ``xarray.Dataset``."""
     found = data[group]
     return found.to_dataset() if hasattr(found, "to_dataset") else found
 
 
 def effective_share(values: Array) -> float:
-    """Mean over N of the effective share of independent draws, for values ``(chains, draws, N)``."""
+    """Compute the mean over N of the effective share of independent draws, for values ``(chains, draws, N)``."""
     from xarray import Dataset
 
     az, draws = _arviz(), values.shape[0] * values.shape[1]
@@ -54,7 +54,7 @@ def effective_share(values: Array) -> float:
 def leave_one_out(
     likelihood: DataArray, log_weights: Array, pareto_k: Array, reff: float, *, unreliable: bool, pointwise: bool
 ) -> Any:
-    """Result of ``arviz.loo`` for log-likelihood ``(chain, draw, N)``, with weights ``(N, S)`` that are given."""
+    """Make the result of ``arviz.loo`` from log-likelihoods ``(chain, draw, N)`` and given weights ``(N, S)``."""
     az = _arviz()
     k = likelihood.isel(chain=0, draw=0, drop=True).copy(data=pareto_k).rename("pareto_k")
     if _is_new(az):
@@ -81,7 +81,7 @@ def leave_one_out(
 
 
 def comparison(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
-    """``arviz.compare`` of results, unrounded, with the names of columns and the sign of differences of 1.x."""
+    """Call ``arviz.compare``, unrounded, and give its columns the names and the sign of differences of 1.x."""
     az, method = _arviz(), str(settings.get("method") or "stacking").lower()
     new = _is_new(az)
     shifted = _shifted(results, "elpd_i" if new else "loo_i") if method == "stacking" else dict(results)
@@ -95,7 +95,7 @@ def comparison(results: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
 
 
 def _shifted(results: Mapping[str, Any], terms: str) -> dict[str, Any]:
-    """Terms less the largest of each row: stacking is the same, and exponentials that it takes do not underflow."""
+    """Subtract the largest term of each row: stacking gives the same weights, and exponentials do not underflow."""
     pointwise = np.stack([np.asarray(result[terms]) for result in results.values()])
     shifted = {name: copy(result) for name, result in results.items()}
     for result, values in zip(shifted.values(), pointwise - pointwise.max(0), strict=True):
@@ -118,7 +118,7 @@ def _is_new(az: Any) -> bool:
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    """Ignore what ArviZ 0.x itself uses of other packages: that is not the caller's concern."""
+    """Ignore deprecation warnings about ArviZ's own use of other packages, which the caller cannot change."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning, PendingDeprecationWarning):
             warnings.simplefilter("ignore", category)

@@ -1,4 +1,4 @@
-r"""Grids: mixtures along one input and densities over one output, as arrays that a figure shows."""
+r"""Evaluate mixtures along one input, and densities over a grid of one output, as arrays for figures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.support.arrays import Array, as_array, to_numpy
+from pyro_mdn.support.arrays import Array, as_array, columns_of, in_columns, to_numpy
 
 __all__ = [
+    "ELEMENTS",
     "PIXELS",
     "along",
     "cell_density",
@@ -26,17 +27,20 @@ __all__ = [
     "targets_of",
 ]
 
-PIXELS, _MOST = 300, 1000
-"""Points of a grid: about as many as a figure has pixels, where each is a colour; at most, where there are contours."""
+PIXELS = 300
+"""Points of a grid that is shown as colours: about as many as a figure has pixels."""
+
+_MOST = 1000
+"""Largest number of points of a grid that contours are computed on."""
 
 _QUANTILES = 1000
 
-_ELEMENTS = 2**24
-"""Numbers in the largest tensor at once, where one point of a grid does not need more."""
+ELEMENTS = 2**24
+"""Numbers in the largest tensor at a time, unless a single point of the grid needs more."""
 
 
 def along(mixture: Mixture, x: Any, output: int) -> tuple[Array, str, Mixture, Array]:
-    """Sorted values of x, its label, the average mixtures of one output in that order, and the order."""
+    """Sort mixtures by x: values of x, its label, the (averaged) mixtures of one output, and the order."""
     values, label = one_input(x)
     mixture = pooled(mixture)
     if mixture.batch_shape != values.shape:
@@ -47,13 +51,12 @@ def along(mixture: Mixture, x: Any, output: int) -> tuple[Array, str, Mixture, A
     if not 0 <= output < mixture.dim:
         raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
     order = np.argsort(values, kind="stable")
-    sorted_ = mixture.marginal(output).flatten(mixture.batch_shape)[torch.from_numpy(order)]
-    return values[order], label, sorted_, order
+    return values[order], label, mixture.marginal(output)[torch.from_numpy(order)], order
 
 
 def one_input(x: Any) -> tuple[Array, str]:
-    """Values of one input, numbers or times, and what to call it."""
-    columns = getattr(x, "columns", None)
+    """Convert one input, numbers or times, to an array; also return its name for a label."""
+    columns = columns_of(x)
     name = getattr(x, "name", None) if columns is None else next(iter(columns), None)
     values = to_numpy(x)
     values = values if values.dtype.kind == "M" else as_array(x, "x")
@@ -66,9 +69,8 @@ def one_input(x: Any) -> tuple[Array, str]:
 
 
 def targets_of(y: Any, size: int | None = None, dim: int | None = None) -> Array:
-    """Targets ``(N, D)`` of any kind."""
-    rows = as_array(y, "y")
-    rows = rows[:, None] if rows.ndim == 1 else rows
+    """Convert targets of any container to an array ``(N, D)``."""
+    rows = in_columns(as_array(y, "y"))
     if rows.ndim != 2 or size not in (None, rows.shape[0]) or dim not in (None, rows.shape[1]):
         expected = f"({'N' if size is None else size}, {'D' if dim is None else dim})"
         raise ValueError(f"y: expected shape {expected}, got {rows.shape}")
@@ -81,7 +83,10 @@ def pooled(mixture: Mixture) -> Mixture:
 
 
 def grid_of(mixture: Mixture, output: int = 0, *, most: int = _MOST) -> Tensor:
-    """Points over all but 0.1 % of each distribution of one output, two for each standard deviation up to ``most``."""
+    """Choose points that cover 99.9 % of each distribution of one output, at most ``most``.
+
+    There are two points for each standard deviation of the narrowest component that matters.
+    """
     single = mixture.marginal(output)
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
     count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
@@ -90,23 +95,24 @@ def grid_of(mixture: Mixture, output: int = 0, *, most: int = _MOST) -> Tensor:
 
 
 def _finest(mixture: Mixture) -> Tensor:
-    """Smallest standard deviation of an output, given the other if there are two, of components that matter."""
+    """Find the smallest standard deviation of an output (given the other one of two) of components that matter."""
     conditional = mixture.components.narrowest()
     matter = mixture.logits.exp() > 0.05 / mixture.n_components
     return conditional.expand(mixture.logits.shape).masked_fill(~matter, math.inf).min(-1).values
 
 
 def cell_density(mixture: Mixture, grid: Tensor) -> Tensor:
-    """Mean density within half a step of each point, ``(points, N)``: no mode is too narrow for it."""
+    """Compute the mean density within half a step of each point, ``(points, N)``, which sees the narrowest modes."""
     step = grid[1] - grid[0]
     ends = torch.cat([grid - step / 2, grid[-1:] + step / 2])
     return in_parts(mixture.cdf, ends[:, None, None], mixture).diff(dim=0).squeeze(-1) / step
 
 
 def regions(mixture: Mixture, grid: Tensor, masses: list[float]) -> Iterator[Tensor]:
-    """For each probability, ``(points, N)`` that are positive within the regions of highest density.
+    """Yield, for each probability, ``(points, N)`` numbers that are positive inside the region of highest density.
 
-    Where a mode is narrower than a step of the grid, regions are of whole cells, so that they do not fall between them.
+    Where a mode is narrower than a step of the grid, the region consists of whole cells, so that no mode is lost
+    between two points.
     """
     density, step = cell_density(mixture, grid), grid[1] - grid[0]
     coarse, narrow = density.clamp(min=torch.finfo(density.dtype).tiny).log(), _finest(mixture) < step
@@ -115,14 +121,15 @@ def regions(mixture: Mixture, grid: Tensor, masses: list[float]) -> Iterator[Ten
     inside = falling.exp().cumsum(0) * step
     for mass, threshold in zip(masses, log_thresholds(mixture, masses), strict=True):
         last = (inside < mass).sum(0, keepdim=True).clamp(max=len(grid) - 1)
-        of_cells = falling.gather(0, last).squeeze(0) - math.log(2)  # below the last one, which would be a point
+        of_cells = falling.gather(0, last).squeeze(0) - math.log(2)  # at the last cell itself the region is a point
         yield shown - torch.where(narrow, torch.minimum(threshold, of_cells), threshold)
 
 
 def log_thresholds(mixture: Mixture, masses: list[float]) -> list[Tensor]:
-    """Log-density at the border of regions of highest density of one output, ``(N,)`` for each probability.
+    """Compute the log-density at the border of regions of highest density, ``(N,)`` for each probability.
 
-    As ``mixture.highest_density_threshold``, from equally likely quantiles of the components in place of draws.
+    This is ``mixture.highest_density_threshold`` for one output, with equally likely quantiles of the components in
+    place of random draws.
     """
     weights = mixture.logits.double().exp()
     reached = weights.cumsum(-1)
@@ -143,7 +150,16 @@ def log_thresholds(mixture: Mixture, masses: list[float]) -> list[Tensor]:
     return [log_density.kthvalue(rank, 0).values for rank in ranks]
 
 
-def in_parts(function: Callable[[Tensor], Tensor], points: Tensor, mixture: Mixture) -> Tensor:
-    """Evaluate a function of a mixture at ``(points, ...)``, as many at a time as fit."""
+def in_parts(
+    function: Callable[[Tensor], Tensor], points: Tensor, mixture: Mixture, *, elements: int = ELEMENTS
+) -> Tensor:
+    """Evaluate a function of a mixture at ``(points, ...)``, in parts that bound the memory.
+
+    Args:
+        function: A method of the mixture, such as ``mixture.cdf``.
+        points: Points ``(points, *batch, D)``; the function is evaluated at each of the first dimension.
+        mixture: The mixture, whose batch shape and number of components say what one point needs.
+        elements: Numbers in the largest tensor of a part, where one point does not need more.
+    """
     one = torch.broadcast_shapes(points.shape[1:-1], mixture.batch_shape).numel() * mixture.n_components * mixture.dim
-    return torch.cat([function(part) for part in points.split(max(1, _ELEMENTS // one))])
+    return torch.cat([function(part) for part in points.split(max(1, elements // one))])

@@ -1,4 +1,4 @@
-r"""Leave-one-out cross-validation from draws of a posterior: densities, comparisons, and exact transforms."""
+r"""Leave-one-out cross-validation from draws of a posterior: densities, comparisons, and exact PIT values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pyro_mdn.adapters.arviz_versions import comparison, dataset, effective_shar
 from pyro_mdn.adapters.pareto_smoothing import smoothed_weights, varies, warn_if_unreliable
 from pyro_mdn.adapters.sources import ENSEMBLE, POINT
 from pyro_mdn.adapters.xarray_labels import JOINT
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
-from pyro_mdn.support.arrays import Array, as_tensor
+from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.support.arrays import Array, as_tensor, in_columns
 
 __all__ = ["LooPit", "compare", "loo", "loo_pit"]
 
@@ -22,33 +22,34 @@ _FEWEST_DRAWS = 50
 
 
 class LooPit(NamedTuple):
-    """Leave-one-out transforms ``(N, D)``, and Pareto's k of each row ``(N,)``: above 0.7 they are not reliable."""
+    """Leave-one-out PIT values ``(N, D)``, and Pareto's k of each row ``(N,)``; above 0.7 a row is not reliable."""
 
     pit: Tensor
     pareto_k: Tensor
 
 
 def loo(data: Any, *, pointwise: bool = True) -> Any:
-    r"""Expected log predictive density by leave-one-out cross-validation, on the joint log-likelihood.
+    r"""Estimate the expected log predictive density by leave-one-out cross-validation, jointly over outputs.
 
     .. math:: \sum_n \log p(y_n \mid y_{-n})
 
-    by Pareto-smoothed importance sampling over draws from the posterior. The relative efficiency of the draws is that
-    of the likelihoods. The result is ArviZ's own, with the same numbers on 0.x (``elpd_loo``, ``p_loo``, ``loo_i``) and
-    1.x (``elpd``, ``p``, ``elpd_i``); ``se``, ``pareto_k`` and ``warning`` have the same names on both.
+    The estimate is by Pareto-smoothed importance sampling over draws from the posterior. The relative efficiency of
+    the draws is that of the likelihoods. The result has ArviZ's own type, with the same numbers on 0.x (``elpd_loo``,
+    ``p_loo``, ``loo_i``) and 1.x (``elpd``, ``p``, ``elpd_i``); ``se``, ``pareto_k`` and ``warning`` have the same
+    names on both.
 
-    Pareto's k is infinite, never NaN, where nothing fits the largest weights: those of a chain that is stuck, or
-    weights too uneven for floating point. A row that has the same density under all draws has exactly this one, and
-    k = 0.
+    Pareto's k is infinite, never NaN, if no distribution fits the largest weights: those of a chain that is stuck, or
+    weights that are too uneven for floating point. If a row has the same density under all draws, the estimate is
+    exactly this density, and k = 0.
 
     Args:
-        data: What :func:`pyro_mdn.to_inference_data` gave for draws from a posterior.
-        pointwise: Have the terms, and Pareto's k of each row.
+        data: Result of :func:`pyro_mdn.to_inference_data` for draws from a posterior.
+        pointwise: Whether the result has the term and Pareto's k of each row.
 
     Raises:
-        ValueError: If it is of a point estimate (also as a guide: ``AutoDelta``), an ensemble, or fewer than 50 draws,
-            for which it has no meaning:
-            :func:`pyro_mdn.scores.compare` compares those on held-out rows. If a log-likelihood is not finite.
+        ValueError: If the data are of a point estimate (also as a guide: ``AutoDelta``), an ensemble, or fewer than 50
+            draws, for which leave-one-out has no meaning; :func:`pyro_mdn.scores.compare` compares those on held-out
+            rows. If a log-likelihood is not finite.
 
     Warns:
         UserWarning: If Pareto's k of some rows is too large for that many draws.
@@ -66,17 +67,18 @@ def loo(data: Any, *, pointwise: bool = True) -> Any:
 
 
 def compare(models: Mapping[str, Any], **settings: Any) -> Any:
-    """Compare models by :func:`loo`, and weight them; a pandas frame, from ArviZ, the best first.
+    """Compare models by :func:`loo`, and weight them; returns ArviZ's pandas frame, with the best model first.
 
-    Numbers are not rounded. These columns are there on ArviZ 0.x and 1.x, with the same meaning: ``rank``, ``elpd``,
+    Numbers are not rounded. On ArviZ 0.x and 1.x these columns have the same meaning: ``rank``, ``elpd``,
     ``p``, ``elpd_diff`` (the model less the best one, so never above 0), ``dse``, ``se``, ``weight`` and ``warning``.
 
     Args:
-        models: What :func:`pyro_mdn.to_inference_data` gave for each, of the same targets of the same rows.
-        settings: For ``arviz.compare``.
+        models: Result of :func:`pyro_mdn.to_inference_data` for each, with the same targets of the same rows.
+        settings: Arguments of ``arviz.compare``.
 
     Raises:
-        ValueError: If targets or the labels of their rows differ, there is one model only, or :func:`loo` refuses one.
+        ValueError: If targets or the labels of their rows differ, if there is only one model, or if :func:`loo` refuses
+            one.
 
     Warns:
         UserWarning: If Pareto's k of some rows of a model is too large.
@@ -105,22 +107,22 @@ def compare(models: Mapping[str, Any], **settings: Any) -> Any:
 
 
 @torch.no_grad()
-def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
-    r"""Probability integral transforms of each row by the predictive distribution that did not see it.
+def loo_pit(mixture: Mixture, y: Any, *, reff: float = 1.0) -> LooPit:
+    r"""Compute the probability integral transform (PIT) of each row by the prediction that leaves the row out.
 
     .. math:: u_{nd} = \sum_s w_{sn} F_d(y_{nd} \mid x_n, \theta_s), \quad w_{sn} \propto 1 / p(y_n \mid x_n, \theta_s)
 
-    with Pareto-smoothed weights, and the mixture's own distribution function in place of draws. NaN where a target was
-    not observed. Pareto's k is that of :func:`loo`: infinite where nothing fits, 0 where all draws have the same
-    density.
+    The weights are Pareto-smoothed, and the mixture's own distribution function takes the place of draws of y. Results
+    are NaN where a target was not observed. Pareto's k is that of :func:`loo`: infinite if no distribution fits, 0 if
+    all draws have the same density.
 
     Args:
-        mixture: Mixtures by draws from a posterior, ``(S, N)``.
-        y: Targets ``(N, D)`` that it was conditioned on, a tensor, array or data frame.
-        reff: Effective share of independent draws among them.
+        mixture: Mixtures for S draws from a posterior, ``(S, N)``.
+        y: Targets ``(N, D)`` that the posterior was conditioned on: a tensor, array or data frame.
+        reff: Effective share of independent draws among the S draws.
 
     Raises:
-        ValueError: If there are fewer than 50 draws, they are all the same, or shapes do not agree.
+        ValueError: If there are fewer than 50 draws, if all are the same, or if shapes do not agree.
 
     Warns:
         UserWarning: If Pareto's k of some rows is too large for that many draws.
@@ -136,8 +138,7 @@ def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
     >>> loo_pit(mixture, torch.randn(5, 1)).pit.shape
     torch.Size([5, 1])
     """
-    y = as_tensor(y, "y", mixture.locs.device)
-    y = y.unsqueeze(-1) if y.ndim == 1 else y
+    y = in_columns(as_tensor(y, "y", mixture.locs.device))
     if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
         expected = "mixtures (S, N) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
@@ -151,7 +152,7 @@ def loo_pit(mixture: GaussianMixture, y: Any, *, reff: float = 1.0) -> LooPit:
 
 
 def _loo(data: Any, pointwise: bool, name: str) -> Any:
-    """Result of :func:`loo`, and a warning that has this name."""
+    """Compute the result of :func:`loo`, with a warning that begins with this name."""
     likelihood, method = _joint_log_likelihood(data)
     values = np.asarray(likelihood)
     rows = values.reshape(-1, values.shape[2]).T
@@ -164,7 +165,7 @@ def _loo(data: Any, pointwise: bool, name: str) -> Any:
 
 
 def _joint_log_likelihood(data: Any) -> tuple[Any, str]:
-    """Log-likelihood ``(chain, draw, N)`` of all outputs together, in float64, and the name of the inference."""
+    """Return the joint log-likelihood ``(chain, draw, N)`` in float64, and the name of the inference."""
     group = dataset(data, "log_likelihood")
     names: list[Hashable] = list(group.data_vars)
     method = str(data.attrs.get("inference_method", "draws from a posterior"))
@@ -175,7 +176,7 @@ def _joint_log_likelihood(data: Any) -> tuple[Any, str]:
 
 
 def _require_posterior(rows: Array, method: str) -> Array:
-    """Raise a ``ValueError`` unless log-likelihoods ``(N, S)`` are of draws from a posterior; which rows vary."""
+    """Return which rows of log-likelihoods ``(N, S)`` vary; a ``ValueError`` unless they are of a posterior."""
     if (draws := rows.shape[1]) < _FEWEST_DRAWS:
         raise _no_posterior(f"{draws} draws")
     if count := int((~np.isfinite(rows)).sum()):

@@ -1,4 +1,4 @@
-r"""Pareto-smoothed importance sampling: weights of draws that leave each row out, and whether to trust them."""
+r"""Pareto-smoothed importance sampling: weights of draws that leave each row out, and their reliability."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _ROUNDING = 1e-5
 
 
 def smoothed_weights(log_likelihood: Array, reff: float = 1.0) -> tuple[Array, Array]:
-    r"""Normalised log-weights :math:`w_{sn} \propto 1 / p(y_n \mid \theta_s)`, and Pareto's k of each row.
+    r"""Compute normalised log-weights :math:`w_{sn} \propto 1 / p(y_n \mid \theta_s)`, and Pareto's k of each row.
 
-    The largest weights of a row become quantiles of a generalised Pareto distribution fitted to them. A row that has
-    the same density under all draws, but for rounding, weights them equally, which is exact: its k is 0. Where no
-    distribution fits (a quarter of the largest weights or more are equal to the largest of the others, as those of a
-    chain that is stuck, or too small for floating point), weights stay as they are and k is infinite.
+    The largest weights of a row are replaced by quantiles of a generalised Pareto distribution fitted to them. A row
+    that has the same density under all draws, up to rounding, weights the draws equally; this is exact, and k is 0. If
+    no distribution fits, the weights are not changed and k is infinite. This is so if a quarter of the largest weights
+    or more are equal to the largest of the others (a chain that is stuck), or too small for floating point.
 
     Args:
-        log_likelihood: Of N rows by S draws ``(N, S)``.
-        reff: Effective share of independent draws among them.
+        log_likelihood: Log-likelihood of N rows under S draws, ``(N, S)``.
+        reff: Effective share of independent draws among the S draws.
 
     References:
         Vehtari, Simpson, Gelman, Yao & Gabry (2024), Pareto smoothed importance sampling.
@@ -44,18 +44,18 @@ def smoothed_weights(log_likelihood: Array, reff: float = 1.0) -> tuple[Array, A
 
 
 def varies(log_likelihood: Array) -> Array:
-    """Whether the density of each row ``(N,)`` depends on the draw ``(N, S)`` by more than rounding."""
+    """Check, for each of N rows of ``(N, S)``, whether its density depends on the draw by more than rounding."""
     values = np.asarray(log_likelihood, dtype=np.float64)
     return np.ptp(values, axis=-1) > _ROUNDING * (1 + abs(values).max(-1))
 
 
 def good_k(draws: int) -> float:
-    """Largest Pareto's k with which so many draws give a reliable mean."""
+    """Compute the largest Pareto's k for which a mean over this many draws is reliable."""
     return min(1 - 1 / math.log10(draws), 0.7)
 
 
 def warn_if_unreliable(name: str, pareto_k: Array, draws: int, *, stacklevel: int = 3) -> bool:
-    """Warn about rows whose Pareto's k is too large, and say whether there are any."""
+    """Warn about rows whose Pareto's k is too large; return whether there are any."""
     bad = int((pareto_k > (limit := good_k(draws))).sum())
     if bad:
         got = f"{bad} of {len(pareto_k)} above it, at most {pareto_k.max():.2f}"
@@ -67,18 +67,18 @@ def warn_if_unreliable(name: str, pareto_k: Array, draws: int, *, stacklevel: in
 
 
 def log_sum_exp(values: Array) -> Array:
-    """Logarithm of the sum of exponentials along the last axis."""
+    """Compute the logarithm of the sum of exponentials along the last axis."""
     largest = values.max(-1, keepdims=True)
     return np.log(np.exp(values - largest).sum(-1)) + largest[..., 0]
 
 
 def log_mean_exp(values: Array) -> Array:
-    """Logarithm of the mean of exponentials along the last axis."""
+    """Compute the logarithm of the mean of exponentials along the last axis."""
     return log_sum_exp(values) - math.log(values.shape[-1])
 
 
 def _smoothed(log_ratios: Array, size: int) -> tuple[Array, float]:
-    """Log-weights ``(S,)``, of which the largest is 0, with so many of the largest ones smoothed; and Pareto's k."""
+    """Smooth the ``size`` largest of log-weights ``(S,)``, whose maximum is 0; also return Pareto's k."""
     order = np.argsort(log_ratios, kind="stable")
     tail, cutoff = order[-size:], math.exp(log_ratios[order[-size - 1]])
     k, scale = _generalized_pareto(np.exp(log_ratios[tail]) - cutoff)
@@ -92,16 +92,16 @@ def _smoothed(log_ratios: Array, size: int) -> tuple[Array, float]:
 
 
 def _generalized_pareto(excess: Array) -> tuple[float, float]:
-    """Shape and scale that fit ascending numbers, by the empirical Bayes estimate of Zhang & Stephens (2009).
+    """Fit shape and scale to ascending numbers, by the empirical Bayes estimate of Zhang & Stephens (2009).
 
-    The shape is drawn towards 0.5, by as much as ten more numbers would.
+    The shape is shrunk towards 0.5, as if by ten additional numbers.
     """
     size = len(excess)
     quartile = excess[max(int(size / 4 + 0.5) - 1, 0)]
     if size < _FEWEST_TAIL or not quartile > 0:
         return math.inf, math.nan
     count = 30 + int(math.sqrt(size))
-    with np.errstate(all="ignore"):  # what is not finite says that nothing fits
+    with np.errstate(all="ignore"):  # results that are not finite mean that no distribution fits
         theta = 1 / excess[-1] + (1 - np.sqrt(count / (np.arange(count) + 0.5))) / (3 * quartile)
         shapes = np.log1p(-theta[:, None] * excess).mean(-1)
         profile = size * (np.log(-theta / shapes) - shapes - 1)

@@ -1,6 +1,6 @@
-r"""Scores of fitted scikit-learn estimators: ``scorer(estimator, X, y) -> float``, higher is better.
+r"""Score fitted scikit-learn estimators: ``scorer(estimator, X, y) -> float``, higher is better.
 
-For ``scoring=`` of ``cross_val_score``, ``GridSearchCV`` and the like.
+The functions are for ``scoring=`` of ``cross_val_score``, ``GridSearchCV`` and similar tools.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn import scores
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.support.arrays import as_array, as_tensor, is_frame
 from pyro_mdn.support.checks import describe, unmasked
 
@@ -37,15 +37,15 @@ __all__ = [
     "predictive_distribution",
 ]
 
-# What scikit-learn checks of targets: NaN is what was not observed.
+# Arguments for scikit-learn's checks of targets: NaN is allowed, since it means "not observed".
 TARGETS: dict[str, Any] = {"dtype": np.float64, "ensure_2d": False, "ensure_all_finite": "allow-nan"}
 
 
-def predictive_distribution(estimator: Any, X: Any) -> GaussianMixture:
-    """Predictive distribution of a fitted estimator: of one that has it, or of the last step of a pipeline.
+def predictive_distribution(estimator: Any, X: Any) -> Mixture:
+    """Return the predictive distribution of a fitted estimator, also inside of a pipeline or a search.
 
-    A pipeline offers ``predict`` of its last step, but not ``predict_distribution``: here X goes through the steps
-    before it. Of a search it is that of the best estimator.
+    A pipeline has ``predict`` of its last step, but not ``predict_distribution``. This function passes X through the
+    steps before the last one. For a search it returns the distribution of the best estimator.
 
     Args:
         estimator: An estimator with ``predict_distribution``, a ``Pipeline`` that ends in one, or a search such as
@@ -53,7 +53,7 @@ def predictive_distribution(estimator: Any, X: Any) -> GaussianMixture:
         X: Inputs ``(N, n_features)``.
 
     Raises:
-        ValueError: If there is no distribution: a ``TransformedTargetRegressor``, say, only predicts.
+        ValueError: If the estimator has no distribution: a ``TransformedTargetRegressor``, for example, only predicts.
     """
     if hasattr(estimator, "best_estimator_"):
         return predictive_distribution(estimator.best_estimator_, X)
@@ -66,13 +66,13 @@ def predictive_distribution(estimator: Any, X: Any) -> GaussianMixture:
 
 
 def neg_log_score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
-    r"""Mean log-likelihood :math:`\log p(y \mid x)` in nats: the log score with its sign changed.
+    r"""Compute the mean log-likelihood :math:`\log p(y \mid x)` in nats: the log score with its sign changed.
 
     An entry of y that is NaN was not observed: its row counts with the density of its other entries, and a row
-    without any does not count.
+    without any observed entry does not count.
 
     Args:
-        estimator: Anything that has a :func:`predictive_distribution`.
+        estimator: An estimator that :func:`predictive_distribution` takes.
         X: Inputs ``(N, n_features)``.
         y: Targets ``(N,)`` or ``(N, D)``.
         sample_weight: Weights of the rows, ``(N,)``.
@@ -84,9 +84,10 @@ def neg_log_score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> 
 
 
 def neg_crps(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
-    """Minus the continuous ranked probability score, in the units of y: mean over the observed rows, then outputs.
+    """Compute minus the CRPS (continuous ranked probability score), in the units of y.
 
-    Arguments and errors are those of :func:`neg_log_score`.
+    This is the mean over the observed rows, then over the outputs. Arguments and errors are those of
+    :func:`neg_log_score`.
     """
     return -_mean(scores.crps(*_observed(estimator, X, y)), sample_weight)
 
@@ -100,25 +101,26 @@ def neg_interval_score(
     mass: float = 0.9,
     kind: Literal["central", "shortest"] = "central",
 ) -> float:
-    """Minus the interval score (Winkler, 1972), in the units of y: mean over the observed rows, then outputs.
+    """Compute minus the interval score (Winkler, 1972), in the units of y.
 
-    Arguments and errors are those of :func:`neg_log_score`; ``functools.partial`` sets the following two.
+    This is the mean over the observed rows, then over the outputs. Errors are those of :func:`neg_log_score`. Use
+    ``functools.partial`` to set ``mass`` and ``kind``.
 
     Args:
-        estimator: See there.
-        X: See there.
-        y: See there.
-        sample_weight: See there.
-        mass: Probability inside of the interval.
+        estimator: An estimator that :func:`predictive_distribution` takes.
+        X: Inputs ``(N, n_features)``.
+        y: Targets ``(N,)`` or ``(N, D)``.
+        sample_weight: Weights of the rows, ``(N,)``.
+        mass: Probability inside the interval.
         kind: ``"central"`` or ``"shortest"``.
     """
     return -_mean(scores.interval_score(*_observed(estimator, X, y), mass, kind=kind), sample_weight)
 
 
 class Scorer(BaseEstimator):
-    """A scorer that takes part in metadata routing, as ``make_scorer`` makes them.
+    """Wrap a scorer so that it takes part in metadata routing, like the results of ``make_scorer``.
 
-    To a function scikit-learn passes no weights, and does not say so.
+    scikit-learn does not pass sample weights to a plain function, and gives no warning.
 
     Args:
         scorer: A function of an estimator, X, y and ``sample_weight``, such as :func:`neg_crps`.
@@ -134,18 +136,18 @@ class Scorer(BaseEstimator):
         self.scorer = scorer
 
     def score(self, estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Score of an estimator; higher is better."""
+        """Score an estimator; higher is better."""
         return self.scorer(estimator, X, y, sample_weight)
 
     __call__ = score
 
 
 def plain(values: Any, name: str) -> Any:
-    """Give back values, without their mask, for the checks of scikit-learn.
+    """Return values with NaN in place of masked entries, for the checks of scikit-learn.
 
     Raises:
-        ValueError: If there are dates, which scikit-learn takes for numbers of nanoseconds, or if a column of a data
-            frame is no numbers: it is named. If numbers are complex, or rows of unequal length.
+        ValueError: If there are dates, which scikit-learn would read as numbers of nanoseconds, or if a column of a
+            data frame does not contain numbers; the error names it. If numbers are complex, or rows of unequal length.
     """
     array = values
     if isinstance(values, list | tuple):
@@ -153,7 +155,7 @@ def plain(values: Any, name: str) -> Any:
             array = np.asarray(values)
         except ValueError as error:
             raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
-    if getattr(getattr(array, "dtype", None), "kind", "") == "c":  # as scikit-learn says, which prints them
+    if getattr(getattr(array, "dtype", None), "kind", "") == "c":  # scikit-learn's message would print the data
         raise ValueError(f"{name}: expected numbers, got {describe(values)}: Complex data not supported")
     if is_frame(values) or getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
         as_array(values, name)
@@ -161,10 +163,10 @@ def plain(values: Any, name: str) -> Any:
 
 
 def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tensor:
-    """Targets as a tensor ``(N, D)`` in float64; NaN for missing ones.
+    """Convert targets to a tensor ``(N, D)`` in float64, with NaN for missing entries.
 
     Raises:
-        ValueError: If they are not numbers, infinite, or of another shape than ``(size, dim)``.
+        ValueError: If targets are not numbers, are infinite, or do not have the shape ``(size, dim)``.
     """
     array = check_array(plain(y, "y"), input_name="y", **TARGETS)
     columns = as_tensor(array, "y").reshape(len(array), -1)
@@ -174,10 +176,10 @@ def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tenso
 
 
 def as_weight(sample_weight: Any, size: int) -> Tensor:
-    """Weights of rows as a tensor ``(size,)`` in float64; by default 1.
+    """Convert weights of rows to a tensor ``(size,)`` in float64; by default all are 1.
 
     Raises:
-        ValueError: If they are not finite numbers of that shape, if one is negative, or if all are zero.
+        ValueError: If weights are not finite numbers of that shape, if one is negative, or if all are zero.
     """
     if sample_weight is None:
         return torch.ones(size, dtype=torch.float64, device="cpu")
@@ -192,13 +194,13 @@ def as_weight(sample_weight: Any, size: int) -> Tensor:
     return as_tensor(array, "sample_weight")
 
 
-def _observed(estimator: Any, X: Any, y: Any) -> tuple[GaussianMixture, Tensor]:
+def _observed(estimator: Any, X: Any, y: Any) -> tuple[Mixture, Tensor]:
     mixture = predictive_distribution(estimator, X)
     return mixture, as_targets(y, mixture.batch_shape[0], mixture.dim)
 
 
 def _mean(losses: Tensor, sample_weight: Any) -> float:
-    """Mean over the rows of ``(N, ...)`` that are not NaN, weighted, then over what else there is."""
+    """Compute the weighted mean over the rows of ``(N, ...)`` that are not NaN, then over all other dimensions."""
     losses = losses.reshape(len(losses), -1)
     weight = as_weight(sample_weight, len(losses)).unsqueeze(-1) * ~losses.isnan()
     total = weight.sum(0)

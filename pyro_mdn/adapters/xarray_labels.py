@@ -1,4 +1,4 @@
-r"""Labels: arrays of predictions as ``xarray`` data sets, with names of rows, inputs and outputs."""
+r"""Convert arrays of predictions to ``xarray`` data sets, with names of rows, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from pyro_mdn.support.arrays import Array
+from pyro_mdn.support.arrays import Array, in_columns
 
 if TYPE_CHECKING:
     from xarray import Dataset
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["JOINT", "Labels", "by_chain", "names_of"]
 
 JOINT = "joint"
-"""Name of the log-likelihood of all outputs together, where there are several."""
+"""Name of the joint log-likelihood of all outputs, if there are several."""
 
 
 class Labels(NamedTuple):
@@ -29,7 +29,7 @@ class Labels(NamedTuple):
     def of(
         cls, x: Any, y: Any, size: int, dim: int, names: Sequence[str] | None, coords: Mapping[str, Any] | None
     ) -> Labels:
-        """From what the caller says, or else from pandas objects."""
+        """Take labels from the caller's arguments, or else from pandas objects."""
         known = {"obs_id", "input", "component"}
         if unknown := set(coords or {}) - known:
             raise ValueError(f"coords: expected labels of some of {sorted(known)}, got {sorted(map(str, unknown))}")
@@ -45,12 +45,12 @@ class Labels(NamedTuple):
         return labels
 
     def at(self, x: Any, size: int) -> Labels:
-        """Labels of other rows."""
+        """Return labels for the rows of other inputs."""
         index = _index(x)
         return self._replace(coords={**self.coords, "obs_id": np.arange(size) if index is None else index})
 
     def dataset(self, variables: Mapping[str, tuple[Array, Sequence[str] | None]]) -> Dataset:
-        """Draws ``(chain, draw, ...)`` with names of the dimensions after them; by default of their own."""
+        """Make a data set of draws ``(chain, draw, ...)``; ``None`` names the other dimensions by the variable."""
         named = {}
         for name, (values, dims) in variables.items():
             own = [f"{name}_dim_{i}" for i in range(values.ndim - 2)] if dims is None else dims
@@ -58,11 +58,11 @@ class Labels(NamedTuple):
         return self._dataset(named)
 
     def of_outputs(self, values: Array, y: Array) -> Dataset:
-        """``(..., N, D)`` as one variable for each output, with the rows in which y has it."""
+        """Split ``(..., N, D)`` into a variable for each output, with the rows where y is observed."""
         return self.of_rows({name: (values[..., i], ~np.isnan(y[:, i])) for i, name in enumerate(self.names)})
 
     def of_rows(self, variables: Mapping[str, tuple[Array, Array]]) -> Dataset:
-        """``(..., N)`` by name, with some rows of each."""
+        """Make a data set of variables ``(..., N)``, with a mask of the rows to keep for each."""
         named, coords = {}, {}
         for name, (values, rows) in variables.items():
             dim = "obs_id" if rows.all() else f"obs_id_{name}"
@@ -71,10 +71,10 @@ class Labels(NamedTuple):
         return self._dataset(named, coords)
 
     def inputs(self, x: Array, size: int) -> Dataset:
-        """Inputs of the rows."""
+        """Make a data set of the inputs of the rows."""
         if len(x) != size:
             raise ValueError(f"x: expected {size} rows, got {len(x)}")
-        x = x[:, None] if x.ndim == 1 else x
+        x = in_columns(x)
         return self._dataset({"x": (("obs_id", *(f"x_dim_{i}" for i in range(x.ndim - 2)), "input"), x)})
 
     def _dataset(self, variables: Mapping[str, Any], coords: Mapping[str, Array] | None = None) -> Dataset:
@@ -92,12 +92,12 @@ class Labels(NamedTuple):
 
 
 def _exact(values: Array) -> Array:
-    """Return numbers with a point in float64, because ArviZ adds them up, and subtracts them, in the type they have."""
+    """Convert floating point to float64, because ArviZ adds and subtracts in the type that it finds."""
     return values.astype(np.float64) if values.dtype.kind == "f" else values
 
 
 def by_chain(values: Array, chains: int) -> Array:
-    """``(S, ...)`` as ``(chains, S / chains, ...)``."""
+    """Reshape ``(S, ...)`` to ``(chains, S / chains, ...)``."""
     return values.reshape(chains, -1, *values.shape[1:])
 
 
@@ -105,7 +105,7 @@ def by_chain(values: Array, chains: int) -> Array:
 
 
 def names_of(y: Any, given: Sequence[str] | None, dim: int) -> list[str]:
-    """Names of outputs: those given, or of pandas objects, or y, or y0, y1, ..."""
+    """Choose names of outputs: the given ones, those of pandas objects, or else y, or y0, y1, ..."""
     if given is None:
         columns = _columns(y) if _columns(y) is not None else [getattr(y, "name", None)]
         named = [str(column) for column in columns if column is not None and str(column)]
@@ -121,18 +121,18 @@ def names_of(y: Any, given: Sequence[str] | None, dim: int) -> list[str]:
 
 
 def _columns(values: Any) -> Any:
-    """Names of the columns of a table of pandas, polars or pyarrow."""
+    """Return the names of the columns of a table of pandas, polars or pyarrow."""
     return getattr(values, "column_names", getattr(values, "columns", None))
 
 
 def _index(*data: Any) -> Array | None:
-    """Index of the first of these that has one."""
+    """Return the index of the first argument that has one."""
     indices = [getattr(values, "index", None) for values in data]
     return next((_writable(index) for index in indices if index is not None and not callable(index)), None)
 
 
 def _require_same_rows(x: Any, y: Any) -> None:
-    """Raise a ``ValueError`` if x and y say that their rows are not of the same things."""
+    """Raise a ``ValueError`` if x and y have indices that differ."""
     of_x, of_y = _index(x), _index(y)
     if of_x is None or of_y is None or len(of_x) != len(of_y):
         return
@@ -144,9 +144,9 @@ def _require_same_rows(x: Any, y: Any) -> None:
 
 
 def _writable(values: Sequence[Any]) -> Array:
-    """Labels that a netCDF file can hold: numbers, times or strings."""
+    """Convert labels to types that a netCDF file can hold: numbers, times or strings."""
     array = np.asarray(values)
     if array.dtype == object:
-        with suppress(TypeError, ValueError):  # numbers in an index of objects are those of an index of numbers
+        with suppress(TypeError, ValueError):  # an index of objects may contain only numbers
             array = np.array(list(values))
     return array if array.ndim == 1 and array.dtype.kind in "biufMU" else np.array([str(v) for v in values])

@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.networks.batched.functional import MixtureTensors, OwnParameters, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -34,7 +34,7 @@ def posterior_predictive(
     *,
     linearize: bool | None = None,
     chunk_size: int | None = None,
-) -> GaussianMixture:
+) -> Mixture:
     r"""Predict the mixture over y for each draw of the weights, ``batch_shape`` ``(S, *batch)``, in the units of y.
 
     .. math:: p(y \mid x, w_s), \quad w_s \sim p(w \mid \text{data})
@@ -120,7 +120,7 @@ def _mixtures(
     x: Tensor,
     chunk_size: int | None,
     center: Mapping[str, Tensor] | None = None,
-) -> GaussianMixture:
+) -> Mixture:
     """Compute mixtures for draws of the weights, ``(S, *batch)``; with a center, by outputs linearised around it."""
     whole = chunk_size is not None or x.ndim == len(network.input_shape)
 
@@ -132,7 +132,7 @@ def _mixtures(
     with isolated(), torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
         if center is None and not network.is_described_by_raw:
 
-            def call(weights: dict[str, Tensor], rows: Tensor) -> GaussianMixture:
+            def call(weights: dict[str, Tensor], rows: Tensor) -> Mixture:
                 with OwnParameters(), poutine.condition(data=weights):
                     return network(rows)
 

@@ -1,13 +1,13 @@
 r"""Convert what users have, such as NumPy arrays, data frames, lists and tensors, to arrays and tensors of numbers.
 
-All entry points share this conversion, so that what :func:`pyro_mdn.fit` takes is taken everywhere.
+All functions share this conversion, so that each of them takes the containers that :func:`pyro_mdn.fit` takes.
 """
 
 from __future__ import annotations
 
 import math
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ __all__ = [
     "as_array",
     "as_tensor",
     "columns_of",
+    "in_columns",
     "is_frame",
     "require_finite",
     "require_no_infinity",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
+Numbers = TypeVar("Numbers", Tensor, Array)
 
 _INSTEAD = {
     "M": "dates: give them as numbers, such as days since a date",
@@ -42,19 +44,18 @@ _INSTEAD = {
 def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Tensor:
     """Convert numbers of any container to a floating-point tensor.
 
-    A tensor of floating point comes back as it is, on its own device and with its graph. Everything else is copied, a
-    list of tensors with their graphs:
-    floating point keeps its precision (extended precision becomes float64); booleans and integers of up to 16 bits
-    become float32, wider ones float64, so that none below :math:`2^{53}` is rounded. What a mask hides, ``None`` and
-    ``pandas.NA`` become NaN.
+    A floating-point tensor is returned as it is, on its own device and with its graph. Everything else is copied; a
+    list of tensors keeps their graphs. Floating point keeps its precision (extended precision becomes float64).
+    Booleans and integers of up to 16 bits become float32, wider integers float64, so that no integer below
+    :math:`2^{53}` is rounded. Masked entries, ``None`` and ``pandas.NA`` become NaN.
 
     Args:
-        values: A tensor, NumPy array, data frame or series (pandas or polars), or nested lists.
-        name: What to call it in errors.
-        device: Where to put what is no tensor; by default on the CPU.
+        values: A tensor, NumPy array, data frame or series (pandas or polars), Arrow table, or nested lists.
+        name: Name of the argument, for error messages.
+        device: Device for values that are not a tensor; by default the CPU.
 
     Raises:
-        ValueError: If there is something else than numbers; a data frame's column is named.
+        ValueError: If a value is not a number; the error names the column of a data frame.
 
     >>> as_tensor([[1, 2], [3, None]], "x")
     tensor([[1., 2.],
@@ -81,7 +82,7 @@ def _holds_tensors(values: list[Any] | tuple[Any, ...]) -> bool:
 
 
 def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None) -> Tensor:
-    """Put tensors, and what is beside them, into one of the widest precision, which has their graphs."""
+    """Stack tensors, and values between them, into one tensor of the widest precision, with their graphs."""
     on = torch.device("cpu") if device is None else device
     tensors = [_moved(as_tensor(math.nan if _is_missing(row) else row, name), on) for row in rows]
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
@@ -110,12 +111,13 @@ def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
 
 
 def as_array(values: Any, name: str) -> Array:
-    """Convert numbers of any container, with a row for each observation, to a NumPy array; missing ones are NaN.
+    """Convert numbers of any container, one row for each observation, to a NumPy array; missing entries are NaN.
 
-    Floating point, integers and booleans stay what they are.
+    Floating point, integers and booleans keep their types.
 
     Raises:
-        ValueError: If there is something else than numbers, of which a data frame's column is named, or a single one.
+        ValueError: If a value is not a number (the error names the column of a data frame), or if there is only a
+            single number.
 
     >>> as_array(np.ma.masked_equal([1, -999], -999), "x")
     array([ 1., nan])
@@ -135,53 +137,75 @@ def _any_array(values: Any, name: str) -> Array:
         raise ValueError(f"{name}: expected numbers, got {describe(values)}")  # NumPy would index a batch of mixtures
     try:
         array = to_numpy(values)
-    except (ValueError, TypeError) as error:  # of rows of unequal length, for one
+    except (ValueError, TypeError) as error:  # for instance rows of unequal length
         raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
     return _numbers(array, values, name)
 
 
 def to_numpy(values: Any) -> Array:
-    """Array of a tensor on any device, with or without gradients, or of what NumPy takes; NaN where it is masked."""
+    """Convert a tensor on any device, with or without gradients, or anything that NumPy takes; NaN where masked."""
     if isinstance(values, Tensor):
         values = unmasked(values).detach().resolve_conj().resolve_neg().cpu()
-        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # which NumPy does not have
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
     if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
         values = [to_numpy(row) for row in values]
     return np.asarray(unmasked(values))
 
 
+def in_columns(values: Numbers) -> Numbers:
+    """Give rows of one number each, ``(N,)``, the axis of columns, ``(N, 1)``; other shapes come back as they are.
+
+    >>> in_columns(torch.zeros(3)).shape, in_columns(np.zeros((3, 2))).shape
+    (torch.Size([3, 1]), (3, 2))
+    """
+    return values[:, None] if values.ndim == 1 else values
+
+
 def is_frame(values: Any) -> bool:
-    """Whether this is a data frame, of pandas or polars, which may have columns of several types."""
-    return hasattr(values, "columns") and hasattr(values, "dtypes") and hasattr(values, "to_numpy")
+    """Check for a data frame of pandas or polars, or a table of Arrow: its columns may have several types."""
+    return _is_arrow(values) or all(hasattr(values, name) for name in ("columns", "dtypes", "to_numpy"))
+
+
+def _is_arrow(values: Any) -> bool:
+    return hasattr(values, "column_names") and hasattr(values, "schema")
 
 
 def columns_of(values: Any) -> list[Any] | None:
-    """Names of the columns of a data frame; None of anything else."""
-    return list(values.columns) if is_frame(values) else None
+    """Return the names of the columns of a data frame or table; None for anything else."""
+    if not is_frame(values):
+        return None
+    return list(values.column_names if _is_arrow(values) else values.columns)
 
 
 def _of_frame(frame: Any, name: str) -> Array:
-    """Numbers of a data frame: column by column, since each may have a type of its own."""
-    series = [frame.iloc[:, i] for i in range(frame.shape[1])] if hasattr(frame, "iloc") else frame.get_columns()
-    labels = list(frame.columns)
-    columns = [_of_column(part, f"{name}, column {label!r}") for part, label in zip(series, labels, strict=True)]
+    """Convert a data frame column by column, because each column may have its own type."""
+    labels = columns_of(frame) or []
+    columns = [
+        _of_column(part, f"{name}, column {label!r}") for part, label in zip(_series(frame), labels, strict=True)
+    ]
     if not columns:
         return np.empty((len(frame), 0))
     return np.stack(columns, 1)
 
 
+def _series(frame: Any) -> list[Any]:
+    if hasattr(frame, "iloc"):
+        return [frame.iloc[:, i] for i in range(frame.shape[1])]
+    return frame.columns if _is_arrow(frame) else frame.get_columns()
+
+
 def _of_column(column: Any, name: str) -> Array:
-    dtype = getattr(column, "dtype", getattr(column, "type", None))  # of pandas or polars, or else of Arrow
-    if str(dtype).lower().startswith(("categor", "enum", "dictionary")):  # which may be numbers, or stand for them
+    dtype = getattr(column, "dtype", getattr(column, "type", None))  # pandas and polars have dtype, Arrow has type
+    if str(dtype).lower().startswith(("categor", "enum", "dictionary")):  # refused even if the categories are numbers
         raise ValueError(f"{name}: expected numbers, got categories: encode them, by pandas.get_dummies for instance")
     array = np.asarray(column)
-    if array.dtype.kind == "O" and str(getattr(dtype, "kind", "O")) in "fiub":  # of pandas, with missing ones
+    if array.dtype.kind == "O" and str(getattr(dtype, "kind", "O")) in "fiub":  # pandas numbers with missing entries
         array = column.to_numpy(dtype=np.float64, na_value=np.nan)
     return _numbers(array, column, name)
 
 
 def _numbers(array: Array, values: Any, name: str) -> Array:
-    """Array of numbers, NaN where one is missing; a ``ValueError`` if there is something else."""
+    """Return an array of numbers, NaN where one is missing; raise a ``ValueError`` for anything else."""
     if array.dtype.kind in "fiub":
         return array
     if array.dtype.kind == "O" and array.size and (array.ndim or isinstance(values, int)):
@@ -190,11 +214,11 @@ def _numbers(array: Array, values: Any, name: str) -> Array:
 
 
 def _of_objects(array: Array, values: Any, name: str) -> Array:
-    """Numbers of objects: those that Python has, None and ``pandas.NA``."""
+    """Convert an array of Python objects: numbers, None and ``pandas.NA``."""
     flat = [None if _is_missing(value) else value for value in array.ravel()]
     for value in flat:
-        kind = np.asarray(value).dtype.kind  # of one object, such as a Timestamp
-        kind = "M" if hasattr(value, "isoformat") else kind
+        kind = np.asarray(value).dtype.kind
+        kind = "M" if hasattr(value, "isoformat") else kind  # dates, for which NumPy may only see objects
         if kind in _INSTEAD:
             raise ValueError(f"{name}: expected numbers, got {_INSTEAD[kind]}")
     try:
@@ -211,13 +235,13 @@ def _is_missing(value: Any) -> bool:
 
 
 def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
-    """Raise a ``ValueError`` that says where the first number is that is NaN or infinite.
+    """Raise a ``ValueError`` that says which number is NaN or infinite, and where it is.
 
     Args:
         values: Numbers, ``(N, ...)``.
-        name: What to call them.
-        given: What they were converted from, which may have names of rows and columns.
-        dtype: Precision in which they have to be finite, if another.
+        name: Name of the argument, for the error message.
+        given: The data before conversion, which may have names of rows and columns.
+        dtype: Precision in which the numbers have to be finite, if not their own.
 
     >>> require_finite(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), "x")
     Traceback (most recent call last):
@@ -228,16 +252,16 @@ def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dt
 
 
 def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
-    """Raise a ``ValueError`` that says where the first number is that is infinite; NaN stands for missing ones.
+    """Raise a ``ValueError`` that says which number is infinite, and where it is; NaN (missing) is allowed.
 
-    Arguments are those of :func:`require_finite`.
+    The arguments are those of :func:`require_finite`.
     """
     if not _all_finite_in(values, dtype) and bool((infinite := values.to(dtype).isinf()).any()):
         _refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
 
 
 def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
-    """Whether no number is NaN, nor infinite in a precision; none is converted but the extremes."""
+    """Check that no number is NaN, or infinite in a precision, by converting only the extremes."""
     if dtype is None or dtype == values.dtype or torch.promote_types(values.dtype, dtype) == dtype:
         return all_finite(values)
     low, high = bounds(values)
@@ -255,7 +279,7 @@ def _refuse(values: Tensor, bad: Tensor, name: str, expected: str, given: Any, d
 
 
 def _place(position: list[int], given: Any) -> str:
-    """Say where an entry is, by the names that the caller's rows and columns have."""
+    """Describe the position of an entry by the names of the caller's rows and columns."""
     if not position:
         return ""
     if len(position) > 2:

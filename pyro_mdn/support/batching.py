@@ -1,4 +1,4 @@
-r"""Passes over draws of weights and rows of data that fit into a cache: what one takes is measured, not guessed."""
+r"""Split computations over draws of weights and rows of data into passes that fit into a cache, by measured cost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from pyro_mdn.support.checks import is_traced
 
 __all__ = ["BYTES", "Cost", "bytes_made", "cost_of"]
 
-BYTES = 2**24  # of intermediate results in one pass: beyond a cache it gets slower
+BYTES = 2**24
+"""Bytes of intermediate results in one pass: larger passes leave the cache and get slower."""
 
 
 class Cost(NamedTuple):
-    """Bytes of all tensors that a function of rows makes, intermediate ones included.
+    """Bytes of all tensors that a function of rows creates, including intermediate results.
 
     Attributes:
-        fixed: Whatever the number of rows.
-        each: For each row.
-        separable: Whether each row has results of its own, so that rows may go in parts.
+        fixed: Bytes that do not depend on the number of rows.
+        each: Bytes for each row.
+        separable: Whether the results of a row do not depend on the other rows, so that rows may be split.
     """
 
     fixed: float
@@ -31,28 +32,28 @@ class Cost(NamedTuple):
     separable: bool
 
     def units(self, rows: int) -> int:
-        """How many such functions of so many rows fit into one pass, 1 at least."""
+        """Count how many such functions of this many rows fit into one pass, at least 1."""
         return max(1, int(BYTES // max(1.0, self.fixed + self.each * rows)))
 
     def rows(self, rows: int) -> int:
-        """How many of so many rows fit into one pass of one function, 1 at least; all if they cannot be separated."""
+        """Count how many rows fit into one pass of one function, at least 1; all rows if they are not separable."""
         if not self.separable or self.fixed + self.each * rows <= BYTES:
             return max(1, rows)
         return max(1, min(rows, int((BYTES - self.fixed) // max(1.0, self.each))))
 
 
 def cost_of(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, repeats: int = 1) -> Cost:
-    """Measure what a function of rows takes, by calls with one row and with two.
+    """Measure the memory of a function of rows, by calling it with one row and with two rows.
 
-    Rows are separable if each of two has the same results alone as before, or after, the other: not if they are the
-    steps of a sequence to a recurrent layer, for example, which may run either way.
+    Rows are separable if each of two rows has the same results alone as together with the other. Rows that are the
+    steps of a sequence, for a recurrent layer in either direction, are not separable.
 
     Args:
-        function: Takes rows, and returns tensors ``(N, ...)``, or ``(1, ...)`` of what is the same for all rows.
-        x: All rows, ``(N, ...)``; with fewer than two, the function is called once.
-        repeats: How many such functions there are: if all surely fit into one pass, there is no other call.
+        function: Takes rows, and returns tensors ``(N, ...)``, or ``(1, ...)`` for results that all rows share.
+        x: All rows, ``(N, ...)``; with fewer than two rows, the function is called once.
+        repeats: Number of such functions. If all of them fit into one pass, the second call is skipped.
     """
-    if is_traced(x):  # numbers cannot be read: everything in one pass
+    if is_traced(x):  # values cannot be read, so everything is one pass
         return Cost(0.0, 0.0, False)
     pair = _unlike(x) if len(x) > 1 else x
     alone, one = bytes_made(lambda: function(pair[-1:]))
@@ -66,14 +67,14 @@ def cost_of(function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, repeats
 
 
 def bytes_made(call: Callable[[], Any]) -> tuple[Any, int]:
-    """Result of a call, and the bytes of all tensors that it makes on the way."""
+    """Return the result of a call, and the bytes of all tensors that the call creates."""
     with _Counting() as counting:
         result = call()
     return result, counting.total
 
 
 class _Counting(TorchDispatchMode):
-    """Add up the memory of what operations return, but for views of what they are given."""
+    """Add up the memory of the results of operations, except for views of their inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,14 +93,14 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _unlike(x: Tensor, most: int = 100) -> Tensor:
-    """Two rows, of the first ones those that differ most from each other: equal ones would not tell them apart."""
+    """Choose the first row and, of the first ``most`` rows, the one that differs most from it."""
     few = x[:most].detach()
     other = (few - few[:1]).abs().flatten(1).sum(1).argmax().clamp(min=1)
     return torch.cat([x[:1], x[other].unsqueeze(0)])
 
 
 def _agree(a: Tensor, b: Tensor) -> bool:
-    """Whether results are equal but for rounding, which depends on the number of rows."""
+    """Check that results are equal up to rounding, which depends on the number of rows."""
     if a.shape != b.shape:
         return False
     scale = float(b.detach().abs().amax()) if b.numel() else 0.0

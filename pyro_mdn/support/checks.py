@@ -1,4 +1,4 @@
-r"""Checks of settings and tensors, for errors that say what was expected and what came."""
+r"""Checks of settings and tensors; their errors say what was expected and what came."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ __all__ = [
     "unwrapped",
 ]
 
-_FEW = 8  # so many entries of a list are shown
+_FEW = 8  # lists of at most this many entries are shown in errors
 
 
 def describe(values: Any) -> str:
-    """Say what a value is, by its type, dtype and shape, without printing what is in it.
+    """Describe a value by its type, dtype and shape, without printing its contents.
 
     >>> describe(np.zeros((3, 2))), describe("text"), describe([1] * 20)
     ('ndarray float64 (3, 2)', 'str', 'list of 20')
@@ -60,7 +60,7 @@ def describe(values: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Show a setting in an error: numbers, text and dtypes as they are, all else by its type, dtype and shape.
+    """Show a setting in an error: numbers, text and dtypes as they are, other values by type, dtype and shape.
 
     >>> shown(3), shown("full"), shown([0.5, 2]), shown(torch.zeros(3)), shown(np.float32(0.5))
     ('3', "'full'", '[0.5, 2]', 'Tensor torch.float32 (3,)', '0.5')
@@ -92,7 +92,7 @@ def plain_number(value: Any) -> float:
 
 
 def is_count(value: Any) -> bool:
-    """Whether this is a positive integer, of Python or NumPy.
+    """Check for a positive integer, of Python or NumPy.
 
     >>> is_count(3), is_count(3.0), is_count(True)
     (True, False, False)
@@ -109,7 +109,7 @@ def as_sizes(value: Any, name: str) -> tuple[int, ...]:
 
 
 def require_counts(**settings: Any) -> None:
-    """Raise a ``ValueError`` unless each is a positive integer, or ``None``.
+    """Raise a ``ValueError`` unless each setting is a positive integer, or ``None``.
 
     >>> require_counts(size=0)
     Traceback (most recent call last):
@@ -121,7 +121,7 @@ def require_counts(**settings: Any) -> None:
 
 
 def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
-    """Raise a ``ValueError`` unless each is finite and at least ``least``, or ``None``.
+    """Raise a ``ValueError`` unless each setting is finite and at least ``least``, or ``None``.
 
     >>> require_numbers(lr=0.0)
     Traceback (most recent call last):
@@ -134,7 +134,7 @@ def require_numbers(*, least: float = math.ulp(0.0), **settings: Any) -> None:
 
 
 def sample_shape_of(value: Any) -> tuple[int, ...]:
-    """Shape of independent draws, of which a number is one dimension; a ``ValueError`` if it is none.
+    """Convert a number of draws, or a shape, to a shape; raise a ``ValueError`` if it is neither.
 
     >>> sample_shape_of(3), sample_shape_of([2, 3]), sample_shape_of(())
     ((3,), (2, 3), ())
@@ -146,7 +146,7 @@ def sample_shape_of(value: Any) -> tuple[int, ...]:
 
 
 def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest entry, both NaN if there is one, in a single pass; 1 and 1 of none."""
+    """Find the least and greatest entry in a single pass; both are NaN if any entry is, and 1 for no entries."""
     if tensor.numel() == 0:
         return tensor.new_ones(()), tensor.new_ones(())
     low, high = torch.aminmax(tensor.detach())
@@ -154,28 +154,28 @@ def bounds(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is infinite or NaN.
+    """Check that no entry is infinite or NaN.
 
     >>> all_finite(torch.tensor([1.0, math.nan]))
     False
     """
-    if math.isfinite(tensor.detach().sum().item()):  # the quicker question, which all but always answers it
+    if math.isfinite(tensor.detach().sum().item()):  # faster than the extremes, and nearly always sufficient
         return True
     low, high = bounds(tensor)
     return bool(low.isfinite() & high.isfinite())
 
 
 def is_recorded() -> bool:
-    """Whether a compiler or ``torch.jit`` records operations, to run them on other numbers without this code."""
+    """Check whether a compiler or ``torch.jit`` records operations, to run them later on other numbers."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def require_range(columns: Tensor, name: str, dtype: torch.dtype) -> None:
-    """Raise a ``ValueError`` unless ``dtype`` can hold how far apart the numbers of each column ``(N, ...)`` are.
+    """Raise a ``ValueError`` unless ``dtype`` can represent the range of each column of numbers ``(N, ...)``.
 
-    Below its range they would all become zero, and pass for a constant; numbers that come in ``dtype``, or a coarser
-    one, lose nothing more by it. Variances are computed in float64, which sets limits of its own. Entries that are NaN
-    are left out.
+    A range below the smallest number of ``dtype`` would underflow to zero, so that the column would look constant.
+    Numbers that are in ``dtype`` already, or in a coarser type, lose nothing. Variances are computed in float64, whose
+    range is a limit too. Entries that are NaN are left out.
 
     >>> require_range(torch.tensor([[1e-60], [2e-60]], dtype=torch.float64), "y", torch.float32)
     Traceback (most recent call last):
@@ -192,18 +192,18 @@ def require_range(columns: Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 def _column_bounds(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest number of each column ``(N, ...)``, whatever else is NaN."""
+    """Find the least and greatest number of each column ``(N, ...)``, leaving out NaN."""
     low, high = columns.detach().aminmax(dim=0)
-    if not bool(low.isnan().any()):  # all but always, and in a single pass
+    if not bool(low.isnan().any()):  # nearly always, and then a single pass is enough
         return low, high
     missing = columns.isnan()
     return columns.masked_fill(missing, math.inf).amin(0), columns.masked_fill(missing, -math.inf).amax(0)
 
 
 def unmasked(values: Any) -> Any:
-    """NaN in place of what a mask hides, and a conversion would bring to light; what has no mask comes as it is.
+    """Replace masked entries by NaN, because conversions drop masks; return values without a mask as they are.
 
-    Masks are those of NumPy, and of ``torch.masked``.
+    Masks are those of NumPy and of ``torch.masked``.
 
     >>> unmasked(np.ma.masked_equal([1, -999], -999)), unmasked([1, -999])
     (array([ 1., nan]), [1, -999])
@@ -223,11 +223,11 @@ def unmasked(values: Any) -> Any:
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether a compiler, ``torch.jit``, a transform of ``torch.func`` or forward mode looks on.
+    """Check for compilers, ``torch.jit``, transforms of ``torch.func``, forward mode and subclasses of tensors.
 
-    No branch may depend on numbers then, and derivatives are those of the operations. So it is with tensors of a class
-    of their own: Pyro follows what a value depends on by one, torch has one for tensors that are spread over devices,
-    and neither sees into a ``torch.autograd.Function``, nor what is added in place.
+    Under these, no branch may depend on values, and derivatives must come from differentiable operations. Subclasses of
+    tensors count too: Pyro has one to track which sites a value depends on, torch one for tensors distributed over
+    devices. Neither sees inside a ``torch.autograd.Function``, nor additions in place.
 
     >>> from pyro.ops.provenance import ProvenanceTensor
     >>> is_traced(torch.ones(1)), is_traced(torch.ones(1), ProvenanceTensor(torch.ones(1), frozenset("z")))
@@ -237,18 +237,18 @@ def is_traced(*tensors: Tensor) -> bool:
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """Whether a transform of ``torch.func``, forward mode, or a class of the tensors' own looks on."""
+    """Check for transforms of ``torch.func``, forward mode and subclasses of tensors."""
     return (
         torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # of ``dual_level``
+        or forward_ad._current_level >= 0  # inside ``dual_level``
         or is_subclassed(*tensors)
     )
 
 
 def is_known(*tensors: Tensor) -> bool:
-    """Whether a branch may depend on these numbers: nothing records operations, and ``torch.vmap`` maps none of them.
+    """Check that a branch may depend on these values: nothing records operations, and ``torch.vmap`` maps none of them.
 
-    Checks of values are left out otherwise. Transforms that only differentiate do not hide numbers.
+    Otherwise checks of values are skipped. Transforms that only differentiate do not hide values.
 
     >>> is_known(torch.ones(1)), torch.vmap(lambda row: row + is_known(row))(torch.zeros(1))
     (True, tensor([0.]))
@@ -257,14 +257,14 @@ def is_known(*tensors: Tensor) -> bool:
 
 
 def is_mapped(*tensors: Tensor) -> bool:
-    """Whether ``torch.vmap`` maps one of these."""
+    """Check whether ``torch.vmap`` maps one of these tensors."""
     if not torch._C._are_functorch_transforms_active():
         return False
     return any(functorch.is_batchedtensor(layer) for tensor in tensors for layer in _layers(tensor))
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """All the numbers that transforms of ``torch.func`` wrap, dimensions that are mapped included.
+    """Return the tensor inside all transforms of ``torch.func``, with the dimensions that are mapped.
 
     >>> torch.vmap(lambda row: row + unwrapped(row).ndim)(torch.zeros(1))
     tensor([1.])
@@ -281,14 +281,14 @@ def _layers(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def require_unmapped(name: str, *tensors: Tensor) -> None:
-    """Raise a ``ValueError`` if ``torch.vmap`` maps one of these: the sizes of results depend on their numbers."""
+    """Raise a ``ValueError`` if ``torch.vmap`` maps one of these: the sizes of results depend on their values."""
     if is_mapped(*tensors):
         raise ValueError(f"{name}: expected numbers to look at, got those of torch.vmap: call it outside, on a batch")
 
 
 def is_subclassed(*tensors: Tensor) -> bool:
-    """Whether one of these has a class of its own."""
-    for tensor in tensors:  # looked at before every density: a generator would take four times as long
+    """Check whether one of these tensors is of a subclass, other than ``nn.Parameter``."""
+    for tensor in tensors:  # called before every density, and a generator would take four times as long
         kind = type(tensor)
         if kind is not Tensor and kind is not nn.Parameter:
             return True
@@ -296,7 +296,7 @@ def is_subclassed(*tensors: Tensor) -> bool:
 
 
 def is_differentiated(*tensors: Tensor) -> bool:
-    """Whether somebody may want derivatives with respect to these: in backward or forward mode, or compiled."""
+    """Check whether derivatives with respect to these may be needed: in backward or forward mode, or compiled."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return True
     if is_traced():
@@ -307,8 +307,8 @@ def is_differentiated(*tensors: Tensor) -> bool:
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Check that a call of this module computes what the class ``kind`` defines, and nothing else.
 
-    Only then may its operation be computed in another way, from its tensors. A subclass may compute something else
-    (``PyroModule[kind]`` does not), and so does a module with a hook, or with a ``forward`` of its own.
+    Only then may a caller compute the operation in another way, from the tensors of the module. A subclass may compute
+    something else (``PyroModule[kind]`` does not), and so may a module with hooks or with its own ``forward``.
 
     >>> layer = nn.Linear(2, 2)
     >>> is_plain(layer, nn.Linear), is_plain(layer, nn.Module)
@@ -321,13 +321,13 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
-    """Whether a module has these methods from a class, neither overridden nor replaced."""
+    """Check that a module inherits these methods from a class, neither overridden nor replaced."""
     return all(getattr(type(module), n) is getattr(kind, n) and n not in module.__dict__ for n in names)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether a call of this module runs hooks, its own or those of all modules."""
-    return bool(  # as torch itself checks
+    """Check whether a call of this module runs hooks, its own or global ones."""
+    return bool(  # the same check as in torch's own call
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

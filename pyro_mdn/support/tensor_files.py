@@ -1,4 +1,4 @@
-r"""One safetensors file for a configuration and its tensors; loading executes nothing from it."""
+r"""Save a configuration and its tensors in one safetensors file; loading a file executes nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FORMAT = "pyro_mdn/2"
 
 
 def write_tensors(path: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a JSON-able configuration and tensors; whatever stood at ``path`` survives a failure."""
+    """Write a JSON-able configuration and tensors; if writing fails, an earlier file at ``path`` stays as it was."""
     text = json.dumps(config)
     if others := {name: type(value).__name__ for name, value in tensors.items() if not isinstance(value, Tensor)}:
         raise ValueError(f"network: expected a state of tensors alone, to save it, got {others}")
@@ -37,7 +37,7 @@ def write_tensors(path: str | os.PathLike[str], config: Mapping[str, Any], tenso
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what :func:`write_tensors` wrote; a ``ValueError`` if the file is foreign or damaged."""
+    """Read a file of :func:`write_tensors`; raise a ``ValueError`` if the file is damaged or of another format."""
     if Path(path).is_dir():
         raise ValueError(f"{path}: expected a file, got a directory")
     try:
@@ -45,7 +45,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r}")
-            # Clones, because the file's memory is neither aligned nor ours.
+            # Clones, because the memory of the file is not aligned, and may change with the file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file, got something else or a damaged one") from error
@@ -75,7 +75,7 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace a file as a whole or not at all: write beside it, flush to disk, rename."""
+    """Replace a file as a whole or not at all: write a temporary file beside it, flush it to disk, and rename it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
