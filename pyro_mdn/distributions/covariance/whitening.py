@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
 from pyro_mdn.support.checks import is_traced
 from pyro_mdn.tensors.kernels import Whitening, constant, gram_schmidt, sum_logs
@@ -222,7 +222,8 @@ def _orthonormal(scale: Tensor, factor: Tensor) -> tuple[list[Tensor], list[list
 
 def _remainder(vector: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """What of a vector on 0 is orthogonal to directions, and its coefficients along them, one after the other."""
-    remainder = pad(vector, (0, 0) * (vector.ndim - 1) + (0, len(directions)))
+    # Not ``pad``, which torch 2.8 refuses for a batch without rows.
+    remainder = torch.cat([vector, vector.new_zeros((len(directions), *vector.shape[1:]))])
     coefficients = []
     for direction in directions:
         coefficients.append((direction * remainder).sum(0))
