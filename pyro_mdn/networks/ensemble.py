@@ -26,6 +26,7 @@ from pyro_mdn.support.arrays import as_tensor, require_no_infinity
 from pyro_mdn.support.checks import is_known, require_counts, shown
 from pyro_mdn.support.fingerprint import described, differing, incomparable
 from pyro_mdn.support.process_state import isolated, require_seed, seeded
+from pyro_mdn.support.torch_compat import REGISTERED, own_buffers, own_parameters
 
 __all__ = ["DeepEnsemble"]
 
@@ -355,9 +356,8 @@ def _deeply_copied(network: M) -> M:
     try:
         return copy.deepcopy(network)
     except Exception:  # whatever an attribute's own code raises
-        parts = ("_modules", "_parameters", "_buffers")
         modules = [] if network is None else network.modules()
-        values = [value for part in modules for name, value in vars(part).items() if name not in parts]
+        values = [value for part in modules for name, value in vars(part).items() if name not in REGISTERED]
         return copy.deepcopy(network, {id(value): value for value in values if not _can_be_copied(value)})
 
 
@@ -392,10 +392,10 @@ def _set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         part = network.get_submodule(path)
-        if leaf in part._buffers:
-            part._buffers[leaf] = tensor.detach().clone()
+        if leaf in (buffers := own_buffers(part)):
+            buffers[leaf] = tensor.detach().clone()
         else:
-            trained = part._parameters[leaf]
-            part._parameters[leaf] = nn.Parameter(
+            trained = (parameters := own_parameters(part))[leaf]
+            parameters[leaf] = nn.Parameter(
                 tensor.detach().clone(), requires_grad=trained is not None and trained.requires_grad
             )

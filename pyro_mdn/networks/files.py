@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from pyro_mdn.support.torch_compat import own_modules, pre_hooks, pruned_name
+
 __all__ = ["require_loadable", "shapes_of"]
 
 
@@ -47,11 +49,12 @@ def _plain(path: str, part: nn.Module) -> Iterator[str]:
     if path.startswith("network.backbone"):
         return
     if parametrize.is_parametrized(part):
-        for name in vars(part)["_modules"]["parametrizations"]:
+        parametrizations: Any = own_modules(part)["parametrizations"]
+        for name in parametrizations:
             yield f"torch.nn.utils.parametrize.remove_parametrizations({path}, {name!r})"
-    for hook in part._forward_pre_hooks.values():
+    for hook in pre_hooks(part):
         if isinstance(hook, prune.BasePruningMethod):
-            yield f"torch.nn.utils.prune.remove({path}, {hook._tensor_name!r})"
+            yield f"torch.nn.utils.prune.remove({path}, {pruned_name(hook)!r})"
         if isinstance(hook, WeightNorm):
             yield f"torch.nn.utils.remove_weight_norm({path}, {hook.name!r})"
         if isinstance(hook, SpectralNorm):

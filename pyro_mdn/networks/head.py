@@ -17,6 +17,7 @@ from pyro_mdn.distributions.mixture import GaussianMixture
 from pyro_mdn.networks.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.networks.raw_parameters import ChannelMixture, RawMixture, log_unit, split_channels
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
+from pyro_mdn.support.torch_compat import own_buffers, own_parameters
 from pyro_mdn.tensors import kernels
 from pyro_mdn.tensors.layer_density import layer_channels, layer_log_density
 
@@ -220,7 +221,7 @@ class MixtureHead(nn.Module):
 
 def _is_affine(layer: nn.Module) -> bool:
     """Whether a layer is a plain linear one, with a bias."""
-    return is_plain(layer, nn.Linear) and layer._parameters.get("bias", layer) is not None
+    return is_plain(layer, nn.Linear) and own_parameters(layer).get("bias", layer) is not None
 
 
 def _is_exact(features: Tensor, weight: Tensor) -> bool:
@@ -237,12 +238,12 @@ def single_at_least(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def exact_buffers(module: nn.Module, *names: str) -> Iterator[None]:
     """Keep buffers in single precision at least while a module is converted: rounded units are other units."""
-    before = {name: module._buffers[name] for name in names}
+    before = {name: own_buffers(module)[name] for name in names}
     yield
     for name, exact in before.items():
-        converted = module._buffers[name]
+        converted = own_buffers(module)[name]
         if exact is not None and converted is not None and converted.dtype.itemsize < 4:
-            module._buffers[name] = exact.to(converted.device, torch.float32)
+            own_buffers(module)[name] = exact.to(converted.device, torch.float32)
 
 
 def _accumulated(channels: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ def _accumulated(channels: Tensor) -> Tensor:
 
 def starting_value(module: nn.Module, name: str) -> Any:
     """Parameter of a module or, where it is latent, the buffer that inference starts from; ``None`` if neither is."""
-    value = module._buffers.get(f"{name}_start")
+    value = own_buffers(module).get(f"{name}_start")
     return getattr(module, name, None) if value is None else value
 
 

@@ -17,7 +17,6 @@ import pyro
 import torch
 from pyro.distributions.util import is_validation_enabled
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn.distributions.density import complete_when_run
@@ -31,6 +30,16 @@ from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infini
 from pyro_mdn.support.checks import is_count, is_hooked, is_inherited, is_known, require_range, sample_shape_of, shown
 from pyro_mdn.support.fingerprint import FORMS, described, differing
 from pyro_mdn.support.process_state import KeepFrozen, own_generators, own_store, require_seed, seeded
+from pyro_mdn.support.pyro_compat import (
+    am_i_wrapped,
+    context_of,
+    draws_or_registers,
+    is_latent,
+    latent_parameters,
+    name_in_store,
+    stored_parameter,
+)
+from pyro_mdn.support.torch_compat import own_buffers, own_modules, own_parameters
 from pyro_mdn.tensors import kernels
 
 __all__ = ["FirstLinear", "MixtureDensityNetwork", "evaluating", "shapes_outside_backbone", "warn_if_unlike"]
@@ -143,7 +152,7 @@ class MixtureDensityNetwork(PyroModule):
     def _context(self, *, warns: bool = False) -> AbstractContextManager[Any]:
         if am_i_wrapped():
             return self._making_statements()
-        if not (self.__dict__["_pyro_samples"] or _has_pyro_modules(self)):
+        if not draws_or_registers(self):
             return nullcontext()
         if warns and self.latent:
             drawn = "network: its weights are latent, and outside of Pyro's handlers a call draws them from the prior"
@@ -153,12 +162,13 @@ class MixtureDensityNetwork(PyroModule):
 
     @contextmanager
     def _making_statements(self) -> Iterator[None]:
-        with KeepFrozen(), self._pyro_context:
+        with KeepFrozen(), context_of(self):
             yield
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        context, used = self._pyro_context, self._pyro_context.used
+        context = context_of(self)
+        used = context.used
         with own_store(), self._making_statements():
             yield
         if not context.active:
@@ -167,7 +177,7 @@ class MixtureDensityNetwork(PyroModule):
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         # Pyro refuses parts that were called before, whose parameters may be in its store under another name: here
         # the module holds them, and what runs next puts them there under the new one.
-        self._pyro_context.used = False
+        context_of(self).used = False
         super()._pyro_set_supermodule(name, context)
 
     def raw(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +195,7 @@ class MixtureDensityNetwork(PyroModule):
     @property
     def latent(self) -> bool:
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
-        return _is_latent(self)
+        return is_latent(self)
 
     def forward(self, x: Any) -> GaussianMixture:
         """Mixture over y, ``batch_shape`` ``(*batch,)``, for inputs ``(*batch, dim_in)``, in the units of y.
@@ -311,12 +321,12 @@ class MixtureDensityNetwork(PyroModule):
 
     def _warn_of_strangers(self) -> None:
         """Warn if the parameter store has the head of another network in the place of this one's: SVI trains that."""
-        head = self._modules["head"]
+        head = own_modules(self)["head"]
         if isinstance(head, PyroModule) or head is None:
             return  # Pyro puts the store's parameters into its own modules
-        prefix, store = f"{self._pyro_name}.head$$$".lstrip("."), pyro.get_param_store()
+        prefix = name_in_store(self, "head$$$")
         for name, parameter in head.named_parameters():
-            if store._params.get(prefix + name, parameter) is not parameter and parameter.requires_grad:
+            if stored_parameter(prefix + name, parameter) is not parameter and parameter.requires_grad:
                 there = "network: Pyro's parameter store has weights of another network under the same names"
                 warnings.warn(f"{there}, and SVI trains those: pyro.clear_param_store() first", stacklevel=2)
                 return
@@ -400,15 +410,16 @@ class MixtureDensityNetwork(PyroModule):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Precision of the weights, and of what the backbone is given; scalers have single precision at least."""
-        linear: Any = self._modules["head"]._modules["linear"]  # pyright: ignore[reportOptionalMemberAccess]
-        weight = linear._parameters.get("weight", linear._buffers.get("weight_start"))
+        head: Any = own_modules(self)["head"]
+        linear: Any = own_modules(head)["linear"]
+        weight = own_parameters(linear).get("weight", own_buffers(linear).get("weight_start"))
         if weight is None:  # a layer of the user's, or one whose weight is computed
             weight = next(linear.parameters(), self._units()[0])
         return weight.dtype
 
     def _units(self) -> tuple[Tensor, Tensor]:
         """Scalers of x; Pyro takes microseconds over an attribute of its modules."""
-        buffers: Any = self._buffers
+        buffers: Any = own_buffers(self)
         return buffers["x_shift"], buffers["x_scale"]
 
     def require_batch(self, x: Tensor) -> None:
@@ -622,26 +633,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_for_others)
 
 
-def _is_latent(module: nn.Module | None) -> bool:
-    """Whether a module or a part of it has latent weights; asked at every call, so that it has to be quick."""
-    return module is not None and (
-        bool(module.__dict__.get("_pyro_samples")) or any(map(_is_latent, module._modules.values()))
-    )
-
-
-def _has_pyro_modules(module: nn.Module) -> bool:
-    """Whether parts of a module register their parameters, or draw them."""
-    for part in module._modules.values():  # asked at every call, so that it has to be quick
-        if part is not None and (isinstance(part, PyroModule) or (part._modules and _has_pyro_modules(part))):
-            return True
-    return False
-
-
 def _require_single_weights(network: MixtureDensityNetwork, error: Exception) -> None:
     """Raise a ``ValueError`` from an error if latent weights were drawn in a plate, with further dimensions."""
     for name, part in network.named_modules():
-        for leaf in part.__dict__.get("_pyro_samples", ()):
-            start, value = part._buffers.get(f"{leaf}_start"), getattr(part, leaf)
+        for leaf in latent_parameters(part):
+            start, value = own_buffers(part).get(f"{leaf}_start"), getattr(part, leaf)
             if start is not None and value.shape != start.shape:
                 expected = f"{name}.{leaf} of shape {tuple(start.shape)}, outside of plates"
                 instead = "fit(guide=, num_particles=) and posterior_predictive have many draws in one pass"

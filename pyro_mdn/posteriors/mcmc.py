@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import init_to_median, init_to_value
-from pyro.infer.mcmc.util import select_samples
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 from torch.distributions import Distribution
@@ -36,6 +35,7 @@ from pyro_mdn.posteriors.log_joint import (
 )
 from pyro_mdn.support.checks import require_counts, shown
 from pyro_mdn.support.process_state import give_way, require_seed
+from pyro_mdn.support.pyro_compat import select_samples
 
 __all__ = ["ConvergenceWarning", "PosteriorSamples", "fit_mcmc"]
 

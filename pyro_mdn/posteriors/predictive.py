@@ -26,6 +26,7 @@ from pyro_mdn.posteriors.guide_draws import LaplaceGuide, draw_from, latent_site
 from pyro_mdn.posteriors.priors import latent_names, site_name
 from pyro_mdn.support.checks import require_counts
 from pyro_mdn.support.process_state import KeepFrozen, isolated, own_generators
+from pyro_mdn.support.pyro_compat import has_lost_model, names_of_parameters
 
 __all__ = ["draw_weights", "posterior_predictive", "warn_if_nonlinear"]
 
@@ -162,7 +163,7 @@ def _at_own_sites(
     """
     missing = {*wanted} - draws.keys()
     # A guide that was pickled has lost its model.
-    model = getattr(owner, "model", None) if missing and getattr(owner, "_model", owner) is not None else None
+    model = getattr(owner, "model", None) if missing and not has_lost_model(owner) else None
     if not callable(model):
         return dict(draws)
     names: list[str] = []
@@ -195,8 +196,7 @@ def _learned_elsewhere(guide: Any) -> Any:
     Another module may have left values of the same names.
     """
     parts = [part for part in guide.modules() if isinstance(part, PyroModule)] if isinstance(guide, nn.Module) else []
-    leaves = [(part, leaf.removesuffix("_unconstrained")) for part in parts for leaf in part._parameters]
-    own = {f"{part._pyro_name}.{leaf}".removeprefix(".") for part, leaf in leaves}
+    own = {name for part in parts for name in names_of_parameters(part)}
     state: dict[str, Any] = dict(pyro.get_param_store().get_state())
     return {kind: {name: value for name, value in held.items() if name not in own} for kind, held in state.items()}
 

@@ -23,6 +23,18 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
+from pyro_mdn.support.pyro_compat import LEARNED_OR_DRAWN, MARK
+from pyro_mdn.support.torch_compat import (
+    HOOKS,
+    OF_COMPILERS,
+    is_compiler_wrapper,
+    is_flat_weight,
+    own_buffers,
+    own_modules,
+    own_parameters,
+    transient_buffers,
+)
+
 __all__ = ["FORMS", "described", "differing", "incomparable"]
 
 FORMS = range(5)  # today's form of a description, and those of earlier versions
@@ -123,7 +135,7 @@ class _Writer:
         self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool, form: int
     ) -> None:
         self.places, self.buffers, self.code, self.values, self.form = places, buffers, code, values, form
-        self.hooks = _HOOKS if hooks else ()
+        self.hooks = HOOKS if hooks else ()
         self.active: list[int] = []
         self.texts: dict[int, tuple[Any, str]] = {}  # with the object, so that no other gets its id
 
@@ -134,7 +146,7 @@ class _Writer:
         if (place := self.places.get(id(module), name)) != name:
             yield name, f"the same as {place}"
             return
-        yield name, f"{self.text(type(module))}({', '.join(module._modules)})"
+        yield name, f"{self.text(type(module))}({', '.join(own_modules(module))})"
         for leaf, tensor in _tensors(module):
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
         for leaf, value in _attributes(module):
@@ -146,7 +158,7 @@ class _Writer:
             if hooks := module.__dict__.get(kind):
                 texts = [self._value(hook, in_words=self.values) for hook in hooks.values()]
                 yield f"{name}.{kind}", _short(f"[{', '.join(texts)}]")
-        for leaf, part in module._modules.items():
+        for leaf, part in own_modules(module).items():
             yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
 
     def _definitions(self, name: str, kind: type) -> Iterator[tuple[str, str]]:
@@ -172,7 +184,7 @@ class _Writer:
             return f"the same as {place}"
         if isinstance(tensor, nn.Parameter) and id(tensor) in self.places:
             return "parameter"
-        transient = leaf in module._non_persistent_buffers_set and self.buffers
+        transient = leaf in transient_buffers(module) and self.buffers
         return _numbers(tensor) if transient or id(tensor) not in self.places else "buffer"
 
     def _module(self, module: nn.Module) -> str:
@@ -340,25 +352,24 @@ _WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
 ]
 _MADE_BY = ("pyro.nn.", parametrize.__name__)  # classes that these make of others
 _ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_CLASSES = {*vars(type("", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
-_OF_MODULES = {*vars(PyroModule()), "_compiled_call_impl", "_is_torch_compile"} - {"_pyro_params", "_pyro_samples"}
+_OF_MODULES = {*vars(PyroModule()), *OF_COMPILERS} - LEARNED_OR_DRAWN
 _OF_GUIDES = {"create_plates", "init_loc_fn", "master", "plates", "prototype_trace"}
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
     """Parameters and buffers of a module itself, without a look at latent ones, which would be draws."""
-    return [*module._parameters.items(), *module._buffers.items()]
+    return [*own_parameters(module).items(), *own_buffers(module).items()]
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Attributes of a module that decide what it computes."""
     kind = type(module)
-    if kind.__module__.startswith("torch._dynamo"):  # what wraps a module that is compiled
+    if is_compiler_wrapper(kind):
         return
     for name, value in vars(module).items():
-        of_torch = name in _OF_MODULES or (isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"))
-        of_pyro = name in ("_pyro_params", "_pyro_samples") and not value
+        of_torch = name in _OF_MODULES or is_flat_weight(module, name)
+        of_pyro = name in LEARNED_OR_DRAWN and not value
         of_guide = isinstance(module, AutoGuide) and (name in _OF_GUIDES or name.startswith("_"))
         derived = isinstance(value, Tensor) and _is_derived(module, name, value)
         if not (_is_attached(kind, name) or of_torch or of_pyro or of_guide or derived or _is_cache(kind, name)):
@@ -381,13 +392,13 @@ def _is_setting(kind: type, name: str) -> bool:
 
 def _is_attached(kind: type, name: str) -> bool:
     """Whether a user attached something to a module of a class that reads its own settings alone."""
-    read = _is_setting(kind, name) or name.startswith("_pyro_") or hasattr(kind, name)  # a method that was replaced
+    read = _is_setting(kind, name) or name.startswith(MARK) or hasattr(kind, name)  # a method that was replaced
     return "_settings" in vars(_plain_class(kind)) and not read
 
 
 def _is_derived(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a tensor was computed from parameters: old-style weight norm, spectral norm and pruning keep such."""
-    return tensor.grad_fn is not None or not module._parameters.keys().isdisjoint({f"{name}_orig", f"{name}_g"})
+    return tensor.grad_fn is not None or not own_parameters(module).keys().isdisjoint({f"{name}_orig", f"{name}_g"})
 
 
 def _is_cache(kind: type, name: str) -> bool:

@@ -20,11 +20,12 @@ import pyro
 import torch
 from pyro import distributions, infer, poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 from torch.distributions import Distribution
 
 from pyro_mdn.support.checks import shown
+from pyro_mdn.support.pyro_compat import handlers
+from pyro_mdn.support.torch_compat import validates_by_default
 
 __all__ = [
     "KeepFrozen",
@@ -185,12 +186,12 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def isolated() -> Iterator[None]:
     """Have Pyro's parameter store empty, no handlers of the caller's and nothing validated inside."""
-    with own_store(), unvalidated(), _own(_PYRO_STACK.copy, _put_handlers, []):
+    with own_store(), unvalidated(), _own(handlers.copy, _put_handlers, []):
         yield
 
 
-def _put_handlers(handlers: list[Any]) -> None:
-    _PYRO_STACK[:] = handlers
+def _put_handlers(new: list[Any]) -> None:
+    handlers[:] = new
 
 
 def own_store() -> AbstractContextManager[None]:
@@ -238,7 +239,7 @@ def unvalidated() -> AbstractContextManager[None]:
 
 def _validation() -> tuple[bool, bool, bool, bool]:
     pyros = distributions.is_validation_enabled(), infer.is_validation_enabled(), poutine.is_validation_enabled()
-    return *pyros, Distribution._validate_args
+    return *pyros, validates_by_default()
 
 
 def _put_validation(values: tuple[bool, bool, bool, bool]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.support.checks import is_recorded, is_traced
+from pyro_mdn.support.torch_compat import transforms_active
 from pyro_mdn.tensors.kernels import (
     Whitening,
     channels_first,
@@ -40,7 +41,7 @@ def channel_log_density(whitening: Whitening, n_components: int, width: int, cha
         channels: K log-weights, D·K locations, and the factors, channel-first, ``(C, *batch)``.
         value: Points y, ``(*batch, D)``.
     """
-    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() and not transforms_active():
         return _compilable(whitening, n_components, width, channels, value)
     if is_traced(channels, value):
         return _channels_by_autograd(whitening, n_components, width, channels, value)

@@ -1,8 +1,5 @@
 r"""Optimiser, schedules, averaged weights and noise: pure pieces that training loops are made of."""
 
-# torch documents its foreach functions, underscore and all.
-# pyright: reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 import math
@@ -12,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
+from pyro_mdn.support.torch_compat import adam, foreach_lerp_, foreach_mul_, foreach_norm
 from pyro_mdn.tensors.kernels import negligible
 
 __all__ = [
@@ -76,7 +73,7 @@ class FusedAdamW:
     def step(self, lr: float) -> None:
         """Change all parameters that have a gradient."""
         if self.weight_decay and (matrices := [p for p in self.matrices if p.grad is not None]):
-            torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
+            foreach_mul_(matrices, 1 - lr * self.weight_decay)
         state = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
         used = [(p, p.grad, *moments) for p, *moments in state if p.grad is not None]
         parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
@@ -128,13 +125,13 @@ def blur(value: Tensor, scale: Tensor, factor: float = 1.0, generator: torch.Gen
 
 def joint_norm(gradients: list[Tensor]) -> Tensor:
     """Norm of all of these together."""
-    return torch.stack(torch._foreach_norm(gradients)).norm()
+    return torch.stack(foreach_norm(gradients)).norm()
 
 
 def clip_(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Scale gradients of this joint norm down to one of ``max_norm``, if it is larger."""
     if norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
+        foreach_mul_(gradients, max_norm / norm)
 
 
 class AveragedWeights:
@@ -154,7 +151,7 @@ class AveragedWeights:
         weight = max(0.01, 9 / (10 + step))
         pairs = zip(self.parameters, self.averages, strict=True)
         current = [p.to(average.dtype) for p, average in pairs] if self.widened else self.parameters
-        torch._foreach_lerp_(self.averages, current, weight)
+        foreach_lerp_(self.averages, current, weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
