@@ -352,7 +352,7 @@ def test_a_layer_of_a_head_needs_no_bias():
     assert_close(network(x).log_prob(y), plain.loss(x, y).neg())
 
 
-OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
 
 
 class Both(nn.Module):
@@ -383,9 +383,8 @@ def test_numbers_that_nobody_can_read_are_not_validated(noise):
     assert_close({name: rows.sum(0) for name, rows in by_row.items()}, {n: p.grad for n, p in parameters.items()})
 
 
-@pytest.mark.xfail(OLD, reason="torch 2.6 does not export a function of its own gradients", strict=False)
 @pytest.mark.parametrize("noise", ["diagonal", "full", "low_rank-tied", "full-homoscedastic", "fixed"])
-def test_networks_are_compiled_and_exported_while_pyro_validates(noise):
+def test_networks_are_exported_while_pyro_validates(noise):
     torch.manual_seed(0)
     both = Both(MixtureDensityNetwork(2, 2, 3, 8, noise=NOISE[noise]))
     x, y = torch.randn(5, 2), torch.randn(5, 2)
@@ -393,6 +392,19 @@ def test_networks_are_compiled_and_exported_while_pyro_validates(noise):
     rows = torch.export.Dim("rows")
     exported = torch.export.export(both, (x, y), dynamic_shapes={"x": {0: rows}, "y": {0: rows}})
     assert_close(exported.module()(x[:3], y[:3]), tuple(density[:3] for density in expected))
+
+
+@pytest.mark.xfail(
+    OLD,
+    reason="dynamo of torch 2.8 to 2.10 does not look into the fields of a dataclass; passes with 2.12",
+    strict=False,
+)
+@pytest.mark.parametrize("noise", ["diagonal", "full", "low_rank-tied", "full-homoscedastic", "fixed"])
+def test_networks_are_compiled_while_pyro_validates(noise):
+    torch.manual_seed(0)
+    both = Both(MixtureDensityNetwork(2, 2, 3, 8, noise=NOISE[noise]))
+    x, y = torch.randn(5, 2), torch.randn(5, 2)
+    expected = both(x, y)
     torch.compiler.reset()
     pyro.enable_validation(True)  # compilers end it
     assert_close(torch.compile(both, backend="aot_eager", fullgraph=True)(x, y), expected)

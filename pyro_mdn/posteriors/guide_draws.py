@@ -11,11 +11,11 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, AutoMultivariateNormal
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_mdn.networks.batched.functional import OwnParameters, over_draws
 from pyro_mdn.support.process_state import KeepFrozen, unvalidated
+from pyro_mdn.support.pyro_compat import site_is_subsample
 
 __all__ = ["LaplaceGuide", "draw_from", "latent_sites", "log_density_at", "require_sites"]
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
@@ -23,6 +22,7 @@ from pyro_mdn.support.batching import cost_of
 from pyro_mdn.support.checks import is_inherited
 from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import give_way, isolated, own_generators
+from pyro_mdn.support.pyro_compat import site_is_subsample
 
 __all__ = [
     "LogJoint",

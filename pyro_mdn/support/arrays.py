@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_mdn.support.checks import all_finite, bounds, describe, is_subclassed, unmasked
+from pyro_mdn.support.checks import all_finite, bounds, describe, is_subclassed, unmasked, unwrapped
 
 __all__ = [
     "Array",
@@ -270,7 +270,7 @@ def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
 
 
 def _refuse(values: Tensor, bad: Tensor, name: str, expected: str, given: Any, dtype: torch.dtype | None) -> None:
-    position = bad.nonzero()[0].tolist()
+    position = unwrapped(bad).nonzero()[0].tolist()
     value = values[tuple(position)].item()
     beyond = f", beyond the range of {dtype}," if np.isfinite(value) else ""
     others = int(bad.sum()) - 1

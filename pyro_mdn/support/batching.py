@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pyro_mdn.support.checks import is_traced
+from pyro_mdn.support.torch_compat import TorchDispatchMode, storage_id, tree_leaves
 
 __all__ = ["BYTES", "Cost", "bytes_made", "cost_of"]
 
@@ -82,14 +81,10 @@ class _Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {_memory(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        made = {_memory(tensor): tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
+        given = {storage_id(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        made = {storage_id(tensor): tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)}
         self.total += sum(t.untyped_storage().nbytes() for memory, t in made.items() if memory not in given)
         return result
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _unlike(x: Tensor, most: int = 100) -> Tensor:

@@ -41,7 +41,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str
     if Path(path).is_dir():
         raise ValueError(f"{path}: expected a file, got a directory")
     try:
-        with safe_open(path, framework="pt") as file:
+        # Releases of safetensors before 0.6 would read into the default device, which may be a meta device.
+        with torch.device("cpu"), safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path}: expected a file of format {_FORMAT!r}, got {metadata.get('format')!r}")
