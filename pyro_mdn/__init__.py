@@ -11,11 +11,13 @@ from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.families.location_scale import IndependentComponents, LocationScale
 from pyro_mdn.distributions.families.normal import Normal, NormalComponents
 from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponents
 from pyro_mdn.distributions.gaussian.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.tensors.univariate import Law
 from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.networks.ensemble import DeepEnsemble
@@ -67,8 +69,11 @@ __all__ = [
     "FullCovariance",
     "GaussianMixture",
     "Initialization",
+    "IndependentComponents",
     "Isotropic",
     "IsotropicCovariance",
+    "Law",
+    "LocationScale",
     "LowRank",
     "LowRankCovariance",
     "MissingTargetsWarning",

@@ -334,12 +334,12 @@ def test_a_density_that_is_asked_for_again_has_its_parameters_built_once():
     network, x, y = MixtureDensityNetwork(2, 2, noise=Full()), torch.randn(5, 2), torch.randn(5, 2)
     mixture = network(x)
     first = mixture.log_prob(y)
-    assert "locs" not in vars(mixture)
+    assert "components" not in vars(mixture)
     assert_close(mixture.log_prob(y), first)
-    assert "locs" in vars(mixture)
+    assert "components" in vars(mixture)
     samples = network(x)
     assert_close(samples.log_prob(torch.stack([y, y])), torch.stack([first, first]))
-    assert "locs" in vars(samples)
+    assert "components" in vars(samples)
 
 
 def test_a_layer_of_a_head_needs_no_bias():

@@ -141,6 +141,10 @@ class Mixture(dist.MixtureSameFamily):
         """Locations of the components, ``(*batch, K, D)``."""
         return self.components.locs
 
+    @locs.setter
+    def locs(self, value: Tensor) -> None:
+        self.components = replace(self.components, locs=value)
+
     def origin_for(self, value: Tensor) -> Origin | None:
         """Give what has the density without the parameters: once, for one point each, while none is built or set."""
         origin, built = self._origin, self.__dict__

@@ -51,6 +51,8 @@ WITHOUT_SETTINGS = (  # their state changes by use, or says where something is
 )
 _ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 _OF_CLASSES = {*vars(type("", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
+_OF_CLASSES |= {"__dataclass_fields__", "__dataclass_params__"}  # what they say is in the methods that they make
+_OF_CLASSES |= {"__slotnames__"}  # a cache of whoever copies or pickles an object
 _OF_MODULES = {*vars(PyroModule()), "_compiled_call_impl", "_is_torch_compile"} - {"_pyro_params", "_pyro_samples"}
 _OF_GUIDES = {"create_plates", "init_loc_fn", "master", "plates", "prototype_trace"}
 

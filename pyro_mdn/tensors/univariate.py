@@ -48,6 +48,14 @@ class Law(TensorBatch):
     def mean_distance(self, z: Tensor) -> Tensor:
         r"""Expected distance :math:`E|Z - z|`; infinite if there is no mean."""
 
+    def mean(self) -> Tensor | float:
+        """Mean; 0 by symmetry."""
+        return 0.0
+
+    def stddev(self) -> Tensor | float:
+        """Return the standard deviation, which moments of mixtures are made of."""
+        raise NotImplementedError(f"stddev: {type(self).__name__} does not say its standard deviation")
+
     def log_cdf(self, z: Tensor) -> Tensor:
         """Logarithm of :meth:`cdf`, accurate also where that underflows if the law knows better than the logarithm."""
         return self.cdf(z).clamp(min=torch.finfo(z.dtype).tiny).log()

@@ -71,6 +71,10 @@ class GaussianMixture(Mixture):
         """Component covariances; a component axis of 1 ties them."""
         return self.components.covariance
 
+    @covariance.setter
+    def covariance(self, value: Covariance) -> None:
+        self.components = NormalComponents(self.components.locs, value.of_dim(self.dim))
+
     @in_widest_precision
     def product(self, other: Self) -> Product:
         r"""Normalised product of the two densities, of :math:`K K'` components, with its log-normaliser.

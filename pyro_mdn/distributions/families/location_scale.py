@@ -1,0 +1,138 @@
+r"""Families with independent outputs, from the law of one output: a few lines make a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.distributions.families.components import Components, Sequential
+from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.tensors.tensor_batch import nested, stored
+from pyro_mdn.tensors.univariate import Law
+
+__all__ = ["IndependentComponents", "LocationScale"]
+
+
+@dataclass(frozen=True, eq=False)
+class IndependentComponents(Components):
+    r"""Components with independent outputs :math:`y_d = \mu_{kd} + \sigma_{kd} Z_d`, each Z of the same law.
+
+    Args:
+        locs: Locations, shape ``(*batch, K, D)``.
+        scale: Scales, positive, shape ``(*batch, K, D)``.
+        standard: Law of Z.
+    """
+
+    scale: Tensor = stored(1)
+    standard: Law = nested()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        z = (value.unsqueeze(-2) - self.locs) / self.scale
+        return (self._law().log_density(z) - self.scale.log()).sum(-1)
+
+    def draw(self) -> Tensor:
+        u = torch.rand_like(self.locs).clamp(min=torch.finfo(self.locs.dtype).tiny)
+        return self.locs + self.scale * self._law().two_sided_quantile(u)
+
+    def mean(self) -> Tensor:
+        return self.locs + self.scale * self._law().mean()
+
+    def stddev(self) -> Tensor:
+        return self.scale * self._law().stddev()
+
+    def marginal(self, dims: Sequence[int]) -> Self:
+        dims = list(dims)
+        return replace(self, locs=self.locs[..., dims], scale=self.scale[..., dims])
+
+    def univariate(self) -> tuple[Tensor, Tensor, Law]:
+        return self.locs.mT, self.scale.mT, self.standard.map(lambda t, n: t.unsqueeze(-2))
+
+    def affine(self, shift: Tensor, scale: Tensor) -> Self:
+        law = self.standard
+        if law.mirrored() is not law and bool((scale < 0).any()):
+            raise ValueError("scale: expected positive numbers for a law that is not symmetric")
+        return replace(self, locs=torch.addcmul(shift, scale, self.locs), scale=self.scale * scale.abs())
+
+    def widen(self, factor: Tensor) -> Self:
+        return replace(self, scale=self.scale * factor)
+
+    def condition(self, values: Tensor) -> Self:
+        shape = torch.broadcast_shapes(values.shape[:-1], self.locs.shape[:-2])
+        rest = self.marginal(range(values.shape[-1], self.dim))
+        return replace(rest, locs=rest.locs.expand(*shape, *rest.locs.shape[-2:]))
+
+    def in_order(self) -> Sequential:
+        return _InOrder(self)
+
+    def require_components(self, count: int) -> None:
+        if self.scale.ndim < 2 or self.scale.shape[-2] not in (1, count):
+            raise ValueError(f"scale: expected a component axis of 1 or {count}, got {tuple(self.scale.shape)}")
+
+    def of_dim(self, dim: int) -> Self:
+        if self.scale.shape[-1] != dim:
+            raise ValueError(f"scale: expected {dim} outputs, got {tuple(self.scale.shape)}")
+        return self
+
+    def validate(self) -> None:
+        if not bool(((self.scale > 0) & self.scale.isfinite()).all()):
+            raise ValueError("scale: expected positive finite numbers")
+
+    def describe(self) -> str:
+        return f"components={type(self).__name__}({type(self.standard).__name__})"
+
+    def _law(self) -> Law:
+        """Law with tensors that broadcast with ``(*batch, K, D)``."""
+        return self.standard.map(lambda t, n: t.unsqueeze(-1))
+
+
+_TWO = 2  # outputs, with which a correlation shows
+
+
+class _InOrder(Sequential):
+    """Outputs of independent components: what came before does not matter."""
+
+    def __init__(self, components: IndependentComponents) -> None:
+        self.components, self.count = components, 0
+
+    def next_output(self) -> tuple[Tensor, Tensor, Law]:
+        d, components = self.count, self.components
+        return components.locs[..., d], components.scale[..., d], components.standard
+
+    def observe(self, value: Tensor) -> None:
+        self.count += 1
+
+
+@dataclass(frozen=True)
+class LocationScale(Family):
+    """Base of families with independent outputs; a subclass says the :attr:`law` of one output.
+
+    The noise model says whether scales are shared by components or outputs, and where they come from; it must not
+    correlate the outputs.
+
+    Attributes:
+        law: Law at location 0 and scale 1.
+
+    Raises:
+        ValueError: If the noise model correlates the outputs.
+    """
+
+    law: ClassVar[Law]
+
+    def __init_subclass__(cls, **settings: object) -> None:
+        super().__init_subclass__(**settings)
+        if not isinstance(getattr(cls, "law", None), Law):
+            raise TypeError(f"{cls.__name__}: expected a class attribute law with the Law of one output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        raw = torch.zeros(1, self.noise.num_params(_TWO))
+        if not self.noise.build(raw, _TWO, torch.ones(1)).is_diagonal:
+            expected = "a noise model without correlations, such as Diagonal or Isotropic"
+            raise ValueError(f"noise: expected {expected}, for outputs that are independent, got {self.noise}")
+
+    def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> IndependentComponents:
+        return IndependentComponents(locs, self.noise.build(blocks[0], locs.shape[-1], unit).stddev(), self.law)
