@@ -17,7 +17,6 @@ from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponen
 from pyro_mdn.distributions.gaussian.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.tensors.univariate import Law
 from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.networks.ensemble import DeepEnsemble
@@ -29,6 +28,7 @@ from pyro_mdn.posteriors.mcmc import fit_mcmc
 from pyro_mdn.posteriors.posterior_samples import ConvergenceWarning, PosteriorSamples
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.posteriors.priors import bayesianize, starting_weights
+from pyro_mdn.tensors.univariate import Law
 from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
 from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 from pyro_mdn.training.result import FitResult
@@ -68,8 +68,8 @@ __all__ = [
     "Full",
     "FullCovariance",
     "GaussianMixture",
-    "Initialization",
     "IndependentComponents",
+    "Initialization",
     "Isotropic",
     "IsotropicCovariance",
     "Law",

@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.special import ndtr
+from torch.special import erfc
 
 from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.numerics import exp, log_sum_exp
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.tensor_batch import TensorBatch
 
-__all__ = ["Law", "TailAndDensity", "UnivariateMixture"]
+__all__ = ["GRID", "Law", "TailAndDensity", "UnivariateMixture"]
 
 TailAndDensity = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Function of points that gives their cumulative distribution and density."""
 
-_GRID = (-8.5, -5.0, -3.4, -2.4, -1.6, -0.8, 0.0, 0.8, 1.6, 2.4, 3.4, 5.0, 8.5)
+GRID = (-8.5, -5.0, -3.4, -2.4, -1.6, -0.8, 0.0, 0.8, 1.6, 2.4, 3.4, 5.0, 8.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,8 @@ class Law(TensorBatch):
 
     def grid(self, like: Tensor) -> Tensor:
         """Thirteen points in ascending order, close to each other where the density bends; ``(*batch, K, 13)``."""
-        probabilities = ndtr(like.new_tensor(_GRID[: len(_GRID) // 2]))
+        below = like.new_tensor(GRID[: len(GRID) // 2])
+        probabilities = 0.5 * erfc(-math.sqrt(0.5) * below)  # ndtr rounds to multiples of eps
         spread = self.map(lambda t, n: t.unsqueeze(-1))
         lower = spread.quantile(probabilities)
         upper = -spread.mirrored().quantile(probabilities).flip(-1)

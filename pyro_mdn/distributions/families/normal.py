@@ -21,7 +21,7 @@ from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.channels import sum_outputs
 from pyro_mdn.tensors.mixture_density import Kernel
 from pyro_mdn.tensors.numerics import exp
-from pyro_mdn.tensors.univariate import Law, TailAndDensity
+from pyro_mdn.tensors.univariate import GRID, Law, TailAndDensity
 
 __all__ = [
     "NORMAL",
@@ -151,6 +151,9 @@ class NormalLaw(Law):
 
     def outer_tail(self, z: Tensor) -> Tensor:
         return 0.5 * erfc(math.sqrt(0.5) * z.abs())
+
+    def grid(self, like: Tensor) -> Tensor:
+        return like.new_tensor(GRID)
 
     def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
         # Squares of scales in a unit of their size, a power of two, neither over- nor underflow.

@@ -307,14 +307,15 @@ class StudentTLaw(Law):
 
     def _log_tail(self, z: Tensor) -> Tensor:
         """Logarithm of the probability above points that are not negative."""
-        ratio = z / self.df.sqrt()
+        ratio = torch.where(z == math.inf, 1.0, z) / self.df.sqrt()
         small, far = ratio < _SMALL, ratio > _LARGE
         middle = torch.where(small | far, 1.0, ratio).square().log1p()
         outer = 2 * torch.where(far, ratio, _LARGE).log()  # whose square may overflow
         length = torch.where(far, outer, middle).sqrt()
         inner = torch.where(small, ratio, 0.0)  # the root has no derivative at 0
         series = inner * (1 - 0.25 * inner.square() + 13 / 96 * inner.square().square())
-        return self._log_integral(torch.where(small, series, length) * self.df.sqrt())
+        log_tail = self._log_integral(torch.where(small, series, length) * self.df.sqrt())
+        return torch.where(z == math.inf, -math.inf, log_tail)
 
     def _log_integral(self, w: Tensor) -> Tensor:
         log_eps = math.log(torch.finfo(w.dtype).eps)
