@@ -74,8 +74,7 @@ def _nodes(law: Law, like: Tensor) -> tuple[Tensor, Tensor]:
     normal = like.new_tensor(0.5 * reach * (x - 1))  # standard normal quantiles below the median
     masses = like.new_tensor(0.5 * reach * w) * torch.exp(-0.5 * normal.square()) / math.sqrt(2 * math.pi)
     spread = law.map(lambda t, n: t.unsqueeze(-1))
-    lower, upper = (
-        side.followed_quantile(0.5 * erfc(-math.sqrt(0.5) * normal)) for side in (spread, spread.mirrored())
-    )
+    levels = 0.5 * erfc(-math.sqrt(0.5) * normal)  # ndtr rounds to multiples of eps
+    lower, upper = (side.followed_quantile(levels) for side in (spread, spread.mirrored()))
     nodes = torch.cat([lower, -upper.flip(-1)], -1)
     return nodes if nodes.ndim > 1 else nodes.unsqueeze(0), torch.cat([masses, masses.flip(-1)])

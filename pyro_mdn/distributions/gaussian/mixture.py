@@ -73,7 +73,8 @@ class GaussianMixture(Mixture):
 
     @covariance.setter
     def covariance(self, value: Covariance) -> None:
-        self.components = NormalComponents(self.components.locs, value.of_dim(self.dim))
+        changed = NormalComponents(self.components.locs, value.of_dim(self.dim))
+        self.components = changed  # pyright: ignore[reportIncompatibleVariableOverride]
 
     @in_widest_precision
     def product(self, other: Self) -> Product:
