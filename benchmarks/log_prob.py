@@ -77,26 +77,30 @@ def ours(kind, n, k, d):
     return gradient(density, [logits, locs, factor])
 
 
+def of_channels(kind, n, k, d):
+    """Log-density as a function of channels and points, and such channels."""
+    from pyro_mdn import Normal
+    from pyro_mdn.distributions.families.family import layout_of
+    from pyro_mdn.tensors.channel_density import channel_log_density
+
+    family = Normal(noise_of(kind))
+    channels = 0.3 * torch.randn(k * (1 + d + width_of(kind, d)), n, device=DEVICE)
+    return partial(channel_log_density, family.kernel, layout_of(family, d, k)), channels.requires_grad_()
+
+
 def kernel(kind, n, k, d):
     """What ``network.loss`` and ``fit`` go through."""
-    from pyro_mdn.tensors import layer_density
-
-    whitening = noise_of(kind).whitening
-    channels = 0.3 * torch.randn(k * (1 + d + width_of(kind, d)), n, device=DEVICE)
+    density, channels = of_channels(kind, n, k, d)
     y = torch.randn(n, d, device=DEVICE)
-    channels.requires_grad_()
-    return gradient(lambda: layer_density.channel_log_density(whitening, k, width_of(kind, d), channels, y), [channels])
+    return gradient(lambda: density(channels, y), [channels])
 
 
 def compiled(kind, n, k, d):
     """The same, compiled."""
-    from pyro_mdn.tensors import layer_density
-
-    whitening, width = noise_of(kind).whitening, width_of(kind, d)
-    channels = (0.3 * torch.randn(k * (1 + d + width), n, device=DEVICE)).requires_grad_()
+    density, channels = of_channels(kind, n, k, d)
     y = torch.randn(n, d, device=DEVICE)
-    density = torch.compile(lambda c: layer_density.channel_log_density(whitening, k, width, c, y), fullgraph=True)
-    return gradient(lambda: density(channels), [channels])
+    compiled = torch.compile(lambda c: density(c, y), fullgraph=True)
+    return gradient(lambda: compiled(channels), [channels])
 
 
 # Others

@@ -1010,7 +1010,7 @@ def test_bad_settings_are_refused(settings, message):
 
 GOOD_X, GOOD_Y = torch.zeros(5, 3), torch.zeros(5, 2)
 BAD_DATA = [
-    (torch.zeros(5, 2), GOOD_Y, r"x: expected shape \(\*batch, 3\), got \(5, 2\)"),
+    (torch.zeros(5, 2), GOOD_Y, r"x: expected shape \(\*batch, 3\), as dim_in says, got \(5, 2\)"),
     (torch.zeros(()), GOOD_Y, "x: expected shape"),
     (GOOD_X, torch.zeros(5, 3), r"y: expected shape \(5, 2\) as x has it, got \(5, 3\)"),
     (GOOD_X, torch.zeros(4, 2), r"y: expected shape \(5, 2\) as x has it, got \(4, 2\)"),

@@ -305,7 +305,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         require_device(x, "x", unit.device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"x: expected shape (*batch, {expected}), got {tuple(x.shape)}")
+            raise ValueError(f"x: expected shape (*batch, {expected}), as dim_in says, got {tuple(x.shape)}")
         if is_validation_enabled() and is_known(x):
             require_finite(x, "x", given, unit.dtype)
         return x
