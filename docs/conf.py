@@ -41,8 +41,17 @@ nitpick_ignore_regex = [
         r"(Tensor|Size|Module|Axes|DataFrame|PathLike|ArrayLike|DataLoader|Distribution|Any|Self|Callable|Sequence)",
     ),
 ]
-NOT_PUBLIC = ["pyro_mdn.tensors.kernels.Whitening", "pyro_mdn.posteriors.guide_draws.LaplaceGuide", "MixtureDensity"]
-NOT_PUBLIC += ["pyro_mdn.distributions.density.Mixture", "pyro_mdn.distributions.density.Origin"]
+NOT_PUBLIC = [
+    "MixtureDensity",
+    "pyro_mdn.distributions.covariance.base.Whitening",
+    "pyro_mdn.distributions.families.components.Sequential",
+    "pyro_mdn.distributions.families.family.Block",
+    "pyro_mdn.distributions.parameters.Origin",
+    "pyro_mdn.posteriors.guide_draws.LaplaceGuide",
+    "pyro_mdn.tensors.mixture_density.Kernel",
+    "pyro_mdn.tensors.univariate.Law",
+    "pyro_mdn.tensors.univariate.UnivariateMixture",
+]
 nitpick_ignore = [("py:class", name) for name in NOT_PUBLIC]
 
 html_theme = "furo"
