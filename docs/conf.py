@@ -35,14 +35,27 @@ toc_object_entries_show_parents = "hide"
 # References to the package have to lead somewhere; those to others would need their inventories from the network.
 nitpicky = True
 nitpick_ignore_regex = [
+    (r"py:class", r"pyro_mdn\.[\w.]+\.M"),  # the type of a mixture, which functions of it return
     (r"py:.*", r"(torch|nn|dist|pyro|np|numpy|pandas|matplotlib|lightning|sklearn|xarray|os|collections|typing)\..*"),
     (
         r"py:class",
         r"(Tensor|Size|Module|Axes|DataFrame|PathLike|ArrayLike|DataLoader|Distribution|Any|Self|Callable|Sequence)",
     ),
 ]
-NOT_PUBLIC = ["pyro_mdn.tensors.kernels.Whitening", "pyro_mdn.posteriors.guide_draws.LaplaceGuide", "MixtureDensity"]
-NOT_PUBLIC += ["pyro_mdn.distributions.density.Mixture", "pyro_mdn.distributions.density.Origin"]
+NOT_PUBLIC = [
+    "MixtureDensity",
+    "UnivariateMixture",
+    "contextlib.AbstractContextManager",
+    "pyro_mdn.distributions.covariance.base.Whitening",
+    "pyro_mdn.distributions.families.components.Sequential",
+    "pyro_mdn.distributions.families.family.Block",
+    "pyro_mdn.distributions.parameters.Origin",
+    "pyro_mdn.distributions.transforms.Units",
+    "pyro_mdn.posteriors.guide_draws.LaplaceGuide",
+    "pyro_mdn.tensors.mixture_density.Kernel",
+    "pyro_mdn.tensors.univariate.Law",
+    "pyro_mdn.tensors.univariate.UnivariateMixture",
+]
 nitpick_ignore = [("py:class", name) for name in NOT_PUBLIC]
 
 html_theme = "furo"

@@ -1,6 +1,7 @@
 """A module imports only from those above it, and what is optional is imported by one module alone."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,23 @@ def forbidden(room, source):
 def test_every_room_has_a_floor():
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert packages | PUBLIC | {"__init__"} == {room for rooms in FLOORS for room in rooms}
+
+
+def test_layout_of_the_contributors_page():
+    """It names every module once, from the ground up, and nothing else; the same of packages."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    layout = text.split("## Layout\n")[1].split("\n## ")[0]
+    packages, modules = layout.split("### Modules\n")
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", modules, re.MULTILINE)
+    assert sorted(named) == sorted(str(path) for path in MODULES if path.name != "__init__.py")
+    floors = [floor_of(name.split("/")[0].removesuffix(".py")) for name in named]
+    assert floors == sorted(floors)
+    rows = re.findall(r"^\| (`.*?`) \|", packages, re.MULTILINE)
+    rooms = [name for row in rows for name in re.findall(r"`([\w/.]+)`", row)]
+    folders = {f"{path.parent}/" for path in MODULES if path.name == "__init__.py"} - {"./"}
+    assert sorted(rooms) == sorted(folders | {f"{name}.py" for name in PUBLIC})
+    floors = [floor_of(name.split("/")[0].removesuffix(".py")) for name in rooms]
+    assert floors == sorted(floors)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)

@@ -94,7 +94,7 @@ class DeepEnsemble(Predictor):
 
     @property
     def architecture(self) -> MixtureDensityNetwork:
-        """The network :attr:`stacked`."""
+        """The network ``stacked``."""
         return self.stacked
 
     @property

@@ -41,7 +41,7 @@ class Predictor(nn.Module):
 
     @property
     def inference_method(self) -> str:
-        """Name of the inference that the weights come from: a point estimate, or an ensemble."""
+        """Name of the inference that the weights come from, which is a point estimate or an ensemble."""
         return POINT if self.architecture is self else ENSEMBLE
 
     @property
