@@ -70,7 +70,8 @@ def _plain(path: str, part: nn.Module) -> Iterator[str]:
     if path.startswith("network.backbone"):
         return
     if parametrize.is_parametrized(part):
-        for name in own_modules(part)["parametrizations"]:
+        computed: Any = own_modules(part)["parametrizations"]
+        for name in computed:
             yield f"torch.nn.utils.parametrize.remove_parametrizations({path}, {name!r})"
     for hook in pre_hooks(part):
         if isinstance(hook, prune.BasePruningMethod):
