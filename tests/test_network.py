@@ -498,7 +498,7 @@ def test_weights_of_half_precision_leave_the_units_exact(name, dtype, tmp_path):
     x, y = 1e4 + torch.randn(50, 3), 5000 + 5 * torch.randn(50, 2)
     network = MixtureDensityNetwork(3, 2, 3, 8, noise=NOISE[name])
     network.initialize_(x, y)
-    units = [t.clone() for t in (network.x_shift, network.x_scale, network.head.shift, network.head.scale)]
+    units = [t.clone() for t in (network.x_shift, network.x_scale, network.head.units)]
     expected = network.loss(x, y)
     network.to(dtype).to("cpu")
     assert all(p.dtype == dtype for p in network.parameters())

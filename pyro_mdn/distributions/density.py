@@ -14,6 +14,7 @@ from pyro_mdn.distributions.parameters import batch_dim, broadcast, draw_compone
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import is_mapped, sample_shape_of, unwrapped
+from pyro_mdn.support.torch_compat import assert_async, functional_assert_async, transforms_active
 from pyro_mdn.tensors.channels import channels_first, channels_last
 from pyro_mdn.tensors.numerics import norm, shares
 
@@ -173,8 +174,8 @@ def has_missing(value: Tensor) -> bool:
         ValueError: If one is under ``torch.vmap`` or ``torch.jit``, for the same reason.
     """
     if torch.compiler.is_compiling():
-        if value.is_cpu and not torch._C._are_functorch_transforms_active():
-            torch.ops.aten._assert_async.msg(~value.isnan().any(), _COMPLETE.format("torch.compile"))
+        if value.is_cpu and not transforms_active():
+            assert_async(~value.isnan().any(), _COMPLETE.format("torch.compile"))
         return False
     whole, mapped = unwrapped(value), is_mapped(value)
     missing = math.isnan(whole.sum().item()) and bool(whole.isnan().any())  # the sum is quicker, and NaN if any is
@@ -191,8 +192,8 @@ def complete_when_run(value: Tensor) -> Tensor:
     if not torch.jit.is_tracing() or not value.is_cpu:  # pyright: ignore[reportPrivateImportUsage]
         return value
     has_missing(value)  # an error that names its caller, for the numbers that are there already
-    check = torch.ops.aten._functional_assert_async.msg
-    return value + check(~value.isnan().any(), _COMPLETE.format("torch.jit"), value.new_zeros(()))
+    complete, message = ~value.isnan().any(), _COMPLETE.format("torch.jit")
+    return value + functional_assert_async(complete, message, value.new_zeros(()))
 
 
 # Draws

@@ -21,6 +21,7 @@ from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.starting_point import hidden_layers
 from pyro_mdn.support.fingerprint import FORMS, described, differing
 from pyro_mdn.support.process_state import own_generators
+from pyro_mdn.support.torch_compat import own_modules, pre_hooks, pruned_name
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -69,11 +70,12 @@ def _plain(path: str, part: nn.Module) -> Iterator[str]:
     if path.startswith("network.backbone"):
         return
     if parametrize.is_parametrized(part):
-        for name in vars(part)["_modules"]["parametrizations"]:
+        computed: Any = own_modules(part)["parametrizations"]
+        for name in computed:
             yield f"torch.nn.utils.parametrize.remove_parametrizations({path}, {name!r})"
-    for hook in part._forward_pre_hooks.values():
+    for hook in pre_hooks(part):
         if isinstance(hook, prune.BasePruningMethod):
-            yield f"torch.nn.utils.prune.remove({path}, {hook._tensor_name!r})"
+            yield f"torch.nn.utils.prune.remove({path}, {pruned_name(hook)!r})"
         if isinstance(hook, WeightNorm):
             yield f"torch.nn.utils.remove_weight_norm({path}, {hook.name!r})"
         if isinstance(hook, SpectralNorm):

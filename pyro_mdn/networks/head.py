@@ -19,9 +19,12 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.transforms import Standardize, TargetTransform, Units
 from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
+from pyro_mdn.support.torch_compat import REGISTERED, own_buffers
 from pyro_mdn.tensors.channel_density import layer_channels
 
 __all__ = ["MixtureHead", "exact_buffers", "single_at_least", "starting_value"]
+
+_, _PARAMETERS, _BUFFERS = REGISTERED  # by ``getattr``, which costs a training step no call
 
 
 class MixtureHead(nn.Module):
@@ -95,11 +98,13 @@ class MixtureHead(nn.Module):
     @property
     def units(self) -> Units:
         """Map to the units of y."""
-        return self.transform.units(self._buffers)
+        return self.transform.units(getattr(self, _BUFFERS))
 
     def units_in(self, dtype: torch.dtype) -> Units:
         """Map to the units of y, computed in another precision."""
-        return self.transform.units({name: b if b is None else b.to(dtype) for name, b in self._buffers.items()})
+        return self.transform.units(
+            {name: b if b is None else b.to(dtype) for name, b in getattr(self, _BUFFERS).items()}
+        )
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -124,7 +129,9 @@ class MixtureHead(nn.Module):
         if self.raw_noise is not None or self.family.kernel is None:
             return self.mixture(self.raw(features), self.units)
         # Clones, because the mixture stays as it is when the units change.
-        units = self.transform.units({name: None if b is None else b.clone() for name, b in self._buffers.items()})
+        units = self.transform.units(
+            {name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()}
+        )
         predicted = self._predicted(features, units)
         if is_traced(predicted.channels):
             return predicted.mixture()
@@ -232,7 +239,7 @@ class MixtureHead(nn.Module):
 
 def _is_affine(layer: nn.Module) -> bool:
     """Whether a layer is a plain linear one, with a bias."""
-    return is_plain(layer, nn.Linear) and layer._parameters.get("bias", layer) is not None
+    return is_plain(layer, nn.Linear) and getattr(layer, _PARAMETERS).get("bias", layer) is not None
 
 
 def single_at_least(dtype: torch.dtype) -> torch.dtype:
@@ -243,12 +250,12 @@ def single_at_least(dtype: torch.dtype) -> torch.dtype:
 @contextmanager
 def exact_buffers(module: nn.Module, *names: str) -> Iterator[None]:
     """Keep buffers in single precision at least while a module is converted: rounded units are other units."""
-    before = {name: module._buffers[name] for name in names}
+    before = {name: own_buffers(module)[name] for name in names}
     yield
     for name, exact in before.items():
-        converted = module._buffers[name]
+        converted = own_buffers(module)[name]
         if exact is not None and converted is not None and converted.dtype.itemsize < 4:
-            module._buffers[name] = exact.to(converted.device, torch.float32)
+            own_buffers(module)[name] = exact.to(converted.device, torch.float32)
 
 
 def _accumulated(channels: Tensor) -> Tensor:
@@ -258,7 +265,7 @@ def _accumulated(channels: Tensor) -> Tensor:
 
 def starting_value(module: nn.Module, name: str) -> Any:
     """Parameter of a module or, where it is latent, the buffer that inference starts from; ``None`` if neither is."""
-    value = module._buffers.get(f"{name}_start")
+    value = own_buffers(module).get(f"{name}_start")
     return getattr(module, name, None) if value is None else value
 
 

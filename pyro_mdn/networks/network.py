@@ -22,11 +22,14 @@ from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.rows import checked, require_device
 from pyro_mdn.networks.starting_point import hidden_layers
 from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
-from pyro_mdn.support.checks import as_sizes, is_hooked, is_inherited, is_known, sample_shape_of
+from pyro_mdn.support.checks import as_sizes, is_inherited, is_known, sample_shape_of
 from pyro_mdn.support.process_state import require_seed, seeded
+from pyro_mdn.support.torch_compat import REGISTERED, is_hooked
 from pyro_mdn.tensors.numerics import location_and_scale
 
 __all__ = ["MixtureDensityNetwork"]
+
+_MODULES, _PARAMETERS, _BUFFERS = REGISTERED  # by ``getattr``, which costs a training step no call
 
 
 class MixtureDensityNetwork(PyroNetwork, Predictor):
@@ -274,15 +277,15 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     @property
     def weight_dtype(self) -> torch.dtype:
         """Dtype of the weights and of the inputs to the backbone; scalers keep at least single precision."""
-        linear: Any = self._modules["head"]._modules["linear"]  # pyright: ignore[reportOptionalMemberAccess]
-        weight = linear._parameters.get("weight", linear._buffers.get("weight_start"))
+        linear: Any = getattr(self._modules["head"], _MODULES)["linear"]
+        weight = getattr(linear, _PARAMETERS).get("weight", getattr(linear, _BUFFERS).get("weight_start"))
         if weight is None:  # a layer of the user's, or one whose weight is computed
             weight = next(linear.parameters(), self._units()[0])
         return weight.dtype
 
     def _units(self) -> tuple[Tensor, Tensor]:
         """Return the scalers of x from the buffers: an attribute of a Pyro module takes microseconds to look up."""
-        buffers: Any = self._buffers
+        buffers = getattr(self, _BUFFERS)
         return buffers["x_shift"], buffers["x_scale"]
 
     def require_batch(self, x: Tensor) -> None:

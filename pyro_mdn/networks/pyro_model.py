@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_mdn.support.process_state import KeepFrozen, own_generators, own_store
+from pyro_mdn.support.pyro_compat import (
+    am_i_wrapped,
+    context_of,
+    draws_or_registers,
+    is_latent,
+    latent_parameters,
+    name_in_store,
+    stored_parameter,
+)
+from pyro_mdn.support.torch_compat import own_buffers, own_modules
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -35,7 +44,7 @@ class PyroNetwork(PyroModule):
     @property
     def latent(self) -> bool:
         """Whether there are latent weights; see :func:`pyro_mdn.bayesianize`."""
-        return _is_latent(self)
+        return is_latent(self)
 
     def calling(self, *, warns: bool = False) -> AbstractContextManager[Any]:
         """Return the context in which the network or its parts have to be called.
@@ -45,7 +54,7 @@ class PyroNetwork(PyroModule):
         """
         if am_i_wrapped():
             return self._making_statements()
-        if not (self.__dict__["_pyro_samples"] or _has_pyro_modules(self)):
+        if not draws_or_registers(self):
             return nullcontext()
         if warns and self.latent:
             drawn = "network: its weights are latent, and outside of Pyro's handlers a call draws them from the prior"
@@ -55,12 +64,13 @@ class PyroNetwork(PyroModule):
 
     @contextmanager
     def _making_statements(self) -> Iterator[None]:
-        with KeepFrozen(), self._pyro_context:
+        with KeepFrozen(), context_of(self):
             yield
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        context, used = self._pyro_context, self._pyro_context.used
+        context = context_of(self)
+        used = context.used
         with own_store(), self._making_statements():
             yield
         if not context.active:
@@ -69,7 +79,7 @@ class PyroNetwork(PyroModule):
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         # Pyro refuses to rename a module that was called before, because its parameters may be in the store under the
         # old name. Here the module itself holds the parameters, and the next call registers them under the new name.
-        self._pyro_context.used = False
+        context_of(self).used = False
         super()._pyro_set_supermodule(name, context)
 
     def __repr__(self) -> str:
@@ -163,12 +173,12 @@ class NetworkModel(nn.Module):
 
 def _warn_of_strangers(network: PyroNetwork) -> None:
     """Warn if Pyro's parameter store holds the head of another network under the same names: SVI would train that."""
-    head = network._modules["head"]
+    head = own_modules(network)["head"]
     if isinstance(head, PyroModule) or head is None:
         return  # a Pyro module takes its parameters from the store
-    prefix, store = f"{network._pyro_name}.head$$$".lstrip("."), pyro.get_param_store()
     for name, parameter in head.named_parameters():
-        if store._params.get(prefix + name, parameter) is not parameter and parameter.requires_grad:
+        stored = stored_parameter(name_in_store(network, f"head$$${name}"), parameter)
+        if stored is not parameter and parameter.requires_grad:
             there = "network: Pyro's parameter store has weights of another network under the same names"
             warnings.warn(f"{there}, and SVI trains those: pyro.clear_param_store() first", stacklevel=2)
             return
@@ -177,25 +187,10 @@ def _warn_of_strangers(network: PyroNetwork) -> None:
 def require_single_weights(network: MixtureDensityNetwork, error: Exception) -> None:
     """Raise a ``ValueError`` in place of an error if a plate gave latent weights further dimensions."""
     for name, part in network.named_modules():
-        for leaf in part.__dict__.get("_pyro_samples", ()):
-            start, value = part._buffers.get(f"{leaf}_start"), getattr(part, leaf)
+        for leaf in latent_parameters(part):
+            start, value = own_buffers(part).get(f"{leaf}_start"), getattr(part, leaf)
             if start is not None and value.shape != start.shape:
                 expected = f"{name}.{leaf} of shape {tuple(start.shape)}, outside of plates"
                 instead = "fit(guide=, num_particles=) and posterior_predictive have many draws in one pass"
                 got = f"{tuple(value.shape)}, as vectorize_particles=True and parallel=True have it"
                 raise ValueError(f"network: expected {expected}, got {got}; {instead}") from error
-
-
-def _is_latent(module: nn.Module | None) -> bool:
-    """Whether a module or a part of it has latent weights. Every call asks, so that this has to be quick."""
-    return module is not None and (
-        bool(module.__dict__.get("_pyro_samples")) or any(map(_is_latent, module._modules.values()))
-    )
-
-
-def _has_pyro_modules(module: nn.Module) -> bool:
-    """Whether parts of a module are Pyro modules, which register or draw parameters. Every call asks this, too."""
-    for part in module._modules.values():
-        if part is not None and (isinstance(part, PyroModule) or (part._modules and _has_pyro_modules(part))):
-            return True
-    return False

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_mdn.support.pyro_compat import latent_parameters
+from pyro_mdn.support.torch_compat import reset_of
+
 __all__ = ["FirstLinear", "draw_anew_", "hidden_layers"]
 
 
@@ -52,7 +55,7 @@ def draw_anew_(network: nn.Module) -> None:
 
 def _resets(network: nn.Module) -> list[Callable[[], Any]]:
     """List the functions that draw the weights of the layers. Heads come last, with the start of their components."""
-    if latent := [name for name, part in network.named_modules() if part.__dict__.get("_pyro_samples")]:
+    if latent := [name for name, part in network.named_modules() if latent_parameters(part)]:
         instead = "build a new network, and bayesianize that"
         raise ValueError(f"network: expected no latent weights to draw anew, got some in {latent[0]}: {instead}")
     heads: list[Any] = [part for part in network.modules() if hasattr(part, "start_anywhere")]
@@ -70,7 +73,7 @@ def _reset(name: str, part: nn.Module) -> Callable[[], Any] | None:
         return getattr(part, "reset_running_stats", None)
     if not any(p.requires_grad for p in own):
         return None
-    reset = getattr(part, "reset_parameters", None) or getattr(part, "_reset_parameters", None)
+    reset = reset_of(part)
     if reset is None:
         kind = f"{name} ({type(part).__name__})"
         instead = "build a new network instead, or for an ensemble a sequence of them"

@@ -17,6 +17,7 @@ from pyro_mdn.posteriors.guide_draws import latent_sites, require_sites
 from pyro_mdn.posteriors.priors import site_name
 from pyro_mdn.support.evaluation_mode import evaluating
 from pyro_mdn.support.process_state import KeepFrozen, own_generators
+from pyro_mdn.support.pyro_compat import has_lost_model
 
 __all__ = ["NetworkSites"]
 
@@ -60,8 +61,7 @@ class NetworkSites:
             draws: Draws ``(S, *shape)`` by site.
         """
         missing = {*self.expected} - draws.keys()
-        # A guide that was pickled has lost its model.
-        model = getattr(owner, "model", None) if missing and getattr(owner, "_model", owner) is not None else None
+        model = getattr(owner, "model", None) if missing and not has_lost_model(owner) else None
         if not callable(model):
             return dict(draws)
         # The first draw comes twice: what differs then is drawn anew behind ``poutine.block``, not from the posterior.

@@ -19,6 +19,7 @@ from pyro_mdn.posteriors.guide_draws import LaplaceGuide, draw_from, require_sit
 from pyro_mdn.posteriors.network_sites import NetworkSites
 from pyro_mdn.posteriors.priors import latent_names
 from pyro_mdn.support.process_state import KeepFrozen, isolated
+from pyro_mdn.support.pyro_compat import names_of_parameters
 
 __all__ = [
     "DRAWS",
@@ -318,7 +319,6 @@ def _learned_elsewhere(guide: Any = None) -> Any:
     Names of a guide's own parameters are left out: another module may have registered values under the same names.
     """
     parts = [part for part in guide.modules() if isinstance(part, PyroModule)] if isinstance(guide, nn.Module) else []
-    leaves = [(part, leaf.removesuffix("_unconstrained")) for part in parts for leaf in part._parameters]
-    own = {f"{part._pyro_name}.{leaf}".removeprefix(".") for part, leaf in leaves}
+    own = {name for part in parts for name in names_of_parameters(part)}
     state: dict[str, Any] = dict(pyro.get_param_store().get_state())
     return {kind: {name: value for name, value in held.items() if name not in own} for kind, held in state.items()}

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.infer.mcmc.util import select_samples
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.posteriors.posterior import Posterior, draws_from_samples
+from pyro_mdn.support.pyro_compat import select_samples
 
 __all__ = ["ConvergenceWarning", "PosteriorSamples", "warn_of_nonconvergence"]
 

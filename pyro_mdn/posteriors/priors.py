@@ -11,13 +11,13 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroSample
-from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
 from pyro_mdn.networks.head import starting_value
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.checks import require_numbers, shown
 from pyro_mdn.support.process_state import own_generators, own_store
+from pyro_mdn.support.pyro_compat import latent_parameters, name_in_store, to_pyro_module_
 
 __all__ = ["bayesianize", "fan_in_normal", "latent_names", "site_name", "starting_weights"]
 
@@ -115,13 +115,13 @@ def latent_names(network: MixtureDensityNetwork) -> dict[str, str]:
     >>> latent_names(model.network)
     {'network.head.linear.bias': 'head.linear.bias'}
     """
-    names = [f"{path}.{leaf}" for path, part in network.named_modules() for leaf in getattr(part, "_pyro_samples", ())]
+    names = [f"{path}.{leaf}" for path, part in network.named_modules() for leaf in latent_parameters(part)]
     return {site_name(network, name): name for name in (name.removeprefix(".") for name in names)}
 
 
 def site_name(network: MixtureDensityNetwork, name: str) -> str:
     """Name the site of a latent parameter, given its name within the network."""
-    return f"{network._pyro_name}.{name}".removeprefix(".")
+    return name_in_store(network, name)
 
 
 # Priors

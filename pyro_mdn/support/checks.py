@@ -11,10 +11,18 @@ import numpy as np
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.autograd import forward_ad
 from torch.masked import is_masked_tensor
-from torch.nn.modules import module as torch_module
+
+from pyro_mdn.support.torch_compat import (
+    FORWARD_LEVEL,
+    inner_tensor,
+    is_batched,
+    is_hooked,
+    is_wrapped,
+    tracing_state,
+    transforms_active,
+)
 
 __all__ = [
     "all_finite",
@@ -23,7 +31,6 @@ __all__ = [
     "describe",
     "is_count",
     "is_differentiated",
-    "is_hooked",
     "is_inherited",
     "is_known",
     "is_mapped",
@@ -167,7 +174,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 def is_recorded() -> bool:
     """Check whether a compiler or ``torch.jit`` records operations, to run them later on other numbers."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or tracing_state() is not None
 
 
 def require_range(columns: Tensor, name: str, dtype: torch.dtype) -> None:
@@ -239,8 +246,8 @@ def is_traced(*tensors: Tensor) -> bool:
 def is_transformed(*tensors: Tensor) -> bool:
     """Check for transforms of ``torch.func``, forward mode and subclasses of tensors."""
     return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # inside ``dual_level``
+        transforms_active()
+        or getattr(forward_ad, FORWARD_LEVEL) >= 0  # inside ``dual_level``
         or is_subclassed(*tensors)
     )
 
@@ -258,9 +265,9 @@ def is_known(*tensors: Tensor) -> bool:
 
 def is_mapped(*tensors: Tensor) -> bool:
     """Check whether ``torch.vmap`` maps one of these tensors."""
-    if not torch._C._are_functorch_transforms_active():
+    if not transforms_active():
         return False
-    return any(functorch.is_batchedtensor(layer) for tensor in tensors for layer in _layers(tensor))
+    return any(is_batched(layer) for tensor in tensors for layer in _layers(tensor))
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
@@ -275,8 +282,8 @@ def unwrapped(tensor: Tensor) -> Tensor:
 
 def _layers(tensor: Tensor) -> Iterator[Tensor]:
     yield tensor
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = functorch.get_unwrapped(tensor)
+    while is_wrapped(tensor):
+        tensor = inner_tensor(tensor)
         yield tensor
 
 
@@ -323,17 +330,3 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
     """Check that a module inherits these methods from a class, neither overridden nor replaced."""
     return all(getattr(type(module), n) is getattr(kind, n) and n not in module.__dict__ for n in names)
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Check whether a call of this module runs hooks, its own or global ones."""
-    return bool(  # the same check as in torch's own call
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )

@@ -28,6 +28,7 @@ from pyro_mdn.support.introspection import (
     plain_class,
     used_globals,
 )
+from pyro_mdn.support.torch_compat import HOOKS, own_modules, transient_buffers
 
 __all__ = ["FORMS", "described", "differing", "incomparable"]
 
@@ -130,7 +131,7 @@ class _Writer:
         self, places: Mapping[int, str], hooks: bool, buffers: bool, code: bool, values: bool, form: int
     ) -> None:
         self.places, self.buffers, self.code, self.values, self.form = places, buffers, code, values, form
-        self.hooks = _HOOKS if hooks else ()
+        self.hooks = HOOKS if hooks else ()
         self.active: list[int] = []
         self.texts: dict[int, tuple[Any, str]] = {}  # the object is kept, so that no other one gets its id
 
@@ -141,7 +142,7 @@ class _Writer:
         if (place := self.places.get(id(module), name)) != name:
             yield name, f"the same as {place}"
             return
-        yield name, f"{self.text(type(module))}({', '.join(module._modules)})"
+        yield name, f"{self.text(type(module))}({', '.join(own_modules(module))})"
         for leaf, tensor in module_tensors(module):
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
         for leaf, value in attributes(module):
@@ -153,7 +154,7 @@ class _Writer:
             if hooks := module.__dict__.get(kind):
                 texts = [self._value(hook, in_words=self.values) for hook in hooks.values()]
                 yield f"{name}.{kind}", _short(f"[{', '.join(texts)}]")
-        for leaf, part in module._modules.items():
+        for leaf, part in own_modules(module).items():
             yield from [(f"{name}.{leaf}", "None")] if part is None else self.entries(f"{name}.{leaf}", part)
 
     def _definitions(self, name: str, kind: type) -> Iterator[tuple[str, str]]:
@@ -179,7 +180,7 @@ class _Writer:
             return f"the same as {place}"
         if isinstance(tensor, nn.Parameter) and id(tensor) in self.places:
             return "parameter"
-        transient = leaf in module._non_persistent_buffers_set and self.buffers
+        transient = leaf in transient_buffers(module) and self.buffers
         return numbers(tensor) if transient or id(tensor) not in self.places else "buffer"
 
     def _module(self, module: nn.Module) -> str:
@@ -336,7 +337,6 @@ _WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
     (types.ModuleType, lambda _, value: value.__name__),
 ]
 _MADE_BY = ("pyro.nn.", parametrize.__name__)  # classes that these make of others
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _sealed(text: str) -> str:

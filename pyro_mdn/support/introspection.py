@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
+from pyro_mdn.support.pyro_compat import LEARNED_OR_DRAWN, MARK
+from pyro_mdn.support.torch_compat import OF_COMPILERS, is_compiler_wrapper, is_flat_weight, own_buffers, own_parameters
+
 __all__ = [
     "WITHOUT_SETTINGS",
     "attributes",
@@ -53,23 +56,23 @@ _ON_HEAP = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class that Python code made
 _OF_CLASSES = {*vars(type("", (), {})), "__annotations__", "__firstlineno__", "__static_attributes__"}
 _OF_CLASSES |= {"__dataclass_fields__", "__dataclass_params__"}  # what they say is in the methods that they make
 _OF_CLASSES |= {"__slotnames__"}  # a cache of whoever copies or pickles an object
-_OF_MODULES = {*vars(PyroModule()), "_compiled_call_impl", "_is_torch_compile"} - {"_pyro_params", "_pyro_samples"}
+_OF_MODULES = {*vars(PyroModule()), *OF_COMPILERS} - LEARNED_OR_DRAWN
 _OF_GUIDES = {"create_plates", "init_loc_fn", "master", "plates", "prototype_trace"}
 
 
 def module_tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
     """List the parameters and buffers of a module itself. Latent weights are not read, which would draw them."""
-    return [*module._parameters.items(), *module._buffers.items()]
+    return [*own_parameters(module).items(), *own_buffers(module).items()]
 
 
 def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Iterate over the attributes of a module that decide what it computes."""
     kind = type(module)
-    if kind.__module__.startswith("torch._dynamo"):  # what wraps a module that is compiled
+    if is_compiler_wrapper(kind):
         return
     for name, value in vars(module).items():
-        of_torch = name in _OF_MODULES or (isinstance(module, nn.RNNBase) and name.startswith("_flat_weight"))
-        of_pyro = name in ("_pyro_params", "_pyro_samples") and not value
+        of_torch = name in _OF_MODULES or is_flat_weight(module, name)
+        of_pyro = name in LEARNED_OR_DRAWN and not value
         of_guide = isinstance(module, AutoGuide) and (name in _OF_GUIDES or name.startswith("_"))
         derived = isinstance(value, Tensor) and _is_derived(module, name, value)
         if not (_is_attached(kind, name) or of_torch or of_pyro or of_guide or derived or is_cache(kind, name)):
@@ -92,13 +95,13 @@ def is_setting(kind: type, name: str) -> bool:
 
 def _is_attached(kind: type, name: str) -> bool:
     """Whether a user attached an attribute to a module whose class reads only its declared settings."""
-    read = is_setting(kind, name) or name.startswith("_pyro_") or hasattr(kind, name)  # a method that was replaced
+    read = is_setting(kind, name) or name.startswith(MARK) or hasattr(kind, name)  # a method that was replaced
     return "_settings" in vars(plain_class(kind)) and not read
 
 
 def _is_derived(module: nn.Module, name: str, tensor: Tensor) -> bool:
     """Whether a tensor was computed from parameters, as older weight norm, spectral norm and pruning do."""
-    return tensor.grad_fn is not None or not module._parameters.keys().isdisjoint({f"{name}_orig", f"{name}_g"})
+    return tensor.grad_fn is not None or not own_parameters(module).keys().isdisjoint({f"{name}_orig", f"{name}_g"})
 
 
 def is_cache(kind: type, name: str) -> bool:

@@ -20,11 +20,11 @@ import pyro
 import torch
 from pyro import distributions, infer, poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import nn
 from torch.distributions import Distribution
 
 from pyro_mdn.support.checks import shown
+from pyro_mdn.support.pyro_compat import handlers
 
 __all__ = [
     "KeepFrozen",
@@ -189,12 +189,12 @@ if hasattr(os, "register_at_fork"):
 @contextmanager
 def isolated() -> Iterator[None]:
     """Run with an empty parameter store, without handlers of the caller, and without validation."""
-    with own_store(), unvalidated(), _own(_PYRO_STACK.copy, _put_handlers, []):
+    with own_store(), unvalidated(), _own(handlers.copy, _put_handlers, []):
         yield
 
 
-def _put_handlers(handlers: list[Any]) -> None:
-    _PYRO_STACK[:] = handlers
+def _put_handlers(others: list[Any]) -> None:
+    handlers[:] = others
 
 
 def own_store() -> AbstractContextManager[None]:

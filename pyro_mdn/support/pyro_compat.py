@@ -80,14 +80,12 @@ def is_latent(module: nn.Module | None) -> bool:
     )
 
 
-def draws_or_registers(module: PyroModule) -> bool:
-    """Whether a call draws weights of a module, or parts of it register their parameters."""
-    return bool(module.__dict__["_pyro_samples"]) or _has_pyro_modules(module)
-
-
-def _has_pyro_modules(module: nn.Module) -> bool:
-    for part in module._modules.values():  # asked at every call, so that it has to be quick
-        if part is not None and (isinstance(part, PyroModule) or (part._modules and _has_pyro_modules(part))):
+def draws_or_registers(module: nn.Module) -> bool:
+    """Whether a call draws weights of a module, or parts of it register their parameters; asked at every call, too."""
+    if module.__dict__.get("_pyro_samples"):
+        return True
+    for part in module._modules.values():
+        if part is not None and (isinstance(part, PyroModule) or (part._modules and draws_or_registers(part))):
             return True
     return False
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch
-from torch.autograd import forward_ad
 from torch.distributions import Distribution
 from torch.nn.modules import module as _module
 from torch.nn.utils import prune
@@ -23,6 +22,7 @@ from torch.optim import adam as _adam
 from torch.utils import _python_dispatch, _pytree
 
 __all__ = [
+    "FORWARD_LEVEL",
     "HOOKS",
     "OF_COMPILERS",
     "REGISTERED",
@@ -32,7 +32,6 @@ __all__ = [
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
-    "forward_mode_active",
     "functional_assert_async",
     "inner_tensor",
     "is_batched",
@@ -79,14 +78,12 @@ That kind is not a transform of ``torch.func``, and there is no public question 
 tracing_state: Callable[[], Any] = torch._C._get_tracing_state
 """What ``torch.jit`` records into, or ``None``; ``torch.jit.is_tracing``, which is deprecated, asks for it too."""
 
+FORWARD_LEVEL = "_current_level"
+"""Attribute of ``torch.autograd.forward_ad`` that is negative outside of ``dual_level``.
 
-def forward_mode_active() -> bool:
-    """Whether code runs inside ``torch.autograd.forward_ad.dual_level``.
-
-    The public functions of ``forward_ad`` enter and leave a level, but do not say whether there is one.
-    """
-    return forward_ad._current_level >= 0
-
+The public functions enter and leave a level, but do not say whether there is one. Densities ask by ``getattr``, which
+costs them no call.
+"""
 
 TorchDispatchMode = _python_dispatch.TorchDispatchMode
 """See each operation with the tensors that it makes. Documented only in notes for extensions."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.support.checks import is_recorded, is_traced
+from pyro_mdn.support.torch_compat import transforms_active
 from pyro_mdn.tensors.channels import Layout, channels_first, channels_last
 from pyro_mdn.tensors.mixture_density import (
     Kernel,
@@ -37,7 +38,7 @@ def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value:
         channels: Log-weights, locations and the blocks of the family, channel-first, ``(C, *batch)``.
         value: Points y, ``(*batch, D)``.
     """
-    if torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() and not transforms_active():
         return _compilable(kernel, layout, channels, value)
     if is_traced(channels, value):
         return _by_autograd(kernel, layout, channels, value)

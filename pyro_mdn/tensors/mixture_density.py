@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from pyro_mdn.support.checks import is_recorded, is_traced, is_transformed
+from pyro_mdn.support.torch_compat import is_legacy_batched, log_softmax_gradient
 from pyro_mdn.tensors.channels import channels_last
 from pyro_mdn.tensors.numerics import constant, log_sum_exp, negligible
 
@@ -162,8 +162,7 @@ def density_backward(
 
 def logits_gradient(weight: Tensor, log_weights: Tensor, out: Tensor | None = None) -> Tensor:
     """Gradient of logits ``(K, ...)`` from that of their ``log_softmax``; ``out`` must be contiguous."""
-    backward = torch._log_softmax_backward_data  # pyright: ignore[reportPrivateImportUsage]
-    return backward(weight, log_weights, 0, weight.dtype, out=out)
+    return log_softmax_gradient(weight, log_weights, 0, weight.dtype, out=out)
 
 
 def is_gradient_traced(grad: Tensor) -> bool:
@@ -174,7 +173,7 @@ def is_gradient_traced(grad: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or is_recorded():  # compiled autograd takes no such look at a gradient
         return torch.is_grad_enabled()
-    return functorch.is_legacy_batchedtensor(grad) or is_transformed(grad)
+    return is_legacy_batched(grad) or is_transformed(grad)
 
 
 def differentiable_gradients(

@@ -1,8 +1,5 @@
 r"""AdamW, gradient clipping and averaged weights: the parts of a training step."""
 
-# torch documents its foreach functions, although their names begin with an underscore.
-# pyright: reportPrivateImportUsage=false
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -11,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
+from pyro_mdn.support.torch_compat import adam, foreach_lerp_, foreach_mul_, foreach_norm
 from pyro_mdn.tensors.numerics import negligible
 
 __all__ = ["AveragedWeights", "FusedAdamW", "adamw", "clip_", "joint_norm"]
@@ -50,7 +47,7 @@ class FusedAdamW:
     def step(self, lr: float) -> None:
         """Change all parameters that have a gradient."""
         if self.weight_decay and (matrices := [p for p in self.matrices if p.grad is not None]):
-            torch._foreach_mul_(matrices, 1 - lr * self.weight_decay)
+            foreach_mul_(matrices, 1 - lr * self.weight_decay)
         state = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
         used = [(p, p.grad, *moments) for p, *moments in state if p.grad is not None]
         parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
@@ -76,13 +73,13 @@ class FusedAdamW:
 
 def joint_norm(gradients: list[Tensor]) -> Tensor:
     """Compute the joint norm of all gradients."""
-    return torch.stack(torch._foreach_norm(gradients)).norm()
+    return torch.stack(foreach_norm(gradients)).norm()
 
 
 def clip_(gradients: list[Tensor], norm: float, max_norm: float) -> None:
     """Clip gradients of this joint norm: scale them down if it is larger than ``max_norm``."""
     if norm > max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
+        foreach_mul_(gradients, max_norm / norm)
 
 
 class AveragedWeights:
@@ -107,7 +104,7 @@ class AveragedWeights:
         weight = max(0.01, 9 / (10 + step))
         pairs = zip(self.parameters, self.averages, strict=True)
         current = [p.to(average.dtype) for p, average in pairs] if self.widened else self.parameters
-        torch._foreach_lerp_(self.averages, current, weight)
+        foreach_lerp_(self.averages, current, weight)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from pyro_mdn.networks.starting_point import FirstLinear
 from pyro_mdn.support.batching import Cost
 from pyro_mdn.support.checks import is_inherited, is_plain
 from pyro_mdn.support.process_state import give_way
+from pyro_mdn.support.torch_compat import own_modules
 
 __all__ = ["dense_cost", "dense_raw", "is_dense"]
 
@@ -31,7 +32,7 @@ def is_dense(network: MixtureDensityNetwork) -> bool:
     if not (inherited and len(network.input_shape) == 1 and is_plain(backbone, nn.Sequential)):
         return False
     names = {name.removesuffix("_start") for name, _ in [*network.named_parameters(), *network.named_buffers()]}
-    layers: dict[str, Any] = {f"backbone.{name}": layer for name, layer in backbone._modules.items()}
+    layers: dict[str, Any] = {f"backbone.{name}": layer for name, layer in own_modules(backbone).items()}
     linear = {name: layer for name, layer in [*layers.items(), ("head.linear", head.linear)] if _is_linear(layer)}
     return (
         "head.linear" in linear
@@ -81,7 +82,7 @@ def dense_raw(
 
 def dense_cost(network: MixtureDensityNetwork, draws: Mapping[str, Tensor]) -> Cost:
     """Estimate the memory that :func:`dense_raw` takes for each network and row: outputs of layers, and the mixture."""
-    layers = [layer for layer in network.backbone._modules.values() if isinstance(layer, nn.Linear)]
+    layers = [layer for layer in own_modules(network.backbone).values() if isinstance(layer, nn.Linear)]
     widths = 2 * sum(layer.out_features for layer in layers) + 4 * sum(network.head.sizes)
     size = network.x_shift.itemsize
     return Cost(size * sum(value[0].numel() for value in draws.values()), size * widths, True)
@@ -91,7 +92,7 @@ def _channels(
     network: MixtureDensityNetwork, features: Tensor, tensors: Mapping[str, Tensor], out: Tensor | None
 ) -> Tensor:
     """Compute the channels of the head's linear layer, ``(S, C, N)``."""
-    layers: dict[str, Any] = network.backbone._modules
+    layers: dict[str, Any] = own_modules(network.backbone)
     for name, layer in layers.items():  # ``named_children`` has one that occurs twice only once
         if isinstance(layer, nn.Linear):
             bias, weight = (tensors[f"backbone.{name}.{kind}"] for kind in ("bias", "weight"))

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.fingerprint import described, differing, incomparable
+from pyro_mdn.support.torch_compat import REGISTERED, own_buffers, own_parameters
 
 __all__ = ["copied", "set_tensors", "stack", "warn_if_unsure"]
 
@@ -67,9 +68,8 @@ def _deeplycopied(network: M) -> M:
     try:
         return copy.deepcopy(network)
     except Exception:  # whatever an attribute's own code raises
-        parts = ("_modules", "_parameters", "_buffers")
         modules = [] if network is None else network.modules()
-        values = [value for part in modules for name, value in vars(part).items() if name not in parts]
+        values = [value for part in modules for name, value in vars(part).items() if name not in REGISTERED]
         return copy.deepcopy(network, {id(value): value for value in values if not _can_becopied(value)})
 
 
@@ -104,10 +104,10 @@ def set_tensors(network: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         path, _, leaf = name.rpartition(".")
         part = network.get_submodule(path)
-        if leaf in part._buffers:
-            part._buffers[leaf] = tensor.detach().clone()
+        if leaf in own_buffers(part):
+            own_buffers(part)[leaf] = tensor.detach().clone()
         else:
-            trained = part._parameters[leaf]
-            part._parameters[leaf] = nn.Parameter(
+            trained = own_parameters(part)[leaf]
+            own_parameters(part)[leaf] = nn.Parameter(
                 tensor.detach().clone(), requires_grad=trained is not None and trained.requires_grad
             )
