@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.special import ndtr
 
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
@@ -72,8 +71,9 @@ def _nodes(law: Law, like: Tensor) -> tuple[Tensor, Tensor]:
     x, w = np.polynomial.legendre.leggauss(_POINTS[like.dtype])
     reach = math.sqrt(-2 * math.log(torch.finfo(like.dtype).eps))
     normal = like.new_tensor(0.5 * reach * (x - 1))  # standard normal quantiles below the median
+    probabilities = 0.5 * torch.erfc(-math.sqrt(0.5) * normal)  # ndtr underflows here
     masses = like.new_tensor(0.5 * reach * w) * torch.exp(-0.5 * normal.square()) / math.sqrt(2 * math.pi)
     spread = law.map(lambda t, n: t.unsqueeze(-1))
-    lower, upper = (side.followed_quantile(ndtr(normal)) for side in (spread, spread.mirrored()))
+    lower, upper = (side.followed_quantile(probabilities) for side in (spread, spread.mirrored()))
     nodes = torch.cat([lower, -upper.flip(-1)], -1)
     return nodes if nodes.ndim > 1 else nodes.unsqueeze(0), torch.cat([masses, masses.flip(-1)])

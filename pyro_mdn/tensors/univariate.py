@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.special import ndtr
 
 from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.numerics import exp, log_sum_exp
@@ -117,7 +116,8 @@ class Law(TensorBatch):
 
     def grid(self, like: Tensor) -> Tensor:
         """Thirteen points in ascending order, close to each other where the density bends; ``(*batch, K, 13)``."""
-        probabilities = ndtr(like.new_tensor(_GRID[: len(_GRID) // 2]))
+        lower_half = like.new_tensor(_GRID[: len(_GRID) // 2])
+        probabilities = 0.5 * torch.erfc(-math.sqrt(0.5) * lower_half)  # ndtr underflows here
         spread = self.map(lambda t, n: t.unsqueeze(-1))
         lower = spread.quantile(probabilities)
         upper = -spread.mirrored().quantile(probabilities).flip(-1)
