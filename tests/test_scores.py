@@ -8,7 +8,15 @@ from cases import BATCH_SHAPES, DIM, NOISE, make_mixture, peak_memory
 from scipy import integrate, stats
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, DiagonalCovariance, Full, GaussianMixture, IsotropicCovariance
+from pyro_mdn import (
+    Diagonal,
+    DiagonalCovariance,
+    Full,
+    GaussianMixture,
+    IsotropicCovariance,
+    Mixture,
+    StudentTComponents,
+)
 from pyro_mdn.scores import (
     coverage,
     crps,
@@ -356,3 +364,22 @@ def test_bad_arguments_are_refused():
     for score in (crps, log_score, pit, dawid_sebastiani, energy_score):
         with pytest.raises(ValueError, match=r"y: expected shape"):
             score(mixture, torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_crps_of_student_t_mixtures_is_the_integral_of_its_definition(dtype):
+    """Over steps that widen with the distance from y; the components have different scales and tails."""
+    scales = torch.tensor([[0.1], [1.0], [2.0]], dtype=dtype)
+    components = StudentTComponents(
+        torch.tensor([[-2.0], [0.0], [3.0]], dtype=dtype),
+        DiagonalCovariance(scales),
+        torch.tensor([3.0, 4.0, 8.0], dtype=dtype),
+    )
+    mixture = Mixture(torch.tensor([0.1, 0.5, -0.2], dtype=dtype), components)
+    y = torch.tensor([0.7], dtype=dtype)
+    steps = torch.linspace(-12, 12, 200_000, dtype=torch.float64)
+    points = (0.7 + steps.sinh()).unsqueeze(-1)
+    loss = (mixture.double().cdf(points) - (steps > 0).double().unsqueeze(-1)).square().squeeze(-1)
+    expected = torch.trapezoid(loss * steps.cosh(), steps).item()
+    assert crps(mixture, y).item() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-5)
+    assert mixture.univariate().law.grid(y).isfinite().all()
