@@ -513,7 +513,7 @@ def test_passes_change_no_result(backbone, noise, linearize, monkeypatch):
     linearize = linearize and backbone not in ("lstm", "sequence", "called")  # forward mode has none of these
     results = []
     for size, limit in ((5, 1.0), (None, 1.0), (None, 4000.0), (None, 2.0**30)):
-        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", limit)
+        monkeypatch.setattr("pyro_mdn.networks.batched.passes.BYTES", limit)
         torch.manual_seed(3)
         results.append(posterior_predictive(network, guide, x, 5, linearize=linearize, chunk_size=size).log_prob(y))
     for result in results:
@@ -808,7 +808,7 @@ def test_linearized_outputs_have_the_jacobian_of_the_network(guide, backbone):
         steps = [(draws[name][s] - center[name]).flatten() for name in names]
         raw = outputs(*at) + sum(j.flatten(2) @ step for j, step in zip(jacobians, steps, strict=True))
         logits, locs, noise = raw.split(3, 1)
-        expected = network.head.mixture((logits, locs.unsqueeze(-1), noise.unsqueeze(-1)), 0.0, 1.0)
+        expected = network.head.mixture((logits, locs.unsqueeze(-1), noise.unsqueeze(-1)), network.head.units)
         assert_close(mixture.log_prob(y)[s], expected.log_prob(y), rtol=1e-9, atol=1e-9)
 
 

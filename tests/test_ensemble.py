@@ -130,11 +130,11 @@ def test_passes_without_gradients_change_no_result(kind, use, monkeypatch):
     expected = given().log_prob(y).detach()
     assert_close(given(chunk_size=2).log_prob(y), expected)
     for limit in (1.0, 4000.0, 2.0**30):
-        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", limit)
+        monkeypatch.setattr("pyro_mdn.networks.batched.passes.BYTES", limit)
         with torch.no_grad():
             assert_close(given().log_prob(y), expected)
     if kind in ("convolutional", "hooked"):
-        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 4000.0)
+        monkeypatch.setattr("pyro_mdn.networks.batched.passes.BYTES", 4000.0)
         ensemble.stacked.backbone[1].register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
         with torch.no_grad():
             given()
@@ -150,7 +150,7 @@ def test_members_in_training_mode_go_at_once(monkeypatch):
     ensemble = DeepEnsemble(MixtureDensityNetwork(3, 1, 4, 8, backbone=norm), 3)
     (x, y), results = data(50), []
     for limit in (1.0, 2.0**30):
-        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", limit)
+        monkeypatch.setattr("pyro_mdn.networks.batched.passes.BYTES", limit)
         torch.manual_seed(0)
         with torch.no_grad():
             results.append(ensemble.members(x).log_prob(y))

@@ -196,7 +196,7 @@ def test_bad_calls_are_refused():
         GaussianMixture.cat([mixture[0]])
     with pytest.raises(ValueError, match=r"stack: expected mixtures of equal batch shape, got \(5,\), \(2,\)"):
         GaussianMixture.stack([mixture, mixture[:2]])
-    with pytest.raises(ValueError, match="structures of covariances"):
+    with pytest.raises(ValueError, match="structures of components"):
         GaussianMixture.cat([mixture, make_mixture(LowRank(1))])
     with pytest.raises(ValueError, match="expected a floating-point dtype"):
         mixture.to(torch.int64)

@@ -188,7 +188,7 @@ def alone_or_with_others(use, tell, before):
 @pytest.mark.parametrize("use", ["laplace", "mcmc", "model", "draws", "ensemble"])
 def test_others_have_their_turn_during_long_computations(use, monkeypatch):
     """As during a training: they find the process as the caller left it, and the results are the same."""
-    monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 5000.0)
+    monkeypatch.setattr("pyro_mdn.networks.batched.passes.BYTES", 5000.0)
     alone = alone_or_with_others(use, lambda: None, lambda: None)
     ready, started, done, seen, turns = threading.Event(), threading.Event(), threading.Event(), [], []
 

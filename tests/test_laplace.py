@@ -140,7 +140,7 @@ def test_curvature_by_brute_force():
 
             def loss(raw, row=row):
                 parts = raw[None, :2], raw[None, 2:4, None], raw[None, 4:, None]
-                return -head.log_density(parts, y[row : row + 1], head.shift, head.scale).sum()
+                return -head.log_density(parts, y[row : row + 1], head.units).sum()
 
             jacobian = torch.autograd.functional.jacobian(outputs, vector)
             values, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, outputs(vector)))
@@ -199,7 +199,7 @@ def test_chunks_give_the_same(monkeypatch):
     y[0, 0] = math.nan
     with undisturbed(network):
         expected = mode_and_scale(joint_of(network, x, y), 3, progress=False)
-        monkeypatch.setattr("pyro_mdn.support.batching.BYTES", 30_000)
+        monkeypatch.setattr("pyro_mdn.networks.batched.passes.BYTES", 30_000)
         in_parts = joint_of(network, x, y)
         assert in_parts.size < len(x)
         assert_close(mode_and_scale(in_parts, 3, progress=False, block=7), expected)

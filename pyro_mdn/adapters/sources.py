@@ -13,7 +13,7 @@ from pyro_mdn.networks.predictor import ENSEMBLE, POINT, Predictor
 from pyro_mdn.posteriors.posterior import DRAWS, Posterior, as_posterior
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.support.arrays import Array, as_tensor, to_numpy
-from pyro_mdn.support.evaluation_mode import evaluating
+from pyro_mdn.support.process_state import evaluating
 
 __all__ = ["ENSEMBLE", "POINT", "Source", "predict"]
 

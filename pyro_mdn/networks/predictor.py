@@ -12,7 +12,7 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.predictions import Prediction, predicted_in_parts
 from pyro_mdn.networks.files import require_loadable, warn_if_unlike
 from pyro_mdn.support import tensor_files
-from pyro_mdn.support.evaluation_mode import evaluating
+from pyro_mdn.support.process_state import evaluating
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork

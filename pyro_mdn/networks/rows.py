@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
 from pyro_mdn.support.checks import require_range
-from pyro_mdn.support.evaluation_mode import evaluating
+from pyro_mdn.support.process_state import evaluating
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork

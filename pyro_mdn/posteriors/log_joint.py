@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
 from pyro_mdn.networks.batched.functional import OwnParameters
+from pyro_mdn.networks.batched.passes import cost_of
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.rows import Rows, as_rows
 from pyro_mdn.posteriors.guide_draws import log_density_at
 from pyro_mdn.posteriors.priors import latent_names, starting_weights
-from pyro_mdn.support.batching import cost_of
 from pyro_mdn.support.checks import is_inherited
-from pyro_mdn.support.evaluation_mode import evaluating
-from pyro_mdn.support.process_state import give_way, isolated, own_generators
+from pyro_mdn.support.process_state import evaluating, give_way, isolated, own_generators
 from pyro_mdn.support.pyro_compat import site_is_subsample
 
 __all__ = [

@@ -15,8 +15,7 @@ from pyro_mdn.networks.batched.functional import OwnParameters, over_draws
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.posteriors.guide_draws import latent_sites, require_sites
 from pyro_mdn.posteriors.priors import site_name
-from pyro_mdn.support.evaluation_mode import evaluating
-from pyro_mdn.support.process_state import KeepFrozen, own_generators
+from pyro_mdn.support.process_state import KeepFrozen, evaluating, own_generators
 from pyro_mdn.support.pyro_compat import has_lost_model
 
 __all__ = ["NetworkSites"]

@@ -20,8 +20,7 @@ from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.posteriors.posterior import as_posterior, require_available, spread, warn_if_nonlinear
 from pyro_mdn.posteriors.priors import latent_names
 from pyro_mdn.support.checks import require_counts
-from pyro_mdn.support.evaluation_mode import evaluating
-from pyro_mdn.support.process_state import isolated
+from pyro_mdn.support.process_state import evaluating, isolated
 
 __all__ = ["draw_weights", "posterior_predictive"]
 

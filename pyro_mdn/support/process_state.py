@@ -28,6 +28,7 @@ from pyro_mdn.support.pyro_compat import handlers
 
 __all__ = [
     "KeepFrozen",
+    "evaluating",
     "give_way",
     "has_process",
     "isolated",
@@ -283,3 +284,48 @@ def require_seed(seed: Any) -> None:
     if seed is None or (isinstance(seed, Integral) and not isinstance(seed, bool) and 0 <= int(seed) < 2**63):
         return
     raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {shown(seed)}")
+
+
+# Evaluation mode of modules, which several threads may use at once
+
+_MODES = threading.Lock()  # held for moments, never while other code runs
+_evaluated: dict[int, tuple[nn.Module, bool, list[int]]] = {}  # by id: part, former mode, threads inside
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Set a module to evaluation mode, and restore each part's own mode once no thread is inside any more."""
+    parts, thread = [*module.modules()], threading.get_ident()
+    with _MODES:
+        for part in parts:
+            _evaluated.setdefault(id(part), (part, part.training, []))[2].append(thread)
+    try:
+        module.eval()
+        yield
+    finally:
+        with _MODES:
+            for part in parts:
+                _leave(part, thread)
+
+
+def _leave(part: nn.Module, thread: int) -> None:
+    """Remove a thread from those inside a part; the last one restores the mode of the part."""
+    _, training, inside = _evaluated[id(part)]
+    inside.remove(thread)
+    if not inside:
+        part.training = training
+        del _evaluated[id(part)]
+
+
+def _leave_for_others() -> None:
+    """Remove, in a forked process, the threads that do not exist there."""
+    global _MODES
+    _MODES = threading.Lock()  # one of them may have held it
+    for part, _, inside in [*_evaluated.values()]:
+        for thread in {*inside} - {threading.get_ident()}:
+            for _ in range(inside.count(thread)):
+                _leave(part, thread)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_for_others)

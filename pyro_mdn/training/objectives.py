@@ -18,8 +18,15 @@ from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.posteriors.guide_draws import draw_from, latent_sites, log_density_at, require_sites
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import require_counts, require_numbers, shown
-from pyro_mdn.support.evaluation_mode import evaluating
-from pyro_mdn.support.process_state import KeepFrozen, isolated, own_generators, own_store, require_owned, unvalidated
+from pyro_mdn.support.process_state import (
+    KeepFrozen,
+    evaluating,
+    isolated,
+    own_generators,
+    own_store,
+    require_owned,
+    unvalidated,
+)
 
 __all__ = [
     "ContinuousRankedProbability",

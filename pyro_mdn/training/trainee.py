@@ -15,7 +15,7 @@ from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.networks.starting_point import draw_anew_
-from pyro_mdn.support.evaluation_mode import evaluating
+from pyro_mdn.support.process_state import evaluating
 from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches
 from pyro_mdn.training.batches.preparation import Batches, prepare, prepare_members
 from pyro_mdn.training.batches.target_grids import grid_spacing

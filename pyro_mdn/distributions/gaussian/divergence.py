@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions.kl import register_kl
 
+from pyro_mdn.distributions.families.components import not_closed
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
+from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.precision import in_widest_precision
 
 __all__ = ["kl_monte_carlo", "kl_variational_approximation"]
@@ -35,13 +37,16 @@ def kl_variational_approximation(p: GaussianMixture, q: GaussianMixture) -> Tens
         Hershey & Olsen (2007), Approximating the Kullback Leibler divergence between Gaussian mixture models.
     """
     _check_pair(p, q)
+    for mixture in (p, q):
+        if not isinstance(mixture, GaussianMixture):
+            not_closed("kl_variational_approximation", mixture.components, "kl_monte_carlo estimates it from draws")
     own = (p.logits.unsqueeze(-2) - _component_kl(p, p)).logsumexp(-1)
     other = (q.logits.unsqueeze(-2) - _component_kl(p, q)).logsumexp(-1)
     return (p.logits.exp() * (own - other)).sum(-1)
 
 
 @in_widest_precision
-def kl_monte_carlo(p: GaussianMixture, q: GaussianMixture, *, num_samples: int = 10_000) -> tuple[Tensor, Tensor]:
+def kl_monte_carlo(p: Mixture, q: Mixture, *, num_samples: int = 10_000) -> tuple[Tensor, Tensor]:
     r"""Estimate :math:`\mathrm{KL}(p \Vert q)` from draws of p, with pathwise gradients, and its standard error.
 
     Raises:
@@ -79,6 +84,6 @@ def _component_kl(p: GaussianMixture, q: GaussianMixture) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*columns), -2)
 
 
-def _check_pair(p: GaussianMixture, q: GaussianMixture) -> None:
+def _check_pair(p: Mixture, q: Mixture) -> None:
     if p.dim != q.dim:
         raise ValueError(f"kl: expected mixtures over equally many outputs, got {p.dim} and {q.dim}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.support.batching import Cost, cost_of
+from pyro_mdn.networks.batched.passes import Cost, cost_of
 from pyro_mdn.support.process_state import give_way, own_generators
 
 __all__ = ["MixtureTensors", "OwnParameters", "in_parts", "in_passes", "over_draws"]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_mdn.networks.batched.passes import Cost
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.starting_point import FirstLinear
-from pyro_mdn.support.batching import Cost
 from pyro_mdn.support.checks import is_inherited, is_plain
 from pyro_mdn.support.process_state import give_way
 from pyro_mdn.support.torch_compat import own_modules

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows, as_device_tensor
 from pyro_mdn.support.checks import describe
-from pyro_mdn.support.evaluation_mode import evaluating
-from pyro_mdn.support.process_state import give_way, own_generators
+from pyro_mdn.support.process_state import evaluating, give_way, own_generators
 from pyro_mdn.training.batches.missing_targets import gaps_given
 
 __all__ = ["Streamed"]
