@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from pyro_mdn import DeepEnsemble, Law, LocationScale, MixtureDensityNetwork, fit, plots, scores, to_inference_data
+from pyro_mdn import DeepEnsemble, LocationScale, MixtureDensityNetwork, SymmetricLaw, fit, plots, scores
+from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.sklearn import MDNRegressor
 
 
 @dataclass(frozen=True, eq=False)
-class LaplaceLaw(Law):
+class LaplaceLaw(SymmetricLaw):
     """Law of one output at location 0 and scale 1; it is symmetric, so quantiles are asked for in the lower half."""
 
     def log_density(self, z):

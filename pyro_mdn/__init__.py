@@ -28,7 +28,7 @@ from pyro_mdn.posteriors.mcmc import fit_mcmc
 from pyro_mdn.posteriors.posterior_samples import ConvergenceWarning, PosteriorSamples
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.posteriors.priors import bayesianize, starting_weights
-from pyro_mdn.tensors.univariate import Law
+from pyro_mdn.tensors.univariate import Law, SymmetricLaw
 from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
 from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 from pyro_mdn.training.result import FitResult
@@ -92,6 +92,7 @@ __all__ = [
     "Prediction",
     "StudentT",
     "StudentTComponents",
+    "SymmetricLaw",
     "TrainingLoop",
     "VariationalInference",
     "WeightedSum",

@@ -17,7 +17,7 @@ from pyro_mdn.tensors.numerics import exp, log_sum_exp
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.tensor_batch import TensorBatch
 
-__all__ = ["GRID", "Law", "TailAndDensity", "UnivariateMixture"]
+__all__ = ["GRID", "Law", "SymmetricLaw", "TailAndDensity", "UnivariateMixture"]
 
 TailAndDensity = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Function of points that gives their cumulative distribution and density."""
@@ -27,7 +27,7 @@ GRID = (-8.5, -5.0, -3.4, -2.4, -1.6, -0.8, 0.0, 0.8, 1.6, 2.4, 3.4, 5.0, 8.5)
 
 @dataclass(frozen=True, eq=False)
 class Law(TensorBatch):
-    """Law of a univariate component at location 0 and scale 1; it is symmetric unless :meth:`mirrored` says otherwise.
+    """Law of a univariate component at location 0 and scale 1; see :class:`SymmetricLaw` for symmetric ones.
 
     Tensors that it stores, such as degrees of freedom, have the shape ``(*batch, K)`` and no further dimension.
     """
@@ -48,9 +48,13 @@ class Law(TensorBatch):
     def mean_distance(self, z: Tensor) -> Tensor:
         r"""Expected distance :math:`E|Z - z|`; infinite if there is no mean."""
 
+    @abstractmethod
+    def mirrored(self) -> Law:
+        """Law of -Z."""
+
+    @abstractmethod
     def mean(self) -> Tensor | float:
-        """Mean; 0 by symmetry."""
-        return 0.0
+        """Mean of Z, which moments of mixtures are made of."""
 
     def stddev(self) -> Tensor | float:
         """Return the standard deviation, which moments of mixtures are made of."""
@@ -70,10 +74,6 @@ class Law(TensorBatch):
             point = z.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.log_density(point).sum(), point)
         return slope
-
-    def mirrored(self) -> Law:
-        """Law of -Z."""
-        return self
 
     def log_mass(self, centre: Tensor, half: Tensor) -> Tensor:
         """Log-probability of the interval within ``half`` of a centre, accurate in both tails and if it is narrow."""
@@ -131,6 +131,19 @@ class Law(TensorBatch):
         lower = spread.quantile(probabilities)
         upper = -spread.mirrored().quantile(probabilities).flip(-1)
         return torch.cat([lower, torch.zeros_like(lower[..., :1]), upper], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class SymmetricLaw(Law):
+    """Law of a component that is symmetric about its location."""
+
+    def mirrored(self) -> Law:
+        """Law of -Z, which is the same."""
+        return self
+
+    def mean(self) -> Tensor | float:
+        """Mean of Z, 0 by symmetry."""
+        return 0.0
 
 
 class UnivariateMixture(NamedTuple):

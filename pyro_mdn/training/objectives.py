@@ -347,5 +347,4 @@ class WeightedSum(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N, ...)``."""
-        losses = [w * objective(x, y) for w, objective in zip(self.weights, self.objectives, strict=True)]
-        return torch.stack(losses).sum(0)
+        return torch.stack([w * o(x, y) for w, o in zip(self.weights, self.objectives, strict=True)]).sum(0)

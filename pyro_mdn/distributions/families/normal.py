@@ -21,7 +21,7 @@ from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.channels import sum_outputs
 from pyro_mdn.tensors.mixture_density import Kernel
 from pyro_mdn.tensors.numerics import exp
-from pyro_mdn.tensors.univariate import GRID, Law, TailAndDensity
+from pyro_mdn.tensors.univariate import GRID, Law, SymmetricLaw, TailAndDensity
 
 __all__ = [
     "NORMAL",
@@ -115,7 +115,7 @@ def relative_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class NormalLaw(Law):
+class NormalLaw(SymmetricLaw):
     """Standard normal law."""
 
     def log_density(self, z: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from pyro_mdn.support.checks import bounds, plain_number, shown
 from pyro_mdn.tensors.mixture_density import Kernel
 from pyro_mdn.tensors.numerics import positive
 from pyro_mdn.tensors.tensor_batch import stored
-from pyro_mdn.tensors.univariate import Law
+from pyro_mdn.tensors.univariate import Law, SymmetricLaw
 
 __all__ = ["StudentT", "StudentTComponents", "StudentTLaw", "StudentTRadial"]
 
@@ -249,7 +249,7 @@ def _normalizer_slope(df: Tensor, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class StudentTLaw(Law):
+class StudentTLaw(SymmetricLaw):
     r"""Student-t law with ``df`` degrees of freedom.
 
     Its tails are integrals of a function that is nearly normal, of :math:`w^2 = \nu \log(1 + z^2 / \nu)`:
