@@ -16,7 +16,7 @@ from torch.special import ndtri
 from pyro_mdn.distributions.families.elliptical import Elliptical
 from pyro_mdn.distributions.families.family import Block, Family
 from pyro_mdn.distributions.families.kernels import EllipticalKernel, RadialLaw
-from pyro_mdn.support.checks import bounds, plain_number, shown
+from pyro_mdn.support.checks import bounds, is_recorded, plain_number, shown
 from pyro_mdn.tensors.mixture_density import Kernel
 from pyro_mdn.tensors.numerics import positive
 from pyro_mdn.tensors.tensor_batch import stored
@@ -217,11 +217,14 @@ def _log_normalizer(df: Tensor, dim: int) -> Tensor:
         total = total + torch.log1p((first + i) / half)
     if dim % 2 == 0:
         return total
-    for i in range(_SHIFT):
-        total = total - torch.log1p(0.5 / (half + i))
+    total = total - torch.log1p(0.5 / (half.unsqueeze(-1) + _steps(half))).sum(-1)
     shifted = half + _SHIFT
     total = total + 0.5 * torch.log1p(_SHIFT / half)
     return total + sum(c / shifted ** (2 * i + 1) for i, c in enumerate(_SERIES))
+
+
+def _steps(like: Tensor) -> Tensor:
+    return torch.arange(_SHIFT, dtype=like.dtype, device=like.device)
 
 
 def _relation(df: Tensor) -> Tensor:
@@ -237,15 +240,12 @@ def _normalizer_slope(df: Tensor, dim: int) -> Tensor:
     for i in range(dim // 2):
         total = total - (first + i) / (half * (half + first + i))
     if dim % 2:
-        for i in range(_SHIFT):
-            total = total + 0.5 / ((half + i) * (half + i + 0.5))
+        steps = half.unsqueeze(-1) + _steps(half)
+        total = total + (0.5 / (steps * (steps + 0.5))).sum(-1)
         shifted = half + _SHIFT
         total = total - 0.5 * _SHIFT / (half * shifted)
         total = total - sum((2 * i + 1) * c / shifted ** (2 * i + 2) for i, c in enumerate(_SERIES))
     return 0.5 * total
-
-
-# One output
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,15 +321,21 @@ class StudentTLaw(SymmetricLaw):
         log_eps = math.log(torch.finfo(w.dtype).eps)
         nodes, weights = _NODES[w.dtype]
         reach = -2 * log_eps / ((w.square() - 2 * log_eps).sqrt() + w)
-        total = torch.zeros_like(w)
-        for node, weight in zip(nodes, weights, strict=True):
-            step = node * reach
-            exponent = -step * (w + 0.5 * step) + _log_bend((w + step).square() / self.df)
-            total = total + weight * exponent.exp()
+        if is_recorded() or w.numel() < _FEW:  # one operation for all nodes: few launches, and a graph that is small
+            total = w.new_tensor(weights) * self._integrand(w.unsqueeze(-1), reach.unsqueeze(-1), w.new_tensor(nodes))
+            total = total.sum(-1)
+        else:  # one node at a time, so that memory does not grow with their number
+            pairs = zip(nodes, weights, strict=True)
+            total = sum((weight * self._integrand(w, reach, node) for node, weight in pairs), torch.zeros_like(w))
         return _log_normalizer(self.df, 1) - 0.5 * w.square() + (total * reach).log()
+
+    def _integrand(self, w: Tensor, reach: Tensor, node: Tensor | float) -> Tensor:
+        step, df = node * reach, self.df if isinstance(node, float) else self.df.unsqueeze(-1)
+        return (_log_bend((w + step).square() / df) - step * (w + 0.5 * step)).exp()
 
 
 _NEWTON_STEPS = 6
+_FEW = 2**14
 _SMALL, _LARGE = 1e-2, 1e4
 
 
@@ -339,10 +345,6 @@ def _log_bend(v: Tensor) -> Tensor:
     return 0.5 * (v / -torch.expm1(-v)).log()
 
 
-def _legendre(count: int) -> tuple[list[float], list[float]]:
-    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
-    nodes, weights = np.polynomial.legendre.leggauss(count)
-    return (0.5 * (nodes + 1)).tolist(), (0.5 * weights).tolist()
-
-
-_NODES = {torch.float64: _legendre(48), torch.float32: _legendre(22)}
+# Nodes and weights of Gauss-Legendre quadrature on [0, 1].
+_LEGENDRE = {dtype: np.polynomial.legendre.leggauss(n) for dtype, n in ((torch.float64, 48), (torch.float32, 22))}
+_NODES = {dtype: ((0.5 * (x + 1)).tolist(), (0.5 * w).tolist()) for dtype, (x, w) in _LEGENDRE.items()}
