@@ -78,6 +78,18 @@ ELSEWHERE = {
     "double",
     "float",
     "deferred",
+    # How operations build mixtures, and what these are asked for.
+    "components",
+    "derived",
+    "device",
+    "flatten",
+    "of_components",
+    "origin_for",
+    "relative_joint_log_prob",
+    "reweighted",
+    "univariate",
+    "validates",
+    "with_components",
     "dtype",
     "device",
 }  # test_indexing.py
