@@ -91,7 +91,6 @@ ELSEWHERE = {
     "validates",
     "with_components",
     "dtype",
-    "device",
 }  # test_indexing.py
 PARAMETERS = {"logits", "locs", "covariance", "n_components", "dim", "mixture_distribution", "component_distribution"}
 

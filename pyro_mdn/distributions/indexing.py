@@ -87,7 +87,7 @@ def expand(mixture: M, batch_shape: Sequence[int], _instance: object = None) -> 
     """Expand to ``batch_shape``; a view."""
     shape = torch.Size(batch_shape)
     locs = mixture.components.locs.expand(*shape, -1, -1)
-    return mixture.reweighted(mixture.logits.expand(*shape, -1), replace(mixture.components, locs=locs))
+    return mixture.derived(mixture.logits.expand(*shape, -1), replace(mixture.components, locs=locs))
 
 
 def flatten(mixture: M, batch_shape: torch.Size) -> M:
@@ -98,12 +98,12 @@ def flatten(mixture: M, batch_shape: torch.Size) -> M:
         event = tensor.shape[tensor.ndim - event_dim :]
         return tensor.expand(*batch_shape, *event).reshape(size, *event)
 
-    return mixture.reweighted(flat(mixture.logits, 1), mixture.components.map(lambda t, n: flat(t, n + 1)))
+    return mixture.derived(flat(mixture.logits, 1), mixture.components.map(lambda t, n: flat(t, n + 1)))
 
 
 def _listed(mixtures: Iterable[M]) -> list[M]:
     listed: list[Any] = [*mixtures]
-    if not listed or not all(hasattr(m, "components") and hasattr(m, "derived") for m in listed):
+    if not listed or not all(isinstance(getattr(m, "components", None), Components) for m in listed):
         got = ", ".join(type(m).__name__ for m in listed) or "none"
         raise ValueError(f"mixtures: expected one mixture at least, got {got}")
     return listed
@@ -183,15 +183,9 @@ def joined(several: Sequence[Parameters], dim: int) -> Parameters:
 
 def _joined_components(several: Sequence[Components], shapes: Sequence[torch.Size], dim: int) -> Components:
     """Put components together; of tensors that are broadcast over a batch, only the dimension to join is expanded."""
-    together = iter(
-        [
-            _joined(tensors, event_dim, shapes, dim)
-            for tensors, event_dim in zip(
-                zip(*(c.tensors() for c in several), strict=True), _event_dims(several[0]), strict=True
-            )
-        ]
-    )
-    return several[0].map(lambda t, n: next(together))
+    event_dims = [event_dim for _, event_dim in several[0].stored()]
+    columns = zip(*(components.tensors() for components in several), strict=True)
+    return several[0].with_tensors([_joined(c, n, shapes, dim) for c, n in zip(columns, event_dims, strict=True)])
 
 
 def _joined(tensors: Sequence[Tensor], event_dim: int, shapes: Sequence[torch.Size], dim: int) -> Tensor:
@@ -202,15 +196,8 @@ def _joined(tensors: Sequence[Tensor], event_dim: int, shapes: Sequence[torch.Si
     return torch.cat([t.expand(*before, s[dim], *after) for t, s in zip(tensors, shapes, strict=True)], dim)
 
 
-def _event_dims(components: Components) -> list[int]:
-    dims: list[int] = []
-    components.map(lambda t, n: dims.append(n) or t)
-    return dims
-
-
 def _structure(components: Components) -> str:
-    sizes: list[tuple[int, ...]] = []
-    components.map(lambda t, n: sizes.append(tuple(t.shape[t.ndim - n :])) or t)
+    sizes = [tuple(tensor.shape[tensor.ndim - event_dim :]) for tensor, event_dim in components.stored()]
     return f"{components.describe()} of {sizes}"
 
 

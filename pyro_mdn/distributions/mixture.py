@@ -267,7 +267,7 @@ class Mixture(dist.MixtureSameFamily):
 
     def product(self, other: Any) -> Any:
         """Normalised product of two densities: closed for normal components alone."""
-        not_closed("product", self.components, "GaussianMixture has it, as has `as_gaussian`")
+        not_closed("product", self.components, "a GaussianMixture with the same mean and covariance has it")
 
     def reduce(self, n_components: int) -> Any:
         """Merge components: closed for normal components alone."""

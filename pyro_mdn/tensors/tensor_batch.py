@@ -34,12 +34,12 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
     @property
     def batch_shape(self) -> torch.Size:
         """Shape of the batch, the component axis last."""
-        shapes = [t.shape[: t.ndim - event_dim] for t, event_dim in self._stored()]
+        shapes = [t.shape[: t.ndim - event_dim] for t, event_dim in self.stored()]
         return shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
 
     def tensors(self) -> list[Tensor]:
         """Return the stored tensors, those of nested batches included."""
-        return [tensor for tensor, _ in self._stored()]
+        return [tensor for tensor, _ in self.stored()]
 
     def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
         """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
@@ -66,11 +66,12 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
         rest = iter(tensors)
         return self.map(lambda t, n: next(rest))
 
-    def _stored(self) -> Iterator[tuple[Tensor, int]]:
+    def stored(self) -> Iterator[tuple[Tensor, int]]:
+        """Iterate over the stored tensors and the number of their dimensions behind the component axis."""
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, TensorBatch):
-                yield from value._stored()
+                yield from value.stored()
             elif "event_dim" in f.metadata:
                 yield value, f.metadata["event_dim"]
 

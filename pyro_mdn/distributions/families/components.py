@@ -2,7 +2,7 @@ r"""Components of a mixture: what every family of distributions has to provide."
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NoReturn, Self
@@ -15,7 +15,7 @@ from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.tensor_batch import TensorBatch, stored, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "Sequential", "not_closed"]
+__all__ = ["Components", "OutputsInOrder", "not_closed"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -119,7 +119,7 @@ class Components(TensorBatch):
         """Distribution of ``shift + matrix @ y``, for ``(*batch, 1, M)`` and ``(*batch, 1, M, D)``."""
         not_closed("affine with a matrix", self, "elementwise scales are")
 
-    def in_order(self) -> Sequential:
+    def in_order(self) -> OutputsInOrder:
         """Start going through the outputs in order, each given those before it."""
         not_closed("conditionals of outputs in order", self, "with one output they are not needed")
 
@@ -146,13 +146,13 @@ class Components(TensorBatch):
         return UnivariateMixture(logits.unsqueeze(-2), *self.univariate())
 
 
-class Sequential:
+class OutputsInOrder(ABC):
     """Outputs of components in order: the distribution of each given those before it."""
 
+    @abstractmethod
     def next_output(self) -> tuple[Tensor, Tensor, Law]:
         """Locations and scales, ``(*sample, *batch, K)``, and law of the next output."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observe(self, value: Tensor) -> None:
         """Take the value of that output, ``(*sample, *batch, 1)``, as given for those after it."""
-        raise NotImplementedError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.covariance.base import Covariance
 from pyro_mdn.distributions.covariance.full import FullCovariance
-from pyro_mdn.distributions.families.components import Components, Sequential
+from pyro_mdn.distributions.families.components import Components, OutputsInOrder
 from pyro_mdn.tensors.channels import sum_outputs
 from pyro_mdn.tensors.mixture_density import Kernel, mixture_log_density
 from pyro_mdn.tensors.tensor_batch import nested
@@ -130,7 +130,7 @@ class Elliptical(Components):
         covariance = covariance if factor is None else covariance.affine(factor.unsqueeze(-1))
         return replace(others, locs=self.locs[..., n:] + shift, covariance=covariance)
 
-    def in_order(self) -> Sequential:
+    def in_order(self) -> OutputsInOrder:
         return _InOrder(self)
 
     def validate(self) -> None:
@@ -149,7 +149,7 @@ class Elliptical(Components):
         return f"{super().describe()}, covariance={type(self.covariance).__name__}"
 
 
-class _InOrder(Sequential):
+class _InOrder(OutputsInOrder):
     def __init__(self, components: Elliptical) -> None:
         self.components, self.covariance = components, components.covariance.triangular()
         self.residuals: list[Tensor] = []

@@ -9,8 +9,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.families.components import Components, Sequential
+from pyro_mdn.distributions.families.components import Components, OutputsInOrder
 from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.tensor_batch import nested, stored
 from pyro_mdn.tensors.univariate import Law
 
@@ -53,7 +54,7 @@ class IndependentComponents(Components):
 
     def affine(self, shift: Tensor, scale: Tensor) -> Self:
         law = self.standard
-        if law.mirrored() is not law and bool((scale < 0).any()):
+        if law.mirrored() is not law and is_known(scale) and bool((scale < 0).any()):
             raise ValueError("scale: expected positive numbers for a law that is not symmetric")
         return replace(self, locs=torch.addcmul(shift, scale, self.locs), scale=self.scale * scale.abs())
 
@@ -65,7 +66,7 @@ class IndependentComponents(Components):
         rest = self.marginal(range(values.shape[-1], self.dim))
         return replace(rest, locs=rest.locs.expand(*shape, *rest.locs.shape[-2:]))
 
-    def in_order(self) -> Sequential:
+    def in_order(self) -> OutputsInOrder:
         return _InOrder(self)
 
     def require_components(self, count: int) -> None:
@@ -89,10 +90,7 @@ class IndependentComponents(Components):
         return self.standard.map(lambda t, n: t.unsqueeze(-1))
 
 
-_TWO = 2  # outputs, with which a correlation shows
-
-
-class _InOrder(Sequential):
+class _InOrder(OutputsInOrder):
     """Outputs of independent components: what came before does not matter."""
 
     def __init__(self, components: IndependentComponents) -> None:
@@ -129,8 +127,9 @@ class LocationScale(Family):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        raw = torch.zeros(1, self.noise.num_params(_TWO))
-        if not self.noise.build(raw, _TWO, torch.ones(1)).is_diagonal:
+        dim = 2  # with which a correlation shows
+        raw = torch.zeros(1, self.noise.num_params(dim))
+        if not self.noise.build(raw, dim, torch.ones(1)).is_diagonal:
             expected = "a noise model without correlations, such as Diagonal or Isotropic"
             raise ValueError(f"noise: expected {expected}, for outputs that are independent, got {self.noise}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.special import ndtri
 
+from pyro_mdn.distributions.covariance.full import FullCovariance
 from pyro_mdn.distributions.families.elliptical import Elliptical
 from pyro_mdn.distributions.families.family import Block, Family
 from pyro_mdn.distributions.families.kernels import EllipticalKernel, RadialLaw
@@ -76,9 +77,7 @@ class StudentTComponents(Elliptical):
 
     def as_pyro(self) -> dist.TorchDistribution:
         shape = self.locs.shape[:-1]
-        tril = self.covariance.triangular().expand(shape)
-        identity = torch.eye(self.dim, dtype=tril.conditional_scale().dtype, device=self.locs.device)
-        scale_tril = torch.linalg.solve_triangular(tril.precision_tril(), identity, upper=False)
+        scale_tril = FullCovariance.from_root(self.covariance.root()).scale_tril().expand(*shape, -1, -1)
         return dist.MultivariateStudentT(self.df.expand(shape), self.locs, scale_tril, validate_args=False)
 
     def validate(self) -> None:
