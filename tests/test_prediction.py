@@ -258,7 +258,7 @@ def test_draws_of_weights_predict_their_average(x):
         (lambda n, x: n.predict(x).to_frame(output_names=["a", "a"]), "output_names: expected 2 of them, all diff"),
         (lambda n, x: n.predict(x).log_prob(np.zeros((3, 2))), r"y: expected 7 rows, .*, got ndarray float64 \(3, 2\)"),
         (lambda n, x: n.predict(x).to_frame(output_names=["one"]), "output_names: expected 2"),
-        (lambda n, x: Prediction([]), "mixture: expected a GaussianMixture with a batch of rows, got list of 0"),
+        (lambda n, x: Prediction([]), "mixture: expected a Mixture with a batch of rows, got list of 0"),
         (lambda n, x: Prediction(n(x), like=pd.Series([1.0])), "like: expected 7 rows"),
     ],
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.density import by_pattern, has_missing
+from pyro_mdn.distributions.density import by_pattern, has_missing, own_points
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
@@ -57,7 +57,7 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
         raise ValueError(f"dims: expected at least one of {mixture.dim} outputs to stay free, got all of them")
     ordered, n = mixture.marginal([*dims, *free]), len(dims)
     known = ordered.marginal(range(n))
-    values = known.as_points(values, "values").to(mixture.dtype)
+    values = own_points(known, values, "values")
     if has_missing(values):
         return _condition_on_observed(mixture, values, dims, free)
     logits = known.relative_joint_log_prob(values)

@@ -34,6 +34,7 @@ __all__ = [
     "has_missing",
     "log_prob",
     "mean",
+    "own_points",
     "relative_joint_log_prob",
     "responsibilities",
     "sample",
@@ -67,6 +68,11 @@ def as_points(mixture: Mixture, value: Any, name: str = "value") -> Tensor:
     return value
 
 
+def own_points(mixture: Mixture, value: Any, name: str = "value") -> Tensor:
+    """Convert points as :func:`as_points` does, to the precision of the mixture, which was widened to theirs."""
+    return as_points(mixture, value, name).to(mixture.dtype)
+
+
 def log_prob(mixture: Mixture, value: Any) -> Tensor:
     r"""Log-density in nats, all constants included, shape ``(*sample, *batch)``.
 
@@ -96,7 +102,7 @@ def _log_prob(mixture: Mixture, value: Tensor) -> Tensor:
 @in_widest_precision
 def component_log_prob(mixture: Mixture, value: Any) -> Tensor:
     r"""Log-density :math:`\log p_k(y)` of each component, ``(*sample, *batch, K)``."""
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
     if has_missing(value):
         return by_pattern(mixture, value, _observed_component_log_prob)[0]
     return mixture.components.log_prob(value)
@@ -117,7 +123,7 @@ def responsibilities(mixture: Mixture, value: Any) -> Tensor:
 @in_widest_precision
 def relative_joint_log_prob(mixture: Mixture, value: Any) -> Tensor:
     """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
     if has_missing(value):
         return by_pattern(mixture, value, _observed_joint_log_prob)[0]
     return mixture.logits + mixture.components.relative_log_prob(value)

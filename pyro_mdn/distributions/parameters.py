@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.support.checks import is_known, shown
 from pyro_mdn.tensors.channels import channels_first
+from pyro_mdn.tensors.numerics import single_at_least
 
 __all__ = [
     "Dims",
@@ -113,7 +114,7 @@ def batch_dim(dim: Any, n: int) -> int:
 def draw_components(logits: Tensor, sample_shape: torch.Size) -> Tensor:
     """Indices of components, ``(*sample, *batch)``, by their cumulative weights: quicker than a ``Categorical``."""
     # In bfloat16 there would be 256 levels.
-    levels = logits.to(torch.promote_types(logits.dtype, torch.float32)).exp().cumsum(-1)
+    levels = logits.to(single_at_least(logits.dtype)).exp().cumsum(-1)
     # Below the last level also after rounding, so that no component of weight zero is found.
     batch_shape, n_components = logits.shape[:-1], logits.shape[-1]
     u = torch.rand(sample_shape + batch_shape, dtype=levels.dtype, device=levels.device) * levels[..., -1]

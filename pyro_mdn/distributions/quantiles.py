@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from pyro_mdn.distributions.density import as_points
+from pyro_mdn.distributions.density import own_points
 from pyro_mdn.distributions.parameters import as_probabilities
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
@@ -44,14 +44,14 @@ def cdf(mixture: Mixture, value: Any) -> Tensor:
 
     .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
     """
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
     return univariate(mixture).cdf(value)
 
 
 @in_widest_precision
 def sf(mixture: Mixture, value: Any) -> Tensor:
     """Marginal survival function 1 - F of each output, ``(*sample, *batch, D)``, accurate where it is small."""
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
     return univariate(mixture).mirrored().cdf(-value)
 
 
@@ -67,7 +67,7 @@ def log_cdf(mixture: Mixture, value: Any) -> Tensor:
     >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
     tensor([-8.0461e+02, -6.9315e-01])
     """
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
     return univariate(mixture).log_cdf(value)
 
 
@@ -77,7 +77,7 @@ def log_sf(mixture: Mixture, value: Any) -> Tensor:
 
     The log-likelihood of an observation of which only a lower limit is known (right-censored); see :meth:`log_cdf`.
     """
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
     return univariate(mixture).mirrored().log_cdf(-value)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.density import as_points, sample
+from pyro_mdn.distributions.density import own_points, sample
 from pyro_mdn.distributions.parameters import as_probabilities
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.checks import is_differentiated
@@ -35,7 +35,7 @@ def rosenblatt(mixture: Mixture, value: Any) -> Tensor:
     References:
         Rosenblatt (1952), Remarks on a multivariate transformation.
     """
-    value = as_points(mixture, value).to(mixture.dtype)
+    value = own_points(mixture, value)
 
     def walk(d: int, conditional: UnivariateMixture) -> Tensor:
         levels.append(conditional.cdf(value[..., d]))
@@ -52,7 +52,7 @@ def inverse_rosenblatt(mixture: Mixture, value: Any) -> Tensor:
 
     Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
     """
-    points = as_points(mixture, value).to(mixture.dtype)
+    points = own_points(mixture, value)
     levels = as_probabilities(points, (*mixture.batch_shape, mixture.dim))
     return _walk(mixture, lambda d, conditional: conditional.quantile(levels[..., d]))
 

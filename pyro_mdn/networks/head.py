@@ -21,8 +21,9 @@ from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParamete
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
 from pyro_mdn.support.torch_compat import REGISTERED, own_buffers
 from pyro_mdn.tensors.channel_density import layer_channels
+from pyro_mdn.tensors.numerics import single_at_least
 
-__all__ = ["MixtureHead", "exact_buffers", "single_at_least", "starting_value"]
+__all__ = ["MixtureHead", "exact_buffers", "starting_value"]
 
 _, _PARAMETERS, _BUFFERS = REGISTERED  # by ``getattr``, which costs a training step no call
 
@@ -240,11 +241,6 @@ class MixtureHead(nn.Module):
 def _is_affine(layer: nn.Module) -> bool:
     """Whether a layer is a plain linear one, with a bias."""
     return is_plain(layer, nn.Linear) and getattr(layer, _PARAMETERS).get("bias", layer) is not None
-
-
-def single_at_least(dtype: torch.dtype) -> torch.dtype:
-    """Give single precision for less of it, and this precision otherwise."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 @contextmanager

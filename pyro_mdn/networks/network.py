@@ -15,7 +15,7 @@ from pyro_mdn.distributions.density import complete_when_run
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.networks.files import network_config, network_from_config
-from pyro_mdn.networks.head import MixtureHead, exact_buffers, single_at_least
+from pyro_mdn.networks.head import MixtureHead, exact_buffers
 from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.pyro_model import PyroNetwork, require_single_weights
 from pyro_mdn.networks.raw_parameters import Raw
@@ -25,7 +25,7 @@ from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infini
 from pyro_mdn.support.checks import as_sizes, is_inherited, is_known, sample_shape_of
 from pyro_mdn.support.process_state import require_seed, seeded
 from pyro_mdn.support.torch_compat import REGISTERED, is_hooked
-from pyro_mdn.tensors.numerics import location_and_scale
+from pyro_mdn.tensors.numerics import location_and_scale, single_at_least
 
 __all__ = ["MixtureDensityNetwork"]
 

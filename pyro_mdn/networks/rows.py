@@ -17,6 +17,7 @@ from pyro_mdn.support.process_state import evaluating
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.tensors.numerics import single_at_least
 
 __all__ = ["Rows", "as_device_tensor", "as_rows", "checked", "require_device"]
 
@@ -64,7 +65,7 @@ class Rows:
 
     def masked(self) -> Rows:
         """Give the weights the shape of y, 0 for missing targets, as losses of outputs, entries or rows need them."""
-        observed = (~self.y.isnan()).to(torch.promote_types(self.x.dtype, torch.float32))
+        observed = (~self.y.isnan()).to(single_at_least(self.x.dtype))
         return Rows(
             self.x, self.y, observed if self.weight is None else observed * _aligned(self.weight, observed.shape)
         )
@@ -196,7 +197,7 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name:
         raise ValueError(f"{name}: expected shape ({rows},), got {tuple(weight.shape)}")
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
         raise ValueError(f"{name}: expected finite numbers that are not negative, one positive at least")
-    return (weight / weight.max()).to(torch.promote_types(like.dtype, torch.float32))
+    return (weight / weight.max()).to(single_at_least(like.dtype))
 
 
 def require_device(value: Tensor, name: str, device: torch.device) -> None:

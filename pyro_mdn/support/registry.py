@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from pyro_mdn.support.checks import shown
 
-__all__ = ["Specification"]
+__all__ = ["Specification", "snake_case"]
 
 
 class Specification:
@@ -35,12 +35,12 @@ class Specification:
     @classmethod
     def names(cls) -> list[str]:
         """Names for constructors, such as ``"low_rank"`` for ``LowRank``."""
-        return sorted(_snake(name) for name in cls.known)
+        return sorted(snake_case(name) for name in cls.known)
 
     @classmethod
     def named(cls, value: Any) -> type[Self]:
         """Class that a name for constructors stands for; a ``ValueError`` if there is none."""
-        found = {_snake(name): known for name, known in cls.known.items()}
+        found = {snake_case(name): known for name, known in cls.known.items()}
         if not isinstance(value, str) or value not in found:
             expected = f"{_article(cls.__name__)} or one of {cls.names()}"
             raise ValueError(f"{cls.kind}: expected {expected}, got {shown(value)}")
@@ -84,7 +84,12 @@ def _is_ours(kind: type) -> bool:
     return kind.__module__.split(".")[0] == __name__.split(".")[0]
 
 
-def _snake(name: str) -> str:
+def snake_case(name: str) -> str:
+    """Name of a class as a keyword.
+
+    >>> snake_case("LowRank")
+    'low_rank'
+    """
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from pyro_mdn.support.checks import shown
+from pyro_mdn.support.registry import snake_case
 
 __all__ = ["Group", "collected", "given_settings", "groups_of", "keyword_of", "names_of", "takes"]
 
@@ -58,7 +59,7 @@ def keyword_of(group: type[Group]) -> str:
     >>> keyword_of(EarlyStopping)
     'early_stopping'
     """
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", group.__name__).lower()
+    return snake_case(group.__name__)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ __all__ = [
     "norm",
     "positive",
     "shares",
+    "single_at_least",
     "sum_logs",
 ]
 
@@ -111,6 +112,18 @@ def _raised(terms: Tensor) -> Tensor:
     """Raise logarithms of negligible shares to that of the largest negligible one, without a gradient."""
     top = terms.detach().amax(0, keepdim=True)
     return terms.clamp(min=top + math.log(negligible(terms.dtype)))
+
+
+def single_at_least(*dtypes: torch.dtype) -> torch.dtype:
+    """Give the precision to which these promote, and single precision at least.
+
+    >>> single_at_least(torch.bfloat16), single_at_least(torch.float16, torch.float64)
+    (torch.float32, torch.float64)
+    """
+    widest = torch.float32
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 def positive(raw: Tensor, least: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_mdn.tensors.numerics import exp
+from pyro_mdn.tensors.numerics import exp, single_at_least
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
 __all__ = ["Shortest", "shortest_intervals"]
@@ -54,7 +54,7 @@ def shortest_intervals(outside: float, mixture: UnivariateMixture) -> Shortest:
     """
     locs = mixture.locs
     shape = torch.broadcast_shapes(mixture.logits.shape, locs.shape, mixture.scale.shape)
-    batch, dtype = shape[:-1], torch.promote_types(locs.dtype, torch.float32)
+    batch, dtype = shape[:-1], single_at_least(locs.dtype)
     flat = _changed(mixture, lambda t: t.detach().expand(shape).reshape(-1, shape[-1]).to(dtype))
     size = max(1, _ELEMENTS // (shape[-1] * mixture.law.grid(locs).shape[-1]))
     parts = [

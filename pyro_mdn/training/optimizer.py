@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_mdn.support.torch_compat import adam, foreach_lerp_, foreach_mul_, foreach_norm
-from pyro_mdn.tensors.numerics import negligible
+from pyro_mdn.tensors.numerics import negligible, single_at_least
 
 __all__ = ["AveragedWeights", "FusedAdamW", "adamw", "clip_", "joint_norm"]
 
@@ -95,7 +95,7 @@ class AveragedWeights:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.averages = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.parameters]
+        self.averages = [p.detach().to(single_at_least(p.dtype), copy=True) for p in self.parameters]
         self.widened = any(p.dtype != average.dtype for p, average in zip(self.parameters, self.averages, strict=True))
 
     @torch.no_grad()

@@ -2,6 +2,7 @@ r"""Unrestricted covariances: the operator, and its whitening."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,10 +15,10 @@ from pyro_mdn.distributions.covariance.diagonal import DiagonalCovariance
 from pyro_mdn.support.checks import all_finite, is_known
 from pyro_mdn.tensors import packed_triangles
 from pyro_mdn.tensors.channels import sum_outputs, with_channels
-from pyro_mdn.tensors.numerics import norm, positive, sum_logs
+from pyro_mdn.tensors.numerics import norm, positive, single_at_least, sum_logs
 from pyro_mdn.tensors.tensor_batch import stored
 
-__all__ = ["FullCovariance", "FullWhitening", "RawFullWhitening", "in_single", "plus", "single_at_least", "solve_lower"]
+__all__ = ["FullCovariance", "FullWhitening", "RawFullWhitening", "in_single", "plus", "solve_lower"]
 
 
 class FullWhitening(Whitening):
@@ -264,7 +265,7 @@ def _cholesky(matrix: Tensor, name: str) -> Tensor:
     _require_square(matrix, name)
     if not is_known(matrix):
         return in_single(torch.linalg.cholesky, matrix)
-    scale_tril, info = torch.linalg.cholesky_ex(matrix.to(single_at_least(matrix)))
+    scale_tril, info = torch.linalg.cholesky_ex(matrix.to(single_at_least(matrix.dtype)))
     if bool((info != 0).any()):
         raise ValueError(f"{name}: expected positive-definite matrices, got {int((info != 0).sum())} that are not")
     return scale_tril.to(matrix.dtype)
@@ -277,19 +278,10 @@ def _triangle(root: Tensor) -> Tensor:
 # LAPACK knows no half precision, and takes tensors of one dtype alone.
 
 
-def single_at_least(*tensors: Tensor) -> torch.dtype:
-    """Precision to which tensors promote, and single precision at least."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def in_single(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Call with tensors of single precision at least; the result is of the dtype to which they promote."""
-    wide, dtype = single_at_least(*tensors), tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+    wide = single_at_least(dtype)
     return function(*(tensor.to(wide) for tensor in tensors)).to(dtype)
 
 

@@ -20,7 +20,7 @@ from pyro_mdn.distributions.covariance.base import Covariance, Whitening
 from pyro_mdn.distributions.covariance.diagonal import DiagonalCovariance, IsotropicCovariance, RawDiagonalWhitening
 from pyro_mdn.distributions.covariance.full import FullCovariance, RawFullWhitening
 from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance, RawLowRankWhitening
-from pyro_mdn.support.checks import is_count, shown
+from pyro_mdn.support.checks import is_count, plain_number, shown
 from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.channels import split_channels
 from pyro_mdn.tensors.numerics import positive
@@ -306,9 +306,7 @@ def _flag(value: Any, name: str) -> bool:
 
 def _positive(value: Any, name: str) -> float:
     """Number of Python, NumPy or a tensor without dimensions, as Python's."""
-    number = value
-    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
-        number = value.item()
-    if isinstance(number, bool) or not isinstance(number, Real) or not 0 < float(number) < math.inf:
+    number = float(plain_number(value))
+    if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {shown(value)}")
-    return float(number)
+    return number

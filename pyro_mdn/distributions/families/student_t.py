@@ -117,7 +117,7 @@ class StudentT(Family):
             value = getattr(self, name)
             if value is None and name == "df":
                 continue
-            number = plain_number(value)
+            number = float(plain_number(value))
             if not 1 <= number < math.inf:
                 raise ValueError(f"{name}: expected finite degrees of freedom, 1 at least, got {shown(value)}")
             object.__setattr__(self, name, number)
