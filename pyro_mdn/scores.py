@@ -100,7 +100,7 @@ def compare(predictions: Mapping[str, Mixture], y: Any) -> dict[str, Comparison]
     References:
         Diebold & Mariano (1995), Comparing predictive accuracy.
 
-    >>> from pyro_mdn import IsotropicCovariance
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> def normal(scale):
     ...     covariance = IsotropicCovariance(torch.full((4, 1), scale))
     ...     return GaussianMixture(torch.zeros(4, 1), torch.zeros(4, 1, 1), covariance)
@@ -136,7 +136,7 @@ def crps(mixture: Mixture, y: Any) -> Tensor:
     References:
         Grimit, Gneiting, Berrocal & Johnson (2006), The continuous ranked probability score for circular variables.
 
-    >>> from pyro_mdn import IsotropicCovariance
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
     >>> crps(normal, torch.zeros(1))
     tensor([0.2337])
@@ -230,7 +230,7 @@ def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
         Smith (1985), Diagnostic checks of non-standard time series models.
         Dunn & Smyth (1996), Randomized quantile residuals.
 
-    >>> from pyro_mdn import IsotropicCovariance
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
     >>> bool((pit(normal, torch.zeros(100, 1), cell=1.0) - 0.5).abs().max() < 0.1915)
     True

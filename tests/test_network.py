@@ -36,6 +36,7 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     MixtureHead,
+    NoiseModel,
     bayesianize,
     posterior_predictive,
     starting_weights,
@@ -498,7 +499,7 @@ def test_weights_of_half_precision_leave_the_units_exact(name, dtype, tmp_path):
     x, y = 1e4 + torch.randn(50, 3), 5000 + 5 * torch.randn(50, 2)
     network = MixtureDensityNetwork(3, 2, 3, 8, noise=NOISE[name])
     network.initialize_(x, y)
-    units = [t.clone() for t in (network.x_shift, network.x_scale, network.head.units)]
+    units = [t.clone() for t in (network.x_shift, network.x_scale, network.head.shift, network.head.scale)]
     expected = network.loss(x, y)
     network.to(dtype).to("cpu")
     assert all(p.dtype == dtype for p in network.parameters())
@@ -972,12 +973,26 @@ def test_sizes_may_be_integers_of_numpy(tmp_path):
     assert repr(again) == repr(network) == repr(MixtureDensityNetwork(2, 2, 3, [8, 4], noise=LowRank(1)))
 
 
-def test_an_own_noise_model_cannot_be_saved_silently(tmp_path):
+def test_an_own_noise_model_is_saved_and_loaded_where_it_is_known(tmp_path):
     class Own(Diagonal):
         pass
 
+    path, x, network = (
+        tmp_path / "own.safetensors",
+        torch.randn(5, 1),
+        MixtureDensityNetwork(1, 1, noise=Own(tied=True)),
+    )
+    network.save(path)
+    loaded = MixtureDensityNetwork.load(path)
+    assert loaded.head.noise == Own(tied=True)
+    assert_close(loaded.loss(x, x), network.loss(x, x))
+    del NoiseModel.known["Own"]  # as in a program that has not imported its module
+    with pytest.raises(ValueError, match=r"noise: expected one of .* whose module is imported, got 'Own'"):
+        MixtureDensityNetwork.load(path)
     with pytest.raises(ValueError, match=r"expected one of .* to save, got Own"):
-        MixtureDensityNetwork(1, 1, noise=Own()).save(tmp_path / "own.safetensors")
+        network.save(path)
+    with pytest.raises(ValueError, match="noise: expected another name than Full, which this library has"):
+        type("Full", (Diagonal,), {})
 
 
 # Bad input

@@ -97,6 +97,11 @@ class MixtureHead(nn.Module):
         self.start_anywhere()
 
     @property
+    def _unnamed_before(self) -> frozenset[str]:
+        """Attributes that earlier versions did not have, at values that mean what those versions did; for fingerprints."""
+        return frozenset(["family"]) if type(self.family) is Normal else frozenset()
+
+    @property
     def units(self) -> Units:
         """Map to the units of y."""
         return self.transform.units(getattr(self, _BUFFERS))

@@ -145,7 +145,10 @@ class _Writer:
         yield name, f"{self.text(type(module))}({', '.join(own_modules(module))})"
         for leaf, tensor in module_tensors(module):
             yield f"{name}.{leaf}", self._registered(f"{name}.{leaf}", tensor, module, leaf)
+        unnamed = getattr(module, "_unnamed_before", frozenset()) if self.form else ()
         for leaf, value in attributes(module):
+            if leaf in unnamed:
+                continue
             plain = type(value) in _PLAIN | _CONTAINERS and is_setting(type(module), leaf)
             yield f"{name}.{leaf}", self._value(value, in_words=self.values or plain)
         if self.code:

@@ -90,7 +90,8 @@ class Checkpoint:
         """Translate descriptions that an earlier version wrote into those of this version."""
         for form in FORMS[1:] if self._modules and differing(modules, self._modules) else ():
             earlier = describe(form)
-            same = [name for name in modules if name in earlier and self._modules.get(name) == earlier[name]]
+            # What neither the file nor a description of that time names was not there yet.
+            same = [name for name in modules if self._modules.get(name) == earlier.get(name)]
             self._modules |= {name: modules[name] for name in same}
 
     def _warn_if_unsure(self, modules: Mapping[str, str]) -> None:
