@@ -70,7 +70,7 @@ def coverage_table(
     References:
         Gneiting, Balabdaoui & Raftery (2007), Probabilistic forecasts, calibration and sharpness.
 
-    >>> from pyro_mdn import DiagonalCovariance
+    >>> from pyro_mdn import DiagonalCovariance, GaussianMixture
     >>> normal = GaussianMixture(torch.zeros(1, 1), torch.zeros(1, 1, 1), DiagonalCovariance(torch.ones(1, 1, 1)))
     >>> table = coverage_table(normal.expand((3,)), torch.tensor([[0.0], [1.0], [2.0]]), [0.9])
     >>> table.coverage, table.width

@@ -75,6 +75,7 @@ CALLS = {
     normal_log_cdf: lambda: (3 * draw(5),),
 }
 ELSEWHERE = {"Layout", "channels_first", "channels_last", "with_channels", "constant", "negligible", "positive"}
+ELSEWHERE |= {"single_at_least"}  # of dtypes: there is nothing to differentiate
 
 # Each with the channels of its factors, for D outputs.
 WHITENINGS = {

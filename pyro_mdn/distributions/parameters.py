@@ -15,6 +15,7 @@ from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.support.checks import is_known, shown
 from pyro_mdn.tensors.channels import channels_first
 from pyro_mdn.tensors.numerics import single_at_least
+from pyro_mdn.tensors.tensor_batch import broadcast_shapes
 
 __all__ = [
     "Dims",
@@ -85,10 +86,8 @@ def check_shapes(logits: Tensor, components: Components) -> Components:
 
 def broadcast(*shapes: torch.Size) -> torch.Size:
     """Broadcast batch shapes; a ``ValueError`` if they do not."""
-    if all(shape == shapes[0] for shape in shapes):
-        return shapes[0]  # torch takes longer over this than over a density of small size
     try:
-        return torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*shapes)
     except RuntimeError as error:
         listed = ", ".join(str(tuple(shape)) for shape in shapes)
         raise ValueError(f"batch shapes: expected some that broadcast, got {listed}") from error

@@ -62,7 +62,8 @@ def log_cdf(mixture: Mixture, value: Any) -> Tensor:
     The log-likelihood of an observation of which only an upper limit is known (left-censored). Differentiable
     twice. Entries that are NaN are NaN, and add nothing to gradients.
 
-    >>> from pyro_mdn import IsotropicCovariance
+    >>> import torch
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
     >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
     tensor([-8.0461e+02, -6.9315e-01])

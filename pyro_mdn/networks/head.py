@@ -98,7 +98,7 @@ class MixtureHead(nn.Module):
 
     @property
     def _unnamed_before(self) -> frozenset[str]:
-        """Attributes that earlier versions did not have, at values that mean what those versions did; for fingerprints."""
+        """Attributes that earlier versions did not have, at values that mean what those did; for fingerprints."""
         return frozenset(["family"]) if type(self.family) is Normal else frozenset()
 
     @property

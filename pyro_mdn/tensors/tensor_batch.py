@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-__all__ = ["TensorBatch", "nested", "stored", "take_component"]
+__all__ = ["TensorBatch", "broadcast_shapes", "nested", "stored", "take_component"]
 
 
 def stored(event_dim: int, **settings: Any) -> Any:
@@ -34,8 +34,7 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
     @property
     def batch_shape(self) -> torch.Size:
         """Shape of the batch, the component axis last."""
-        shapes = [t.shape[: t.ndim - event_dim] for t, event_dim in self.stored()]
-        return shapes[0] if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+        return broadcast_shapes(*[t.shape[: t.ndim - event_dim] for t, event_dim in self.stored()])
 
     def tensors(self) -> list[Tensor]:
         """Return the stored tensors, those of nested batches included."""
@@ -45,11 +44,11 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
         """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
         changes: dict[str, Any] = {}
         for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, TensorBatch):
+            value, event_dim = getattr(self, f.name), f.metadata.get("event_dim")
+            if event_dim is not None:
+                value = function(value, event_dim)
+            elif isinstance(value, TensorBatch):
                 value = value.map(function)
-            elif "event_dim" in f.metadata:
-                value = function(value, f.metadata["event_dim"])
             changes[f.name] = value
         return type(self)(**changes)
 
@@ -68,12 +67,17 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
 
     def stored(self) -> Iterator[tuple[Tensor, int]]:
         """Iterate over the stored tensors and the number of their dimensions behind the component axis."""
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, TensorBatch):
+        for f in self.__dataclass_fields__.values():  # ``fields`` takes as long as a density of few points
+            value, event_dim = getattr(self, f.name), f.metadata.get("event_dim")
+            if event_dim is not None:
+                yield value, event_dim
+            elif isinstance(value, TensorBatch):
                 yield from value.stored()
-            elif "event_dim" in f.metadata:
-                yield value, f.metadata["event_dim"]
+
+
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """Broadcast shapes, those that are equal without torch's search, which takes as long as a density of few points."""
+    return shapes[0] if all(shape == shapes[0] for shape in shapes) else torch.broadcast_shapes(*shapes)
 
 
 def take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
