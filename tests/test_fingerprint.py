@@ -193,6 +193,18 @@ def test_what_use_changes_without_an_effect_does_not_show():
     assert alike(a, b)
 
 
+def test_copies_of_an_object_leave_no_trace():
+    class Sheet:  # of this test alone: the first copy leaves a cache in its class
+        def __init__(self):
+            self.slope = 0.1
+
+    part = Part(Sheet())
+    before = described(f=part)
+    copy.copy(part.value)
+    assert "__slotnames__" in vars(Sheet)
+    assert not differing(before, described(f=part))
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
 @pytest.mark.parametrize(
     "change", [nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.identity(m, "weight")]
