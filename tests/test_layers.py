@@ -73,6 +73,14 @@ def test_layout_of_the_contributors_page():
     assert floors == sorted(floors)
 
 
+def test_sizes_of_the_contributors_page():
+    """Modules of 350 lines at most, and at most ten of them in a package."""
+    lines = {str(path): (PACKAGE / path).read_text().count("\n") for path in MODULES}
+    assert not {path: count for path, count in lines.items() if count > 350}
+    packages = [str(path.parent) for path in MODULES if path.name != "__init__.py"]
+    assert not {package for package in packages if packages.count(package) > 10}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_imports_only_from_its_floor_or_below(path):
     assert not forbidden(path.parts[0].removesuffix(".py"), (PACKAGE / path).read_text())

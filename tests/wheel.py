@@ -37,7 +37,7 @@ def look_at(wheel):
     citation = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
     assert fields["Version"] == version[1] == citation[1], (fields["Version"], version[1], citation[1])
     assert fields["License-Expression"] == "MIT"
-    assert "## What it does" in fields.get_payload()
+    assert fields.get_payload().strip() == (ROOT / "README.md").read_text().strip()
     required = [name for name in fields.get_all("Requires-Dist") if "extra ==" not in name]
     assert not OPTIONAL & {re.match(r"[\w-]+", name)[0] for name in required}, required
 

@@ -306,6 +306,11 @@ class _Writer:
         parts = [code.co_code, code.co_consts, code.co_names, code.co_varnames, code.co_argcount, code.co_flags]
         return self._listed(parts)
 
+    def _array(self, value: np.ndarray | np.generic) -> str:
+        if value.dtype.hasobject:
+            return self._listed([value.tolist()])
+        return f"{value.dtype} {value.shape} {digest(np.ascontiguousarray(value).tobytes())}"
+
     def _method(self, method: Any) -> str:
         owner = method.__self__
         module = getattr(method, "__module__", None)
@@ -324,14 +329,7 @@ _WRITERS: list[tuple[Any, Callable[[_Writer, Any], str]]] = [
     (WITHOUT_SETTINGS, lambda writer, value: writer.text(type(value))),
     (nn.Module, _Writer._module),
     (Tensor, lambda _, value: numbers(value)),
-    (
-        np.ndarray | np.generic,
-        lambda writer, value: (
-            writer._listed([value.tolist()])
-            if value.dtype.hasobject
-            else f"{value.dtype} {value.shape} {digest(np.ascontiguousarray(value).tobytes())}"
-        ),
-    ),
+    (np.ndarray | np.generic, _Writer._array),
     (type, _Writer._type),
     (types.FunctionType, _Writer._function),
     (types.MethodType | types.BuiltinFunctionType, _Writer._method),
