@@ -17,6 +17,7 @@ from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponen
 from pyro_mdn.distributions.gaussian.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.networks.ensemble import DeepEnsemble
@@ -93,6 +94,7 @@ __all__ = [
     "StudentT",
     "StudentTComponents",
     "SymmetricLaw",
+    "Targets",
     "TrainingLoop",
     "VariationalInference",
     "WeightedSum",

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.density import by_pattern, has_missing, own_points
+from pyro_mdn.distributions.density import has_missing, own_points
 from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
@@ -67,10 +68,11 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
 def _condition_on_observed(mixture: M, values: Tensor, dims: list[int], free: list[int]) -> M:
     form: Components = mixture.marginal(free).components
 
-    def given(rows: M, known: Tensor, observed: list[int]) -> tuple[Tensor, ...]:
+    def given(rows: M, pattern: Pattern) -> tuple[Tensor, ...]:
         nonlocal form
+        observed = pattern.exact
         rest = rows.marginal([*(dims[i] for i in observed), *free])
-        rest = rest.condition(known, range(len(observed))) if observed else rest
+        rest = rest.condition(pattern.points, range(len(observed))) if observed else rest
         form = rest.components
         return rest.logits, *form.expand((*rest.batch_shape, rest.n_components)).tensors()
 

@@ -3,13 +3,20 @@ r"""Density of mixtures, also of points that were observed in part; draws and mo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.full import FullCovariance
+from pyro_mdn.distributions.observations.likelihood import (
+    by_pattern,
+    component_log_likelihood,
+    log_likelihood,
+    relative_joint_log_likelihood,
+)
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 from pyro_mdn.distributions.parameters import batch_dim, broadcast, draw_components
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
@@ -21,13 +28,13 @@ from pyro_mdn.tensors.numerics import norm, shares
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
 
-M = TypeVar("M", bound="Mixture")
+T = TypeVar("T", Targets, Tensor)
 
 __all__ = [
     "VarianceSplit",
     "as_gaussian",
+    "as_observations",
     "as_points",
-    "by_pattern",
     "complete_when_run",
     "component_log_prob",
     "covariance_matrix",
@@ -59,6 +66,15 @@ def as_points(mixture: Mixture, value: Any, name: str = "value") -> Tensor:
     """
     if not isinstance(value, Tensor) or not value.is_floating_point():
         value = as_tensor(value, name, mixture.device)
+    return _fitting(mixture, value, name)
+
+
+def as_observations(mixture: Mixture, value: Any, name: str = "value") -> TargetsOrTensor:
+    """Convert points as :func:`as_points` does; :class:`Targets` stay what they are."""
+    return _fitting(mixture, value, name) if isinstance(value, Targets) else as_points(mixture, value, name)
+
+
+def _fitting(mixture: Mixture, value: T, name: str) -> T:
     if value.ndim == 0 or value.shape[-1] != mixture.dim:
         if mixture.dim > 1 or value.shape != mixture.batch_shape:
             raise ValueError(f"{name}: expected shape (*batch, {mixture.dim}), got {tuple(value.shape)}")
@@ -74,7 +90,7 @@ def own_points(mixture: Mixture, value: Any, name: str = "value") -> Tensor:
 
 
 def log_prob(mixture: Mixture, value: Any) -> Tensor:
-    r"""Log-density in nats, all constants included, shape ``(*sample, *batch)``.
+    r"""Compute the log-density in nats, all constants included, shape ``(*sample, *batch)``.
 
     .. math:: \log p(y) = \log \sum_k w_k \, p_k(y)
 
@@ -82,29 +98,30 @@ def log_prob(mixture: Mixture, value: Any) -> Tensor:
         mixture: The mixture.
         value: Points y, shape ``(*sample, *batch, D)``: a tensor, array, data frame or list. For D = 1,
             ``(*batch,)`` is read as ``(*batch, 1)``. An entry that is NaN was not observed: the density is that
-            of the other entries, and 1 if there are none.
+            of the other entries, and 1 if there are none. :class:`Targets` may have intervals: the result is then the
+            log-density of the exact entries plus the log-probability of the intervals given these.
 
     Raises:
         ValueError: If the shape does not fit.
     """
-    value = as_points(mixture, value)
-    origin = mixture.origin_for(value)
+    value = as_observations(mixture, value)
+    origin = mixture.origin_for(value) if isinstance(value, Tensor) else None
     return _log_prob(mixture, value) if origin is None else origin.log_prob(value)
 
 
 @in_widest_precision
-def _log_prob(mixture: Mixture, value: Tensor) -> Tensor:
-    if has_missing(value):
-        return by_pattern(mixture, value, _observed_log_prob)[0]
+def _log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
+    if isinstance(value, Targets) or has_missing(value):
+        return by_pattern(mixture, value, log_likelihood)[0]
     return mixture.components.mixture_log_prob(mixture.logits, complete_when_run(value))
 
 
 @in_widest_precision
 def component_log_prob(mixture: Mixture, value: Any) -> Tensor:
     r"""Log-density :math:`\log p_k(y)` of each component, ``(*sample, *batch, K)``."""
-    value = own_points(mixture, value)
-    if has_missing(value):
-        return by_pattern(mixture, value, _observed_component_log_prob)[0]
+    value = as_observations(mixture, value).to(mixture.dtype)
+    if isinstance(value, Targets) or has_missing(value):
+        return by_pattern(mixture, value, component_log_likelihood)[0]
     return mixture.components.log_prob(value)
 
 
@@ -123,51 +140,13 @@ def responsibilities(mixture: Mixture, value: Any) -> Tensor:
 @in_widest_precision
 def relative_joint_log_prob(mixture: Mixture, value: Any) -> Tensor:
     """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
-    value = own_points(mixture, value)
-    if has_missing(value):
-        return by_pattern(mixture, value, _observed_joint_log_prob)[0]
+    value = as_observations(mixture, value).to(mixture.dtype)
+    if isinstance(value, Targets) or has_missing(value):
+        return by_pattern(mixture, value, relative_joint_log_likelihood)[0]
     return mixture.logits + mixture.components.relative_log_prob(value)
 
 
 # Missing entries
-
-
-def _observed_log_prob(mixture: Mixture, value: Tensor, observed: list[int]) -> tuple[Tensor]:
-    if not observed:
-        return (0 * mixture.logits.logsumexp(-1),)  # not a constant, so that the result keeps a graph
-    return (mixture.marginal(observed).log_prob(value),)
-
-
-def _observed_component_log_prob(mixture: Mixture, value: Tensor, observed: list[int]) -> tuple[Tensor]:
-    if not observed:
-        return (torch.zeros_like(mixture.logits),)
-    return (component_log_prob(mixture.marginal(observed), value),)
-
-
-def _observed_joint_log_prob(mixture: Mixture, value: Tensor, observed: list[int]) -> tuple[Tensor]:
-    return (relative_joint_log_prob(mixture.marginal(observed), value) if observed else mixture.logits,)
-
-
-def by_pattern(
-    mixture: M, value: Tensor, function: Callable[[M, Tensor, list[int]], tuple[Tensor, ...]]
-) -> list[Tensor]:
-    """Apply ``function(mixture, observed values, observed columns)`` to the rows of each missingness pattern.
-
-    The tensors that it returns, one row for each row, come back in the batch shape. NaN never enters a computation, so
-    that gradients stay finite.
-    """
-    batch = torch.broadcast_shapes(value.shape[:-1], mixture.batch_shape)
-    rows, flat = value.expand(*batch, -1).reshape(-1, value.shape[-1]), mixture.flatten(batch)
-    patterns, which = rows.isnan().unique(dim=0, return_inverse=True)
-    members = [(which == i).nonzero().squeeze(-1) for i in range(len(patterns))]
-    columns = [(~pattern).nonzero().squeeze(-1).tolist() for pattern in patterns]
-    pieces = [
-        function(flat[member], rows[member][:, observed], observed)
-        for member, observed in zip(members, columns, strict=True)
-    ]
-    order = torch.cat(members).argsort()
-    results = (torch.cat(parts)[order] for parts in zip(*pieces, strict=True))
-    return [result.reshape((*batch, *result.shape[1:])) for result in results]
 
 
 def has_missing(value: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.torch import MixtureSameFamily  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
 
+from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.tensors.channels import normalize_logits
 from pyro_mdn.tensors.tensor_batch import TensorBatch
@@ -55,8 +56,8 @@ def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Argum
 
 
 def _as_data(value: Any, name: str, mixture: Any) -> Any:
-    """Make data a tensor; single numbers and None stay what they are."""
-    plain = value is None or isinstance(value, float | int)
+    """Make data a tensor; single numbers, None and :class:`Targets` stay what they are."""
+    plain = value is None or isinstance(value, float | int | Targets)
     if plain or (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     return as_tensor(value, name, mixture.device)
@@ -68,6 +69,8 @@ def _widest(own: torch.dtype, arguments: Iterable[Any]) -> torch.dtype:
         dtype: Any = wide
         if isinstance(argument, Tensor):
             dtype = argument.dtype if argument.is_floating_point() else wide
+        elif isinstance(argument, Targets):
+            dtype = argument.dtype
         elif isinstance(argument, MixtureSameFamily):
             dtype = getattr(argument, "dtype", wide)
         wide = wide if dtype == wide else torch.promote_types(wide, dtype)
@@ -78,6 +81,8 @@ def _converted(value: Any, dtype: torch.dtype) -> Any:
     """Give tensors of floating point, and what has some, another precision; all else as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Targets):
+        return value.to(dtype)
     if isinstance(value, TensorBatch):
         return value.map(lambda t, n: t.to(dtype))
     if isinstance(value, tuple) and hasattr(value, "_fields"):

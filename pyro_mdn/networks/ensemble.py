@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor, as_targets
 from pyro_mdn.distributions.transforms import Units
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
@@ -18,9 +19,9 @@ from pyro_mdn.networks.batched.stacking import copied, set_tensors, stack, warn_
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.raw_parameters import Raw
+from pyro_mdn.networks.rows import require_usable
 from pyro_mdn.networks.starting_point import draw_anew_
-from pyro_mdn.support.arrays import as_tensor, require_no_infinity
-from pyro_mdn.support.checks import is_known, require_counts, shown
+from pyro_mdn.support.checks import require_counts, shown
 from pyro_mdn.support.process_state import isolated, require_seed, seeded
 
 __all__ = ["DeepEnsemble"]
@@ -139,7 +140,7 @@ class DeepEnsemble(Predictor):
         Raises:
             ValueError: If the shapes do not agree or, when Pyro validates, if a value is infinite or one of x NaN.
         """
-        x, y = self.stacked.inputs(x), as_tensor(y, "y", self.stacked.x_shift.device)
+        x, y = self.stacked.inputs(x), as_targets(y, "y", self.stacked.x_shift.device)
         if x.ndim == len(self.stacked.input_shape) or len(x) != self.size:
             raise ValueError(f"x: expected shape ({self.size}, *batch, ...), got {tuple(x.shape)}")
         tensors = self._tensors()
@@ -151,12 +152,12 @@ class DeepEnsemble(Predictor):
         self._require_targets(y, raw[0].shape[:-1], replicated=replicated)
         return -self.stacked.head.log_density(raw, y, self._units(tensors, raw[0].ndim - 1))
 
-    def _require_targets(self, y: Tensor, batch_shape: torch.Size, *, replicated: bool) -> None:
+    def _require_targets(self, y: TargetsOrTensor, batch_shape: torch.Size, *, replicated: bool) -> None:
         expected = (*batch_shape, self.stacked.dim_out)
         if y.shape[-len(expected) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
-        if is_validation_enabled() and is_known(y):
-            require_no_infinity(y, "y", None, self.stacked.x_shift.dtype)
+        if is_validation_enabled():
+            require_usable(y, None, self.stacked.x_shift.dtype)
 
     def member(self, i: int) -> MixtureDensityNetwork:
         """Copy member number i to a network of its own."""
@@ -165,7 +166,7 @@ class DeepEnsemble(Predictor):
         return network
 
     @torch.no_grad()
-    def initialize_(self, x: Tensor, y: Tensor) -> None:
+    def initialize_(self, x: Tensor, y: TargetsOrTensor) -> None:
         """Set the scalers of each member from its own rows, and start its components at clusters of its targets.
 
         Args:

@@ -16,6 +16,7 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.families.family import Family, as_family
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.distributions.transforms import Standardize, TargetTransform, Units
 from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
@@ -146,7 +147,7 @@ class MixtureHead(nn.Module):
     def _predicted(self, features: Tensor, units: Units) -> ChannelParameters:
         return ChannelParameters(self.family, self.n_components, self.dim_out, self.channels(features), units)
 
-    def log_prob(self, features: Tensor, y: Tensor) -> Tensor:
+    def log_prob(self, features: Tensor, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
 
         That of ``forward(features).log_prob(y)``, without building that mixture.
@@ -155,13 +156,13 @@ class MixtureHead(nn.Module):
             ValueError: If the shapes do not agree or y is not floating point.
         """
         expected = (*features.shape[:-1], self.dim_out)
-        if not y.is_floating_point() or y.shape[-len(expected) :] != expected:
+        if not y.dtype.is_floating_point or y.shape[-len(expected) :] != expected:
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
         if self.raw_noise is not None:
             return self.log_density(self.raw(features), y, self.units)
         return self._predicted(features, self.units).log_prob(y)
 
-    def log_density(self, raw: Raw, y: Tensor, units: Units) -> Tensor:
+    def log_density(self, raw: Raw, y: TargetsOrTensor, units: Units) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` under :meth:`mixture` of the same arguments, without that."""
         return RawParameters(self.family, raw, units).log_prob(y)
 

@@ -14,14 +14,15 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.density import complete_when_run
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, as_targets, missing
 from pyro_mdn.networks.files import network_config, network_from_config
 from pyro_mdn.networks.head import MixtureHead, exact_buffers
 from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.pyro_model import PyroNetwork, require_single_weights
 from pyro_mdn.networks.raw_parameters import Raw
-from pyro_mdn.networks.rows import checked, require_device
+from pyro_mdn.networks.rows import checked, require_device, require_usable
 from pyro_mdn.networks.starting_point import hidden_layers
-from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.support.arrays import as_tensor, require_finite
 from pyro_mdn.support.checks import as_sizes, is_inherited, is_known, sample_shape_of
 from pyro_mdn.support.process_state import require_seed, seeded
 from pyro_mdn.support.torch_compat import REGISTERED, is_hooked
@@ -183,7 +184,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         Args:
             x: Inputs ``(*batch, dim_in)``.
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. NaN marks a missing entry:
-                the loss is that of the observed entries, by their marginal density.
+                the loss is that of the observed entries, by their marginal density. :class:`Targets` may be censored.
             replicated: Whether each input may have several targets, ``(*sample, *batch, D)``; the losses then have
                 shape ``(*sample, *batch)``.
 
@@ -197,7 +198,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
                 return -mixture.log_prob(self.targets(y, mixture.batch_shape, replicated=replicated))
             features = self.features(x)
             y = self.targets(y, features.shape[:-1], replicated=replicated)
-            return -self.head.log_prob(features, complete_when_run(y))
+            return -self.head.log_prob(features, y if isinstance(y, Targets) else complete_when_run(y))
 
     def sample(self, x: Any, sample_shape: int | Sequence[int] = (), *, temperature: float = 1.0) -> Tensor:
         r"""Draw y given x, shape ``(*sample_shape, *batch, D)``.
@@ -229,11 +230,11 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             ValueError: If :meth:`check` refuses the data; the network stays as it was.
         """
         x, y = self.check(x, y)
-        observed = ~y.isnan().all(-1)
+        observed = ~missing(y).all(-1)
         if not bool(observed.all()):
             x, y = x[observed], y[observed]
         shift, scale = location_and_scale(x.reshape(-1, *self.input_shape).cpu())
-        self.head.initialize_(y.reshape(-1, self.dim_out))
+        self.head.initialize_((y.points() if isinstance(y, Targets) else y).reshape(-1, self.dim_out))
         self.x_shift.copy_(shift)
         self.x_scale.copy_(scale)
 
@@ -246,7 +247,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     # Checks
 
     @torch.no_grad()
-    def check(self, x: Any, y: Any, *, given: tuple[Any, Any] | None = None) -> tuple[Tensor, Tensor]:
+    def check(self, x: Any, y: Any, *, given: tuple[Any, Any] | None = None) -> tuple[Tensor, TargetsOrTensor]:
         """Check whole data, run the network on one row, and return the data as tensors, y ``(*batch, D)``.
 
         Args:
@@ -313,7 +314,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             require_finite(x, "x", given, unit.dtype)
         return x
 
-    def targets(self, y: Any, batch_shape: torch.Size, *, replicated: bool = False) -> Tensor:
+    def targets(self, y: Any, batch_shape: torch.Size, *, replicated: bool = False) -> TargetsOrTensor:
         """Convert targets of any container to ``(*batch, D)``, or ``(*sample, *batch, D)`` if ``replicated``.
 
         Raises:
@@ -321,14 +322,14 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
                 Pyro validates, if a value is infinite or beyond the precision of the network.
         """
         unit = self._units()[0]
-        given, y = y, as_tensor(y, "y", unit.device)
+        given, y = y, as_targets(y, "y", unit.device)
         require_device(y, "y", unit.device)
         y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
         expected = (*batch_shape, self.dim_out)
         if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
             raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
-        if is_validation_enabled() and is_known(y):
-            require_no_infinity(y, "y", given, unit.dtype)
+        if is_validation_enabled():
+            require_usable(y, given, unit.dtype)
         return y
 
     # Files

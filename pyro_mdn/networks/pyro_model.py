@@ -12,6 +12,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.support.process_state import KeepFrozen, own_generators, own_store
 from pyro_mdn.support.pyro_compat import (
     am_i_wrapped,
@@ -38,7 +39,7 @@ class PyroNetwork(PyroModule):
     """
 
     inputs: Callable[..., Tensor]
-    targets: Callable[..., Tensor]
+    targets: Callable[..., TargetsOrTensor]
     require_batch: Callable[[Tensor], None]
 
     @property
@@ -120,7 +121,7 @@ class PyroNetwork(PyroModule):
             size = len(x) if num_data is None else num_data
             if size < len(x):
                 raise ValueError(f"num_data: expected at least the batch of {len(x)}, got {num_data}")
-            obs = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
+            obs: Any = None if y is None else self.targets(y, mixture.batch_shape, replicated=True)
             if obs is not None and torch.is_grad_enabled():
                 _warn_of_strangers(self)
             # With a given subsample, the plate does not permute all indices to draw one.

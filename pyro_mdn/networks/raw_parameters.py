@@ -14,6 +14,7 @@ from pyro_mdn.distributions.families.family import Family, layout_of
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.transforms import Units
 from pyro_mdn.support.checks import bounds
 from pyro_mdn.tensors.channel_density import channel_log_density
@@ -39,18 +40,23 @@ class RawParameters(NamedTuple):
     raw: Raw
     units: Units
 
-    def log_prob(self, y: Tensor) -> Tensor:
+    def log_prob(self, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
         logits, locs, *blocks = self.raw
+        if isinstance(y, Targets) or has_missing(y):
+            return self._log_likelihood(y if isinstance(y, Targets) else Targets.between(y, y))
         value = self.units.standardize(y).to(locs.dtype)
-        if has_missing(y):
-            observed = ~y.isnan()
-            return self._standardized(validate_args=False).log_prob(value) - self.units.log_volume(y, observed=observed)
         if (kernel := self.family.kernel) is not None:
             density = mixture_log_density(kernel, logits, locs, value, *blocks)
         else:
             density = self._components().mixture_log_prob(logits, value, normalize=True)
         return density - self.units.log_volume(y)
+
+    def _log_likelihood(self, y: Targets) -> Tensor:
+        """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""
+        value = y.limits(self.units.standardize).to(self.raw[1].dtype)
+        volume = self.units.log_volume(y.lower, observed=value.kinds() == EXACT)
+        return self._standardized(validate_args=False).log_prob(value) - volume
 
     def mixture(self, *, validate_args: bool | None = None) -> Mixture:
         """Mixture in the units of y."""
@@ -92,10 +98,10 @@ class ChannelParameters(NamedTuple):
         """Precision of the parameters."""
         return self.channels.dtype
 
-    def log_prob(self, y: Tensor) -> Tensor:
+    def log_prob(self, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
         kernel = self.family.kernel
-        if kernel is None or y.shape[:-1] != self.batch_shape or has_missing(y):
+        if isinstance(y, Targets) or kernel is None or y.shape[:-1] != self.batch_shape or has_missing(y):
             return self._raw().log_prob(y)
         layout = layout_of(self.family, self.dim, self.n_components)
         density = channel_log_density(kernel, layout, self.channels, self.units.standardize(y).to(self.dtype))

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, as_targets, joined, missing
 from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
-from pyro_mdn.support.checks import require_range
+from pyro_mdn.support.checks import is_known, require_range
 from pyro_mdn.support.process_state import evaluating
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.tensors.numerics import single_at_least
 
-__all__ = ["Rows", "as_device_tensor", "as_rows", "checked", "require_device"]
+__all__ = ["Rows", "as_device_targets", "as_device_tensor", "as_rows", "checked", "require_device", "require_usable"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Rows:
     """
 
     x: Tensor
-    y: Tensor
+    y: TargetsOrTensor
     weight: Tensor | None = None
     leading: ClassVar[int] = 1
 
@@ -55,17 +56,17 @@ class Rows:
 
     def counted(self) -> Rows:
         """Select rows with a positive weight and an observed target; missing targets of these rows weigh 0."""
-        if self.weight is None and not bool(self.y.isnan().any()):
+        if self.weight is None and not bool(missing(self.y).any()):
             return self
         rows = self.masked()
         weight: Any = rows.weight
         rows = rows[_aligned(weight, weight.shape[:1]) > 0]
-        complete = self.weight is None and not bool(rows.y.isnan().any())
+        complete = self.weight is None and not bool(missing(rows.y).any())
         return Rows(rows.x, rows.y) if complete else rows
 
     def masked(self) -> Rows:
         """Give the weights the shape of y, 0 for missing targets, as losses of outputs, entries or rows need them."""
-        observed = (~self.y.isnan()).to(single_at_least(self.x.dtype))
+        observed = (~missing(self.y)).to(single_at_least(self.x.dtype))
         return Rows(
             self.x, self.y, observed if self.weight is None else observed * _aligned(self.weight, observed.shape)
         )
@@ -80,7 +81,7 @@ class Rows:
         if all(part.y.ndim > 2 for part in parts):
             steps = max(part.y.shape[1] for part in parts)
             parts = [part._padded(steps) for part in parts]
-        x, y = torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts])
+        x, y = torch.cat([part.x for part in parts]), joined([part.y for part in parts])
         if all(part.weight is None for part in parts):
             return Rows(x, y)
         weights: Any = [part.masked().weight for part in parts]
@@ -91,7 +92,11 @@ class Rows:
         if (more := steps - self.y.shape[1]) == 0:
             return self
         rows: Any = self.masked()
-        return Rows(_longer(rows.x, more, 0.0), _longer(rows.y, more, torch.nan), _longer(rows.weight, more, 0.0))
+        if isinstance(rows.y, Targets):
+            y = Targets(_longer(rows.y.lower, more, -math.inf), _longer(rows.y.upper, more, math.inf))
+        else:
+            y = _longer(rows.y, more, math.nan)
+        return Rows(_longer(rows.x, more, 0.0), y, _longer(rows.weight, more, 0.0))
 
     def chunks(self, size: int) -> Iterator[Rows]:
         """Iterate over successive rows, ``size`` at a time."""
@@ -125,16 +130,18 @@ class Rows:
     def digest(self) -> str:
         """Compute a checksum of the contents."""
         digest = hashlib.sha256()
-        for tensor in (self.x, self.y, self.weight):
+        targets = [self.y.lower, self.y.upper] if isinstance(self.y, Targets) else [self.y]
+        for tensor in (self.x, *targets, self.weight):
             if tensor is not None:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
 
-def _observed(y: Tensor) -> Tensor:
+def _observed(y: TargetsOrTensor) -> Tensor:
     """Mark the entries of targets ``(..., D)`` with at least one observed output."""
-    return ~y.isnan().all(-1) if y.ndim > 1 else ~y.isnan()
+    unknown = missing(y)
+    return ~unknown.all(-1) if y.ndim > 1 else ~unknown
 
 
 def _aligned(weight: Tensor, shape: Sequence[int]) -> Tensor:
@@ -149,7 +156,7 @@ def _longer(sequences: Tensor, more: int, padding: float) -> Tensor:
     return torch.cat([sequences, sequences.new_full((len(sequences), more, *sequences.shape[2:]), padding)], 1)
 
 
-def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, Any]) -> tuple[Tensor, TargetsOrTensor]:
     """Check data as :meth:`MixtureDensityNetwork.check` does."""
     x = network.inputs(x)
     network.require_batch(x)
@@ -160,8 +167,8 @@ def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, An
     y = network.targets(y, x.shape[: x.ndim - len(network.input_shape)][: features.ndim - 1])
     dtype = network.x_shift.dtype
     require_finite(x, "x", given[0], dtype)
-    require_no_infinity(y, "y", given[1], dtype)
-    columns = y.reshape(-1, network.dim_out)
+    require_usable(y, given[1], dtype)
+    columns = (y.points() if isinstance(y, Targets) else y).reshape(-1, network.dim_out)
     if bool((unobserved := columns.isnan().all(0)).any()):
         positions = unobserved.nonzero().flatten().tolist()
         raise ValueError(f"y: expected an observed target in each column, got none in {positions}")
@@ -177,7 +184,7 @@ def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, 
         ValueError: If they are not usable.
     """
     device, given = network.x_shift.device, (x, y)
-    x, y = as_device_tensor(x, f"{name}x", device), as_device_tensor(y, f"{name}y", device)
+    x, y = as_device_tensor(x, f"{name}x", device), as_device_targets(y, f"{name}y", device)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
     weight = _as_weight(weight, len(x), x, device, f"{name}weight" if name else "sample_weight")
@@ -187,6 +194,28 @@ def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, 
 def as_device_tensor(value: Any, name: str, device: torch.device) -> Tensor:
     """Convert numbers of any container to a tensor on the device, without a graph."""
     return as_tensor(value, name, device).detach().to(device)
+
+
+def as_device_targets(value: Any, name: str, device: torch.device) -> TargetsOrTensor:
+    """Convert targets of any container, or :class:`Targets`, on the device, without a graph."""
+    return as_targets(value, name, device).detach().to(device)
+
+
+def require_usable(y: TargetsOrTensor, given: Any, dtype: torch.dtype) -> None:
+    """Raise a ``ValueError`` if a target, or a limit of its interval, is infinite in a precision without being so.
+
+    Args:
+        y: Targets.
+        given: The data before conversion, which may have names of rows and columns.
+        dtype: Precision of the network.
+    """
+    if isinstance(y, Tensor):
+        if is_known(y):
+            require_no_infinity(y, "y", given, dtype)
+        return
+    for limit in (y.lower, y.upper):
+        if is_known(limit):
+            require_no_infinity(limit.masked_fill(limit.isinf(), math.nan), "y", None, dtype)
 
 
 def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name: str) -> Tensor | None:
@@ -200,7 +229,7 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name:
     return (weight / weight.max()).to(single_at_least(like.dtype))
 
 
-def require_device(value: Tensor, name: str, device: torch.device) -> None:
+def require_device(value: TargetsOrTensor, name: str, device: torch.device) -> None:
     """Raise a ``ValueError`` unless a tensor is on a device."""
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")

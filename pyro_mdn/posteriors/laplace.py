@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 from tqdm.auto import tqdm
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.networks.batched.functional import over_draws
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -170,7 +171,7 @@ def _jacobian(joint: LogJoint, mode: Tensor, inputs: Tensor) -> Tensor:
     return jacobian.detach()
 
 
-def _output_root(head: MixtureHead, raw: Tensor, y: Tensor, latent: Tensor) -> Tensor:
+def _output_root(head: MixtureHead, raw: Tensor, y: TargetsOrTensor, latent: Tensor) -> Tensor:
     """Compute a root R of the positive part of the Hessian of each row's loss, :math:`H^+ = R R^T`.
 
     The root has shape ``(N, ..., C, C)``. Outputs that do not depend on latent weights, ``(N, ..., C)``, are constants.
@@ -244,7 +245,7 @@ def _inverse_triangle(root: Tensor, block: int) -> Tensor:
 # Guide
 
 
-def _guide(network: MixtureDensityNetwork, loc: Tensor, scale_tril: Tensor, x: Tensor, y: Tensor) -> Any:
+def _guide(network: MixtureDensityNetwork, loc: Tensor, scale_tril: Tensor, x: Tensor, y: TargetsOrTensor) -> Any:
     guide: Any = LaplaceGuide(network.model)
     guide(x, y)  # with targets, which an AutoGuide would take for latent otherwise
     with torch.no_grad():

@@ -12,6 +12,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, biject_to, constraints
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.networks.batched.functional import OwnParameters
 from pyro_mdn.networks.batched.passes import cost_of
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -100,11 +101,11 @@ class LogJoint:
         """Compute the log-density of weights under their prior."""
         return torch.stack([prior.log_prob(weights[n]).double().sum() for n, prior in self.priors.items()]).sum()
 
-    def log_likelihood(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
+    def log_likelihood(self, weights: Weights, inputs: Tensor, y: TargetsOrTensor) -> Tensor:
         """Compute the summed log-density of rows given weights."""
         return self._densities(weights, inputs, y).double().sum()
 
-    def _densities(self, weights: Weights, inputs: Tensor, y: Tensor) -> Tensor:
+    def _densities(self, weights: Weights, inputs: Tensor, y: TargetsOrTensor) -> Tensor:
         head = self.network.head
         return head.log_density(self.raw(weights, inputs), y, head.units)
 
@@ -124,7 +125,7 @@ class LogJoint:
         parts = vector.split([value.numel() for value in self.start.values()])
         return {n: part.reshape(v.shape).to(v) for part, (n, v) in zip(parts, self.start.items(), strict=True)}
 
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, TargetsOrTensor]]:
         """Iterate over successive inputs and targets, ``size`` rows at a time."""
         return zip(self.inputs.split(size), self.y.split(size), strict=True)
 

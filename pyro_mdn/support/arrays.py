@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "columns_of",
     "in_columns",
     "is_frame",
+    "refuse",
     "require_finite",
     "require_no_infinity",
     "to_numpy",
@@ -248,7 +249,7 @@ def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dt
     ValueError: x: expected finite numbers, got nan in row 1, column 1
     """
     if not _all_finite_in(values, dtype):
-        _refuse(values, ~values.to(dtype).isfinite(), name, "finite numbers", given, dtype)
+        refuse(values, ~values.to(dtype).isfinite(), name, "finite numbers", given, dtype)
 
 
 def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -257,7 +258,7 @@ def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: tor
     The arguments are those of :func:`require_finite`.
     """
     if not _all_finite_in(values, dtype) and bool((infinite := values.to(dtype).isinf()).any()):
-        _refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
+        refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
 
 
 def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
@@ -269,10 +270,22 @@ def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
     return -most <= low.item() <= high.item() <= most or bool(low.to(dtype).isfinite() & high.to(dtype).isfinite())
 
 
-def _refuse(values: Tensor, bad: Tensor, name: str, expected: str, given: Any, dtype: torch.dtype | None) -> None:
+def refuse(
+    values: Tensor, bad: Tensor, name: str, expected: str, given: Any = None, dtype: torch.dtype | None = None
+) -> NoReturn:
+    """Raise a ``ValueError`` that says what was expected and which number came, by its row and column.
+
+    Args:
+        values: Numbers, ``(N, ...)``.
+        bad: Which of them are refused, one at least.
+        name: Name of the argument.
+        expected: What was expected.
+        given: The data before conversion, which may have names of rows and columns.
+        dtype: Precision in which the numbers were expected to be finite, if that is not their own.
+    """
     position = unwrapped(bad).nonzero()[0].tolist()
     value = values[tuple(position)].item()
-    beyond = f", beyond the range of {dtype}," if np.isfinite(value) else ""
+    beyond = f", beyond the range of {dtype}," if dtype is not None and np.isfinite(value) else ""
     others = int(bad.sum()) - 1
     more = f", and {others} more" if others else ""
     raise ValueError(f"{name}: expected {expected}, got {value:g}{beyond}{_place(position, given)}{more}")

@@ -14,6 +14,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 
+from pyro_mdn.distributions.observations.targets import is_complete
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
@@ -64,7 +65,8 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)`` stands for both x and y.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             or masked is a missing target: its row counts with the density of its other entries. Neither x nor weights
-            may be masked.
+            may be masked. :class:`Targets` stand for entries that are censored, or known to lie in an interval: these
+            count with their probability. The components then start at the middles or the only limits of the intervals.
         objective: Module that contains the network and is called as ``objective(x, y)``; it gives one loss for each
             row. By default :class:`NegativeLogLikelihood`, over cells where targets are on a grid. Losses may also be
             of steps or outputs, in the shape of the targets ``(N, ..., D)`` up to some dimension: those count that have
@@ -278,8 +280,8 @@ def _require_fitting(given: FitArguments, batches: Batches, held_out: Any) -> No
     """Raise a ``ValueError`` if the data do not allow a refit or compilation that was asked for."""
     if given.refit and not (type(batches) is InMemory and isinstance(held_out, Rows)):
         raise ValueError("refit: expected one network, and arrays with some rows held out")
-    if given.compile and isinstance(batches, InMemory) and bool(batches.rows.y.isnan().any()):
-        raise ValueError("compile: expected complete targets, got NaN for missing ones")
+    if given.compile and isinstance(batches, InMemory) and not is_complete(batches.rows.y):
+        raise ValueError("compile: expected exact and complete targets, got missing ones or intervals")
 
 
 def _warn_of_missing_targets(batches: Batches) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.process_state import give_way, released, unvalidated
 from pyro_mdn.training.batches.preparation import Batches
@@ -125,7 +126,7 @@ class Loop:
 
     def _epoch(self, epoch: int) -> None:
         loss = self.train_epoch(epoch)
-        self.result.unobserved = self.batches.gaps[0].tolist()
+        self.result.unobserved, self.result.intervals = self.batches.gaps[0].tolist(), self.batches.gaps[3].tolist()
         if epoch == 1 and any(self.result.unobserved):
             logger.info("fit: %s entries of y, by output, were not observed", self.result.unobserved)
         monitored = self._evaluate()
@@ -222,7 +223,7 @@ class Loop:
     def _shown(self, value: Tensor) -> str:
         return str(value.item())
 
-    def _losses(self, x: Tensor, y: Tensor) -> Tensor:
+    def _losses(self, x: Tensor, y: TargetsOrTensor) -> Tensor:
         dtype = self.settings.autocast
         with nullcontext() if dtype is None else torch.autocast(x.device.type, dtype=dtype):
             return self.losses(x, y)
@@ -247,7 +248,7 @@ class Loop:
                 total, weight = total + sums[0], weight + sums[1]
         return total / weight
 
-    def _off_grid(self, batch: Rows) -> tuple[Tensor, Tensor]:
+    def _off_grid(self, batch: Rows) -> tuple[Tensor, TargetsOrTensor]:
         """Dequantise held-out targets on a grid, with the same noise in every epoch."""
         if self.least_noise is None:
             return batch.x, batch.y

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn import scores
+from pyro_mdn.distributions.observations.targets import as_targets, require_exact
 from pyro_mdn.networks.batched.functional import OwnParameters, over_draws
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -27,6 +28,7 @@ from pyro_mdn.support.process_state import (
     require_owned,
     unvalidated,
 )
+from pyro_mdn.training.batches.target_grids import points_in_cells
 
 __all__ = [
     "ContinuousRankedProbability",
@@ -40,7 +42,8 @@ __all__ = [
 class NegativeLogLikelihood(nn.Module):
     r"""Negative log-likelihood :math:`-\log p(y \mid x)` in nats: one per row, or per member and row of an ensemble.
 
-    A target that is NaN is missing: the loss of its row is that of its other targets.
+    A target that is NaN is missing: the loss of its row is that of its other targets. :class:`Targets` may be censored,
+    or known to lie in an interval: such entries count with their probability.
 
     A target on a grid, such as a count or a rounded number, stands for the cell around it (dequantisation): its density
     is the mean density
@@ -98,30 +101,15 @@ class NegativeLogLikelihood(nn.Module):
         """Loss of each row, shape ``(N, ...)``, or ``(M, N, ...)`` for an ensemble."""
         if self.cell is None:
             return self.network.loss(x, y)
-        y = as_tensor(y, "y", self.cell.device)
-        y = y.unsqueeze(-1) if len(self.cell) == 1 and y.shape[-1:] != (1,) else y
-        losses = self.network.loss(x, self._in_cells(y, self.cell.to(y)), replicated=True)
+        targets = as_targets(y, "y", self.cell.device)
+        targets = targets.unsqueeze(-1) if len(self.cell) == 1 and targets.shape[-1:] != (1,) else targets
+        if targets.shape[-1:] != self.cell.shape:
+            got = tuple(targets.shape)
+            raise ValueError(f"y: expected vectors of {len(self.cell)}, as the cells are, got shape {got}")
+        cell = self.cell.to(targets.device, targets.dtype)
+        points = points_in_cells(targets, cell, self.num_points, anew=self.training)
+        losses = self.network.loss(x, points, replicated=True)
         return math.log(self.num_points) - losses.neg().logsumexp(0)
-
-    def _in_cells(self, y: Tensor, cell: Tensor) -> Tensor:
-        """Draw points ``(S, N, ..., D)`` in the cells around targets."""
-        if y.shape[-1:] != cell.shape:
-            raise ValueError(f"y: expected vectors of {len(cell)}, as the cells are, got shape {tuple(y.shape)}")
-        generator = None if self.training else torch.Generator(y.device).manual_seed(0)
-
-        def draw(*shape: int) -> Tensor:
-            # torch.compile refuses symbolic sizes where a generator is given, even generator=None.
-            size = (self.num_points, *shape)
-            if generator is None:
-                return torch.rand(size, device=y.device)
-            return torch.rand(size, device=y.device, generator=generator)
-
-        # A Latin hypercube pairs strata at random; those of the first output may stay in order.
-        first = torch.arange(self.num_points, device=y.device).reshape(-1, *(1,) * y.ndim)
-        others = draw(*y.shape[:-1], y.shape[-1] - 1).argsort(0)
-        stratum = torch.cat([first.expand(-1, *y.shape[:-1], 1), others], -1)
-        within = draw(*y.shape) if self.training else 0.5
-        return y + cell * ((stratum + within) / self.num_points - 0.5)
 
 
 def _as_cells(cell: Any, dim: int) -> Tensor:
@@ -155,7 +143,7 @@ class ContinuousRankedProbability(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each row, shape ``(N, ...)``."""
         mixture = self.network(x)
-        y = self.network.targets(y, mixture.batch_shape)
+        y = require_exact(self.network.targets(y, mixture.batch_shape), "the CRPS")
         missing = y.isnan()
         score = scores.crps(mixture, torch.where(missing, mixture.mean.detach(), y)) / self.network.head.scale
         return score.masked_fill(missing, 0.0).sum(-1)
@@ -297,6 +285,7 @@ class Memberwise(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Loss of each member's rows, shape ``(M, N, ...)``."""
+        y = require_exact(y, "an objective that is mapped over members")
 
         def call(draw: dict[str, Tensor]) -> tuple[Tensor, ...]:
             rows = draw.pop("x"), draw.pop("y")

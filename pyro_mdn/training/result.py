@@ -24,6 +24,8 @@ class FitResult:
         interrupted: Whether Ctrl-C ended the training.
         unobserved: Number of missing targets, NaN or masked, of each output. It counts all data given except those of
             ``validation=(x, y)``; for a loader, what the last pass read.
+        intervals: Number of targets of each output that are known to lie in an interval, such as censored ones; see
+            :class:`pyro_mdn.Targets`. All others that are not unobserved are exact.
         skipped_batches: Number of batches that were left out because their loss or gradient was not finite.
         seconds: Wall-clock time in seconds, including that of earlier runs that this run resumed.
         component_weights: Share of the training rows that each of K components explains; see
@@ -41,6 +43,7 @@ class FitResult:
     stopped_early: bool = False
     interrupted: bool = False
     unobserved: list[int] = field(default_factory=list)
+    intervals: list[int] = field(default_factory=list)
     skipped_batches: int = 0
     seconds: float = 0.0
     component_weights: list[float] = field(default_factory=list)

@@ -3,9 +3,14 @@ r"""Schedules over the steps of a training: warm-up and cosine of the learning r
 from __future__ import annotations
 
 import math
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+
+T = TypeVar("T", bound=TargetsOrTensor)
 
 __all__ = ["blur", "default_weight_decay", "fading", "warmup_cosine"]
 
@@ -46,7 +51,12 @@ def fading(step: int, steps: int, end: float) -> float:
     return end + (1 - end) * (1 - min(step, steps) / steps) ** 3
 
 
-def blur(value: Tensor, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """Add normal noise with a standard deviation of ``factor`` times ``scale``; NaN stays NaN."""
+def blur(value: T, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> T:
+    """Add normal noise with a standard deviation of ``factor`` times ``scale``; NaN stays NaN, and intervals shift."""
     noise = torch.randn(value.shape, dtype=scale.dtype, device=scale.device, generator=generator)
-    return torch.addcmul(value, scale, noise, value=factor)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.addcmul(tensor, scale, noise, value=factor)
+
+    result: Any = value.limits(moved) if isinstance(value, Targets) else moved(value)
+    return result

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
@@ -65,19 +66,21 @@ class Trainee(ABC):
         """Return an objective with one loss per row: the given one, or the likelihood of targets in these cells."""
 
     @abstractmethod
-    def targets(self, rows: Rows) -> Tensor:
+    def targets(self, rows: Rows) -> TargetsOrTensor:
         """Return representative targets (those of member 0, for an ensemble)."""
 
     def cell(self, rows: Rows) -> Tensor:
         """Find the size of the cells of targets on a grid, ``(D,)``; 0 for outputs that are on no grid."""
-        return grid_spacing(self.targets(rows)).to(self.network.head.scale)
+        targets = self.targets(rows)
+        exact = targets.exact_points() if isinstance(targets, Targets) else targets
+        return grid_spacing(exact).to(self.network.head.scale)
 
     @abstractmethod
     def draw_anew_(self) -> None:
         """Draw all weights anew except frozen ones; a ``ValueError`` if a layer cannot do that."""
 
     @abstractmethod
-    def initialize_(self, rows: Rows, y: Tensor) -> None:
+    def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         """Set scalers and components from inputs of rows and targets y."""
 
     @abstractmethod
@@ -103,13 +106,13 @@ class NetworkTrainee(Trainee):
     def objective(self, given: nn.Module | None, cell: Tensor | None) -> nn.Module:
         return NegativeLogLikelihood(self.network, cell) if given is None else given
 
-    def targets(self, rows: Rows) -> Tensor:
+    def targets(self, rows: Rows) -> TargetsOrTensor:
         return rows.y
 
     def draw_anew_(self) -> None:
         draw_anew_(self.network)
 
-    def initialize_(self, rows: Rows, y: Tensor) -> None:
+    def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         self.network.initialize_(rows.x, y)
 
     def units(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -140,17 +143,17 @@ class EnsembleTrainee(Trainee):
             return NegativeLogLikelihood(self.ensemble, cell)
         return given if self.ensemble in given.modules() else Memberwise(given, self.ensemble.size)
 
-    def targets(self, rows: Rows) -> Tensor:
+    def targets(self, rows: Rows) -> TargetsOrTensor:
         return rows.y[0]
 
     def draw_anew_(self) -> None:
         self.ensemble.reset_parameters()
 
-    def initialize_(self, rows: Rows, y: Tensor) -> None:
+    def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         self.ensemble.initialize_(rows.x, y)
 
     def units(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        def aligned(unit: Tensor, value: Tensor) -> Tensor:
+        def aligned(unit: Tensor, value: TargetsOrTensor) -> Tensor:
             return unit.reshape(len(unit), *(1,) * (value.ndim - unit.ndim), *unit.shape[1:])
 
         return aligned(self.network.x_scale, rows.x), aligned(self.network.head.scale, rows.y)
@@ -170,7 +173,7 @@ def trainee_of(model: MixtureDensityNetwork | DeepEnsemble) -> Trainee:
 def component_weights(network: MixtureDensityNetwork, rows: Rows) -> list[float]:
     """Compute the mean responsibility of each component for the rows that have an observed target."""
     with evaluating(network):
-        shares = [network(part.x).responsibilities(part.y)[~part.y.isnan().all(-1)] for part in rows.chunks(1024)]
+        shares = [network(part.x).responsibilities(part.y)[~missing(part.y).all(-1)] for part in rows.chunks(1024)]
     return torch.cat(shares).double().mean(0).tolist()
 
 

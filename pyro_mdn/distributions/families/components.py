@@ -42,6 +42,11 @@ class Components(TensorBatch):
         """Number of outputs D."""
         return self.locs.shape[-1]
 
+    @property
+    def has_independent_outputs(self) -> bool:
+        """Whether the outputs of each component are independent."""
+        return self.dim == 1
+
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of each component, shape ``(*sample, *batch, K)``."""

@@ -31,6 +31,10 @@ class IndependentComponents(Components):
     scale: Tensor = stored(1)
     standard: Law = nested()
 
+    @property
+    def has_independent_outputs(self) -> bool:
+        return True
+
     def log_prob(self, value: Tensor) -> Tensor:
         z = (value.unsqueeze(-2) - self.locs) / self.scale
         return (self._law().log_density(z) - self.scale.log()).sum(-1)

@@ -17,7 +17,7 @@ from pyro_mdn.distributions.families.elliptical import Elliptical
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.kernels import NormalKernel
 from pyro_mdn.distributions.families.normal_spread import half_spread
-from pyro_mdn.support.checks import is_differentiated
+from pyro_mdn.support.checks import is_differentiated, is_known
 from pyro_mdn.tensors.channels import sum_outputs
 from pyro_mdn.tensors.mixture_density import Kernel
 from pyro_mdn.tensors.numerics import exp
@@ -45,6 +45,10 @@ class NormalComponents(Elliptical):
         locs: Means, shape ``(*batch, K, D)``.
         covariance: Covariances; a component axis of 1 ties them.
     """
+
+    @property
+    def has_independent_outputs(self) -> bool:
+        return self.covariance.is_diagonal or self.dim == 1
 
     def radial_log_density(self, square: Tensor) -> Tensor:
         return -0.5 * square - _HALF_LOG_TWO_PI * self.dim
@@ -203,11 +207,13 @@ def _density_ratio(value: Tensor) -> Tensor:
     # Not by clamp, whose derivative at its ends is 1 or 0, depending on the version of torch.
     between = torch.where((value >= -_FAR) & (value <= 0), value, -1.0)
     middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * between)
-    # Laplace's continued fraction, where the derivatives of erfcx would cancel.
-    rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
-    for k in range(_TERMS, 0, -1):
-        rest = left + k / rest
-    ratio = torch.where(value < -_FAR, rest, middle)
+    ratio = middle
+    if not is_known(value) or bool((value < -_FAR).any()):
+        # Laplace's continued fraction, where the derivatives of erfcx would cancel.
+        rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
+        for k in range(_TERMS, 0, -1):
+            rest = left + k / rest
+        ratio = torch.where(value < -_FAR, rest, middle)
     return torch.where(value > 0, density / (1 - 0.5 * erfc(math.sqrt(0.5) * right)), ratio)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.observations.targets import INTERVAL, Targets, TargetsOrTensor, missing
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.checks import unmasked
 
@@ -19,23 +20,24 @@ class MissingTargetsWarning(UserWarning):
     """A few targets are NaN, as after the logarithm of a negative number: they may be missing by accident."""
 
 
-def gaps_in(y: Tensor) -> Tensor:
-    """Count missing targets by output: NaN in ``(N, ..., D)``, those of them outside padding, all outside padding.
+def gaps_in(y: TargetsOrTensor) -> Tensor:
+    """Count missing targets ``(N, ..., D)`` by output, those of them outside padding, all outside padding, intervals.
 
-    The counts have shape ``(3, D)``. Padding consists of the steps of sequences that have no observed output at all.
+    The counts have shape ``(4, D)``. Padding consists of the steps of sequences that have no observed output at all.
 
     >>> gaps_in(torch.tensor([[1.0, torch.nan], [torch.nan, torch.nan], [1.0, 2.0]])).tolist()
-    [[1, 2], [1, 2], [3, 3]]
+    [[1, 2], [1, 2], [3, 3], [0, 0]]
     """
-    missing = y.isnan().reshape(-1, y.shape[-1])
-    steps = missing[~missing.all(1)] if y.ndim > 2 else missing
-    return torch.stack([missing.sum(0), steps.sum(0), torch.full_like(missing.sum(0), len(steps))]).cpu()
+    unknown = missing(y).reshape(-1, y.shape[-1])
+    steps, count = unknown[~unknown.all(1)] if y.ndim > 2 else unknown, unknown.sum(0)
+    within = (y.kinds() == INTERVAL).reshape(-1, y.shape[-1]).sum(0) if isinstance(y, Targets) else 0 * count
+    return torch.stack([count, steps.sum(0), torch.full_like(count, len(steps)), within]).cpu()
 
 
 def gaps_given(rows: Rows, given: Any) -> Tensor:
-    """Count missing targets by :func:`gaps_in`, where targets that came with a mask are not missing by accident."""
+    """Count missing targets by :func:`gaps_in`; with a mask, or in :class:`Targets`, they are missing on purpose."""
     gaps = gaps_in(rows.y)
-    if unmasked(given) is not given:
+    if isinstance(given, Targets) or unmasked(given) is not given:
         gaps[1] = 0
     return gaps
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.networks.rows import Rows, as_device_tensor
+from pyro_mdn.networks.rows import Rows, as_device_targets, as_device_tensor
 from pyro_mdn.support.checks import describe
 from pyro_mdn.support.process_state import evaluating, give_way, own_generators
 from pyro_mdn.training.batches.missing_targets import gaps_given
@@ -24,7 +25,7 @@ class Streamed:
     def __init__(self, network: MixtureDensityNetwork, loader: DataLoader) -> None:
         self.network, self.loader = network, loader
         self.counted = 0
-        self.gaps = torch.zeros(3, network.dim_out, dtype=torch.int64, device="cpu")  # in the rows of the last pass
+        self.gaps = torch.zeros(4, network.dim_out, dtype=torch.int64, device="cpu")  # in the rows of the last pass
         self.flat: bool | None = None  # whether targets (N, ...) stand for (N, ..., 1); None until the first batch
         try:
             self.n_batches = len(loader)
@@ -79,16 +80,15 @@ class Streamed:
         if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) not in (2, 3):
             raise ValueError(f"x: expected batches (x, y) or (x, y, weight), got {describe(batch)}")
         device = self.network.x_shift.device
-        x, y, *weight = (
-            as_device_tensor(value, name, device) for value, name in zip(batch, ("x", "y", "weight"), strict=False)
-        )
+        x, y = as_device_tensor(batch[0], "x", device), as_device_targets(batch[1], "y", device)
+        weight = [as_device_tensor(value, "weight", device) for value in batch[2:]]
         if len(y) != len(x) or any(w.shape != (len(x),) for w in weight):
             raise ValueError(f"x: expected batches of equally many rows, got {[tuple(b.shape) for b in batch]}")
         if weight and not bool((weight[0].isfinite() & (weight[0] >= 0)).all()):
             raise ValueError("weight: expected finite numbers that are not negative")
         return Rows(x, y.unsqueeze(-1) if self._is_flat(x, y) else y, *weight)
 
-    def _is_flat(self, x: Tensor, y: Tensor) -> bool:
+    def _is_flat(self, x: Tensor, y: TargetsOrTensor) -> bool:
         network = self.network
         if self.flat is None:
             self.flat = network.dim_out == 1 and y.ndim <= x.ndim - len(network.input_shape)

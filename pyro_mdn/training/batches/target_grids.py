@@ -1,11 +1,13 @@
-r"""Targets on a grid, such as counts or rounded numbers: find the spacing of their values, for dequantisation."""
+r"""Targets on a grid, such as counts or rounded numbers: spacing of their values, and points for dequantisation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["grid_spacing"]
+from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
+
+__all__ = ["grid_spacing", "points_in_cells"]
 
 
 def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
@@ -29,3 +31,33 @@ def _apart(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     new = torch.cat([values.new_ones(min(1, len(values)), dtype=torch.bool), values.diff() > rounding])
     totals = counts.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, counts)
     return values[new], totals
+
+
+def points_in_cells(y: TargetsOrTensor, cell: Tensor, num_points: int, *, anew: bool) -> TargetsOrTensor:
+    """Draw a Latin hypercube of points ``(S, N, ..., D)`` in the cells around targets; intervals stay what they are.
+
+    Args:
+        y: Targets ``(N, ..., D)``.
+        cell: Size of the cells ``(D,)``.
+        num_points: Number S of points.
+        anew: Whether to draw from torch's generator; otherwise the points are the same each time.
+    """
+    generator = None if anew else torch.Generator(y.device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        # torch.compile refuses symbolic sizes where a generator is given, even generator=None.
+        size = (num_points, *shape)
+        if generator is None:
+            return torch.rand(size, device=y.device)
+        return torch.rand(size, device=y.device, generator=generator)
+
+    # A Latin hypercube pairs strata at random; those of the first output may stay in order.
+    first = torch.arange(num_points, device=y.device).reshape(-1, *(1,) * y.ndim)
+    others = draw(*y.shape[:-1], y.shape[-1] - 1).argsort(0)
+    stratum = torch.cat([first.expand(-1, *y.shape[:-1], 1), others], -1)
+    within = draw(*y.shape) if anew else 0.5
+    offset = cell * ((stratum + within) / num_points - 0.5)
+    if isinstance(y, Targets):
+        offset = offset.masked_fill(y.kinds() != EXACT, 0.0)
+        return y.limits(lambda t: t + offset)
+    return y + offset
