@@ -1,0 +1,487 @@
+"""Targets that were observed in part, or as intervals: their likelihood, and training on them."""
+
+import math
+
+import numpy as np
+import pandas
+import pyro
+import pytest
+import torch
+from cases import BATCH_SHAPES, NOISE, make_head, make_mixture
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from scipy import stats
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_mdn import (
+    ContinuousRankedProbability,
+    DeepEnsemble,
+    Diagonal,
+    Full,
+    GaussianMixture,
+    Isotropic,
+    IsotropicCovariance,
+    Mixture,
+    MixtureDensityNetwork,
+    NegativeLogLikelihood,
+    StudentT,
+    Targets,
+    WeightedSum,
+    bayesianize,
+    fit,
+    fit_mcmc,
+    laplace,
+    posterior_predictive,
+    scores,
+)
+from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING, joined
+from pyro_mdn.posteriors.log_joint import LogJoint, rows_of, undisturbed
+
+QUICK = {"seed": 0, "max_epochs": 3, "progress": False}
+
+
+def kinds_of(shape, intervals=4):
+    """Kinds of entries that vary from row to row, with ``intervals`` of them at most in a row."""
+    kinds = torch.randint(0, 3, shape, generator=torch.Generator().manual_seed(3))
+    extra = (kinds == INTERVAL).cumsum(-1) > intervals
+    return torch.where(extra, torch.full_like(kinds, EXACT), kinds)
+
+
+def observed(y, kinds):
+    """Targets of these kinds around points: intervals with two ends, or one, by turns."""
+    turn = torch.arange(kinds.numel()).reshape(kinds.shape) % 3
+    lower, upper = y - 0.4, y + 0.9
+    lower = torch.where(turn == 1, torch.full_like(y, -math.inf), lower)
+    upper = torch.where(turn == 2, torch.full_like(y, math.inf), upper)
+    lower = torch.where(kinds == EXACT, y, torch.where(kinds == MISSING, torch.full_like(y, -math.inf), lower))
+    upper = torch.where(kinds == EXACT, y, torch.where(kinds == MISSING, torch.full_like(y, math.inf), upper))
+    return Targets.interval(lower, upper)
+
+
+def reference(loc, shape, lower, upper, kinds, df=None):
+    """Density of exact outputs times the probability of intervals given these, of one component, by scipy alone."""
+    e, i = np.flatnonzero(kinds == EXACT), np.flatnonzero(kinds == INTERVAL)
+
+    def law(which, loc, shape, df):
+        if len(which) == 0:
+            return None
+        if df is None:
+            return stats.multivariate_normal(loc, shape, abseps=1e-9, releps=1e-9, maxpts=400_000)
+        return stats.multivariate_t(loc, shape, df)
+
+    density = law(e, loc[e], shape[np.ix_(e, e)], df).pdf(lower[e]) if len(e) else 1.0
+    if len(i) == 0:
+        return density
+    gain = shape[np.ix_(i, e)] @ np.linalg.inv(shape[np.ix_(e, e)]) if len(e) else np.zeros((len(i), 0))
+    residual = lower[e] - loc[e]
+    given, scale = loc[i] + gain @ residual, shape[np.ix_(i, i)] - gain @ shape[np.ix_(e, i)]
+    if df is not None and len(e):
+        square = residual @ np.linalg.inv(shape[np.ix_(e, e)]) @ residual
+        scale, df = scale * (df + square) / (df + len(e)), df + len(e)
+    if len(i) == 1:
+        one = stats.norm(given[0], scale[0, 0] ** 0.5) if df is None else stats.t(df, given[0], scale[0, 0] ** 0.5)
+        mirrored = one.sf(lower[i[0]]) - one.sf(upper[i[0]])
+        return density * max(one.cdf(upper[i[0]]) - one.cdf(lower[i[0]]), mirrored)
+    if df is None:
+        return density * law(i, given, scale, df).cdf(upper[i], lower_limit=lower[i])
+    return density * stats.multivariate_t(given, scale, df).cdf(upper[i], lower_limit=lower[i], random_state=0)
+
+
+def expected(mixture, targets, df=None):
+    """Log-likelihood of each row, ``(*batch)``, by :func:`reference`."""
+    shape = (*mixture.batch_shape, mixture.n_components)
+    matrices = mixture.components.covariance.matrix().expand(*shape, mixture.dim, mixture.dim)
+    result = torch.zeros(mixture.batch_shape, dtype=torch.float64)
+    for row in np.ndindex(*mixture.batch_shape):
+        rows = [t[row].numpy() for t in (targets.lower, targets.upper, targets.kinds())]
+        values = [
+            reference(mixture.locs[row][k].numpy(), matrices[row][k].numpy(), *rows, df)
+            for k in range(mixture.n_components)
+        ]
+        result[row] = torch.log((mixture.logits[row].exp() * torch.tensor(values)).sum())
+    return result
+
+
+# Likelihood
+
+
+@pytest.mark.parametrize("batch_shape", BATCH_SHAPES.values(), ids=BATCH_SHAPES)
+@pytest.mark.parametrize("name", NOISE)
+def test_one_interval_in_a_row_is_exact(name, batch_shape):
+    mixture = make_mixture(NOISE[name], batch_shape)
+    y = mixture.sample()
+    targets = observed(y, kinds_of(y.shape, intervals=1))
+    assert_close(mixture.log_prob(targets), expected(mixture, targets), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_boxes(name):
+    """Several intervals in a row: exact for independent outputs, and otherwise by 128 points."""
+    mixture = make_mixture(NOISE[name], (8,))
+    targets = observed(mixture.sample(), kinds_of((8, 4)))
+    assert ((targets.kinds() == INTERVAL).sum(-1) > 1).any()
+    tolerance = 1e-5 if mixture.covariance.is_diagonal else 0.01  # scipy's own error is about a millionth
+    assert_close(mixture.log_prob(targets), expected(mixture, targets), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=["diagonal", "full"])
+def test_boxes_of_student_components(noise):
+    """Outputs are dependent for a diagonal scale too: conditioning widens the others."""
+    torch.manual_seed(1)
+    network = MixtureDensityNetwork(2, 3, 2, 8, family=StudentT(noise, df=4.0)).double()
+    with torch.no_grad():
+        mixture = network(torch.randn(6, 2, dtype=torch.float64))
+    kinds = torch.tensor([[0, 1, 2], [1, 1, 0], [1, 1, 1], [0, 0, 1], [1, 2, 1], [0, 0, 0]])
+    targets = observed(mixture.sample(), kinds)
+    one = (kinds == INTERVAL).sum(-1) <= 1
+    result, truth = mixture.log_prob(targets), expected(mixture, targets, df=4.0)
+    assert_close(result[one], truth[one], rtol=1e-8, atol=1e-8)
+    assert_close(result, truth, rtol=0, atol=0.01)  # scipy's integral is by as few digits
+
+
+@pytest.mark.parametrize("name", ["full", "low_rank", "diagonal-tied"])
+def test_intervals_add_up(name):
+    """Left of a cut and right of it are everything; what lies between two cuts is a difference."""
+    mixture = make_mixture(NOISE[name], (5,))
+    y = mixture.sample()
+    kinds = kinds_of(y.shape, intervals=0)
+    kinds[:, 2] = INTERVAL
+    below, above = y.clone(), y.clone()
+
+    def likelihood(low, high):
+        lower = torch.where(kinds == EXACT, y, torch.full_like(y, -math.inf))
+        upper = torch.where(kinds == EXACT, y, torch.full_like(y, math.inf))
+        lower[:, 2], upper[:, 2] = low, high
+        return mixture.log_prob(Targets.interval(lower, upper)).exp()
+
+    below, above = y[:, 2] - 0.5, y[:, 2] + 0.8
+    kinds[:, 2] = MISSING
+    whole = likelihood(-math.inf, math.inf)
+    kinds[:, 2] = INTERVAL
+    parts = likelihood(-math.inf, below), likelihood(below, above), likelihood(above, math.inf)
+    assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+    assert_close(parts[0] + parts[1], likelihood(-math.inf, above), rtol=1e-12, atol=0)
+
+
+def test_exact_and_missing_targets_are_those_of_tensors():
+    mixture = make_mixture(Full())
+    y = mixture.sample()
+    y[1, 2], y[3] = math.nan, math.nan
+    for function in ("log_prob", "component_log_prob", "responsibilities"):
+        assert_close(getattr(mixture, function)(Targets.exact(y)), getattr(mixture, function)(y), rtol=0, atol=0)
+    assert_close(scores.log_score(mixture, Targets.exact(y))[:3], scores.log_score(mixture, y)[:3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_narrow_cells_have_the_probability_of_their_density(name):
+    mixture = make_mixture(NOISE[name])
+    y, width = mixture.sample(), 1e-5
+    cells = mixture.log_prob(Targets.cells(y, width))
+    assert_close(cells, mixture.log_prob(y) + 4 * math.log(width), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NOISE)
+def test_responsibilities_given_intervals(name):
+    """Bayes' rule, by the likelihood of each component alone."""
+    mixture = make_mixture(NOISE[name])
+    targets = observed(mixture.sample(), kinds_of((5, 4)))
+    joint = mixture.logits + mixture.component_log_prob(targets)
+    assert_close(mixture.responsibilities(targets), joint.softmax(-1))
+    assert_close(mixture.log_prob(targets), joint.logsumexp(-1))
+
+
+@pytest.mark.parametrize("family", [Full(), Diagonal(), StudentT(Full(), df=3.0)], ids=["full", "diagonal", "student"])
+def test_gradients(family):
+    """To everything, first and second, of rows of all kinds."""
+    kinds = torch.tensor([[1, 1, 0], [0, 1, 2], [1, 1, 1], [2, 2, 2]])
+    settings = {"family": family} if isinstance(family, StudentT) else {"noise": family}
+    network = MixtureDensityNetwork(2, 3, 2, 4, seed=0, **settings).double()
+    y = network(torch.randn(4, 2, dtype=torch.float64)).sample()
+    targets = observed(y, kinds)
+
+    def function(features):
+        return network.head.log_prob(features, targets)
+
+    features = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, features)
+    if not isinstance(family, StudentT):
+        assert torch.autograd.gradgradcheck(function, features, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=["diagonal", "full"])
+def test_far_from_all_components(noise):
+    """Limits and values up to a million deviations away, in single precision: finite, and so are gradients."""
+    network = MixtureDensityNetwork(2, 2, 3, 8, noise=noise, seed=0)
+    far = torch.tensor([1e1, -1e2, 1e3, -1e4, 1e5, -1e6, 30.0]).unsqueeze(-1).expand(-1, 2)
+    x = torch.randn(7, 2)
+    columns = [Targets.censored(far, right=torch.ones_like(far)), Targets.censored(far, left=torch.ones_like(far))]
+    columns += [Targets.cells(far, 0.5), Targets.censored(far, right=torch.tensor([[True, False]] * 7))]
+    for targets in columns:
+        network.zero_grad()
+        losses = network.loss(x, targets)
+        losses.sum().backward()
+        assert losses.isfinite().all()
+        assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
+
+
+def test_widest_precision():
+    """Limits in double precision are compared with a mixture in single precision without being rounded first."""
+    covariance = IsotropicCovariance(torch.full((1, 1), 1e-3))
+    mixture = GaussianMixture(torch.zeros(1, 1), torch.full((1, 1, 1), 1000.0), covariance)
+    cell = Targets.cells(torch.tensor([[1000.0001]], dtype=torch.float64), 1e-4)
+    truth = math.log(stats.norm.cdf(0.15) - stats.norm.cdf(0.05))
+    result = mixture.log_prob(cell)
+    assert result.dtype == torch.float32
+    assert_close(result.item(), truth, rtol=1e-4, atol=0)
+
+
+# Networks
+
+
+@pytest.mark.parametrize("noise", [Full(), Isotropic(), Diagonal(homoscedastic=True)], ids=str)
+def test_loss_of_a_network(noise):
+    """In its units, from the raw outputs of the head, as that of the mixture: densities have units, probabilities none."""
+    network = MixtureDensityNetwork(2, 3, 2, 8, noise=noise, seed=0).double()
+    x = torch.randn(9, 2, dtype=torch.float64)
+    network.initialize_(x, 50 + 7 * torch.randn(9, 3, dtype=torch.float64))
+    with torch.no_grad():
+        targets = observed(network(x).sample(), kinds_of((9, 3)))
+        mixture = network(x)
+        mixture.logits  # noqa: B018 (built, so that the density is that of the mixture)
+        assert_close(network.loss(x, targets), -mixture.log_prob(targets), rtol=1e-9, atol=1e-9)
+        handle = network.register_forward_hook(lambda *args: None)
+        assert_close(network.loss(x, targets), -mixture.log_prob(targets), rtol=1e-9, atol=1e-9)
+        handle.remove()
+
+
+def test_loss_of_an_ensemble():
+    ensemble = DeepEnsemble(MixtureDensityNetwork(2, 2, 2, 8, noise=Full(), seed=0), size=2)
+    x = torch.randn(2, 6, 2)
+    targets = observed(torch.randn(2, 6, 2), kinds_of((2, 6, 2)))
+    losses = ensemble.loss(x, targets)
+    for i in range(2):
+        assert_close(losses[i], ensemble.member(i).loss(x[i], targets[i]))
+
+
+def test_one_output_without_an_axis():
+    network = MixtureDensityNetwork(1, 1, 2, 8, seed=0)
+    x, y = torch.randn(5, 1), torch.randn(5)
+    targets = Targets.censored(y, right=y > 0)
+    assert_close(network.loss(x, targets), network.loss(x, targets.unsqueeze(-1)))
+    assert_close(network(x).log_prob(targets), -network.loss(x, targets), rtol=1e-5, atol=1e-5)
+
+
+def regimes(rows=800, censored=True):
+    """Two regimes of log-times, of which the later ones are censored, as lines in x."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(rows, 1, generator=generator) * 2 - 1
+    slow = torch.rand(rows, 1, generator=generator) < 0.5
+    time = torch.where(slow, 2 + 0.5 * x, -x) + 0.2 * torch.randn(rows, 1, generator=generator)
+    limit = 1.5 + torch.rand(rows, 1, generator=generator) * 2
+    return x, time, Targets.censored(torch.minimum(time, limit), right=limit < time) if censored else time
+
+
+def test_censored_targets_are_learned_from():
+    """The share and the place of the late regime, which values cut at their limits would lose."""
+    x, time, targets = regimes()
+    settings = {"seed": 0, "max_epochs": 60, "progress": False}
+    network, naive = (MixtureDensityNetwork(1, 1, 3, 16, seed=0) for _ in range(2))
+    result = fit(network, x, targets, **settings)
+    fit(naive, x, targets.points(), **settings)
+    held, held_time, _ = regimes(4000)
+    with torch.no_grad():
+        nll, cut = (net.loss(held, held_time).mean() for net in (network, naive))
+        true = [0.5 * stats.norm.pdf(held_time, loc, 0.2) for loc in (2 + 0.5 * held, -held)]
+        assert nll < -np.log(sum(true)).mean() + 0.15 < cut - 0.3
+    count = int((targets.kinds() == INTERVAL).sum())
+    assert count > 100
+    assert result.intervals == [count]
+    assert result.unobserved == [0]
+
+
+def test_counts_of_a_fit():
+    x, y = torch.randn(60, 2), torch.randn(60, 3)
+    kinds = kinds_of((60, 3))
+    kinds[:5] = MISSING
+    result = fit(MixtureDensityNetwork(2, 3, 2, 8, seed=0), x, observed(y, kinds), validation=0.0, **QUICK)
+    assert result.intervals == (kinds == INTERVAL).sum(0).tolist()
+    assert result.unobserved == (kinds == MISSING).sum(0).tolist()
+    assert fit(MixtureDensityNetwork(2, 3, 2, 8, seed=0), x, y, **QUICK).intervals == [0, 0, 0]
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_exact_targets_train_as_tensors(size):
+    """Bit for bit, also with weights, gaps and held-out rows of their own."""
+    x, y, weight = torch.randn(80, 2), torch.randn(80, 2).mul(100).round(), torch.rand(80)
+    y[::7, 1] = math.nan
+    networks = [MixtureDensityNetwork(2, 2, 2, 8, seed=0) for _ in range(2)]
+    networks = networks if size is None else [DeepEnsemble(network, size) for network in networks]
+    held_out = x[:9], y[:9]
+    fit(networks[0], x, y, sample_weight=weight, validation=held_out, **QUICK)
+    held_out = x[:9], Targets.exact(y[:9])
+    fit(networks[1], x, Targets.exact(y), sample_weight=weight, validation=held_out, **QUICK)
+    for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_runs_are_of_the_same_targets(tmp_path):
+    x, _, targets = regimes(100)
+    settings = {"seed": 0, "progress": False, "checkpoint": tmp_path / "run.safetensors"}
+    whole, first, second = (MixtureDensityNetwork(1, 1, 2, 8, seed=0) for _ in range(3))
+    fit(whole, x, targets, seed=0, progress=False, max_epochs=6)
+    fit(first, x, targets, max_epochs=6, callbacks=[lambda result: len(result.history) == 3], **settings)
+    other = Targets(targets.lower, torch.where(targets.upper.isinf(), targets.upper, targets.upper + 0.1))
+    with pytest.raises(ValueError, match="data"):
+        fit(second, x, other, max_epochs=6, resume=True, **settings)
+
+
+def test_grids_beside_intervals():
+    """Exact targets on a grid are spread over their cells; the ends of intervals stay where they are."""
+    network = MixtureDensityNetwork(1, 1, 2, 8, seed=0).double()
+    x, y = torch.randn(6, 1, dtype=torch.float64), torch.tensor([[0.0], [1], [2], [0], [1], [2]], dtype=torch.float64)
+    right = torch.tensor([[True]] * 2 + [[False]] * 4)
+    objective = NegativeLogLikelihood(network, 1.0).eval()
+    losses = objective(x, Targets.censored(y, right=right))
+    assert_close(losses[2:], objective(x, y)[2:])
+    survival = network(x).log_sf(y).squeeze(-1)
+    assert_close(losses[:2], -survival[:2], rtol=1e-6, atol=1e-6)
+
+
+def test_loaders_and_padded_sequences():
+    x, y = torch.randn(24, 5, 2), torch.randn(24, 5, 1)
+
+    def collate(rows):
+        xs, ys = (torch.stack(part) for part in zip(*rows, strict=True))
+        return xs, Targets.censored(ys, right=ys > 1)
+
+    loader = DataLoader(TensorDataset(x, y), batch_size=8, collate_fn=collate)
+    result = fit(MixtureDensityNetwork(2, 1, 2, 8, seed=0), loader, validation=0.0, **QUICK)
+    assert result.intervals == [int((y > 1).sum())]
+    assert len(joined([Targets.exact(y), y])) == 48
+
+
+# Pyro and posteriors
+
+
+def test_a_site_of_a_pyro_model():
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 2, 2, 8, noise=Full(), seed=0)
+    x = torch.randn(7, 1)
+    targets = observed(torch.randn(7, 2), kinds_of((7, 2)))
+    trace = pyro.poutine.trace(network.model).get_trace(x, targets)
+    assert_close(trace.log_prob_sum(), -network.loss(x, targets).sum())
+
+    def model():
+        with pyro.plate("rows", 7):
+            pyro.sample("y", network(x), obs=targets)
+
+    svi = SVI(model, lambda: None, pyro.optim.SGD({"lr": 0.0}), Trace_ELBO())
+    assert_close(svi.evaluate_loss(), network.loss(x, targets).sum().item())
+
+
+def test_posteriors():
+    """The joint density that they go by is that of the model; each of them runs."""
+    x, _, targets = regimes(60)
+    network = bayesianize(MixtureDensityNetwork(1, 1, 2, 8, seed=0), layers="head")
+    network.initialize_(x, targets)
+    with undisturbed(network):
+        joint = LogJoint(network, rows_of(network, x, targets))
+        conditioned = pyro.poutine.condition(network.model, data=dict(joint.start))
+        expected = pyro.poutine.trace(conditioned).get_trace(x, targets).log_prob_sum()
+        assert_close(joint(joint.start).float(), expected.detach(), rtol=1e-4, atol=1e-3)
+    for posterior in (
+        laplace(network, x, targets, max_iter=5, progress=False),
+        fit_mcmc(network, x, targets, num_samples=3, warmup_steps=3, num_chains=1, progress=False),
+        fit(network, x, targets, guide=AutoNormal, num_particles=2, **QUICK).guide,
+    ):
+        mixture = posterior_predictive(network, posterior, x[:4], num_samples=3)
+        assert mixture.log_prob(targets[:4]).isfinite().all()
+
+
+# What makes them
+
+
+def test_what_they_say():
+    y = [[1.0, 2.0], [3.0, None], [5.0, 6.0]]
+    targets = Targets.censored(y, left=[[1, 0], [0, 0], [0, 0]], right=[[0, 0], [0, 0], [0, 1]])
+    assert targets.kinds().tolist() == [[INTERVAL, EXACT], [EXACT, MISSING], [EXACT, INTERVAL]]
+    assert repr(targets) == "Targets(shape=(3, 2), 3 exact, 2 intervals, 1 missing)"
+    assert_close(targets.points(), torch.tensor(y[:1] + [[3.0, math.nan]] + y[2:]).double(), equal_nan=True)
+    assert targets[1:].shape == (2, 2)
+    cells = Targets.cells(pandas.DataFrame({"a": [1, 2], "b": [None, 4.5]}), [1.0, 0.0])
+    assert cells.lower.tolist() == [[0.5, -math.inf], [1.5, 4.5]]
+    assert cells.upper.tolist() == [[1.5, math.inf], [2.5, 4.5]]
+    assert Targets.cells(torch.ones(3, 1), 0.0).kinds().unique().item() == EXACT
+    assert [part.shape[0] for part in targets.split(2)] == [2, 1]
+
+
+ONE = [[1.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: Targets.interval([[1.0], [3.0]], [[2.0], [2.0]]),
+            "lower: expected limits below the upper ones.* row 1",
+        ),
+        (lambda: Targets.interval(ONE, [[2.0], [math.nan]]), "upper: expected limits, .*got nan in row 1, column 0"),
+        (lambda: Targets.interval([[math.inf]], [[math.inf]]), "lower: expected limits below the upper ones, or equal"),
+        (lambda: Targets.interval(ONE, [[2.0, 3.0]]), r"expected limits of one shape, got \(2, 1\) and \(1, 2\)"),
+        (
+            lambda: Targets.censored(ONE, left=[[1], [0]], right=[[1], [0]]),
+            "left, right: expected an entry .* in row 0",
+        ),
+        (lambda: Targets.censored(ONE, left=[True, False]), r"left: expected a mask in the shape of y, \(2, 1\)"),
+        (lambda: Targets.censored(ONE, right=[[0.5], [0]]), "right: expected booleans, got 0.5 in row 0"),
+        (lambda: Targets.censored([[1.0], [math.inf]]), "y: expected finite numbers, or NaN .*got inf in row 1"),
+        (lambda: Targets.cells(ONE, -1.0), "width: expected a finite number that is not negative"),
+        (lambda: Targets.cells(ONE, [1.0, 2.0]), "width: expected a finite number that is not negative, or 1 of them"),
+        (lambda: Targets.exact([["a"]]), "y: expected numbers, got text"),
+    ],
+)
+def test_what_cannot_be_targets(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_where_intervals_cannot_go():
+    network, x = MixtureDensityNetwork(1, 1, 2, 8, seed=0), torch.randn(20, 1)
+    targets = Targets.censored(x, right=x > 0.5)
+    count = int((x > 0.5).sum())
+    with pytest.raises(ValueError, match=f"y: expected exact targets for the CRPS, got {count} intervals"):
+        ContinuousRankedProbability(network)(x, targets)
+    exact = ContinuousRankedProbability(network)(x, Targets.exact(x))
+    assert_close(exact, ContinuousRankedProbability(network)(x, x))
+    with pytest.raises(ValueError, match=r"y: expected shape \(20, 1\) as x has it, got \(19, 1\)"):
+        network.loss(x, targets[1:])
+    with pytest.raises(ValueError, match="compile: expected exact and complete targets"):
+        fit(network, x, targets, compile=True, **QUICK)
+    with pytest.raises(ValueError, match="y: expected numbers, got Targets"):
+        scores.crps(network(x), targets)
+    huge = Targets.censored(torch.tensor([[1e300]] * 20, dtype=torch.float64), right=[[True]] * 20)
+    with pytest.raises(ValueError, match=r"y: expected finite numbers.*got 1e\+300"):
+        fit(network, x, huge, **QUICK)
+    ensemble = DeepEnsemble(network, 2)
+    objective = WeightedSum([ContinuousRankedProbability(ensemble.stacked)], [1.0])
+    with pytest.raises(ValueError, match="y: expected exact targets for an objective that is mapped over members"):
+        fit(ensemble, x, targets, objective=objective, **QUICK)
+
+
+def test_no_transform_hides_the_kinds():
+    """What is compiled or mapped cannot look at the kinds of entries: an error says so."""
+    network, x = MixtureDensityNetwork(1, 1, 2, 8, seed=0), torch.randn(20, 1)
+    with pytest.raises(ValueError, match="expected a tensor of complete points under torch.vmap, got Targets"):
+        torch.vmap(lambda row, y: network(row).log_prob(Targets(y, y + 1)))(x, x)
+    with torch.no_grad():
+        mixture: Mixture = network(x)
+    with pytest.raises(ValueError, match=r"complete points under torch.compile or torch.jit"):
+        torch.jit.trace(lambda y: mixture.log_prob(Targets(y, y + 1)), x, check_trace=False)
+
+
+def test_heads_take_them():
+    head = make_head(Full(), dim=2)
+    features = torch.randn(4, 6, dtype=torch.float64)
+    targets = observed(torch.randn(4, 2, dtype=torch.float64), kinds_of((4, 2)))
+    assert_close(head.log_prob(features, targets), head(features).log_prob(targets), rtol=1e-9, atol=1e-9)
