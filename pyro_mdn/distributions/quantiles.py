@@ -132,7 +132,7 @@ def interval(
 
 
 def _follow_shortest(marginals: UnivariateMixture, left: Tensor, right: Tensor) -> Tensor:
-    """Give the probabilities below shortest intervals their derivatives: those of the root of equal densities."""
+    """Give the probabilities below shortest intervals their derivatives, from the equality of densities at the ends."""
 
     def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
         ends = marginals.quantile(tail), -marginals.mirrored().quantile(right + (left - tail))

@@ -102,7 +102,7 @@ def exp(exponent: Tensor) -> Tensor:
 
 
 def log_sum_exp(terms: Tensor) -> Tensor:
-    """Compute the log-sum-exp over the first dimension; terms of :func:`negligible` share have a gradient of 0."""
+    """Compute the log-sum-exp over the first dimension; its gradient is exactly 0 at :func:`negligible` terms."""
     return _raised(terms).logsumexp(0)
 
 

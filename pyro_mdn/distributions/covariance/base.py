@@ -124,7 +124,10 @@ class Covariance(TensorBatch):
 
     @abstractmethod
     def conditional_scale(self) -> Tensor:
-        """Compute the standard deviation of each output given those before it, ``(*batch, K, D)``, if triangular."""
+        """Compute the standard deviation of each output given those before it, ``(*batch, K, D)``.
+
+        The operator has to be triangular.
+        """
 
     @abstractmethod
     def marginal(self, dims: Sequence[int]) -> Covariance:

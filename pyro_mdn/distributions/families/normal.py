@@ -173,7 +173,10 @@ NORMAL = NormalLaw()
 
 
 def normal_cdf(value: Tensor) -> Tensor:
-    """Compute the standard normal cdf, accurate in the lower tail: ``torch.special.ndtr`` is rounded to eps."""
+    """Compute the standard normal cdf, accurate in the lower tail.
+
+    There ``torch.special.ndtr`` rounds to multiples of eps.
+    """
     return 0.5 * erfc(-math.sqrt(0.5) * value)
 
 
