@@ -1,4 +1,4 @@
-r"""What is again a mixture: marginals, conditionals, maps, pools, fewer components."""
+r"""Operations whose result is again a mixture: marginals, conditionals, maps, pools, fewer components."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["affine", "condition", "marginal", "pool", "prune", "temper"]
 
 @in_widest_precision
 def marginal(mixture: M, dims: Dims) -> M:
-    """Distribution of the outputs ``dims``, an integer or several, in that order.
+    """Return the marginal distribution of the outputs ``dims``, an integer or several, in that order.
 
     Raises:
-        ValueError: If an index repeats or is out of range, or if there is none.
+        ValueError: If an index repeats or is out of range, or if there are no indices.
     """
     dims = check_dims(dims, mixture.dim)
     return mixture.with_components(mixture.components.marginal(dims))
@@ -38,19 +38,19 @@ def marginal(mixture: M, dims: Dims) -> M:
 
 @in_widest_precision
 def condition(mixture: M, values: Any, dims: Dims) -> M:
-    r"""Distribution of the remaining outputs, in ascending order, given ``values`` at ``dims``.
+    r"""Return the conditional distribution of the remaining outputs, in ascending order, given ``values`` at ``dims``.
 
     .. math:: w_k' \propto w_k \, \mathcal{N}(v \mid \mu_{k,G}, \Sigma_{k,GG}), \quad
               \mu_k' = \mu_{k,F} + \Sigma_{k,FG} \Sigma_{k,GG}^{-1} (v - \mu_{k,G})
 
     Args:
         mixture: The mixture.
-        values: What is known, shape ``(*sample, *batch, len(dims))``, in the order of ``dims``. An entry that is
+        values: Known values, shape ``(*sample, *batch, len(dims))``, in the order of ``dims``. An entry that is
             NaN was not observed: that row is conditioned on its other entries.
-        dims: The outputs that are known, an integer or several; one at least must remain.
+        dims: Indices of the known outputs, an integer or several; at least one output must remain.
 
     Raises:
-        ValueError: If an index repeats or is out of range, if none is free, or if ``values`` has another width.
+        ValueError: If an index repeats or is out of range, if no output remains, or if ``values`` has another width.
     """
     dims = check_dims(dims, mixture.dim)
     free = [d for d in range(mixture.dim) if d not in dims]
@@ -82,18 +82,19 @@ def _condition_on_observed(mixture: M, values: Tensor, dims: list[int], free: li
 
 @in_widest_precision
 def affine(mixture: M, shift: Any = 0.0, scale: Any = 1.0, *, matrix: Any = None) -> M:
-    r"""Distribution of ``shift + scale * y``, elementwise, or of ``shift + matrix @ y``.
+    r"""Return the distribution of ``shift + scale * y``, elementwise, or of ``shift + matrix @ y``.
 
     Args:
         mixture: The mixture.
         shift: Number or tensor, shape ``(*batch, D)`` (broadcast).
-        scale: Number or tensor, shape ``(*batch, D)`` (broadcast); not zero, either sign. One number for all
+        scale: Number or tensor, shape ``(*batch, D)`` (broadcast); not zero, of either sign. One number for all
             outputs keeps an isotropic covariance isotropic.
-        matrix: In place of ``scale``: shape ``(*batch, M, D)`` with M ≤ D, of full rank. The covariance is full.
+        matrix: Matrix in place of ``scale``, shape ``(*batch, M, D)`` with M ≤ D, of full rank. The resulting
+            covariance is full.
 
     Raises:
         ValueError: If the shapes do not agree, if both a scale and a matrix are given or, when validating, if a
-            scale is zero or not finite.
+            number is not finite, a scale is zero or a matrix is not of full rank.
     """
     if matrix is not None:
         return _map_linearly(mixture, shift, scale, matrix)
@@ -134,10 +135,11 @@ def temper(mixture: M, temperature: float) -> M:
 
     Args:
         mixture: The mixture.
-        temperature: :math:`\tau > 0`; below 1 the mixture is more cautious, above 1 more adventurous.
+        temperature: :math:`\tau > 0`; below 1 draws are more cautious, above 1 more adventurous.
 
     Raises:
-        ValueError: If the temperature is not positive, or if its root over- or underflows in the mixture's dtype.
+        ValueError: If the temperature is not positive and finite, or if its square root over- or underflows in the
+            dtype of the mixture.
 
     References:
         Ha & Schmidhuber (2018), World Models.
@@ -156,7 +158,7 @@ def temper(mixture: M, temperature: float) -> M:
 
 @in_widest_precision
 def pool(mixture: M, dim: int, weights: Any = None) -> M:
-    r"""Average the density over batch dimension ``dim``: exactly one mixture of S·K components.
+    r"""Average the density over batch dimension ``dim``; the result is exactly a mixture of S·K components.
 
     .. math:: p(y) = \sum_{s=1}^S a_s \, p_s(y)
 
@@ -164,11 +166,12 @@ def pool(mixture: M, dim: int, weights: Any = None) -> M:
         mixture: The mixture.
         dim: Batch dimension to fold into the components.
         weights: Weights :math:`a_s \ge 0`, shape ``(S,)``, normalised here; by default all equal. Their gradient
-            is right at 0 too: a weight of 0 that is differentiated is taken as the square root of the smallest
-            number of its dtype.
+            is right at 0 too, because a weight that is differentiated counts as at least the square root of the
+            smallest normal number of its dtype.
 
     Raises:
-        ValueError: If there is no such batch dimension, nothing along it, or the weights do not fit it.
+        ValueError: If there is no such batch dimension, if it is empty, or if the weights are not S finite numbers,
+            none negative and not all zero.
     """
     n = len(mixture.batch_shape)
     dim = batch_dim(dim, n)
@@ -185,8 +188,8 @@ def pool(mixture: M, dim: int, weights: Any = None) -> M:
 def prune(mixture: M, threshold: float) -> M:
     """Drop components of weight below ``threshold``, and give their weight to the others in proportion.
 
-    In a batch, a component stays, with weight zero where it is small, as long as one mixture keeps it. All of them
-    stay under ``torch.vmap`` and in compiled functions, where no shape may depend on numbers.
+    In a batch, a component stays as long as one mixture keeps it; in the others its weight becomes zero. Under
+    ``torch.vmap`` and in compiled functions all components stay, because no shape may depend on values there.
 
     Raises:
         ValueError: If the threshold is not in [0, 1), or if nothing would be left of a mixture.
@@ -222,7 +225,7 @@ def _log_weights(weights: Any, size: int, like: Tensor) -> Tensor:
     if weights.shape != (size,) or (known and not bool((weights >= 0).all() & (total > 0) & total.isfinite())):
         expected = f"{size} finite numbers, none negative and not all zero"
         raise ValueError(f"weights: expected {expected}, got {describe(given)}")
-    if is_differentiated(weights):  # a logarithm has no gradient at 0
+    if is_differentiated(weights):  # the logarithm has no finite gradient at 0
         least = math.sqrt(torch.finfo(weights.dtype).tiny)
         weights = weights + (least - weights.detach()).clamp(min=0)
     return normalize_logits(weights.log())

@@ -1,4 +1,4 @@
-"""Mixtures as arrays of mixtures: rows of the batch, and batches put together."""
+"""Mixtures as arrays of mixtures: indexing and expanding their batches, and joining several."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ M = TypeVar("M", bound="Mixture")
 __all__ = ["Parameters", "cat", "expand", "flatten", "indexed", "iterate", "joined", "length", "rows_of", "stack"]
 
 Parameters = tuple[Tensor, Components]
-"""Log-weights ``(*batch, K)`` and components, whose batch may be broadcast."""
+"""Log-weights ``(*batch, K)``, and components whose tensors broadcast over the batch."""
 
 
 def rows_of(mixture: M, rows: Any) -> M:
-    """Mixtures of some rows of the batch, as a tensor of shape ``batch_shape`` would be indexed.
+    """Return the mixtures of some rows of the batch, indexed like a tensor of shape ``batch_shape``.
 
-    Integers, slices, masks, arrays of integers, tuples of these, ``...`` and ``None``. Components are not indexed:
-    ``mixture[..., 0]`` is the first along the last batch dimension.
+    An index is an integer, slice, mask, array of integers, ``...``, ``None`` or a tuple of these. Components are not
+    indexed: ``mixture[..., 0]`` is the first mixture along the last batch dimension.
 
     Raises:
         IndexError: If there is no such row, or if there are more indices than batch dimensions.
@@ -44,33 +44,34 @@ def rows_of(mixture: M, rows: Any) -> M:
 
 
 def length(mixture: Mixture) -> int:
-    """Size of the first batch dimension; a ``TypeError`` if there is none."""
+    """Return the size of the first batch dimension; raise a ``TypeError`` if there is none."""
     if not mixture.batch_shape:
         raise TypeError("len: expected a mixture with a batch dimension, got one of batch_shape ()")
     return mixture.batch_shape[0]
 
 
 def iterate(mixture: M) -> Iterator[M]:
-    """Iterate over the first batch dimension; a ``TypeError`` if there is none."""
+    """Iterate over the first batch dimension; raise a ``TypeError`` if there is none."""
     return (mixture[i] for i in range(len(mixture)))
 
 
 def cat(mixtures: Iterable[M], dim: int = 0) -> M:
-    """Put mixtures one after another along batch dimension ``dim``, as ``torch.cat`` does tensors.
+    """Concatenate mixtures along batch dimension ``dim``, as ``torch.cat`` does with tensors.
 
     Raises:
-        ValueError: If there are none, or if they do not agree in all but that dimension of their batches, in
-            their numbers of components and outputs and in the family and structure of their components.
+        ValueError: If there are no mixtures, or if they differ in another batch dimension, in their numbers of
+            components or outputs, in device, or in the family or structure of their components.
     """
     listed = _listed(mixtures)
     return listed[0].derived(*joined([(m.logits, m.components) for m in listed], dim))
 
 
 def stack(mixtures: Iterable[M], dim: int = 0) -> M:
-    """Put mixtures side by side along a new batch dimension ``dim``, as ``torch.stack`` does tensors.
+    """Stack mixtures along a new batch dimension ``dim``, as ``torch.stack`` does with tensors.
 
     Raises:
-        ValueError: If there are none or they do not agree, as for :meth:`cat`.
+        ValueError: If there are no mixtures, if their batch shapes differ, or if they differ otherwise, as for
+            :meth:`cat`.
     """
     listed = _listed(mixtures)
     n = len(listed[0].batch_shape) + 1
@@ -84,14 +85,14 @@ def stack(mixtures: Iterable[M], dim: int = 0) -> M:
 
 
 def expand(mixture: M, batch_shape: Sequence[int], _instance: object = None) -> M:
-    """Expand to ``batch_shape``; a view."""
+    """Expand the batch to ``batch_shape`` without copying."""
     shape = torch.Size(batch_shape)
     locs = mixture.components.locs.expand(*shape, -1, -1)
     return mixture.derived(mixture.logits.expand(*shape, -1), replace(mixture.components, locs=locs))
 
 
 def flatten(mixture: M, batch_shape: torch.Size) -> M:
-    """Expand to ``batch_shape``, and flatten that to one dimension."""
+    """Expand the batch to ``batch_shape``, and flatten it to one dimension."""
     size = batch_shape.numel()
 
     def flat(tensor: Tensor, event_dim: int) -> Tensor:
@@ -110,9 +111,9 @@ def _listed(mixtures: Iterable[M]) -> list[M]:
 
 
 def indexed(parameters: Parameters, rows: Any) -> Parameters:
-    """Parameters of the mixtures that ``rows`` picks, as it would pick entries of a tensor of their batch shape.
+    """Return the parameters of the mixtures that ``rows`` picks, like entries of a tensor of their batch shape.
 
-    Integers and slices give views. What is the same for all rows, like a homoscedastic covariance, stays one.
+    Integers and slices give views. Tensors that all rows share, such as a homoscedastic covariance, are not repeated.
 
     Raises:
         IndexError: If there is no such row, or if there are more indices than batch dimensions.
@@ -131,7 +132,7 @@ def indexed(parameters: Parameters, rows: Any) -> Parameters:
 
 
 def _picker(batch_shape: torch.Size, device: torch.device, rows: Any) -> Callable[[Tensor, int], Tensor]:
-    """Function of tensors ``(*batch, *event)`` and the number of their event dimensions, which picks rows."""
+    """Build a function ``(tensor, event_dim)`` that picks rows of a tensor ``(*batch, *event)``."""
     listed = rows if isinstance(rows, tuple) else (rows,)
     if all(_is_basic(r) for r in listed) and listed.count(...) <= 1:
         whole = _with_all_dimensions(listed, len(batch_shape))
@@ -147,13 +148,13 @@ def _picker(batch_shape: torch.Size, device: torch.device, rows: Any) -> Callabl
 
 
 def _is_basic(row: Any) -> bool:
-    """Whether an index makes a view."""
+    """Check whether an index makes a view."""
     integer = isinstance(row, Integral) and not isinstance(row, bool)
     return row is None or integer or isinstance(row, slice | EllipsisType)
 
 
 def _with_all_dimensions(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-    """Indices of all batch dimensions, so that none is left for those of the parameters."""
+    """Extend indices to all batch dimensions, so that none of them applies to the dimensions of the parameters."""
     given = sum(r is not None and r is not ... for r in rows)
     if given > n:
         raise IndexError(f"rows: expected at most {n} indices, one for each batch dimension, got {given}")
@@ -163,10 +164,11 @@ def _with_all_dimensions(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
 
 
 def joined(several: Sequence[Parameters], dim: int) -> Parameters:
-    """Parameters of mixtures one after another along batch dimension ``dim``.
+    """Concatenate the parameters of mixtures along batch dimension ``dim``.
 
     Raises:
-        ValueError: If they do not agree in all but that dimension, or in the family and structure of their components.
+        ValueError: If the mixtures differ in another batch dimension, in their numbers of components or outputs, in
+            device, or in the family or structure of their components.
     """
     shapes = [logits.shape[:-1] for logits, _ in several]
     n = len(shapes[0])
@@ -182,7 +184,7 @@ def joined(several: Sequence[Parameters], dim: int) -> Parameters:
 
 
 def _joined_components(several: Sequence[Components], shapes: Sequence[torch.Size], dim: int) -> Components:
-    """Put components together; of tensors that are broadcast over a batch, only the dimension to join is expanded."""
+    """Concatenate components; of tensors that broadcast over the batch, only the dimension to join is expanded."""
     event_dims = [event_dim for _, event_dim in several[0].stored()]
     columns = zip(*(components.tensors() for components in several), strict=True)
     return several[0].with_tensors([_joined(c, n, shapes, dim) for c, n in zip(columns, event_dims, strict=True)])

@@ -1,4 +1,4 @@
-r"""The mixture: a Pyro distribution of weights and components of one family."""
+r"""The mixture: a Pyro distribution given by weights and components of one family."""
 
 from __future__ import annotations
 
@@ -26,20 +26,22 @@ class Mixture(dist.MixtureSameFamily):
 
     .. math:: p(y) = \sum_{k=1}^K w_k \, p_k(y)
 
-    A Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Closed forms are
-    differentiable, and are again mixtures where they are distributions. An operation that is not closed for the family
-    raises a ``NotImplementedError`` that says what to use. :class:`pyro_mdn.GaussianMixture` has more of them.
+    A mixture is a Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Closed forms are
+    differentiable; a closed form that is a distribution is again a mixture. An operation without a closed form for the
+    family raises a ``NotImplementedError`` that names an alternative. :class:`pyro_mdn.GaussianMixture` has more closed
+    forms.
 
-    Results have the precision of the parameters, which may also be half. They are computed in single precision at
-    least, and in double if an argument is. A batch of mixtures is indexed like a tensor: ``mixture[rows]``.
+    Results have the precision of the parameters, which may be half precision. They are computed in at least single
+    precision, and in double if an argument is double. A batch of mixtures is indexed like a tensor: ``mixture[rows]``.
 
     Args:
         logits: Log-weights up to a constant, shape ``(*batch, K)``. A weight of zero is ``-inf``.
         components: Components of one family, with locations ``(*batch, K, D)``.
-        validate_args: Check values of parameters and arguments; by default as ``pyro.enable_validation`` was told.
+        validate_args: Whether to check values of parameters and arguments; by default as set by
+            ``pyro.enable_validation``.
 
     Raises:
-        ValueError: If shapes or dtypes do not agree or, when validating, if a parameter is not in its range.
+        ValueError: If shapes or dtypes do not agree or, when validating, if a parameter is out of range.
 
     >>> from pyro_mdn import DiagonalCovariance, StudentTComponents
     >>> scales = DiagonalCovariance(torch.ones(1, 1))
@@ -69,7 +71,7 @@ class Mixture(dist.MixtureSameFamily):
         self._initialize(torch.Size(batch_shape), torch.Size(locs.shape[-1:]), validate_args)
 
     def _initialize(self, batch_shape: torch.Size, event_shape: torch.Size, validate_args: bool | None) -> None:
-        """Set shapes and validation, by default as Pyro is set: ``torch.compile`` ends that of torch, for good."""
+        """Set shapes and validation, by default as Pyro is set: ``torch.compile`` turns torch's off for good."""
         validates = is_validation_enabled() if validate_args is None else validate_args
         torch.distributions.Distribution.__init__(self, batch_shape, event_shape, validates)
 
@@ -82,18 +84,18 @@ class Mixture(dist.MixtureSameFamily):
             raise ValueError("locs: expected finite numbers, got NaN or Inf")
         self.components.validate()
 
-    # How mixtures are built from others
+    # Building mixtures from other mixtures
 
     @classmethod
     def of_components(cls, logits: Tensor, components: Components, *, validate_args: bool | None = None) -> Self:
-        """Mixture of this class, whatever its constructor takes."""
+        """Build a mixture of this class, whatever arguments its constructor takes."""
         new = cls.__new__(cls)
         Mixture.__init__(new, logits, components, validate_args=validate_args)
         return new
 
     @classmethod
     def deferred(cls, origin: Origin) -> Self:
-        """Mixture whose parameters are built when they are asked for; its density comes from the origin itself."""
+        """Build a mixture that computes its parameters on first use; see :meth:`origin_for` for its density."""
         new = cls.__new__(cls)
         new._origin = origin
         new._initialize(origin.batch_shape, torch.Size((origin.dim,)), None)
@@ -102,29 +104,29 @@ class Mixture(dist.MixtureSameFamily):
         return new
 
     def reweighted(self, logits: Tensor, components: Components) -> Self:
-        """Mixture of parameters derived from valid ones, whose log-weights are still to be normalised."""
+        """Build a mixture from parameters derived from valid ones, and normalise the log-weights."""
         new = self.of_components(logits, components, validate_args=False)
         new._validate_args = self._validate_args
         return new
 
     def derived(self, logits: Tensor, components: Components) -> Self:
-        """Mixture of parameters derived from valid ones, with normalised log-weights."""
+        """Build a mixture from parameters derived from valid ones, with log-weights that are already normalised."""
         new = type(self).__new__(type(self))
         new._set(logits, components, self._validate_args)
         return new
 
     def with_components(self, components: Components) -> Self:
-        """Mixture with the same weights; a ``ValueError`` if the components do not fit them."""
+        """Build a mixture with the same weights; raise a ``ValueError`` if the components do not fit them."""
         return self.derived(self.logits, check_shapes(self.logits, components))
 
     @cached_property
     def _parameters(self) -> tuple[Tensor, Components]:
-        """What the origin makes, with a graph if what it is made from has one, wherever it is asked for."""
+        """Parameters that the origin builds; also under ``torch.no_grad`` they have a graph if its tensors have one."""
         assert self._origin is not None
         with torch.inference_mode(False), torch.enable_grad():
             return self._origin.parameters()
 
-    # In a mixture with parameters of its own these two are set.
+    # A mixture that is not deferred sets these two attributes when it is built.
 
     @cached_property
     def logits(self) -> Tensor:
@@ -133,7 +135,7 @@ class Mixture(dist.MixtureSameFamily):
 
     @cached_property
     def components(self) -> Components:
-        """Components; what they share may have a batch or component axis of 1."""
+        """Components; tensors that they share may have a batch or component axis of 1."""
         return self._parameters[1]
 
     @property
@@ -146,13 +148,16 @@ class Mixture(dist.MixtureSameFamily):
         self.components = replace(self.components, locs=value)
 
     def origin_for(self, value: Tensor) -> Origin | None:
-        """Give what has the density without the parameters: once, for one point each, while none is built or set."""
+        """Return the origin if it should compute the density of ``value``, instead of the parameters; else ``None``.
+
+        It does so once, for one point of each mixture, and only while no parameter is built or set.
+        """
         origin, built = self._origin, self.__dict__
         if origin is None or "logits" in built or "components" in built or "_asked" in built:
             return None
-        if is_recorded():  # what runs later must look at its own points
+        if is_recorded():  # recorded code must check the points of each run for NaN: see ``complete_when_run``
             return None
-        self._asked = True  # whoever asks again may ask a hundred times
+        self._asked = True  # a second call may be followed by many, for which built parameters are quicker
         return origin if value.is_floating_point() and value.shape[:-1] == self.batch_shape else None
 
     def __repr__(self) -> str:
@@ -201,10 +206,10 @@ class Mixture(dist.MixtureSameFamily):
     to, cpu, double, float, detach = precision.to, precision.cpu, precision.double, precision.single, precision.detach
 
     def __bool__(self) -> bool:
-        """Return ``True``, also for an empty batch: handlers ask whether there is a distribution."""
+        """Return ``True``, also for an empty batch, because Pyro's handlers test whether there is a distribution."""
         return True
 
-    # What MixtureSameFamily promises
+    # Interface of MixtureSameFamily
 
     @property
     def mixture_distribution(self) -> dist.Categorical:
@@ -236,7 +241,7 @@ class Mixture(dist.MixtureSameFamily):
     as_gaussian = density.as_gaussian
     split_variance = density.split_variance
 
-    # What is again a mixture
+    # Operations whose result is again a mixture
 
     marginal = algebra.marginal
     condition = algebra.condition
@@ -245,7 +250,7 @@ class Mixture(dist.MixtureSameFamily):
     pool = algebra.pool
     prune = algebra.prune
 
-    # One output at a time
+    # Single outputs
 
     univariate = quantiles.univariate
     cdf, sf = quantiles.cdf, quantiles.sf
@@ -263,20 +268,20 @@ class Mixture(dist.MixtureSameFamily):
     rosenblatt = transport.rosenblatt
     inverse_rosenblatt = transport.inverse_rosenblatt
 
-    # Closed for normal components alone
+    # Operations that only normal components have
 
     def product(self, other: Any) -> Any:
-        """Normalised product of two densities: closed for normal components alone."""
+        """Multiply two densities and normalise the product; only for normal components."""
         not_closed("product", self.components, "a GaussianMixture with the same mean and covariance has it")
 
     def reduce(self, n_components: int) -> Any:
-        """Merge components: closed for normal components alone."""
+        """Merge components; only for normal components."""
         not_closed("reduce", self.components, "prune drops components that weigh little")
 
     def modes(self) -> Tensor:
-        """Local maxima of the density: found for normal components alone."""
+        """Find local maxima of the density; only for normal components."""
         not_closed("modes", self.components, "evaluate log_prob on a grid, or climb from the locations")
 
     def entropy_bounds(self) -> tuple[Tensor, Tensor]:
-        """Bounds of the entropy: closed for normal components alone."""
+        """Compute bounds of the entropy; only for normal components."""
         not_closed("entropy_bounds", self.components, "average -log_prob over draws")

@@ -31,11 +31,11 @@ __all__ = [
 Dims = int | Sequence[int] | Tensor | np.ndarray
 """Indices of outputs: one integer, or several."""
 
-_FEW = 16  # so many comparisons are quicker than a search
+_FEW = 16  # for at most this many components, comparisons are quicker than a search
 
 
 class Origin(Protocol):
-    """What a mixture is made from where its parameters are not built yet."""
+    """Source of a mixture whose parameters are not built yet, such as the raw outputs of a network."""
 
     @property
     def dim(self) -> int:
@@ -53,20 +53,24 @@ class Origin(Protocol):
         ...
 
     def parameters(self) -> tuple[Tensor, Components]:
-        """Normalised log-weights and components."""
+        """Build normalised log-weights and components."""
         ...
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """Log-density of points, NaN for what was not observed."""
+        """Compute the log-density of points; an entry that is NaN was not observed."""
         ...
 
     def is_moderate(self) -> bool:
-        """Whether the parameters need no validation."""
+        """Check whether the parameters are so far from the limits of their precision that they need no validation."""
         ...
 
 
 def check_shapes(logits: Tensor, components: Components) -> Components:
-    """Return components for the number of outputs of their locations; a ``ValueError`` if the shapes do not agree."""
+    """Check that logits and components agree; return the components, set to the number of outputs of their locations.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not agree.
+    """
     locs = components.locs
     if not (logits.is_floating_point() and locs.is_floating_point()):
         raise ValueError(f"logits, locs: expected floating point, got {logits.dtype} and {locs.dtype}")
@@ -85,7 +89,7 @@ def check_shapes(logits: Tensor, components: Components) -> Components:
 
 
 def broadcast(*shapes: torch.Size) -> torch.Size:
-    """Broadcast batch shapes; a ``ValueError`` if they do not."""
+    """Broadcast batch shapes; raise a ``ValueError`` if they do not broadcast."""
     try:
         return broadcast_shapes(*shapes)
     except RuntimeError as error:
@@ -94,7 +98,7 @@ def broadcast(*shapes: torch.Size) -> torch.Size:
 
 
 def as_probabilities(value: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Broadcast probabilities with outputs of this shape; a ``ValueError`` if they are none, or do not fit."""
+    """Broadcast probabilities against a shape; raise a ``ValueError`` if they do not fit it or are outside [0, 1]."""
     if is_known(value) and not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError("value: expected probabilities in [0, 1]")
     try:
@@ -104,17 +108,17 @@ def as_probabilities(value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def batch_dim(dim: Any, n: int) -> int:
-    """Batch dimension counted from the first; a ``ValueError`` if it is none of n."""
+    """Convert one of n batch dimensions to its non-negative index; raise a ``ValueError`` if it does not exist."""
     if not isinstance(dim, Integral) or not -n <= int(dim) < n:
         raise ValueError(f"dim: expected one of {n} batch dimensions, got {shown(dim)}")
     return int(dim) % n
 
 
 def draw_components(logits: Tensor, sample_shape: torch.Size) -> Tensor:
-    """Indices of components, ``(*sample, *batch)``, by their cumulative weights: quicker than a ``Categorical``."""
-    # In bfloat16 there would be 256 levels.
+    """Draw indices of components, ``(*sample, *batch)``, by cumulative weights, more quickly than ``Categorical``."""
+    # In bfloat16, cumulative weights would have only 256 levels.
     levels = logits.to(single_at_least(logits.dtype)).exp().cumsum(-1)
-    # Below the last level also after rounding, so that no component of weight zero is found.
+    # Scaled uniforms stay below the last level, also after rounding, so that no component of weight zero is drawn.
     batch_shape, n_components = logits.shape[:-1], logits.shape[-1]
     u = torch.rand(sample_shape + batch_shape, dtype=levels.dtype, device=levels.device) * levels[..., -1]
     if n_components <= _FEW:
@@ -126,7 +130,7 @@ def draw_components(logits: Tensor, sample_shape: torch.Size) -> Tensor:
 
 
 def check_dims(dims: Dims, dim: int) -> list[int]:
-    """Indices of outputs, all non-negative; a ``ValueError`` unless they are distinct and in range.
+    """Convert indices of outputs to non-negative ones; raise a ``ValueError`` unless they are distinct and in range.
 
     >>> check_dims(range(2), 3), check_dims(np.array([0, -1]), 3), check_dims(torch.tensor(1), 3)
     ([0, 1], [0, 2], [1])
@@ -139,7 +143,7 @@ def check_dims(dims: Dims, dim: int) -> list[int]:
 
 
 def _integers(dims: Any) -> list[int]:
-    """One integer or several, of Python, NumPy or torch; a ``ValueError`` unless all are integers."""
+    """List one integer or several, of Python, NumPy or torch; raise a ``ValueError`` for anything else."""
     array = isinstance(dims, Tensor | np.ndarray | np.generic)
     values = dims.tolist() if array else dims
     listed = [v.item() if _is_scalar(v) else v for v in (values if isinstance(values, Iterable) else [values])]

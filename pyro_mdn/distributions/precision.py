@@ -31,10 +31,11 @@ _DATA = {"value", "values", "y", "shift", "scale", "matrix", "weights"}
 
 
 def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Have a function of a mixture compute in the widest precision, and give results in that of the mixture.
+    """Let a function of a mixture compute in the widest precision, and return results in the precision of the mixture.
 
-    LAPACK knows no half precision, torch does not promote what it multiplies, and arguments in double precision keep
-    their digits until the result is rounded. Arguments whose names say that they are data are made tensors first, so
+    The widest precision is that to which mixture and arguments promote, and at least single: LAPACK has no half
+    precision, and torch does not promote the factors of matrix products. Arguments in double precision keep their
+    digits until the result is rounded. Arguments whose names say that they are data are converted to tensors first, so
     that every container has the precision of its numbers.
     """
     names = list(signature(function).parameters)
@@ -44,7 +45,7 @@ def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Argum
         given: dict[str, Any] = dict(zip(names[: len(args)], args, strict=False)) | kwargs
         mixture = given.get(names[0])
         if len(args) > len(names) or mixture is None:
-            return function(*args, **kwargs)  # for the error that Python raises
+            return function(*args, **kwargs)  # Python raises the error
         given = {name: _as_data(value, name, mixture) if name in _DATA else value for name, value in given.items()}
         wide = _widest(mixture.dtype, given.values())
         call: Any = function
@@ -56,7 +57,7 @@ def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Argum
 
 
 def _as_data(value: Any, name: str, mixture: Any) -> Any:
-    """Make data a tensor; single numbers, None and :class:`Targets` stay what they are."""
+    """Convert data to a tensor; single numbers, ``None`` and :class:`Targets` stay as they are."""
     plain = value is None or isinstance(value, float | int | Targets)
     if plain or (isinstance(value, Tensor) and value.is_floating_point()):
         return value
@@ -78,7 +79,7 @@ def _widest(own: torch.dtype, arguments: Iterable[Any]) -> torch.dtype:
 
 
 def _converted(value: Any, dtype: torch.dtype) -> Any:
-    """Give tensors of floating point, and what has some, another precision; all else as it is."""
+    """Convert floating-point tensors, and objects that contain some, to another precision; leave the rest as it is."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, Targets):
@@ -135,7 +136,7 @@ def detach(mixture: M) -> M:
 
 
 def copied(mixture: M, memo: dict[int, Any]) -> M:
-    """Copy the parameters; what was computed from others is copied without its graph, which torch cannot copy."""
+    """Copy a mixture; parameters that were computed from others lose their graph, which torch cannot copy."""
 
     def copy_of(tensor: Tensor, event_dim: int = 0) -> Tensor:
         return copy.deepcopy(tensor if tensor.is_leaf else tensor.detach(), memo)

@@ -1,4 +1,4 @@
-r"""One output at a time: distribution functions, quantiles, intervals; and regions of highest density."""
+r"""Distribution functions, quantiles and intervals of single outputs, and regions of highest density."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ __all__ = [
 
 
 def univariate(mixture: Mixture) -> UnivariateMixture:
-    """Marginal mixtures of the outputs, with parameters ``(*batch, D, K)`` that broadcast."""
+    """Return the marginal mixtures of the outputs, whose parameters broadcast to ``(*batch, D, K)``."""
     return mixture.components.univariate_mixture(mixture.logits)
 
 
 @in_widest_precision
 def cdf(mixture: Mixture, value: Any) -> Tensor:
-    r"""Marginal cumulative distribution of each output, shape ``(*sample, *batch, D)``.
+    r"""Compute the marginal cumulative distribution function of each output, shape ``(*sample, *batch, D)``.
 
     .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
     """
@@ -50,17 +50,17 @@ def cdf(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def sf(mixture: Mixture, value: Any) -> Tensor:
-    """Marginal survival function 1 - F of each output, ``(*sample, *batch, D)``, accurate where it is small."""
+    """Compute the marginal survival function 1 - F of each output, accurate where small, ``(*sample, *batch, D)``."""
     value = own_points(mixture, value)
     return univariate(mixture).mirrored().cdf(-value)
 
 
 @in_widest_precision
 def log_cdf(mixture: Mixture, value: Any) -> Tensor:
-    """Logarithm of :meth:`cdf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+    """Compute the logarithm of :meth:`cdf`, accurate in both tails, shape ``(*sample, *batch, D)``.
 
-    The log-likelihood of an observation of which only an upper limit is known (left-censored). Differentiable
-    twice. Entries that are NaN are NaN, and add nothing to gradients.
+    This is the log-likelihood of an observation of which only an upper limit is known (left-censored). It is
+    differentiable twice. The result is NaN where ``value`` is NaN, and such entries add nothing to gradients.
 
     >>> import torch
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
@@ -74,9 +74,10 @@ def log_cdf(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def log_sf(mixture: Mixture, value: Any) -> Tensor:
-    """Logarithm of :meth:`sf`, accurate in both tails, shape ``(*sample, *batch, D)``.
+    """Compute the logarithm of :meth:`sf`, accurate in both tails, shape ``(*sample, *batch, D)``.
 
-    The log-likelihood of an observation of which only a lower limit is known (right-censored); see :meth:`log_cdf`.
+    This is the log-likelihood of an observation of which only a lower limit is known (right-censored). Derivatives and
+    NaN are as for :meth:`log_cdf`.
     """
     value = own_points(mixture, value)
     return univariate(mixture).mirrored().log_cdf(-value)
@@ -84,13 +85,13 @@ def log_sf(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def icdf(mixture: Mixture, value: Any) -> Tensor:
-    """Marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
+    """Compute the marginal quantile of each output: the inverse of :meth:`cdf`, shape ``(*sample, *batch, D)``.
 
-    Gradients are those of the implicit function, also with respect to ``value``.
+    Gradients, also with respect to ``value``, are those of the implicit function theorem.
 
     Args:
         mixture: The mixture.
-        value: Probabilities, broadcast against ``(*batch, D)``; 0 and 1 give ∓inf.
+        value: Probabilities, broadcast against ``(*batch, D)``; 0 and 1 give -inf and +inf.
 
     Raises:
         ValueError: If a probability is outside [0, 1] or the shape does not fit.
@@ -103,13 +104,14 @@ def icdf(mixture: Mixture, value: Any) -> Tensor:
 def interval(
     mixture: Mixture, mass: float, *, kind: Literal["central", "shortest"] = "central"
 ) -> tuple[Tensor, Tensor]:
-    """Lower and upper ends, ``(*batch, D)`` each, of an interval with probability ``mass`` for each output.
+    """Compute the lower and upper ends, ``(*batch, D)`` each, of an interval with probability ``mass`` for each output.
 
     Args:
         mixture: The mixture.
         mass: Probability inside, in (0, 1).
-        kind: ``"central"`` leaves equal tails; ``"shortest"`` is the shortest single interval, which contains
-            the points of highest density if there is one mode. All local minima of the width are compared.
+        kind: ``"central"`` leaves equal probabilities on both sides. ``"shortest"`` is the shortest single interval,
+            for which all local minima of the width are compared. If there is one mode, that interval contains the
+            points of highest density.
 
     Raises:
         ValueError: If the mass is not in (0, 1) or the kind is unknown.
@@ -130,13 +132,13 @@ def interval(
 
 
 def _follow_shortest(marginals: UnivariateMixture, left: Tensor, right: Tensor) -> Tensor:
-    """Give the probabilities below shortest intervals their derivatives: the density is the same at both ends."""
+    """Give the probabilities below shortest intervals their derivatives, from the equality of densities at the ends."""
 
     def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
         ends = marginals.quantile(tail), -marginals.mirrored().quantile(right + (left - tail))
         (low, bend_low), (high, bend_high) = (marginals.log_density_by_level(end) for end in ends)
         slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
-        # Two shortest intervals that become one: there are no derivatives.
+        # Where two shortest intervals merge into one, there are no derivatives.
         return low - high, slope.masked_fill(~(slope > 1e-3 * terms), math.inf)
 
     return follow_root(left, equation)
@@ -144,7 +146,7 @@ def _follow_shortest(marginals: UnivariateMixture, left: Tensor, right: Tensor) 
 
 @in_widest_precision
 def highest_density_threshold(mixture: Mixture, mass: float, *, num_samples: int = 10_000) -> Tensor:
-    r"""Log-density above which the points have probability ``mass``, shape ``(*batch,)``, from draws.
+    r"""Estimate the log-density above which the points have probability ``mass``, shape ``(*batch,)``, from draws.
 
     .. math:: P(\log p(Y) \ge t) = \text{mass}
 
@@ -160,7 +162,7 @@ def highest_density_threshold(mixture: Mixture, mass: float, *, num_samples: int
 
 
 def in_highest_density_region(mixture: Mixture, value: Any, mass: float, *, num_samples: int = 10_000) -> Tensor:
-    """Whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
+    """Check whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
     return mixture.log_prob(value) >= mixture.highest_density_threshold(mass, num_samples=num_samples)
 
 

@@ -1,7 +1,7 @@
-r"""Target transforms: the units of targets, apart from the components that live in standardised units.
+r"""Target transforms: maps between the units of targets and standardised units, in which components are built.
 
-A transform is a specification. Its tensors are buffers of a head, which :meth:`TargetTransform.fit` computes from
-targets, and :meth:`TargetTransform.units` makes a function of them.
+A transform is a specification that holds no tensors. Its tensors are buffers of a head. :meth:`TargetTransform.fit`
+computes them from targets, and :meth:`TargetTransform.units` builds the map from them.
 """
 
 from __future__ import annotations
@@ -26,33 +26,35 @@ __all__ = ["StandardUnits", "Standardize", "TargetTransform", "Units"]
 
 
 class Units(ABC):
-    """An increasing elementwise map between the units of y and those in which the components live."""
+    """An increasing elementwise map between the units of y and the standardised units of the components."""
 
     @abstractmethod
     def standardize(self, y: Tensor) -> Tensor:
-        """Targets ``(*sample, *batch, D)`` in standardised units."""
+        """Convert targets ``(*sample, *batch, D)`` to standardised units."""
 
     @abstractmethod
     def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
-        """Logarithm of the size that a standardised unit has at y in the units of y, summed over outputs.
+        """Compute the log-size of a standardised unit at y, in the units of y, summed over outputs.
+
+        This is the log-determinant of the Jacobian of the map to the units of y.
 
         Args:
             y: Targets ``(*sample, *batch, D)``.
-            observed: Which outputs count, of the shape of y; by default all.
+            observed: Mask of the outputs that count, in the shape of y; by default all count.
         """
 
     @abstractmethod
     def push(self, mixture: M) -> M:
-        """Distribution in the units of y of what has the given one in standardised units."""
+        """Convert a distribution in standardised units to one in the units of y."""
 
     @property
     @abstractmethod
     def unit(self) -> Tensor:
-        """Size of a standardised unit in the units of y, ``(*batch, D)``, or ``(*batch, 1)`` if all have one."""
+        """Size of a standardised unit in the units of y, ``(*batch, D)``, or ``(*batch, 1)`` if outputs share it."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """Tensors that the map is made of."""
+        """Return the tensors that define the map."""
 
 
 class StandardUnits(Units):
@@ -86,27 +88,27 @@ class StandardUnits(Units):
 
 @dataclass(frozen=True)
 class TargetTransform(Specification, ABC):
-    """Which map goes between the units of y and standardised units, and how it is found from targets."""
+    """Specification of a map between the units of y and standardised units, and of its fit to targets."""
 
     kind: ClassVar[str] = "target_transform"
     known: ClassVar[dict[str, type[TargetTransform]]] = {}
 
     @abstractmethod
     def identity(self, dim: int, *, common_unit: bool) -> dict[str, Tensor]:
-        """Tensors of the identity, by name.
+        """Return the tensors of the identity map, by name.
 
         Args:
             dim: Number of outputs D.
-            common_unit: Whether all outputs have one unit, as isotropic noise needs it.
+            common_unit: Whether all outputs have one unit, as isotropic noise requires.
         """
 
     @abstractmethod
     def fit(self, y: Tensor, *, common_unit: bool) -> dict[str, Tensor]:
-        """Tensors for targets ``(N, D)``, of which NaN are left out."""
+        """Compute the tensors, by name, from targets ``(N, D)``; NaN are left out."""
 
     @abstractmethod
     def units(self, tensors: Mapping[str, Any]) -> Units:
-        """Map that these tensors make, which may have batch dimensions in front."""
+        """Build the map that these tensors define; they may have leading batch dimensions."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-r"""Transport to and from independent uniforms, output by output, and draws with pathwise gradients."""
+r"""Rosenblatt transport to and from independent uniforms, output by output, and draws with pathwise gradients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["inverse_rosenblatt", "rosenblatt", "rsample"]
 
 @in_widest_precision
 def rosenblatt(mixture: Mixture, value: Any) -> Tensor:
-    r"""Conditional probability integral transforms, shape ``(*sample, *batch, D)``.
+    r"""Compute conditional probability integral transforms, shape ``(*sample, *batch, D)``.
 
     .. math:: u_d = F(y_d \mid y_1, \dots, y_{d-1})
 
-    If y follows the mixture, they are independent and uniform. If what is observed was rounded, or is a count, they
-    are not, nor are they with a draw from each cell: of such targets test each output, by
+    If y follows the mixture, the transforms are independent and uniform. Those of rounded targets or counts are not,
+    even if each target is replaced by a draw from its cell. Test such targets output by output, by
     :func:`pyro_mdn.scores.pit` with ``cell``.
 
     References:
@@ -48,9 +48,10 @@ def rosenblatt(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def inverse_rosenblatt(mixture: Mixture, value: Any) -> Tensor:
-    """Points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``.
+    """Compute the points whose :meth:`rosenblatt` is ``value``, shape ``(*sample, *batch, D)``.
 
-    Values of 0 and 1 give ∓inf, and NaN in the outputs after it, which have no distribution then.
+    Values of 0 and 1 give -inf and +inf. The outputs after such a value are NaN, because they have no conditional
+    distribution.
     """
     points = own_points(mixture, value)
     levels = as_probabilities(points, (*mixture.batch_shape, mixture.dim))
@@ -59,17 +60,17 @@ def inverse_rosenblatt(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def rsample(mixture: Mixture, sample_shape: Sequence[int] = ()) -> Tensor:
-    r"""Draws with pathwise gradients to locations, covariances and logits, ``(*sample_shape, *batch, D)``.
+    r"""Draw with pathwise gradients to locations, covariances and logits, shape ``(*sample_shape, *batch, D)``.
 
-    The draw is that of :meth:`sample`. Its derivatives keep the conditional probability integral transforms
-    fixed, one output after another. For modes far apart the gradients of the logits are right on average, but
-    vary without bound: the few draws between the modes carry all of it.
+    The draws are those of :meth:`sample`. Their derivatives keep the conditional probability integral transforms
+    fixed, one output after another. Gradients of the logits are unbiased, but for modes far apart their variance has no
+    bound, because the few draws between the modes carry the whole gradient.
 
     References:
         Figurnov, Mohamed & Mnih (2018), Implicit reparameterization gradients.
         Graves (2016), Stochastic backpropagation through mixture density distributions.
     """
-    draws = sample(mixture, sample_shape).detach()  # in forward mode they have derivatives: those of the components
+    draws = sample(mixture, sample_shape).detach()  # in forward mode, draws have the derivatives of their components
 
     def follow(d: int, conditional: UnivariateMixture) -> Tensor:
         level = conditional.cdf(draws[..., d]).detach()
@@ -85,9 +86,10 @@ def rsample(mixture: Mixture, sample_shape: Sequence[int] = ()) -> Tensor:
 
 
 def _walk(mixture: Mixture, choose: Callable[[int, UnivariateMixture], Tensor]) -> Tensor:
-    """Choose outputs in order, each from its univariate mixture given those before it.
+    """Choose the outputs in order, each from its univariate mixture given the outputs before it.
 
-    ``choose(d, conditional)`` sees parameters ``(*sample, *batch, K)`` and returns ``(*sample, *batch)``.
+    ``choose(d, conditional)`` takes a mixture with parameters ``(*sample, *batch, K)`` and returns values
+    ``(*sample, *batch)``.
     """
     in_order, logits = mixture.components.in_order(), mixture.logits
     outputs: list[Tensor] = []

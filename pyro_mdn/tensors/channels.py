@@ -1,7 +1,7 @@
 r"""Memory layout: public tensors are batch-first, ``(*batch, K, D)``, and channel-first in memory, ``(D, K, *batch)``.
 
 Elementwise work then streams over a contiguous batch, and sums over components and outputs are outer reductions.
-:func:`channels_first` and :func:`channels_last` go between the two views without copying.
+:func:`channels_first` and :func:`channels_last` convert between the two views without copying.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def channels_last(tensor: Tensor, event_dim: int) -> Tensor:
 
 
 def with_channels(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Apply a function of channel-first tensors to batch-first ones, ``(*batch, K, C)``; they broadcast."""
+    """Apply a function of channel-first tensors to batch-first tensors ``(*batch, K, C)``, which broadcast."""
     ndim = max(t.ndim for t in tensors)
     return channels_last(function(*(channels_first(t[(None,) * (ndim - t.ndim)], 2) for t in tensors)), 2)
 
@@ -47,7 +47,7 @@ def cat_channels(*tensors: Tensor) -> Tensor:
 
 
 def split_channels(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Split ``(*batch, K, C)`` along the last dimension; its gradient is channel-first in memory too."""
+    """Split ``(*batch, K, C)`` along the last dimension; the gradient is channel-first in memory too."""
     return [channels_last(part, 2) for part in channels_first(tensor, 2).split(list(sizes))]
 
 
@@ -59,19 +59,19 @@ def sum_outputs(tensor: Tensor) -> Tensor:
 
 
 def normalize_logits(logits: Tensor) -> Tensor:
-    """Log-weights that sum to one: unlike a plain ``log_softmax`` this keeps the strides."""
+    """Normalise log-weights so that the weights sum to one; unlike a plain ``log_softmax``, this keeps the strides."""
     return channels_last(channels_first(logits, 1).log_softmax(0), 1)
 
 
 class Layout(NamedTuple):
-    """Where the parameters of a mixture stand among the channels ``(C, *batch)`` of a linear layer.
+    """Positions of the parameters of a mixture among the channels ``(C, *batch)`` of a linear layer.
 
     First come K log-weights, then D·K locations, then the blocks of the family.
 
     Attributes:
         n_components: Number of components K.
         dim: Number of outputs D.
-        blocks: Width and number of groups of each block: K groups, or 1 for what components share.
+        blocks: Width and number of groups of each block: K groups, or 1 if the components share the block.
     """
 
     n_components: int
@@ -80,11 +80,11 @@ class Layout(NamedTuple):
 
     @property
     def sizes(self) -> list[int]:
-        """Channels of the log-weights, of the locations and of each block."""
+        """Numbers of channels of the log-weights, of the locations and of each block."""
         return [self.n_components, self.n_components * self.dim, *(width * groups for width, groups in self.blocks)]
 
     def split(self, channels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Views of log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``."""
+        """View log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``."""
         batch = channels.shape[1:]
         logits, locs, *blocks = channels.split_with_sizes(self.sizes)
         shaped = [block.view(*shape, *batch) for block, shape in zip(blocks, self.blocks, strict=True)]

@@ -1,4 +1,4 @@
-r"""Expected distances under univariate mixtures, of which the continuous ranked probability score is made."""
+r"""Expected distances under univariate mixtures: the two terms of the continuous ranked probability score (CRPS)."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
 __all__ = ["distance_to", "half_mean_difference", "mean_difference_by_quadrature"]
 
-_POINTS = {torch.float64: 40, torch.float32: 20}  # on each side of the median
+_POINTS = {torch.float64: 40, torch.float32: 20}  # nodes on each side of the median
 
 
 def distance_to(mixture: UnivariateMixture, value: Tensor) -> Tensor:
-    """Expected distance E|Y - y| from values ``(*batch)``."""
+    """Compute the expected distance E|Y - y| of the mixture from values y, ``(*batch)``."""
     z = (value.unsqueeze(-1) - mixture.locs) / mixture.scale
     return (mixture.logits.exp() * mixture.scale * mixture.law.mean_distance(z)).sum(-1)
 
 
 def half_mean_difference(mixture: UnivariateMixture) -> Tensor:
-    """Half the expected distance of two independent draws, ``(*batch)``."""
+    """Compute half the expected distance of two independent draws, ``(*batch)``."""
     arguments = torch.broadcast_tensors(mixture.logits.exp(), mixture.locs, mixture.scale)
     closed = mixture.law.half_mean_difference(*arguments)
     return mean_difference_by_quadrature(mixture.law, *arguments) if closed is None else closed
 
 
 def mean_difference_by_quadrature(law: Law, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
-    r"""Half the expected distance of two draws, for laws without a closed form.
+    r"""Compute half the expected distance of two draws by quadrature, for laws without a closed form.
 
     .. math:: \tfrac12 \sum_{kl} w_k w_l \, E|Y_k - Y_l|, \qquad E|Y_k - Y_l| = E[a_l(Y_k)], \quad a_l(y) = E|Y_l - y|
 
-    The expectation is over the narrower component of a pair, for which :math:`a_l` is smooth, by Gauss-Legendre
-    quadrature on each side of its median.
+    The expectation is over the narrower component of each pair, because :math:`a_l` of the wider component is smooth on
+    that scale. It is computed by Gauss-Legendre quadrature on each side of the median of the narrower component.
 
     Args:
         law: Law of the components.
@@ -63,18 +63,18 @@ def _distance(law: Law, points: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
 
 
 def _component(tensor: Tensor, k: int) -> Tensor:
-    """Component k along the last dimension, which may be shared and which stays."""
+    """Select component k along the last dimension, which is kept; a dimension of 1 is shared by all components."""
     return tensor if tensor.shape[-1] == 1 else tensor[..., k : k + 1]
 
 
 def _nodes(law: Law, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantiles ``(*batch, K | 1, P)`` with their probabilities ``(P,)``, dense where the law needs it."""
+    """Compute nodes ``(*batch, K | 1, P)``, quantiles that follow the shape of the law, with probabilities ``(P,)``."""
     x, w = np.polynomial.legendre.leggauss(_POINTS[like.dtype])
     reach = math.sqrt(-2 * math.log(torch.finfo(like.dtype).eps))
     normal = like.new_tensor(0.5 * reach * (x - 1))  # standard normal quantiles below the median
     masses = like.new_tensor(0.5 * reach * w) * torch.exp(-0.5 * normal.square()) / math.sqrt(2 * math.pi)
     spread = law.map(lambda t, n: t.unsqueeze(-1))
-    levels = 0.5 * erfc(-math.sqrt(0.5) * normal)  # ndtr rounds to multiples of eps
+    levels = 0.5 * erfc(-math.sqrt(0.5) * normal)  # instead of ndtr, which rounds to multiples of eps
     lower, upper = (side.followed_quantile(levels) for side in (spread, spread.mirrored()))
     nodes = torch.cat([lower, -upper.flip(-1)], -1)
     return nodes if nodes.ndim > 1 else nodes.unsqueeze(0), torch.cat([masses, masses.flip(-1)])

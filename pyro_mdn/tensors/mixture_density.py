@@ -32,58 +32,58 @@ __all__ = [
 
 
 class Kernel(ABC):
-    """Log-densities of components of one family, with gradients by hand; on channel-first tensors.
+    """Log-densities of the components of one family with gradients by hand, on channel-first tensors.
 
     Residuals are locations minus points, ``(D, K, *batch)``. Factors are the other parameters of the components,
-    ``(C, K, *batch)`` each; a component axis of 1 is shared.
+    ``(C, K, *batch)`` each; all components share a factor whose component axis is 1.
     """
 
     @abstractmethod
     def log_density(self, residual: Tensor, *factors: Tensor) -> Tensor:
-        """Log-density of each component, ``(K, *batch)``, up to :meth:`constant`, in differentiable operations."""
+        """Compute log-densities ``(K, *batch)`` up to :meth:`constant`, in differentiable operations."""
 
     @abstractmethod
     def constant(self, dim: int) -> float:
-        """Give what :meth:`log_density` leaves out, because it is the same for all components."""
+        """Return the term that :meth:`log_density` leaves out because it is the same for all components."""
 
     @abstractmethod
     def forward(self, log_weights: Tensor, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """Sum of log-weights and :meth:`log_density`, and the tensors that :meth:`backward` takes.
+        """Compute the sum of log-weights and :meth:`log_density`, and the tensors that :meth:`backward` takes.
 
-        The residual may be overwritten: touching new memory costs more than arithmetic.
+        The residual may be overwritten, because touching new memory costs more than arithmetic.
         """
 
     @abstractmethod
     def backward(self, weight: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
-        r"""Gradients of :math:`\sum_k a_k \log p_k`, the :math:`a_k` being ``weight``, ``(K, *batch)``.
+        r"""Compute the gradients of :math:`\sum_k a_k \log p_k`.
 
         Args:
-            weight: The :math:`a_k`.
-            kept: What :meth:`forward` kept.
-            out: Where to put the gradients of the residual and of the first factor, if nothing was broadcast; that of
-                the factor may take the place of the factor.
+            weight: The coefficients :math:`a_k`, ``(K, *batch)``.
+            kept: The tensors that :meth:`forward` kept.
+            out: Tensors into which to write the gradients of the residual and of the first factor, if nothing was
+                broadcast. The second may be the memory of the factor itself.
 
         Returns:
-            Those with respect to the residual and each factor; what was broadcast is not summed yet.
+            The gradients with respect to the residual and each factor, not yet summed over broadcast dimensions.
         """
 
 
 def mixture_log_density(
     kernel: Kernel, logits: Tensor, locs: Tensor, value: Tensor, *factors: Tensor, normalize: bool = True
 ) -> Tensor:
-    r"""Log-density of a mixture in nats, shape ``(*batch,)``.
+    r"""Compute the log-density of a mixture in nats, shape ``(*batch,)``.
 
     .. math:: \log \sum_k w_k \, p_k(y), \qquad w_k \propto e^{l_k}
 
-    First derivatives are by hand, in few passes over memory; those of higher order, those under the transforms of
-    ``torch.func`` and compiled ones are by autograd.
+    First derivatives are by hand, in few passes over memory. Autograd computes derivatives of higher order, under
+    transforms of ``torch.func`` and in compiled code.
 
     Args:
-        kernel: Family and structure of the components.
+        kernel: Kernel of the components.
         logits: Log-weights :math:`l_k` up to a constant, ``(*batch, K)``.
         locs: Locations, ``(*batch, K, D)``.
         value: Points y, ``(*batch, D)``.
-        factors: What the kernel takes, each ``(*batch, K, C)``; all of these broadcast.
+        factors: Factors of the kernel, ``(*batch, K, C)`` each. All tensors broadcast.
         normalize: Whether to normalise the weights; if not, :math:`w_k = e^{l_k}`.
     """
     if is_traced(logits, locs, value, *factors):
@@ -92,7 +92,7 @@ def mixture_log_density(
 
 
 def density_by_autograd(kernel: Kernel, normalize: bool, *arguments: Tensor) -> Tensor:
-    """:func:`mixture_log_density` of logits, locations, values and factors, in differentiable operations."""
+    """Compute :func:`mixture_log_density` of logits, locations, values and factors in differentiable operations."""
     logits, locs, value, *factors = _channels(*arguments)
     log_weights = logits - log_sum_exp(logits) if normalize else logits
     joint = log_weights + kernel.log_density(locs - value, *factors)
@@ -126,20 +126,23 @@ class _MixtureLogDensity(torch.autograd.Function):
         return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
 
 
-# Both on channel-first tensors
+# The next three functions take channel-first tensors.
 
 
 def density_forward(
     kernel: Kernel, normalize: bool, logits: Tensor, locs: Tensor, value: Tensor, *factors: Tensor
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """Log-density, and what :func:`density_backward` takes."""
-    residual = locs - value.contiguous()  # a row of values is read once for each component
+    """Compute the log-density, log-weights with responsibilities, and the tensors that the kernel keeps.
+
+    :func:`density_backward` takes all but the log-density.
+    """
+    residual = locs - value.contiguous()  # contiguous, because a row of values is read once for each component
     log_weights = logits.log_softmax(0) if normalize else logits
     joint, kept = kernel.forward(log_weights, residual, *factors)
-    if normalize:  # what is left of them is for the gradient of the logits
+    if normalize:  # from here on, only the gradient of the logits reads the log-weights
         torch.threshold_(log_weights, math.log(negligible(joint.dtype)), -math.inf)
     share, top = joint.softmax(0), joint.amax(0)
-    others = share.amax(0).log_().nan_to_num_()  # what they add to the top one; where all are -inf, the share is NaN
+    others = share.amax(0).log_().nan_to_num_()  # minus what the other terms add; NaN where all terms are -inf
     log_density = top.sub_(others)
     if left_out := kernel.constant(len(locs)):
         log_density.add_(constant(left_out, top.dtype))
@@ -155,23 +158,23 @@ def density_backward(
     *kept: Tensor,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Weight of each component in the gradient, log-weights, gradients with respect to locations and factors."""
+    """Return responsibilities times ``grad``, the log-weights, and the gradients of locations and factors."""
     weight = share * grad
     return weight, log_weights, *kernel.backward(weight, *kept, out=out)
 
 
 def logits_gradient(weight: Tensor, log_weights: Tensor, out: Tensor | None = None) -> Tensor:
-    """Gradient of logits ``(K, ...)`` from that of their ``log_softmax``; ``out`` must be contiguous."""
+    """Compute the gradient of logits ``(K, ...)`` from that of their ``log_softmax``; ``out`` must be contiguous."""
     return log_softmax_gradient(weight, log_weights, 0, weight.dtype, out=out)
 
 
 def is_gradient_traced(grad: Tensor) -> bool:
-    """Whether a gradient is to be had in differentiable operations: for derivatives of it, or for many at once.
+    """Check whether a backward pass must be differentiable: for second derivatives, or for many gradients at once.
 
     ``torch.autograd.grad(is_grads_batched=True)`` and ``torch.autograd.functional.jacobian(vectorize=True)`` map the
-    backward pass over gradients; what is written in place has no batch dimension then.
+    backward pass over gradients. A tensor that the pass writes into lacks the dimension that is mapped.
     """
-    if torch.is_grad_enabled() or is_recorded():  # compiled autograd takes no such look at a gradient
+    if torch.is_grad_enabled() or is_recorded():  # compiled autograd cannot ask what kind of tensor a gradient is
         return torch.is_grad_enabled()
     return is_legacy_batched(grad) or is_transformed(grad)
 
@@ -183,10 +186,10 @@ def differentiable_gradients(
     needed: Sequence[bool],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Gradients with respect to the arguments that need one, with a graph of their own where gradients are enabled."""
+    """Compute gradients of the arguments that need one by autograd; they have a graph if gradients are enabled."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        aliases = [a.view_as(a) for a in arguments]  # the same tensor may have been given twice
+        aliases = [a.view_as(a) for a in arguments]  # one each, because the same tensor may have been given twice
         wanted = [a for a, needs in zip(aliases, needed, strict=True) if needs]
         log_density = function(*settings, *aliases)
     gradients = torch.autograd.grad(log_density, wanted, grad, create_graph=create_graph, materialize_grads=True)
@@ -195,8 +198,8 @@ def differentiable_gradients(
 
 
 def _channels(*arguments: Tensor) -> list[Tensor]:
-    """Channel-first logits, locations, values and factors, with equally many batch dimensions."""
-    event_dims = _EVENT_DIMS[: len(arguments)]  # torch 2.6 compiles no other zip than one of equal lengths
+    """View logits, locations, values and factors as channel-first, with equally many batch dimensions."""
+    event_dims = _EVENT_DIMS[: len(arguments)]
     batch = max([t.ndim - n for t, n in zip(arguments, event_dims, strict=True)])
     orders = (), (batch, *range(batch)), (batch + 1, batch, *range(batch))
     logits, locs, value, *factors = [
@@ -207,6 +210,6 @@ def _channels(*arguments: Tensor) -> list[Tensor]:
 
 
 def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
-    """Channel-first gradient in the shape of the argument that it belongs to."""
+    """Bring a channel-first gradient to the shape of its argument, summing over broadcast dimensions."""
     gradient = channels_last(gradient, event_dim)
     return gradient if gradient.shape == argument.shape else gradient.sum_to_size(argument.shape)

@@ -24,7 +24,10 @@ __all__ = [
 
 
 def sum_logs(factors: Tensor) -> Tensor:
-    """Sum logarithms over the first dimension: of products of two, half as many, if all these are in range."""
+    """Sum logarithms over the first dimension.
+
+    If all products of two factors are in range, it takes the logarithms of the products, which are half as many.
+    """
     half = len(factors) // 2
     # For small tensors, checking the range costs as much as the logarithms. On GPUs and under tracing we cannot branch
     # on values.
@@ -39,27 +42,27 @@ def sum_logs(factors: Tensor) -> Tensor:
 
 @functools.cache
 def constant(value: float, dtype: torch.dtype) -> Tensor:
-    """Return a number as a tensor: torch adds it in half the time of a Python number."""
+    """Return a number as a tensor, which torch adds in half the time of a Python number."""
     with torch.inference_mode(False):
         return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def norm(rows: Tensor) -> Tensor:
-    """Euclidean norm along the last axis; no square over- or underflows, and its gradient at 0 is 0."""
+    """Compute the Euclidean norm along the last axis; no square over- or underflows, and the gradient at 0 is 0."""
     largest = rows.detach().abs().amax(-1, keepdim=True)
     unit = largest.masked_fill((largest == 0) | (largest == math.inf), 1.0)
     return unit.squeeze(-1) * (rows / unit).norm(dim=-1)
 
 
 def location_and_scale(rows: Tensor, *, common_unit: bool = False) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, in float64, of the columns of ``(N, ...)``; constant ones have a scale of 1.
+    """Compute the mean and standard deviation, in float64, of the columns of ``(N, ...)``.
 
-    NaN are left out.
+    NaN are left out. A constant column has a scale of 1.
 
     Args:
         rows: The data.
-        common_unit: One scale, of shape ``(1,)``, for all columns: the root mean square over those that are not
-            constant, and 1 if all are.
+        common_unit: Whether all columns have one scale, of shape ``(1,)``: the root mean square of the standard
+            deviations of the columns that are not constant, or 1 if all columns are constant.
     """
     location = rows.double().nanmean(0)
     scale = (rows.double() - location).square().nanmean(0).sqrt()
@@ -88,9 +91,9 @@ def negligible(dtype: torch.dtype) -> float:
 
 
 def exp(exponent: Tensor) -> Tensor:
-    """Exponential, with about the least normal number in place of what underflows.
+    """Compute the exponential; a result that would underflow becomes about the smallest normal number.
 
-    For results that underflow, a CPU may take thirty times as long.
+    A CPU may take thirty times as long for results that underflow.
 
     >>> exp(torch.tensor([0.0, -1e6]))
     tensor([1.0000e+00, 3.1953e-38])
@@ -99,23 +102,24 @@ def exp(exponent: Tensor) -> Tensor:
 
 
 def log_sum_exp(terms: Tensor) -> Tensor:
-    """Log-sum-exp over the first dimension; its gradient is exactly 0 at terms of a :func:`negligible` share."""
+    """Compute the log-sum-exp over the first dimension; its gradient is exactly 0 at :func:`negligible` terms."""
     return _raised(terms).logsumexp(0)
 
 
 def shares(terms: Tensor) -> Tensor:
-    """Softmax over the first dimension; :func:`negligible` shares are exactly 0, and so are their gradients."""
-    return torch.threshold(_raised(terms).softmax(0), 2 * negligible(terms.dtype), 0.0)  # twice: they were rounded
+    """Compute the softmax over the first dimension; :func:`negligible` shares and their gradients are exactly 0."""
+    # Twice the limit, because rounding may leave a raised share slightly above it.
+    return torch.threshold(_raised(terms).softmax(0), 2 * negligible(terms.dtype), 0.0)
 
 
 def _raised(terms: Tensor) -> Tensor:
-    """Raise logarithms of negligible shares to that of the largest negligible one, without a gradient."""
+    """Raise terms of negligible share to the largest such term; raised terms have no gradient."""
     top = terms.detach().amax(0, keepdim=True)
     return terms.clamp(min=top + math.log(negligible(terms.dtype)))
 
 
 def single_at_least(*dtypes: torch.dtype) -> torch.dtype:
-    """Give the precision to which these promote, and single precision at least.
+    """Return the dtype to which these promote, or single precision if that is wider.
 
     >>> single_at_least(torch.bfloat16), single_at_least(torch.float16, torch.float64)
     (torch.float32, torch.float64)
@@ -127,8 +131,8 @@ def single_at_least(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def positive(raw: Tensor, least: float) -> Tensor:
-    """Softplus, and no less than ``least``."""
+    """Compute the softplus of ``raw`` plus ``least``."""
     scale = softplus(raw)
     if is_traced(raw):
-        return scale + least  # what is differentiated from a trace must not change
+        return scale + least  # a traced tensor that is differentiated must not change in place
     return scale.add_(constant(least, scale.dtype))

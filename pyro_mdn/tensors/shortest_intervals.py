@@ -1,7 +1,8 @@
-r"""Shortest interval of given probability under a univariate mixture.
+r"""Shortest intervals of given probability under univariate mixtures.
 
-The width as a function of the probability below the interval has many local minima. The density is the same at both
-ends of each. A grid that follows every component finds them. Newton's method refines those that may be the shortest.
+The width of an interval, as a function of the probability below it, may have many local minima. At each minimum, the
+density is the same at both ends of the interval. A grid that follows every component finds the minima, and Newton's
+method refines those that may be the shortest.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from pyro_mdn.tensors.univariate import UnivariateMixture
 __all__ = ["Shortest", "shortest_intervals"]
 
 _ELEMENTS = 2**16
-"""Points of the grid at once, where one row does not need more."""
+"""Largest number of grid points that are processed at once; a single row may have more."""
 
 _STEPS = 10
 
 _SLACK = 4.0
-"""How many times more than Newton's method expects a step may gain; to second order it is a half."""
+"""Safety factor on the gain in width that a Newton step promises to first order; to second order, half is gained."""
 
 
 class _Ends(NamedTuple):
-    """Candidates, in ascending order along the last dimension: tail below, lower and upper end."""
+    """Candidate intervals in ascending order along the last dimension: probability below, lower and upper end."""
 
     tail: Tensor
     lower: Tensor
@@ -36,7 +37,7 @@ class _Ends(NamedTuple):
 
 
 class Shortest(NamedTuple):
-    """Shortest intervals, ``(*batch)``: probabilities below and above, and ends."""
+    """Shortest intervals, ``(*batch)``: probabilities below and above them, and their ends."""
 
     left: Tensor
     right: Tensor
@@ -46,7 +47,7 @@ class Shortest(NamedTuple):
 
 @torch.no_grad()
 def shortest_intervals(outside: float, mixture: UnivariateMixture) -> Shortest:
-    """Find the shortest intervals that leave ``outside`` out.
+    """Find the shortest intervals of probability ``1 - outside``.
 
     Args:
         outside: Probability outside the interval, in (0, 1).
@@ -72,13 +73,13 @@ def shortest_intervals(outside: float, mixture: UnivariateMixture) -> Shortest:
 
 
 def _changed(mixture: UnivariateMixture, function: Callable[[Tensor], Tensor]) -> UnivariateMixture:
-    """Apply a function to all parameters, those of the law included."""
+    """Apply a function to all parameters, including those of the law."""
     logits, locs, scale, law = mixture
     return UnivariateMixture(function(logits), function(locs), function(scale), law.map(lambda t, n: function(t)))
 
 
 def _set_ends(shortest: Shortest, rows: Tensor, mixture: UnivariateMixture) -> None:
-    """Set the ends of these rows, where a bracket has kept Newton's method from accurate ones, to quantiles."""
+    """Set the ends of these rows, for which Newton's method has given no accurate ones, to quantiles."""
     if not len(rows):
         return
     some = _changed(mixture, lambda t: t[rows])
@@ -88,8 +89,8 @@ def _set_ends(shortest: Shortest, rows: Tensor, mixture: UnivariateMixture) -> N
 
 
 def _narrowest(outside: float, mixture: UnivariateMixture, rows: Tensor, candidates: list[_Ends]) -> Tensor:
-    """Probability below the shortest interval, lower and upper end, ``(3, N)``, for parameters ``(N, K)``."""
-    # The grid is in the dtype of the mixture; differences between nearly equal densities need more digits.
+    """Find the probability below the shortest interval and both ends, ``(3, N)``, for parameters ``(N, K)``."""
+    # The grid is in the dtype of the mixture, but differences between nearly equal densities need more digits.
     width, found = _refine(outside, rows, _changed(mixture, lambda t: t[rows].double()), *candidates)
     count = len(mixture.locs)
     shortest = width.new_full((count,), math.inf).scatter_reduce(0, rows, width, "amin")
@@ -99,13 +100,13 @@ def _narrowest(outside: float, mixture: UnivariateMixture, rows: Tensor, candida
 
 
 def _on_grid(outside: float, mixture: UnivariateMixture) -> _Ends:
-    """Intervals one end of which is a point of the grid, ``(N, M)``: the other end is interpolated."""
+    """Build intervals ``(N, M)`` with one end on a point of the grid; the other end is interpolated."""
     locs, scale = mixture.locs.unsqueeze(-1), mixture.scale.unsqueeze(-1)
     points = (locs + scale * mixture.law.grid(mixture.locs)).flatten(-2).sort(-1).values
     below, above, density = _tails(points, mixture)
     below, level = below.cummax(-1).values, (outside - above).cummax(-1).values  # rounding leaves them unsorted
     log_density = density.clamp(min=torch.finfo(density.dtype).tiny).log()
-    # The ranks of each among the others sort the two: the positions of one, and those that are left.
+    # Both lists are sorted: the place of an entry in the merged list is its index plus its rank in the other list.
     after = torch.searchsorted(below, level)
     before = after.new_zeros((len(after), after.shape[-1] + 1))
     before = before.scatter_add_(-1, after, torch.ones_like(after)).cumsum(-1)[:, :-1]
@@ -118,12 +119,12 @@ def _on_grid(outside: float, mixture: UnivariateMixture) -> _Ends:
 
 
 def _tails(points: Tensor, mixture: UnivariateMixture) -> tuple[Tensor, Tensor, Tensor]:
-    """Probability below and above points ``(N, M)``, and density; both tails keep their relative accuracy."""
+    """Compute probabilities below and above points ``(N, M)``, and densities; both tails keep relative accuracy."""
     logits, locs, scale, law = mixture
     passed, tail, density = (torch.zeros_like(points) for _ in range(3))
     total = torch.zeros_like(points[:, :1])
     weights, precision = logits.exp(), scale.reciprocal()
-    for k in range(locs.shape[-1]):  # one at a time, so that memory does not grow with the square of their number
+    for k in range(locs.shape[-1]):  # one at a time, so that memory does not grow with the square of K
         own, weight = law.map(lambda t, n, k=k: t[:, k, None]), weights[:, k, None]
         z = (points - locs[:, k, None]).mul_(precision[:, k, None])
         passed.addcmul_(z >= 0, weight)
@@ -134,7 +135,7 @@ def _tails(points: Tensor, mixture: UnivariateMixture) -> tuple[Tensor, Tensor, 
 
 
 def _interpolate(level: Tensor, levels: Tensor, after: Tensor, points: Tensor, log_density: Tensor) -> Tensor:
-    """Points at which a cumulative probability, known at ``points``, reaches ``level``: its logarithm bends little."""
+    """Interpolate where a cumulative probability reaches ``level``; the log-density is taken as linear in between."""
     before = (after - 1).clamp(0, points.shape[-1] - 2)
     rise = log_density.diff(dim=-1).clamp(-50, 50)
     rise = torch.where(rise.abs() < 1e-6, 1e-6, rise)
@@ -145,12 +146,18 @@ def _interpolate(level: Tensor, levels: Tensor, after: Tensor, points: Tensor, l
 
 
 def _basins(offset: int, outside: float, ends: _Ends) -> tuple[Tensor, _Ends, _Ends, _Ends]:
-    """Rows from ``offset``, and neighbours, of candidates narrower than these, perhaps near the narrowest, ``(P,)``."""
+    """Find candidates ``(P,)`` that are local minima of the width and may lie near the shortest interval of their row.
+
+    Returns:
+        Their rows, counted from ``offset``; their neighbours below and above, between which the minimum lies; and the
+        candidates themselves.
+    """
     valid = (ends.tail > 0) & (ends.tail < outside)
     width = torch.where(valid, ends.upper - ends.lower, math.inf)
     outer = width.new_full((len(width), 1), math.inf)
     before, after = torch.cat([outer, width[:, :-1]], -1), torch.cat([width[:, 1:], outer], -1)
-    # Between two candidates no interval is shorter than from the lower end of one to the upper end of the other.
+    # An interval between two neighbouring candidates reaches at least from the lower end of the later one to the upper
+    # end of the earlier one.
     step = torch.zeros_like(width)
     step[:, :-1] = ends.lower.diff(dim=-1)
     step[:, 1:] = torch.maximum(step[:, 1:], ends.upper.diff(dim=-1))
@@ -165,7 +172,10 @@ def _basins(offset: int, outside: float, ends: _Ends) -> tuple[Tensor, _Ends, _E
 
 
 class _Bracket(NamedTuple):
-    """Candidates that are refined: which they are, ``(P,)``, and what holds the minimum, ``(2, P)`` for both ends."""
+    """Candidates under refinement, ``(P,)``: indices, rows, probabilities below them, and bounds of the probabilities.
+
+    The ends and their bounds, ``smallest`` and ``largest``, have the shape ``(2, P)``, for lower and upper ends.
+    """
 
     which: Tensor
     row: Tensor
@@ -183,9 +193,9 @@ class _Bracket(NamedTuple):
 def _refine(
     outside: float, rows: Tensor, mixture: UnivariateMixture, lowest: _Ends, highest: _Ends, start: _Ends
 ) -> tuple[Tensor, Tensor]:
-    """Width ``(P,)``, and tail below, lower and upper end ``(3, P)``, where the densities at both ends agree.
+    """Find intervals with equal densities at both ends: width ``(P,)``; probability below and both ends ``(3, P)``.
 
-    Newton's method within brackets, until candidates have settled or can no longer be the shortest.
+    Newton's method runs within brackets, until a candidate has settled or can no longer be the shortest.
     """
     ends = (torch.stack([e.lower, e.upper]) for e in (start, lowest, highest))
     which = torch.arange(len(rows), device=rows.device)
@@ -194,7 +204,7 @@ def _refine(
     shortest = width.new_full((int(rows.amax()) + 1 if len(rows) else 0,), math.inf)
     for _ in range(_STEPS):
         new, reached, ends, gain, settled = _newton_step(outside, mixture, now)
-        # Of equal ones the last, where the densities agree best, and the ends are most accurate.
+        # Of equally wide steps, keep the last: there the densities agree best, and the ends are most accurate.
         better = reached <= width[now.which] * torch.where(ends[0].isnan(), 1 + 1e-12, 1 + 1e-10)
         where = now.which[better]
         width[where], found[0, where], found[1:, where] = reached[better], now.tail[better], ends[:, better]
@@ -208,11 +218,16 @@ def _refine(
 def _newton_step(
     outside: float, mixture: UnivariateMixture, now: _Bracket
 ) -> tuple[_Bracket, Tensor, Tensor, Tensor, Tensor]:
-    """Next bracket, a bound of the width now, ends to first order, what the step may gain, whether it is over."""
+    """Take one Newton step within the brackets.
+
+    Returns:
+        The next brackets; an upper bound of the present width; the present ends, corrected to first order, or NaN where
+        that is not accurate enough; the width that the step may gain; and whether a candidate has settled.
+    """
     tail, ends = now.tail, now.ends
     log_density, bend = mixture.log_density_by_level(ends)
     below, above = mixture.cdf(ends[0]), mixture.mirrored().cdf(-ends[1])
-    # How far the ends are from leaving this tail out, as a probability and, to first order, as a distance.
+    # The probability that each end still has to pass to leave its tail out; times ``stretch``, a first-order distance.
     lack, stretch = torch.stack([tail - below, tail - outside + above]), (-log_density).exp()
     corrected, error = ends + lack * stretch, (lack * stretch).abs().sum(0)
     reached = corrected[1] - corrected[0] + error
@@ -226,7 +241,8 @@ def _newton_step(
     gain = reach * (stretch[1] - stretch[0]).abs() + error
     settled = (moved <= 1e-12 * torch.minimum(tail, outside - tail)) & (error <= 1e-9 * reached)
     ends = (ends + (lack + new - tail) * stretch).clamp(now.smallest, now.largest)
-    corrected = torch.where(error <= 1e-9 * reached, corrected, math.nan)  # what is first order elsewhere is not enough
+    # Where the error is larger, a first-order correction is not accurate enough.
+    corrected = torch.where(error <= 1e-9 * reached, corrected, math.nan)
     return now._replace(tail=new, low=low, high=high, ends=ends), reached, corrected, gain, settled
 
 

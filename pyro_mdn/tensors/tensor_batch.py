@@ -1,4 +1,4 @@
-r"""Batches of objects that are known by tensors, such as covariances and the components of mixtures."""
+r"""Batches of objects whose parameters are tensors, such as covariances and the components of mixtures."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ __all__ = ["TensorBatch", "broadcast_shapes", "nested", "stored", "take_componen
 
 
 def stored(event_dim: int, **settings: Any) -> Any:
-    """Declare a tensor with that many dimensions behind the component axis; settings are those of a dataclass field."""
+    """Declare a tensor with ``event_dim`` dimensions after the component axis; settings go to the dataclass field."""
     return field(metadata={"event_dim": event_dim}, **settings)
 
 
 def nested() -> Any:
-    """Declare a batch that is stored within another."""
+    """Declare a field that holds another batch."""
     return field()
 
 
 @dataclass(frozen=True, eq=False)
-class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
+class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
     """Base of frozen dataclasses whose fields are tensors, other batches, or plain settings.
 
-    A tensor is declared by :func:`stored` and has the shape ``(*batch, K, *event)``. Batches of different fields
-    broadcast, and a component axis of 1 is shared by all components.
+    A tensor is declared by :func:`stored` and has the shape ``(*batch, K, *event)``. The batch shapes of different
+    fields broadcast. A tensor with a component axis of 1 is shared by all components.
     """
 
     @property
     def batch_shape(self) -> torch.Size:
-        """Shape of the batch, the component axis last."""
+        """Shape of the batch, with the component axis as its last dimension."""
         return broadcast_shapes(*[t.shape[: t.ndim - event_dim] for t, event_dim in self.stored()])
 
     def tensors(self) -> list[Tensor]:
-        """Return the stored tensors, those of nested batches included."""
+        """Return the stored tensors, including those of nested batches."""
         return [tensor for tensor, _ in self.stored()]
 
     def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
-        """Apply ``function(tensor, event_dim)`` to each stored tensor; it may change the batch only."""
+        """Apply ``function(tensor, event_dim)`` to each stored tensor; it may reshape only the batch dimensions."""
         changes: dict[str, Any] = {}
         for f in fields(self):
             value, event_dim = getattr(self, f.name), f.metadata.get("event_dim")
@@ -53,7 +53,7 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
         return type(self)(**changes)
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
-        """Expand the batch, component axis included; a view."""
+        """Expand the batch, including the component axis, without copying."""
         return self.map(lambda t, n: t.expand(*batch_shape, *t.shape[t.ndim - n :]))
 
     def select(self, component: Tensor) -> Self:
@@ -61,12 +61,12 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
         return self.map(lambda t, n: t if t.shape[t.ndim - n - 1] == 1 else take_component(t, component, n))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """Put these in the place of the stored tensors, in the order of :meth:`tensors`."""
+        """Replace the stored tensors by others, given in the order of :meth:`tensors`."""
         rest = iter(tensors)
         return self.map(lambda t, n: next(rest))
 
     def stored(self) -> Iterator[tuple[Tensor, int]]:
-        """Iterate over the stored tensors and the number of their dimensions behind the component axis."""
+        """Iterate over the stored tensors, each with its number of dimensions after the component axis."""
         for f in self.__dataclass_fields__.values():  # ``fields`` takes as long as a density of few points
             value, event_dim = getattr(self, f.name), f.metadata.get("event_dim")
             if event_dim is not None:
@@ -76,12 +76,12 @@ class TensorBatch(ABC):  # noqa: B024 (those of its kinds are abstract)
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
-    """Broadcast shapes, those that are equal without torch's search, which takes as long as a density of few points."""
+    """Broadcast shapes; equal ones skip torch's search, which takes as long as the density of a few points."""
     return shapes[0] if all(shape == shapes[0] for shape in shapes) else torch.broadcast_shapes(*shapes)
 
 
 def take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
-    """Gather ``(*batch, K, *event)`` at ``(*sample, *batch)`` into ``(*sample, *batch, 1, *event)``."""
+    """Gather ``(*batch, K, *event)`` at indices ``(*sample, *batch)`` into ``(*sample, *batch, 1, *event)``."""
     event = tensor.shape[tensor.ndim - event_dim :]
     index = component.reshape(*component.shape, *(1,) * (event_dim + 1)).expand(*component.shape, 1, *event)
     tensor = tensor.expand(*component.shape, *tensor.shape[tensor.ndim - event_dim - 1 :])

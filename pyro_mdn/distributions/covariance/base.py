@@ -1,7 +1,7 @@
-r"""Covariance operators: positive-definite matrices known by one factor.
+r"""Covariance operators: positive-definite matrices, each given by one factor.
 
-Each operator stores its factor and derives the rest on demand. Shapes are ``(*batch, K)`` for the batch of
-matrices, ``K`` being the component axis; a component axis of 1 is one matrix *tied* across components.
+Each operator stores its factor and derives the rest on demand. A batch of matrices has the shape ``(*batch, K)``, with
+the component axis last. A component axis of 1 means one matrix *tied* across components.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["Covariance", "Whitening", "require_positive"]
 
 
 class Whitening(ABC):
-    """How covariances of one structure whiten residuals, and what that makes of gradients; on channel-first tensors.
+    """Whitening of residuals by covariances of one structure, with gradients by hand, on channel-first tensors.
 
-    Factors are those of a covariance operator, or raw channels of a network that are constrained on the way.
+    Factors are those of a covariance operator, or raw channels of a network, which the whitening constrains.
     """
 
     @abstractmethod
@@ -37,9 +37,9 @@ class Whitening(ABC):
             scratch: Whether the residual may be overwritten: touching new memory costs more than arithmetic.
 
         Returns:
-            Numbers z, ``(D, K, *batch)`` or more, whose squares sum to :math:`r^\top \Sigma^{-1} r`;
-            :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and what :meth:`pull_back` takes. Without ``scratch`` all
-            of it is differentiable.
+            Whitened residuals z, ``(D, K, *batch)`` or with more rows than D, whose squares sum to
+            :math:`r^\top \Sigma^{-1} r`; :math:`\tfrac12 \log\det\Sigma`, ``(K, *batch)``; and the tensors that
+            :meth:`pull_back` takes. Without ``scratch`` the results are differentiable.
         """
 
     @abstractmethod
@@ -51,33 +51,35 @@ class Whitening(ABC):
         *kept: Tensor,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        r"""Gradients of :math:`-\sum_k (a_k \tfrac12 \log\det\Sigma_k + b_k \tfrac12 r_k^\top \Sigma_k^{-1} r_k)`.
+        r"""Compute the gradients of half the log-determinants and squared lengths, weighted and summed.
+
+        They are those of :math:`-\sum_k (a_k \tfrac12 \log\det\Sigma_k + b_k \tfrac12 r_k^\top \Sigma_k^{-1} r_k)`.
 
         Args:
-            weight: The :math:`a_k`, ``(K, *batch)``.
-            radial: The :math:`b_k`; for normal components the same tensor.
-            whitened: What :meth:`whiten` gave.
-            kept: What else it gave.
-            out: Where to put the gradients, if there is one factor and nothing was broadcast; that for the factor
-                may take its place.
+            weight: The coefficients :math:`a_k`, ``(K, *batch)``.
+            radial: The coefficients :math:`b_k`; for normal components the same tensor as ``weight``.
+            whitened: The whitened residuals that :meth:`whiten` returned.
+            kept: The other tensors that :meth:`whiten` returned for this method.
+            out: Tensors into which to write the gradients of the residual and of the factor, if there is one factor and
+                nothing was broadcast. The second may be the memory of the factor itself.
 
         Returns:
-            Those with respect to the residual and each factor; what was broadcast is not summed yet.
+            The gradients with respect to the residual and each factor, not yet summed over broadcast dimensions.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Covariance(TensorBatch):
-    r"""A batch of covariance matrices :math:`\Sigma` over :math:`\mathbb{R}^D`, known by a factor.
+    r"""A batch of covariance matrices :math:`\Sigma` over :math:`\mathbb{R}^D`, given by a factor.
 
-    Whatever is elliptical is built from :meth:`whiten` and :meth:`half_log_det`, which come from the same factor:
+    Densities of elliptical families use :meth:`whiten` and :meth:`half_log_det`, which come from the same factor:
 
     .. math:: r^\top \Sigma^{-1} r = \lVert \mathrm{whiten}(r) \rVert^2, \qquad
               \mathrm{half\_log\_det} = \tfrac12 \log\det\Sigma.
 
     Attributes:
         is_diagonal: Whether outputs are uncorrelated.
-        whitening: The same on raw tensors, with derivatives by hand; ``None`` leaves them to autograd.
+        whitening: Whitening on raw tensors with derivatives by hand; ``None`` leaves derivatives to autograd.
     """
 
     is_diagonal: ClassVar[bool] = True
@@ -98,61 +100,71 @@ class Covariance(TensorBatch):
 
     @abstractmethod
     def half_log_det(self) -> Tensor:
-        """Half the log-determinant, shape ``(*batch, K)``."""
+        """Compute half the log-determinant, shape ``(*batch, K)``."""
 
     @abstractmethod
     def variance(self) -> Tensor:
-        """Diagonal of the matrix, shape ``(*batch, K, D)``."""
+        """Compute the diagonal of the matrix, shape ``(*batch, K, D)``."""
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """Dense matrix, shape ``(*batch, K, D, D)``."""
+        """Compute the dense matrix, shape ``(*batch, K, D, D)``."""
 
     @abstractmethod
     def triangular(self) -> Covariance:
-        """Return the same covariance as an operator whose whitening is lower triangular (this one, if it is)."""
+        """Return the same covariance as an operator whose whitening is lower triangular (itself, if it already is)."""
 
     @abstractmethod
     def next_output(self, residuals: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Shift of the mean and standard deviation, ``(*batch, K)``, of the output that follows known residuals.
+        """Compute the shift of the mean and the standard deviation of the next output, given those before it.
 
-        For a triangular operator; the residuals, ``(*batch, K)`` each, are those of the first outputs in order.
+        The operator has to be triangular. The residuals are those of the first outputs, in order. All shapes are
+        ``(*batch, K)``.
         """
 
     @abstractmethod
     def conditional_scale(self) -> Tensor:
-        """Standard deviation of each output given those before it, ``(*batch, K, D)``; for a triangular operator."""
+        """Compute the standard deviation of each output given those before it, ``(*batch, K, D)``.
+
+        The operator has to be triangular.
+        """
 
     @abstractmethod
     def marginal(self, dims: Sequence[int]) -> Covariance:
-        """Covariance of the outputs ``dims``, in that order."""
+        """Return the covariance of the outputs ``dims``, in that order."""
 
     @abstractmethod
     def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
-        """Shift of the mean and covariance of the last outputs, given the residuals ``(*batch, K, n)`` of the first."""
+        """Return the shift of the mean and the covariance of the outputs after the first n, given residuals of these.
+
+        The residuals have the shape ``(*batch, K, n)``.
+        """
 
     @abstractmethod
     def affine(self, scale: Tensor) -> Covariance:
-        """Covariance after multiplying the outputs by ``scale``, shape ``(*batch, K, D)`` (broadcast)."""
+        """Return the covariance of the outputs times ``scale``, shape ``(*batch, K, D)`` (broadcast)."""
 
     @abstractmethod
     def validate(self) -> None:
         """Raise ``ValueError`` unless every matrix is finite and positive definite."""
 
     def stddev(self) -> Tensor:
-        """Standard deviation of each output, ``(*batch, K, D)``, if it can be also where squares over- or underflow."""
+        """Compute the standard deviation of each output, ``(*batch, K, D)``.
+
+        An operator that can do without squares, which may over- or underflow, overrides this method.
+        """
         return self.variance().sqrt()
 
     def precision_tril(self) -> Tensor:
-        r"""Dense lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
+        r"""Compute the dense lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
         return self.conditional_scale().reciprocal().diag_embed()
 
     def root(self) -> Tensor:
-        r"""Dense A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)``, M ≥ D."""
+        r"""Compute a dense A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)``, M ≥ D."""
         return self.stddev().diag_embed()
 
     def of_dim(self, dim: int) -> Covariance:
-        """Return this operator for ``dim`` outputs; a ``ValueError`` if it is for another number."""
+        """Return this operator for ``dim`` outputs; raise a ``ValueError`` if it is for another number of outputs."""
         if self.dim != dim:
             raise ValueError(f"covariance: expected one over {dim} outputs, got {self.dim}")
         return self

@@ -18,7 +18,7 @@ __all__ = ["DiagonalCovariance", "DiagonalWhitening", "IsotropicCovariance", "Ra
 
 
 class DiagonalWhitening(Whitening):
-    r""":math:`z = r / \sigma`. Factor: σ, ``(D, K, *batch)``, or ``(1, K, *batch)`` for all outputs alike."""
+    r"""Whitening :math:`z = r / \sigma` by one factor σ, ``(D, K, *batch)``, or ``(1, K, *batch)`` for all outputs."""
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (scale,) = factors
@@ -38,7 +38,7 @@ class DiagonalWhitening(Whitening):
     ) -> tuple[Tensor, Tensor]:
         (scale,) = kept
         for_residual, for_scale = out or (None, None)
-        inward = None if radial is weight else -radial / scale  # before the gradient takes the place of the channels
+        inward = None if radial is weight else -radial / scale  # now, because ``out`` may overwrite the factor
         slope = torch.div(-weight, scale, out=for_scale)
         grad_residual = torch.mul(slope if inward is None else inward, whitened, out=for_residual)
         if slope.shape != grad_residual.shape:
@@ -48,7 +48,7 @@ class DiagonalWhitening(Whitening):
 
 @dataclass(frozen=True)
 class RawDiagonalWhitening(Whitening):
-    """The same from raw channels, through :func:`positive`."""
+    """Diagonal whitening from raw channels, which :func:`positive` maps to σ."""
 
     min_scale: float
 
@@ -66,7 +66,7 @@ class RawDiagonalWhitening(Whitening):
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         scale, raw = kept
-        slope = raw.sigmoid()  # before the gradient takes the place of the channels
+        slope = raw.sigmoid()  # now, because ``out`` may overwrite the raw channels
         grad_residual, grad_scale = _DIAGONAL.pull_back(weight, radial, whitened, scale, out=out)
         return grad_residual, grad_scale.mul_(slope)
 
@@ -76,7 +76,7 @@ _DIAGONAL = DiagonalWhitening()
 
 @dataclass(frozen=True, eq=False)
 class IsotropicCovariance(Covariance):
-    r""":math:`\Sigma = \sigma^2 I`.
+    r"""Isotropic covariance :math:`\Sigma = \sigma^2 I`.
 
     Args:
         scale: Standard deviation :math:`\sigma`, shape ``(*batch, K)``.
@@ -147,7 +147,7 @@ class IsotropicCovariance(Covariance):
 
 @dataclass(frozen=True, eq=False)
 class DiagonalCovariance(Covariance):
-    r""":math:`\Sigma = \mathrm{diag}(\sigma^2)`.
+    r"""Diagonal covariance :math:`\Sigma = \mathrm{diag}(\sigma^2)`.
 
     Args:
         scale: Standard deviations :math:`\sigma`, shape ``(*batch, K, D)``.

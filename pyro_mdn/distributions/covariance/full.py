@@ -22,7 +22,10 @@ __all__ = ["FullCovariance", "FullWhitening", "RawFullWhitening", "in_single", "
 
 
 class FullWhitening(Whitening):
-    """:math:`z = W r`. Factors: diagonal of W, ``(D, K, *batch)``, and what is below it, ``(D(D-1)/2, K, *batch)``."""
+    """Whitening :math:`z = W r` by a lower triangle W.
+
+    Factors are the diagonal of W, ``(D, K, *batch)``, and the packed entries below it, ``(D(D-1)/2, K, *batch)``.
+    """
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         diagonal, lower = factors
@@ -48,7 +51,7 @@ class FullWhitening(Whitening):
         *kept: Tensor,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Have the gradients of diagonal and what is below it in one tensor."""
+        """Compute the gradients of :meth:`pull_back`, those of both factors in one tensor."""
         residual, diagonal, lower = kept
         for_residual, packed = out or (None, None)
         slope = whitened * -radial
@@ -56,9 +59,8 @@ class FullWhitening(Whitening):
         if packed is None:
             packed = slope.new_empty(len(diagonal) + len(lower), *slope.shape[1:])
         grad_diagonal, grad_lower = packed.split_with_sizes([len(diagonal), len(lower)])
-        packed_triangles.tril_add_transposed_(
-            grad_residual, lower, slope
-        )  # before the gradient takes the place of the channels
+        # Before gradients are written: ``lower`` may be a view of raw channels, which ``out`` may overwrite.
+        packed_triangles.tril_add_transposed_(grad_residual, lower, slope)
         torch.mul(slope, residual, out=grad_diagonal).addcdiv_(weight, diagonal)
         packed_triangles.tril_outer(slope, residual, out=grad_lower)
         return grad_residual, packed
@@ -66,7 +68,7 @@ class FullWhitening(Whitening):
 
 @dataclass(frozen=True)
 class RawFullWhitening(Whitening):
-    """The same from raw channels; the diagonal of W is the reciprocal of :func:`positive`."""
+    """Full whitening from raw channels; the diagonal of W is the reciprocal of :func:`positive` of the first D."""
 
     min_scale: float
 
@@ -86,7 +88,7 @@ class RawFullWhitening(Whitening):
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         residual, diagonal, lower, raw_diagonal = kept
-        # Before the gradient takes the place of the channels.
+        # Before gradients are written, because ``out`` may overwrite the raw channels.
         slope = raw_diagonal.sigmoid().mul_(diagonal).mul_(diagonal).neg_()
         grad_residual, packed = _FULL.packed_pull_back(weight, radial, whitened, residual, diagonal, lower, out=out)
         packed[: len(diagonal)].mul_(slope)
@@ -98,16 +100,17 @@ _FULL = FullWhitening()
 
 @dataclass(frozen=True, eq=False)
 class FullCovariance(Covariance):
-    r"""Unrestricted :math:`\Sigma`, stored as its whitening factor :math:`W = L^{-1}`.
+    r"""Unrestricted covariance :math:`\Sigma`, stored as its whitening factor :math:`W = L^{-1}`.
 
     .. math:: \Sigma = L L^\top, \qquad \Sigma^{-1} = W^\top W, \qquad \mathrm{whiten}(r) = W r.
 
-    A density is then a product, not a triangular solve. :math:`1 / W_{dd}` is the conditional standard deviation
-    of output d given the outputs before it.
+    A density then takes a product with W, not a triangular solve. :math:`1 / W_{dd}` is the conditional standard
+    deviation of output d given the outputs before it.
 
     Args:
         diagonal: Diagonal of W, positive, shape ``(*batch, K, D)``.
-        lower: What is below it, band by band, each shorter by one, shape ``(*batch, K, D(D-1)/2)``.
+        lower: Entries of W below the diagonal, band by band, each band shorter by one than the one before, shape
+            ``(*batch, K, D(D-1)/2)``.
 
     >>> FullCovariance.from_matrix(torch.tensor([[[4.0, 2.0], [2.0, 5.0]]]))
     FullCovariance(diagonal=tensor([[0.5000, 0.5000]]), lower=tensor([[-0.2500]]))
@@ -126,36 +129,44 @@ class FullCovariance(Covariance):
 
     @classmethod
     def from_precision_tril(cls, precision_tril: Tensor) -> FullCovariance:
-        r"""From lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
+        r"""Build from a lower-triangular W with :math:`\Sigma^{-1} = W^\top W`, shape ``(*batch, K, D, D)``."""
         _require_square(precision_tril, "precision_tril")
         return cls(*packed_triangles.pack_tril(precision_tril))
 
     @classmethod
     def from_scale_tril(cls, scale_tril: Tensor) -> FullCovariance:
-        r"""From lower-triangular L with :math:`\Sigma = L L^\top`, shape ``(*batch, K, D, D)``."""
+        r"""Build from a lower-triangular L with :math:`\Sigma = L L^\top`, shape ``(*batch, K, D, D)``."""
         _require_square(scale_tril, "scale_tril")
         return cls.from_precision_tril(_tril_inverse(scale_tril))
 
     @classmethod
     def from_root(cls, root: Tensor) -> FullCovariance:
-        r"""From any root A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)`` with M ≥ D, of full rank."""
+        r"""Build from any root A with :math:`\Sigma = A A^\top`, shape ``(*batch, K, D, M)``, M ≥ D, of full rank."""
         upper = in_single(_triangle, root.mT)
         return cls.from_scale_tril(_positive_diagonal(upper).mT)
 
     @classmethod
     def from_precision_root(cls, root: Tensor) -> FullCovariance:
-        r"""From any root A with :math:`\Sigma^{-1} = A^\top A`, shape ``(*batch, K, M, D)``, M ≥ D, of full rank."""
+        r"""Build from any A with :math:`\Sigma^{-1} = A^\top A`, shape ``(*batch, K, M, D)``, M ≥ D, of full rank."""
         upper = in_single(_triangle, root.flip(-2, -1))
         return cls.from_precision_tril(_positive_diagonal(upper.flip(-2, -1)))
 
     @classmethod
     def from_matrix(cls, matrix: Tensor) -> FullCovariance:
-        """From the covariance matrix, shape ``(*batch, K, D, D)``; a ``ValueError`` if not positive definite."""
+        """Build from the covariance matrix, shape ``(*batch, K, D, D)``.
+
+        Raises:
+            ValueError: If a matrix is not positive definite.
+        """
         return cls.from_scale_tril(_cholesky(matrix, "matrix"))
 
     @classmethod
     def from_precision(cls, precision: Tensor) -> FullCovariance:
-        """From the inverse covariance, shape ``(*batch, K, D, D)``; a ``ValueError`` if not positive definite."""
+        """Build from the inverse of the covariance matrix, shape ``(*batch, K, D, D)``.
+
+        Raises:
+            ValueError: If a matrix is not positive definite.
+        """
         reverse_tril = _cholesky(precision.flip(-2, -1), "precision")
         return cls.from_precision_tril(reverse_tril.flip(-2, -1).mT)
 
@@ -164,11 +175,11 @@ class FullCovariance(Covariance):
         return self.diagonal.shape[-1]
 
     def precision_tril(self) -> Tensor:
-        """Dense W, shape ``(*batch, K, D, D)``."""
+        """Return the dense W, shape ``(*batch, K, D, D)``."""
         return packed_triangles.unpack_tril(self.diagonal, self.lower)
 
     def scale_tril(self) -> Tensor:
-        """Dense Cholesky factor L, shape ``(*batch, K, D, D)``."""
+        """Compute the dense Cholesky factor L, shape ``(*batch, K, D, D)``."""
         return _tril_inverse(self.precision_tril())
 
     def whiten(self, residual: Tensor) -> Tensor:
@@ -207,7 +218,7 @@ class FullCovariance(Covariance):
         return self.diagonal.reciprocal()
 
     def marginal(self, dims: Sequence[int]) -> FullCovariance:
-        # The leading block of W whitens the leading outputs; the rows below whiten the others given them.
+        # The leading block of W whitens the leading outputs; the rows below it whiten the other outputs given these.
         return self._reordered(dims)._block(0, len(dims))
 
     def condition(self, residual: Tensor) -> tuple[Tensor, Covariance]:
@@ -226,12 +237,12 @@ class FullCovariance(Covariance):
             raise ValueError("FullCovariance.lower: expected finite numbers, got NaN or Inf")
 
     def _block(self, start: int, stop: int) -> FullCovariance:
-        """Rows and columns of W from ``start`` to ``stop``."""
+        """Return the covariance of which W is the block of rows and columns from ``start`` to ``stop``."""
         lower = with_channels(lambda w: packed_triangles.tril_block(w, self.dim, start, stop), self.lower)
         return FullCovariance(self.diagonal[..., start:stop], lower)
 
     def _reordered(self, first: Sequence[int]) -> FullCovariance:
-        """Covariance of the outputs ``first`` and then the others."""
+        """Return the covariance of the outputs in another order: ``first``, and then the others."""
         order = [*first, *(d for d in range(self.dim) if d not in first)]
         if order == [*range(self.dim)]:
             return self
@@ -239,7 +250,7 @@ class FullCovariance(Covariance):
 
 
 def plus(one: Covariance, other: Covariance) -> Covariance:
-    """Covariance of the sum of two independent variables, from their roots: squares would lose half the digits."""
+    """Compute the covariance of the sum of two independent variables by roots; squares would lose half the digits."""
     if one.is_diagonal and other.is_diagonal:
         return DiagonalCovariance(torch.hypot(one.stddev(), other.stddev()))
     shape = torch.broadcast_shapes(one.batch_shape, other.batch_shape)
@@ -275,16 +286,16 @@ def _triangle(root: Tensor) -> Tensor:
     return torch.linalg.qr(root).R
 
 
-# LAPACK knows no half precision, and takes tensors of one dtype alone.
+# LAPACK has no half precision, and takes only tensors of equal dtype.
 
 
 def in_single(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Call with tensors of single precision at least; the result is of the dtype to which they promote."""
+    """Call a function with tensors of at least single precision; the result has the dtype to which they promote."""
     dtype = functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
     wide = single_at_least(dtype)
     return function(*(tensor.to(wide) for tensor in tensors)).to(dtype)
 
 
 def solve_lower(triangle: Tensor, right: Tensor) -> Tensor:
-    """Solve a lower-triangular system."""
+    """Solve a lower-triangular system in at least single precision."""
     return in_single(lambda t, r: torch.linalg.solve_triangular(t, r, upper=False), triangle, right)

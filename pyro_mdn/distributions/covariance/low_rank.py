@@ -27,11 +27,14 @@ __all__ = [
 
 
 class LowRankWhitening(Whitening):
-    r""":math:`z = (u - Q Q^\top u, -C^{-\top} Q^\top u)`, :math:`u = r / \sigma`, :math:`Q = B C^{-\top}`.
+    r"""Whitening :math:`z = (u - Q Q^\top u, -C^{-\top} Q^\top u)`, :math:`u = r / \sigma`, :math:`Q = B C^{-\top}`.
 
-    Factors: σ, ``(D, K, *batch)``, and F row by row, ``(D·R, K, *batch)``; :math:`B = \mathrm{diag}(\sigma)^{-1} F` and
-    :math:`C C^\top = I + B^\top B`. The columns of Q on :math:`C^{-\top}` are those of B on I made orthonormal, and z
-    is what of u on 0 is orthogonal to them: one more step of Gram and Schmidt, in which nothing cancels.
+    Factors are σ, ``(D, K, *batch)``, and F row by row, ``(D·R, K, *batch)``, with
+    :math:`B = \mathrm{diag}(\sigma)^{-1} F` and :math:`C C^\top = I + B^\top B`.
+
+    Gram-Schmidt orthonormalisation of the columns of B stacked on I gives the columns of Q stacked on
+    :math:`C^{-\top}`. One more step of it, in which nothing cancels, gives z: the part of u stacked on 0 that is
+    orthogonal to these columns.
 
     References:
         Björck (1967), Solving linear least squares problems by Gram-Schmidt orthogonalization, *BIT* 7.
@@ -63,13 +66,13 @@ class LowRankWhitening(Whitening):
         *kept: Tensor,
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Have the gradients of σ and F in one tensor."""
+        """Compute the gradients of :meth:`pull_back`, those of σ and F in one tensor."""
         scale, *rest = kept
         for_residual, packed = out or (None, None)
         dim, rank = len(scale), len(whitened) - len(scale)
         columns, entries = [direction[:dim] for direction in rest[:rank]], rest[rank:]
         capacitance = [entries[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(rank)]
-        pulled, *loadings = whitened.split_with_sizes([dim, *[1] * rank])  # diag(σ) Σ⁻¹ r, and minus those on F
+        pulled, *loadings = whitened.split_with_sizes([dim, *[1] * rank])  # diag(σ) Σ⁻¹ r, and the rows of -Fᵀ Σ⁻¹ r
         slope = -weight / scale
         inward = slope if radial is weight else -radial / scale
         grad_residual = torch.mul(inward, pulled, out=for_residual)
@@ -91,7 +94,7 @@ class LowRankWhitening(Whitening):
         return grad_residual, packed
 
     def outputs(self, residual: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-        r"""As many whitened numbers as there are outputs, :math:`u - B (C^\top + I)^{-1} Q^\top u`."""
+        r"""Compute D whitened residuals, one for each output, :math:`u - B (C^\top + I)^{-1} Q^\top u`."""
         directions, capacitance = _orthonormal(scale, factor)
         whitened, coefficients = _remainder(residual / scale, directions)
         whitened = whitened[: len(scale)]
@@ -103,7 +106,7 @@ class LowRankWhitening(Whitening):
 
 @dataclass(frozen=True)
 class RawLowRankWhitening(Whitening):
-    """The same from raw channels, those of σ through :func:`positive`."""
+    """Low-rank whitening from raw channels, of which :func:`positive` maps the first D to σ."""
 
     min_scale: float
 
@@ -122,7 +125,7 @@ class RawLowRankWhitening(Whitening):
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         raw_scale, *rest = kept
-        slope = raw_scale.sigmoid()  # before the gradient takes the place of the channels
+        slope = raw_scale.sigmoid()  # now, because ``out`` may overwrite the raw channels
         grad_residual, packed = _LOW_RANK.packed_pull_back(weight, radial, whitened, *rest, out=out)
         packed[: len(slope)].mul_(slope)
         return grad_residual, packed
@@ -133,7 +136,7 @@ _LOW_RANK = LowRankWhitening()
 
 @dataclass(frozen=True, eq=False)
 class LowRankCovariance(Covariance):
-    r"""Low rank plus diagonal: :math:`\Sigma = F F^\top + \mathrm{diag}(\sigma^2)`.
+    r"""Low-rank-plus-diagonal covariance :math:`\Sigma = F F^\top + \mathrm{diag}(\sigma^2)`.
 
     With :math:`B = \mathrm{diag}(\sigma)^{-1} F` and the Cholesky factor :math:`C C^\top = I + B^\top B`,
 
@@ -238,13 +241,13 @@ class LowRankCovariance(Covariance):
 
 
 def _orthonormal(scale: Tensor, factor: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Orthonormal columns ``(D + R, K, *batch)`` of B on I, and the rows of C."""
+    """Orthonormalise the columns of B stacked on I; return them, ``(D + R, K, *batch)`` each, and the rows of C."""
     columns = factor.unflatten(0, (len(scale), -1)) / scale.unsqueeze(1)
     return gram_schmidt(columns.transpose(0, 1))
 
 
 def _remainder(vector: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """What of a vector on 0 is orthogonal to directions, and its coefficients along them, one after the other."""
+    """Split a vector stacked on 0 into a part orthogonal to directions, and coefficients along each in turn."""
     remainder = torch.cat([vector, vector.new_zeros(len(directions), *vector.shape[1:])])
     coefficients = []
     for direction in directions:
@@ -256,7 +259,7 @@ def _remainder(vector: Tensor, directions: Sequence[Tensor]) -> tuple[Tensor, li
 def _solve_transposed(
     triangle: Sequence[Sequence[Tensor]], vector: Sequence[Tensor], shift: float = 0.0
 ) -> list[Tensor]:
-    """Solve the transpose of a lower triangle, ``shift`` added to its diagonal."""
+    """Solve the transposed system of a lower triangle, with ``shift`` added to its diagonal."""
     solution = list(vector)
     for i in reversed(range(len(solution))):
         for j in range(i + 1, len(solution)):
@@ -266,13 +269,14 @@ def _solve_transposed(
 
 
 def gram_schmidt(columns: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """Orthonormal columns of B stacked on I, for the columns ``(R, D, ...)`` of B, and what they are made from.
+    """Orthonormalise the columns of B stacked on I, given the columns ``(R, D, ...)`` of B, by modified Gram-Schmidt.
 
-    By modified Gram-Schmidt, which never forms the squares: row i of I stands in column i alone, so that no norm is
-    below 1 in floating point either, however dependent the columns.
+    The matrix ``I + BᵀB`` is never formed. The 1 of I in column i stays as it is, because all columns before it have a
+    0 in that row. So no norm is below 1, in floating point too, however dependent the columns are.
 
     Returns:
-        The columns, ``(D + R, ...)`` each, and the rows of the Cholesky factor of ``I + BᵀB``, with entries ``(...)``.
+        The orthonormal columns, ``(D + R, ...)`` each, and the rows of the Cholesky factor of ``I + BᵀB``, with entries
+        ``(...)``.
     """
     rank = len(columns)
     identity = torch.eye(rank, dtype=columns.dtype, device=columns.device)
@@ -291,14 +295,14 @@ def gram_schmidt(columns: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
 
 
 def low_rank_capacitance(factor: Tensor) -> Tensor:
-    """Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``."""
+    """Compute the Cholesky factor of ``I + BᵀB``, shape ``(*batch, R, R)``, for a factor B ``(*batch, D, R)``."""
     _, rows = gram_schmidt(factor.movedim((-1, -2), (0, 1)))
     zero = torch.zeros_like(rows[0][0])
     return torch.stack([torch.stack([*row, *[zero] * (len(rows) - len(row))], -1) for row in rows], -2)
 
 
 def low_rank_project(factor: Tensor, vector: Tensor) -> Tensor:
-    """``Bᵀv``, shape ``(*batch, R)``, for B ``(*batch, D, R)`` and v ``(*batch, D)``."""
+    """Compute ``Bᵀv``, shape ``(*batch, R)``, for B ``(*batch, D, R)`` and v ``(*batch, D)``."""
     return torch.stack([(column * vector).sum(-1) for column in factor.unbind(-1)], -1)
 
 

@@ -1,6 +1,7 @@
-r"""Noise models: structure × sharing × source of the component covariances.
+r"""Noise models: structure, sharing and source of the component covariances.
 
-A noise model says how many raw channels a covariance needs, how they are constrained and which operator they make.
+A noise model defines how many raw channels a covariance needs, how they are constrained and which covariance operator
+they give.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ _FLAGS = ("tied", "homoscedastic")
 
 @dataclass(frozen=True)
 class NoiseModel(Specification, ABC):
-    """How a network's raw outputs become component covariances.
+    """Specification of how the raw outputs of a network become component covariances.
 
     Attributes:
         tied: Whether all components share one covariance.
         homoscedastic: Whether the covariance is the same for every input.
-        common_unit: One unit for all outputs, so that an isotropic covariance stays isotropic in the units of y. It is
-            the root mean square of the standard deviations of the outputs that are not constant in the data.
+        common_unit: Whether all outputs have one standardised unit, so that an isotropic covariance stays isotropic in
+            the units of y. That unit is the root mean square of the standard deviations of the outputs that are not
+            constant in the data.
     """
 
     kind: ClassVar[str] = "noise"
@@ -61,14 +63,14 @@ class NoiseModel(Specification, ABC):
             self._hold(name, _flag(getattr(self, name), name))
 
     def _hold(self, name: str, value: Any) -> None:
-        """Keep a setting as Python's own type; what is of that type already, as a default of the class, stays there."""
+        """Store a setting as a Python type; a value that has this type, such as a default of the class, stays there."""
         if type(getattr(self, name)) is not type(value):
             object.__setattr__(self, name, value)
 
     def _fingerprinted(self, state: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """State that fingerprints are of, and after it those of the same model in files of earlier versions.
+        """Return the state for fingerprints, and after it the states of the same model in files of earlier versions.
 
-        They had numbers as they were given, and also the flags of ``Fixed``.
+        Those files have numbers as they were given, and also the flags of ``Fixed``.
         """
         flags = {f.name: f.default for f in fields(self) if f.name in _FLAGS and not f.init}
         flags = {name: flag for name, flag in flags.items() if flag is getattr(self, name)}
@@ -80,23 +82,23 @@ class NoiseModel(Specification, ABC):
 
     @abstractmethod
     def num_params(self, dim_out: int) -> int:
-        """Raw channels per covariance; a ``ValueError`` if the model does not fit ``dim_out``."""
+        """Return the number of raw channels per covariance; raise a ``ValueError`` if ``dim_out`` does not fit."""
 
     @abstractmethod
     def build(self, raw: Tensor, dim_out: int, unit: Tensor) -> Covariance:
-        """Covariance in standardised units from raw channels ``(*batch, K, num_params)``.
+        """Build the covariance in standardised units from raw channels ``(*batch, K, num_params)``.
 
         ``unit`` is the size of one standardised unit in the units of y, shape ``(D,)`` or ``(1,)``.
         """
 
     @property
     def whitening(self) -> Whitening | None:
-        """What :meth:`build` and the whitening of its covariance come to, from raw channels; ``None`` if not known."""
+        """Whitening from raw channels, equal to that of the covariance of :meth:`build`; ``None`` if there is none."""
         return None
 
     @abstractmethod
     def start(self, scale: Tensor) -> Tensor:
-        """Raw channels ``(K, num_params)`` that give standard deviations ``(K, D)`` (at least ``min_scale``)."""
+        """Compute raw channels ``(K, num_params)`` that give standard deviations ``(K, D)``, at least ``min_scale``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +124,8 @@ class Diagonal(_Learned):
     r"""Independent outputs within a component: :math:`\Sigma_k = \mathrm{diag}(\sigma_k^2)`.
 
     Args:
-        tied: One covariance for all components.
-        homoscedastic: Learned, but the same for every input.
+        tied: Whether all components share one covariance.
+        homoscedastic: Whether the covariance, though learned, is the same for every input.
         min_scale: Smallest standard deviation, in standardised units; it bounds the density.
 
     >>> Diagonal(tied=True)
@@ -152,8 +154,8 @@ class Isotropic(_Learned):
     constant in the data. A constant output has the same :math:`\sigma_k` as the others.
 
     Args:
-        tied: One covariance for all components.
-        homoscedastic: Learned, but the same for every input.
+        tied: Whether all components share one covariance.
+        homoscedastic: Whether the covariance, though learned, is the same for every input.
         min_scale: Smallest standard deviation, in standardised units; it bounds the density.
     """
 
@@ -175,11 +177,11 @@ class Isotropic(_Learned):
 
 @dataclass(frozen=True, kw_only=True)
 class Full(_Learned):
-    r"""Unrestricted :math:`\Sigma_k`, through the inverse of its Cholesky factor.
+    r"""Unrestricted :math:`\Sigma_k`, parameterised by the inverse of its Cholesky factor.
 
     Args:
-        tied: One covariance for all components.
-        homoscedastic: Learned, but the same for every input.
+        tied: Whether all components share one covariance.
+        homoscedastic: Whether the covariance, though learned, is the same for every input.
         min_scale: Smallest standard deviation of an output *given those before it*, in standardised units; it
             bounds the density.
 
@@ -209,9 +211,9 @@ class LowRank(_Learned):
     r"""Low rank plus diagonal: :math:`\Sigma_k = F_k F_k^\top + \mathrm{diag}(\sigma_k^2)`.
 
     Args:
-        rank: Columns of F, at most the number of outputs.
-        tied: One covariance for all components.
-        homoscedastic: Learned, but the same for every input.
+        rank: Number of columns of F, at most the number of outputs.
+        tied: Whether all components share one covariance.
+        homoscedastic: Whether the covariance, though learned, is the same for every input.
         min_scale: Smallest standard deviation of the diagonal part, in standardised units; it bounds the density.
     """
 
@@ -237,14 +239,14 @@ class LowRank(_Learned):
         return RawLowRankWhitening(self.min_scale)
 
     def start(self, scale: Tensor) -> Tensor:
-        # A factor of zero would be a saddle point: its gradient vanishes there.
+        # A factor of zero would be a saddle point, at which its gradient vanishes.
         factor = 0.1 * scale.unsqueeze(-1) * torch.randn(*scale.shape, self.rank).to(scale)
         return torch.cat([self._unconstrained(scale), factor.flatten(-2)], -1)
 
 
 @dataclass(frozen=True)
 class Fixed(NoiseModel):
-    r"""Known noise, nothing learned: :math:`\Sigma_k = \sigma^2 I`, in the units of y.
+    r"""Known noise, which is not learned: :math:`\Sigma_k = \sigma^2 I`, in the units of y.
 
     Args:
         scale: Standard deviation :math:`\sigma`, in the units of y.
@@ -272,16 +274,16 @@ class Fixed(NoiseModel):
 def as_noise_model(
     value: NoiseModel | str | None, dim_out: int, *, rank: int | None = None, scale: float | None = None
 ) -> NoiseModel:
-    """Noise model that a name stands for, with its defaults; a noise model comes as it is, ``None`` is ``Diagonal()``.
+    """Return the noise model that a name stands for, with its default settings.
 
     Args:
-        value: Noise model or name.
-        dim_out: Number of outputs, which a rank cannot exceed.
+        value: Name of a noise model. A noise model is returned as it is, and ``None`` gives ``Diagonal()``.
+        dim_out: Number of outputs, which limits the default rank.
         rank: Rank of ``"low_rank"``; by default 2, but 1 for a single output.
         scale: Standard deviation of ``"fixed"``, which needs it.
 
     Raises:
-        ValueError: If there is no such name, or no scale where one is needed.
+        ValueError: If no noise model has this name, or if ``"fixed"`` comes without a scale.
 
     >>> as_noise_model("low_rank", 1).rank, as_noise_model(None, 1) == Diagonal()
     (1, True)
@@ -305,7 +307,7 @@ def _flag(value: Any, name: str) -> bool:
 
 
 def _positive(value: Any, name: str) -> float:
-    """Number of Python, NumPy or a tensor without dimensions, as Python's."""
+    """Convert a number of Python or NumPy, or a tensor without dimensions, to a positive ``float``."""
     number = float(plain_number(value))
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {shown(value)}")

@@ -1,4 +1,4 @@
-r"""Normal components as distributions of Pyro's own, by the structure of their covariances."""
+r"""Conversion of normal components to Pyro's own distributions, by the structure of their covariances."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ __all__ = ["normal_components"]
 
 @singledispatch
 def normal_components(covariance: Covariance, locs: Tensor) -> dist.TorchDistribution:
-    """Distribution of the components, ``batch_shape`` ``(*batch, K)``, for covariances of that shape, and means."""
+    """Build Pyro's distribution of components, ``batch_shape`` ``(*batch, K)``, for covariances of that batch shape.
+
+    Raises:
+        NotImplementedError: If no distribution is known for the class of the covariances.
+    """
     raise NotImplementedError(f"no Pyro distribution is known for {type(covariance).__name__}")
 
 

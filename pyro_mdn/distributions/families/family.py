@@ -1,4 +1,4 @@
-r"""Families: what the raw outputs of a network mean, and which components they make."""
+r"""Families: the meaning of the raw outputs of a network, and the components that are built from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Block(NamedTuple):
     Attributes:
         width: Channels for one component.
         tied: Whether all components share them.
-        homoscedastic: Whether they are the same for every input: parameters of the head instead of outputs.
+        homoscedastic: Whether they are the same for every input. They are then parameters of the head, not outputs.
     """
 
     width: int
@@ -35,9 +35,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Family(Specification, ABC):
-    """What a family of components needs from a network, and how it is built from that.
+    """Specification of a family of components: which raw channels a network provides, and what is built from them.
 
-    Raw channels are K log-weights, D·K locations and :meth:`blocks`, the first of which are those of the noise model.
+    The raw channels are K log-weights, D·K locations and :meth:`blocks`. The first block is that of the noise model.
 
     Args:
         noise: Noise model of the scales.
@@ -54,7 +54,7 @@ class Family(Specification, ABC):
 
     @abstractmethod
     def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> Components:
-        """Components in standardised units.
+        """Build components in standardised units.
 
         Args:
             locs: Locations, ``(*batch, K, D)``.
@@ -63,16 +63,16 @@ class Family(Specification, ABC):
         """
 
     def blocks(self, dim: int) -> list[Block]:
-        """Blocks of raw channels; a ``ValueError`` if the family does not fit ``dim`` outputs."""
+        """Return the blocks of raw channels; raise a ``ValueError`` if the family does not fit ``dim`` outputs."""
         return [Block(self.noise.num_params(dim), self.noise.tied, self.noise.homoscedastic)]
 
     def start(self, scale: Tensor) -> list[Tensor]:
-        """Raw channels ``(K | 1, width)`` of each block that give standard deviations ``(K, D)``."""
+        """Compute raw channels ``(K | 1, width)`` of each block that give scales (standard deviations) ``(K, D)``."""
         return [self.noise.start(scale.square().mean(0, keepdim=True).sqrt() if self.noise.tied else scale)]
 
     @property
     def kernel(self) -> Kernel | None:
-        """Log-density from raw channels with gradients by hand; ``None`` leaves gradients to autograd."""
+        """Kernel for log-densities from raw channels with gradients by hand; ``None`` leaves gradients to autograd."""
         return None
 
     @classmethod
@@ -81,7 +81,7 @@ class Family(Specification, ABC):
 
 
 def layout_of(family: Family, dim: int, n_components: int) -> Layout:
-    """Layout of the channels that depend on the inputs."""
+    """Return the layout of the channels that depend on the inputs."""
     predicted = [block for block in family.blocks(dim) if not block.homoscedastic]
     return Layout(n_components, dim, tuple((b.width, 1 if b.tied else n_components) for b in predicted))
 
@@ -89,10 +89,11 @@ def layout_of(family: Family, dim: int, n_components: int) -> Layout:
 def as_family(
     family: Family | str | None, noise: NoiseModel | str | None, dim_out: int, default: type[Family]
 ) -> Family:
-    """Family that constructors mean by ``family`` and ``noise``.
+    """Return the family that the arguments ``family`` and ``noise`` of a constructor stand for.
 
     Raises:
-        ValueError: If there is no such family or noise model, or if a family that has one comes with another.
+        ValueError: If no family or noise model has the name given, or if a noise model is given beside a ``Family``,
+            which has its own.
     """
     if isinstance(family, Family):
         if noise is not None:

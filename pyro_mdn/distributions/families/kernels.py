@@ -1,4 +1,4 @@
-r"""Kernels of elliptical families: a covariance structure that whitens, and a law of the length of what it gives."""
+r"""Kernels of elliptical families: a whitening, and a radial law, which is that of the length of whitened residuals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["EllipticalKernel", "NormalKernel", "RadialLaw"]
 
 @dataclass(frozen=True)
 class NormalKernel(Kernel):
-    r"""Normal components: :math:`\log p_k = -\tfrac12 \lVert z \rVert^2 - \tfrac12 \log\det\Sigma` up to a constant."""
+    r"""Normal kernel: :math:`\log p_k = -\tfrac12 \lVert z \rVert^2 - \tfrac12 \log\det\Sigma` up to a constant."""
 
     whitening: Whitening
 
@@ -54,21 +54,23 @@ class RadialLaw(ABC):
 
     @abstractmethod
     def log_density(self, square: Tensor, dim: int, *parameters: Tensor) -> Tensor:
-        r"""Logarithm :math:`g` with its constants, for parameters :math:`\theta` that broadcast with ``square``."""
+        r"""Compute :math:`g` with its constants, for parameters :math:`\theta` that broadcast with ``square``."""
 
     @abstractmethod
     def derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        r""":math:`-2 \, \partial g / \partial q`, and the derivatives with respect to the parameters."""
+        r"""Compute :math:`-2 \, \partial g / \partial q`, and the derivatives of g with respect to the parameters."""
 
 
 @dataclass(frozen=True)
 class EllipticalKernel(Kernel):
-    """Components with elliptical contours; the last factors are the parameters of the radial law, one row each.
+    """Kernel of components with elliptical contours.
+
+    The first factors are those of the covariances. The last ones are the parameters of the radial law, one row each.
 
     Attributes:
-        whitening: Structure of the covariances.
-        radial: The radial law, a function of ``parameters`` further factors.
-        parameters: Number of these factors.
+        whitening: Whitening by the covariances.
+        radial: Radial law.
+        parameters: Number of parameters of the radial law.
     """
 
     whitening: Whitening
@@ -98,6 +100,6 @@ class EllipticalKernel(Kernel):
         return *gradients, *((weight * slope).unsqueeze(0) for slope in slopes)
 
     def _apart(self, factors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Factors of the covariances, and parameters of the radial law without their dimension of one row."""
+        """Split factors into those of the covariances, and the parameters of the radial law without their row axis."""
         first = len(factors) - self.parameters
         return factors[:first], [factor.squeeze(0) for factor in factors[first:]]

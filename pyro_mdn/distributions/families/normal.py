@@ -1,4 +1,4 @@
-r"""Normal components."""
+r"""Normal components: their family, and the standard normal law."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Normal(Family):
 
 
 def normal_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
-    """Gaussian log-density ``(*batch, K)`` from a whitened residual ``(*batch, K, D)`` and ½ log det Σ."""
+    """Compute Gaussian log-densities ``(*batch, K)`` from whitened residuals ``(*batch, K, D)`` and ½ log det Σ."""
     return -0.5 * sum_outputs(whitened.square()) - half_log_det - _HALF_LOG_TWO_PI * whitened.shape[-1]
 
 
@@ -107,7 +107,8 @@ def relative_log_density(whitened: Tensor, half_log_det: Tensor) -> Tensor:
 
     Far from all components, where squares overflow, the result is still finite for the nearest one.
     """
-    # A unit of about the root of the largest number. It is a power of two, and 1 at least, so that nothing is rounded.
+    # The unit is about the square root of the largest residual. It is a power of two of at least 1, so that nothing is
+    # rounded.
     size = whitened.detach().abs().amax((-2, -1), keepdim=True).clamp(min=1)
     unit = torch.exp2((0.5 * size.log2()).floor())
     squares = sum_outputs((whitened / unit).square())
@@ -160,7 +161,7 @@ class NormalLaw(SymmetricLaw):
         return like.new_tensor(GRID)
 
     def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
-        # Squares of scales in a unit of their size, a power of two, neither over- nor underflow.
+        # In a unit of their size, which is a power of two, squares of scales neither over- nor underflow.
         unit = torch.exp2(scale.detach().amax(-1, keepdim=True).log2().round())
         return half_spread(weights, locs / unit, (scale / unit).square()) * unit.squeeze(-1)
 
@@ -172,18 +173,21 @@ NORMAL = NormalLaw()
 
 
 def normal_cdf(value: Tensor) -> Tensor:
-    """Standard normal cdf, accurate in the lower tail, where ``torch.special.ndtr`` rounds to multiples of eps."""
+    """Compute the standard normal cdf, accurate in the lower tail.
+
+    There ``torch.special.ndtr`` rounds to multiples of eps.
+    """
     return 0.5 * erfc(-math.sqrt(0.5) * value)
 
 
 _FAR, _TERMS = 5.0, 18
-"""Standard deviations from which on so many terms of a continued fraction are accurate in double precision."""
+"""From ``_FAR`` standard deviations on, ``_TERMS`` terms of a continued fraction are accurate in double precision."""
 
 
 def normal_log_cdf(value: Tensor) -> Tensor:
-    """Logarithm of the standard normal cdf, with its derivatives up to the second, accurate in both tails.
+    """Compute the logarithm of the standard normal cdf, accurate in both tails, as are its first two derivatives.
 
-    Those of ``torch.special.log_ndtr`` are wrong far out: in single precision from about -100 on.
+    The derivatives of ``torch.special.log_ndtr`` are wrong far out: in single precision from about -100 on.
 
     >>> normal_log_cdf(torch.tensor([-1e4, 0.0, 10.0]))
     tensor([-5.0000e+07, -6.9315e-01, -7.6199e-24])
@@ -194,22 +198,22 @@ def normal_log_cdf(value: Tensor) -> Tensor:
         known = torch.where(value < -1, lower, torch.log1p(-0.5 * erfc(math.sqrt(0.5) * value)))
     if not is_differentiated(value):
         return known
-    # By the midpoint rule, whose first and second derivatives are right where both ends are the same point.
+    # By the midpoint rule, which has the right first and second derivatives where both ends are the same point.
     finite = torch.where(value.isfinite(), value, 0.0)
     start = finite.detach()
     return known.detach() + (finite - start) * _density_ratio(0.5 * (finite + start))
 
 
 def _density_ratio(value: Tensor) -> Tensor:
-    """Standard normal density over cdf, the slope of :func:`normal_log_cdf`, in terms that autograd differentiates."""
+    """Compute the standard normal density over the cdf, the slope of :func:`normal_log_cdf`, differentiably."""
     right, left = value.clamp(min=0), (-value).clamp(min=_FAR)
     density = torch.exp(-0.5 * right.square()) / math.sqrt(2 * math.pi)
-    # Not by clamp, whose derivative at its ends is 1 or 0, depending on the version of torch.
+    # Not by clamp, whose derivative at its limits is 1 or 0, depending on the version of torch.
     between = torch.where((value >= -_FAR) & (value <= 0), value, -1.0)
     middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * between)
     ratio = middle
     if not is_known(value) or bool((value < -_FAR).any()):
-        # Laplace's continued fraction, where the derivatives of erfcx would cancel.
+        # By Laplace's continued fraction far out, where terms in the derivatives of erfcx would cancel.
         rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
         for k in range(_TERMS, 0, -1):
             rest = left + k / rest
@@ -218,19 +222,19 @@ def _density_ratio(value: Tensor) -> Tensor:
 
 
 def _log_mass(centre: Tensor, half: Tensor) -> Tensor:
-    """Log-probability that a standard normal variable lies within ``half`` of ``centre``."""
+    """Compute the log-probability that a standard normal variable lies within ``half`` of ``centre``."""
     centre = centre.abs()
     narrow = half * (1 + centre) < torch.finfo(centre.dtype).eps ** 0.25
     aside = ~narrow & (half < centre)
     around = ~narrow & ~aside
-    # A narrow interval would cancel: Taylor's series of the density around its centre.
+    # In a narrow interval, differences would cancel: use the Taylor series of the density around its centre.
     small, at = half.masked_fill(~narrow, 1.0), centre.masked_fill(~narrow, 0.0)
     series = -0.5 * at.square() + small.log() + small.square() * (at.square() - 1) / 6 + 0.5 * math.log(2 / math.pi)
-    # By symmetry all of it in the lower tail, where the logarithms are accurate.
+    # Around the mode: by symmetry, place the centre in the lower tail, where logarithms are accurate.
     wide, at = half.masked_fill(~around, 1.0), centre.masked_fill(~around, 0.0)
     upper, lower = normal_log_cdf(wide - at), normal_log_cdf(-wide - at)
     difference = upper + torch.log(-torch.expm1(lower - upper))
-    # Beside the mode, without what both ends have in common: their logarithms would be huge, and all but the same.
+    # Beside the mode: take out the factor that both ends have in common, as their logarithms are huge and nearly equal.
     wide, at = half.masked_fill(~aside, 1.0), centre.masked_fill(~aside, 2.0)
     inner, outer = (erfcx(math.sqrt(0.5) * end) for end in (at - wide, at + wide))
     tail = -0.5 * (at - wide).square() + torch.log(0.5 * (inner - (-2 * at * wide).exp() * outer))

@@ -17,17 +17,18 @@ __all__ = ["half_spread"]
 
 
 def half_spread(weights: Tensor, locs: Tensor, variance: Tensor) -> Tensor:
-    """Half of E|Y - Y'|, ``(*batch)``, from parameters ``(*batch, K)``; differentiable once."""
-    if is_subclassed(weights, locs, variance):  # derivatives by hand would be lost on them
+    """Compute half of E|Y - Y'|, ``(*batch)``, from parameters ``(*batch, K)``; the result is differentiable once."""
+    if is_subclassed(weights, locs, variance):  # subclasses of tensors do not see inside an autograd function
         distances = [_against_all(k, weights, locs, variance)[0] for k in range(locs.shape[-1])]
         return 0.5 * (weights * torch.stack(distances, -1)).sum(-1)
     return _HalfSpread.apply(weights, locs, variance)[0]
 
 
 class _HalfSpread(torch.autograd.Function):
-    """The same, one component against all at a time, so that memory stays O(N·K).
+    """Half of E|Y - Y'|, computed for one component against all at a time, so that memory stays O(N·K).
 
-    The gradients are sums over the same pairs, and are taken along: with respect to weights, locations and variances.
+    The gradients with respect to weights, locations and variances are sums over the same pairs. They are computed in
+    the same pass.
     """
 
     generate_vmap_rule = True
@@ -52,7 +53,7 @@ class _HalfSpread(torch.autograd.Function):
 
 
 def _against_all(k: int, weights: Tensor, locs: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted sums over all components of E|Y_k - Y_l| and of its derivatives, ``(*batch)`` each."""
+    """Compute weighted sums over all components l of E|Y_k - Y_l| and of its derivatives, ``(*batch)`` each."""
     apart, scale = locs[..., k, None] - locs, (variance[..., k, None] + variance).sqrt()
     ratio = apart / scale
     density = exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)

@@ -33,7 +33,7 @@ class StudentTComponents(Elliptical):
     .. math:: p_k(y) \propto \left(1 + \tfrac{1}{\nu_k} (y - \mu_k)^\top \Sigma_k^{-1} (y - \mu_k)
               \right)^{-(\nu_k + D) / 2}
 
-    Marginals and conditionals are again of the family. The mean exists for :math:`\nu > 1`, and the covariance
+    Marginals and conditionals are again Student-t. The mean exists for :math:`\nu > 1`, and the covariance
     :math:`\nu / (\nu - 2) \, \Sigma` for :math:`\nu > 2`.
 
     Args:
@@ -90,16 +90,15 @@ class StudentTComponents(Elliptical):
 
 @dataclass(frozen=True)
 class StudentT(Family):
-    r"""Student-t components: a regression whose locations and scales outliers pull less.
+    r"""Student-t components, for robust regression: outliers pull the locations and scales less.
 
     Args:
         noise: Noise model of the scale matrices.
-        df: Degrees of freedom, 1 at least. By default they are learned, for each component and the same for every
-            input.
-        min_df: What learned degrees of freedom stay above; from 2 on all variances exist.
+        df: Degrees of freedom, 1 at least. By default they are learned for each component, the same for every input.
+        min_df: Limit above which learned degrees of freedom stay; from 2 on, all variances exist.
 
     Raises:
-        ValueError: If a number is not in its range.
+        ValueError: If a number is out of range.
 
     References:
         Lange, Little & Taylor (1989), Robust statistical modeling using the t distribution.
@@ -147,11 +146,11 @@ class StudentT(Family):
 
 
 _START = 6.0
-"""Raw channel at the start: some eight degrees of freedom, whose density is not far from the normal one."""
+"""Raw channel at the start: by default about eight degrees of freedom, with a density not far from the normal one."""
 
 
 class StudentTRadial(RadialLaw):
-    r"""Density at a squared distance q for a parameter :math:`\nu`.
+    r"""Student-t density at a squared distance q, with one parameter, the degrees of freedom :math:`\nu`.
 
     .. math:: g(q) = \log\frac{\Gamma((\nu + D) / 2)}{\Gamma(\nu / 2)} - \tfrac{D}{2} \log(\pi \nu)
               - \tfrac{\nu + D}{2} \log(1 + q / \nu)
@@ -170,7 +169,7 @@ class StudentTRadial(RadialLaw):
 
 @dataclass(frozen=True)
 class RawStudentTRadial(RadialLaw):
-    """The same for a raw channel: the degrees of freedom are its softplus and ``min_df``."""
+    """Student-t density with a raw channel as parameter: the degrees of freedom are its softplus plus ``min_df``."""
 
     min_df: float
 
@@ -184,7 +183,7 @@ class RawStudentTRadial(RadialLaw):
 
 @dataclass(frozen=True)
 class KnownStudentTRadial(RadialLaw):
-    """The same for degrees of freedom that are known."""
+    """Student-t density with known degrees of freedom, and no parameter."""
 
     df: float
 
@@ -197,18 +196,18 @@ class KnownStudentTRadial(RadialLaw):
 
 _RADIAL = StudentTRadial()
 
-# The gamma functions of the density are huge for many degrees of freedom, and cancel. Their ratio is computed as its
-# relation to that of the normal density instead.
+# For many degrees of freedom, the gamma functions of the density are huge and cancel. The normaliser is therefore
+# computed relative to that of the normal density.
 
 _SHIFT = 12
-"""Recursions of the gamma function after which a few terms of its asymptotic series are accurate."""
+"""Number of recursions of the gamma function after which a few terms of its asymptotic series are accurate."""
 
 _SERIES = (-1 / 8, 1 / 192, -1 / 640, 17 / 14336, -31 / 18432)
-"""Of :math:`\\log(\\Gamma(x + 1/2) / \\Gamma(x)) - \\tfrac12 \\log x` in odd powers of 1/x."""
+"""Coefficients of :math:`\\log(\\Gamma(x + 1/2) / \\Gamma(x)) - \\tfrac12 \\log x` in odd powers of 1/x."""
 
 
 def _log_normalizer(df: Tensor, dim: int) -> Tensor:
-    r"""Logarithm of :math:`\Gamma((\nu + D) / 2) / \Gamma(\nu / 2) \, (\pi \nu)^{-D/2}`, without cancellation."""
+    r"""Compute the log of :math:`\Gamma((\nu + D) / 2) / \Gamma(\nu / 2) \, (\pi \nu)^{-D/2}` without cancellation."""
     half = 0.5 * df
     first = 0.5 * (dim % 2)
     total = -0.5 * dim * math.log(2 * math.pi) * torch.ones_like(half)
@@ -227,12 +226,12 @@ def _steps(like: Tensor) -> Tensor:
 
 
 def _relation(df: Tensor) -> Tensor:
-    r"""Logarithm of :math:`\Gamma((\nu + 1) / 2) / \Gamma(\nu / 2) \, (\nu / 2)^{-1/2}`, which is 0 in the limit."""
+    r"""Compute the log of :math:`\Gamma((\nu + 1) / 2) / \Gamma(\nu / 2) \, (\nu / 2)^{-1/2}`, whose limit is 0."""
     return _log_normalizer(df, 1) + 0.5 * math.log(2 * math.pi)
 
 
 def _normalizer_slope(df: Tensor, dim: int) -> Tensor:
-    """Derivative of :func:`_log_normalizer` with respect to the degrees of freedom."""
+    """Compute the derivative of :func:`_log_normalizer` with respect to the degrees of freedom."""
     half = 0.5 * df
     first = 0.5 * (dim % 2)
     total = torch.zeros_like(half)
@@ -251,13 +250,13 @@ def _normalizer_slope(df: Tensor, dim: int) -> Tensor:
 class StudentTLaw(SymmetricLaw):
     r"""Student-t law with ``df`` degrees of freedom.
 
-    Its tails are integrals of a function that is nearly normal, of :math:`w^2 = \nu \log(1 + z^2 / \nu)`:
+    Its tail probabilities are integrals of a nearly normal function, where :math:`w^2 = \nu \log(1 + z^2 / \nu)`:
 
     .. math:: P(Z > z) = c_\nu \int_w^\infty e^{-s^2 / 2} \, k(s^2 / \nu) \, ds, \qquad
               k(v) = \sqrt{v / (1 - e^{-v})}
 
-    Gauss-Legendre quadrature has them to rounding for all z and all degrees of freedom from 1 on, with derivatives
-    with respect to both.
+    Gauss-Legendre quadrature computes them to rounding error for all z and all degrees of freedom from 1 on, with
+    derivatives with respect to both.
     """
 
     df: Tensor = stored(0)
@@ -305,11 +304,11 @@ class StudentTLaw(SymmetricLaw):
         return torch.where(self.df > 1, half * scale, math.inf).squeeze(-1)
 
     def _log_tail(self, z: Tensor) -> Tensor:
-        """Logarithm of the probability above points that are not negative."""
+        """Compute the logarithm of the probability above points that are not negative."""
         ratio = torch.where(z == math.inf, 1.0, z) / self.df.sqrt()
         small, far = ratio < _SMALL, ratio > _LARGE
         middle = torch.where(small | far, 1.0, ratio).square().log1p()
-        outer = 2 * torch.where(far, ratio, _LARGE).log()  # whose square may overflow
+        outer = 2 * torch.where(far, ratio, _LARGE).log()  # the square of such a ratio may overflow
         length = torch.where(far, outer, middle).sqrt()
         inner = torch.where(small, ratio, 0.0)  # the root has no derivative at 0
         series = inner * (1 - 0.25 * inner.square() + 13 / 96 * inner.square().square())
@@ -320,7 +319,7 @@ class StudentTLaw(SymmetricLaw):
         log_eps = math.log(torch.finfo(w.dtype).eps)
         nodes, weights = _NODES[w.dtype]
         reach = -2 * log_eps / ((w.square() - 2 * log_eps).sqrt() + w)
-        if is_recorded() or w.numel() < _FEW:  # one operation for all nodes: few launches, and a graph that is small
+        if is_recorded() or w.numel() < _FEW:  # one operation for all nodes: few launches, and a small graph
             total = w.new_tensor(weights) * self._integrand(w.unsqueeze(-1), reach.unsqueeze(-1), w.new_tensor(nodes))
             total = total.sum(-1)
         else:  # one node at a time, so that memory does not grow with their number
@@ -339,7 +338,7 @@ _SMALL, _LARGE = 1e-2, 1e4
 
 
 def _log_bend(v: Tensor) -> Tensor:
-    r"""Logarithm of :math:`\sqrt{v / (1 - e^{-v})}`, which is 0 at v = 0."""
+    r"""Compute the logarithm of :math:`\sqrt{v / (1 - e^{-v})}`, which is 0 at v = 0."""
     v = v.clamp(min=torch.finfo(v.dtype).tiny)
     return 0.5 * (v / -torch.expm1(-v)).log()
 

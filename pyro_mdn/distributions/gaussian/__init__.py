@@ -1,1 +1,1 @@
-"""Mixtures of Gaussians: what only normal components have in closed form."""
+"""Mixtures of Gaussians: the operations that only normal components have."""

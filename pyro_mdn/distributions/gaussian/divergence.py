@@ -1,7 +1,7 @@
 r"""Kullback-Leibler divergence between mixtures, which has no closed form: an approximation and an estimate.
 
-``torch.distributions.kl_divergence`` takes single components only, for which it is exact. For others it raises
-``NotImplementedError``, and Pyro's ``TraceMeanField_ELBO`` estimates the term from draws.
+``torch.distributions.kl_divergence`` takes only mixtures of one component, for which it is exact. For others it raises
+``NotImplementedError``, and Pyro's ``TraceMeanField_ELBO`` then estimates the term from draws.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ __all__ = ["kl_monte_carlo", "kl_variational_approximation"]
 
 @in_widest_precision
 def kl_variational_approximation(p: GaussianMixture, q: GaussianMixture) -> Tensor:
-    r"""Variational approximation of :math:`\mathrm{KL}(p \Vert q)` in nats, shape ``(*batch,)``; no bound of it.
+    r"""Compute a variational approximation, not a bound, of :math:`\mathrm{KL}(p \Vert q)` in nats, ``(*batch,)``.
 
     .. math:: \sum_k w_k \log \frac{\sum_{k'} w_{k'} e^{-\mathrm{KL}(p_k \Vert p_{k'})}}
               {\sum_l v_l e^{-\mathrm{KL}(p_k \Vert q_l)}}
 
-    Exact for one component each, and zero for equal mixtures. It may be negative elsewhere, so it is not what
-    ``torch.distributions.kl_divergence`` gives.
+    The approximation is exact for one component each, and zero for equal mixtures. Otherwise it may be negative, so
+    ``torch.distributions.kl_divergence`` does not return it then.
 
     Raises:
         ValueError: If the numbers of outputs differ.
+        NotImplementedError: If components are not normal.
 
     References:
         Hershey & Olsen (2007), Approximating the Kullback Leibler divergence between Gaussian mixture models.
@@ -47,7 +48,7 @@ def kl_variational_approximation(p: GaussianMixture, q: GaussianMixture) -> Tens
 
 @in_widest_precision
 def kl_monte_carlo(p: Mixture, q: Mixture, *, num_samples: int = 10_000) -> tuple[Tensor, Tensor]:
-    r"""Estimate :math:`\mathrm{KL}(p \Vert q)` from draws of p, with pathwise gradients, and its standard error.
+    r"""Estimate :math:`\mathrm{KL}(p \Vert q)` from draws of p, with pathwise gradients; also its standard error.
 
     Raises:
         ValueError: If the numbers of outputs differ, or if there are fewer than 2 draws.
@@ -69,7 +70,7 @@ def _kl_of_single_components(p: GaussianMixture, q: GaussianMixture) -> Tensor:
 
 
 def _component_kl(p: GaussianMixture, q: GaussianMixture) -> Tensor:
-    """Divergence of each component of p from each of q, shape ``(*batch, K, L)``."""
+    """Compute the divergence of each component of p from each of q, shape ``(*batch, K, L)``."""
     batch = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(batch), q.expand(batch)
     half_log_det = p.covariance.half_log_det().expand(*p.batch_shape, p.n_components)

@@ -1,4 +1,4 @@
-r"""Fewer components of mixtures given by dense covariance matrices."""
+r"""Merging of components with dense covariance matrices, by Runnalls' algorithm."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 __all__ = ["merge_components"]
 
 _ELEMENTS = 2**20
-"""Numbers in the largest tensor at once, where one row does not need more."""
+"""Largest size of a tensor in one pass; a single row may need a larger one."""
 
 
 class _Parts(NamedTuple):
-    """Components ``(K, N)`` and what is derived from them, in one table that is changed in place, ``(C, K, N)``."""
+    """Parameters of components ``(K, N)`` as views of one table ``(C, K, N)``, which is changed in place."""
 
     table: Tensor
     dim: int
@@ -29,7 +29,7 @@ class _Parts(NamedTuple):
 
     @property
     def place(self) -> Tensor:
-        """Position in the order of the components that were given."""
+        """Position in the order in which the components were given."""
         return self.table[2]
 
     @property
@@ -43,30 +43,31 @@ class _Parts(NamedTuple):
         return self.table[3 + self.dim :]
 
     def at(self, index: Tensor) -> _Parts:
-        """Component ``index[n]`` of each row n, ``(1, N)``."""
+        """Return component ``index[n]`` of each row n, ``(1, N)``."""
         return _Parts(self.table.gather(1, index.expand(len(self.table), 1, -1)), self.dim)
 
     def span(self, start: int, stop: int) -> _Parts:
         return _Parts(self.table[:, start:stop], self.dim)
 
     def put(self, index: Tensor, values: _Parts) -> None:
-        # A copy, since values may be those of a span of this table.
+        # A copy, since ``values`` may be a span of this table.
         self.table.scatter_(1, index.expand(len(self.table), 1, -1), values.table.clone())
 
 
 def merge_components(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Merge pairs of components, the cheapest first, until ``count`` are left; mean and covariance stay.
+    r"""Merge pairs of components, the cheapest first, until ``count`` are left.
 
-    The cost of a pair bounds the Kullback-Leibler divergence that its merging adds:
+    Mean and covariance of the mixture stay as they are. The cost of a pair is an upper bound of the Kullback-Leibler
+    divergence that merging it adds:
 
     .. math:: B_{ij} = \tfrac12 \left( (w_i + w_j) \log\det\Sigma_{ij} - w_i \log\det\Sigma_i
               - w_j \log\det\Sigma_j \right)
 
     Args:
-        weights: Shape ``(N, K)``.
-        locs: Shape ``(N, K, D)``.
-        matrices: Shape ``(N, K, D, D)``.
-        count: Components to keep.
+        weights: Weights, shape ``(N, K)``.
+        locs: Means, shape ``(N, K, D)``.
+        matrices: Covariance matrices, shape ``(N, K, D, D)``.
+        count: Number of components to keep.
 
     References:
         Runnalls (2007), Kullback-Leibler approach to Gaussian mixture reduction.
@@ -80,9 +81,9 @@ def merge_components(weights: Tensor, locs: Tensor, matrices: Tensor, count: int
 
 
 def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Runnalls' algorithm, one merge in each row at a time. Each component knows its cheapest partner.
+    """Merge by Runnalls' algorithm, one pair in each row at a time, with the cheapest partner of each component known.
 
-    Those that are left come first: the last one moves to where one was merged into another.
+    The components that are left stand first: after j has been merged into i, the last one moves to place j.
     """
     n, k = weights.shape
     rows = torch.arange(n, device=weights.device)
@@ -92,7 +93,7 @@ def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> 
     for left in range(k - 1, count - 1, -1):
         i = best[: left + 1].argmin(0)
         j = partner[i, rows]
-        i, j = torch.minimum(i, j), torch.maximum(i, j)  # either may be the first of the two
+        i, j = torch.minimum(i, j), torch.maximum(i, j)  # a partner may stand before its component
         stale = (partner == i) | (partner == j)
         merged = _merge_pair(parts.at(i), parts.at(j))
         parts.put(j, parts.span(left, left + 1))
@@ -104,7 +105,7 @@ def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> 
         now = cost[:left, :, :left]
         parts.put(i, merged)
         pairs = _Pairs.of(merged, parts.span(0, left))
-        # Among the pairs is the new component with itself, whose matrix is its own.
+        # One of the pairs is the merged component with itself, which has the log-determinant of that component.
         merged.log_det.copy_(pairs.log_det.gather(0, i.unsqueeze(0)))
         parts.put(i, merged)
         new = pairs.cost(merged, parts.span(0, left))
@@ -121,7 +122,7 @@ def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> 
 
 
 def _put_column(cost: Tensor, index: Tensor, values: Tensor) -> None:
-    """Set the costs ``(K, N)`` of merging component ``index[n]`` of each row n, in quick terms."""
+    """Set the costs ``(K, N)`` of merging component ``index[n]`` of each row n, in one quick operation."""
     cost.scatter_(-1, index[:, None].expand(*values.shape, 1), values.unsqueeze(-1))
 
 
@@ -137,7 +138,7 @@ def _as_parts(weights: Tensor, locs: Tensor, matrices: Tensor) -> _Parts:
 
 
 def _as_tensors(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, means and covariance matrices, with the rows first, in the order of the components that were given."""
+    """Return weights, means and covariance matrices, rows first, in the order in which components were given."""
     order = parts.place.argsort(0)
     kept = parts.table.gather(1, order.expand_as(parts.table)).permute(2, 1, 0)
     parts = _Parts(kept.movedim(-1, 0), parts.dim)
@@ -148,7 +149,7 @@ def _as_tensors(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _merge_pair(one: _Parts, other: _Parts) -> _Parts:
-    """Weight, mean and covariance of two components together."""
+    """Compute weight, mean and covariance of two components merged into one."""
     share, inner, apart = _blend(one, other)
     squares = torch.cat([apart[i:] * apart[i] for i in range(len(apart))])
     columns = torch.addcmul(inner, share * (1 - share), squares)
@@ -157,14 +158,14 @@ def _merge_pair(one: _Parts, other: _Parts) -> _Parts:
 
 
 def _blend(one: _Parts, other: _Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """Share of the other in the sum of the two, average covariance, and difference of means."""
+    """Compute the other component's share of the total weight, the average covariance, and the difference of means."""
     total = one.weights + other.weights
     share = torch.where(total > 0, other.weights / total, 0.5)
     return share, torch.lerp(one.columns, other.columns, share), other.locs - one.locs
 
 
 class _Pairs(NamedTuple):
-    """Weights, and log-determinants of covariances, of pairs of components together."""
+    """Weights and log-determinants of the covariances of pairs of components merged into one."""
 
     weights: Tensor
     log_det: Tensor
@@ -173,7 +174,7 @@ class _Pairs(NamedTuple):
     def of(cls, one: _Parts, other: _Parts) -> _Pairs:
         share, inner, apart = _blend(one, other)
         log_det, squared = _eliminate(inner, apart)
-        # The determinant lemma, since the matrix itself may be singular in floating point.
+        # By the matrix determinant lemma, since the merged matrix may be singular in floating point.
         return cls(one.weights + other.weights, log_det + (share * (1 - share) * squared).log1p())
 
     def cost(self, one: _Parts, other: _Parts) -> Tensor:
@@ -181,22 +182,22 @@ class _Pairs(NamedTuple):
 
 
 def _all_costs(parts: _Parts) -> Tensor:
-    """Cost of merging each pair, ``(K, N, K)``; infinite with itself."""
+    """Compute the cost of merging each pair, ``(K, N, K)``; it is infinite for a component with itself."""
     k, n = parts.weights.shape
     cost = parts.table.new_full((k, n, k), torch.inf)
     around = _Parts(torch.cat([parts.table, parts.table], 1), parts.dim)
     first = torch.arange(k, device=cost.device)
-    for step in range(1, k // 2 + 1):  # so that each operation is on many pairs
+    for step in range(1, k // 2 + 1):  # by distance of the indices, so that each operation is on many pairs
         second, other = (first + step) % k, around.span(step, step + k)
         cost[first, :, second] = cost[second, :, first] = _Pairs.of(parts, other).cost(parts, other)
     return cost
 
 
 def _eliminate(columns: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Log-determinant, and :math:`v^\top \Sigma^{-1} v`, of matrices given by columns of their lower triangles.
+    r"""Compute log-determinants and :math:`v^\top \Sigma^{-1} v` of matrices given by columns of their lower triangles.
 
-    Both arguments are overwritten. A pivot that rounding has left below its share of the diagonal, where a Cholesky
-    decomposition would fail, is as large as that rounding.
+    Both arguments are overwritten. A pivot is at least the rounding error of its diagonal entry, so that elimination
+    goes on where a Cholesky decomposition would fail.
     """
     rest, pivots = columns.split([*range(len(vector), 0, -1)]), torch.empty_like(vector)
     least = torch.finfo(columns.dtype).eps * torch.stack([column[0] for column in rest])

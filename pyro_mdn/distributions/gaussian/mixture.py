@@ -1,4 +1,4 @@
-r"""The Gaussian mixture: a mixture of normal components, and what only these have in closed form."""
+r"""The Gaussian mixture: a mixture of normal components, with the operations that only these have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["GaussianMixture", "Product"]
 
 
 class Product(NamedTuple):
-    """Normalised product of two mixtures, and the logarithm of what normalised it, shape ``(*batch,)``."""
+    """Normalised product of two mixtures, and the logarithm of its normaliser Z, shape ``(*batch,)``."""
 
     mixture: GaussianMixture
     log_normalizer: Tensor
@@ -33,17 +33,18 @@ class GaussianMixture(Mixture):
 
     .. math:: p(y) = \sum_{k=1}^K w_k \, \mathcal{N}(y \mid \mu_k, \Sigma_k)
 
-    A Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Every closed form is
-    differentiable, and is again a mixture where it is a distribution.
+    A mixture is a Pyro distribution with ``event_shape`` ``(D,)``. Arguments broadcast over the batch. Closed forms are
+    differentiable; a closed form that is a distribution is again a mixture.
 
-    Results have the precision of the parameters, which may also be half. They are computed in single precision at
-    least, and in double if an argument is. A batch of mixtures is indexed like a tensor: ``mixture[rows]``.
+    Results have the precision of the parameters, which may be half precision. They are computed in at least single
+    precision, and in double if an argument is double. A batch of mixtures is indexed like a tensor: ``mixture[rows]``.
 
     Args:
         logits: Log-weights up to a constant, shape ``(*batch, K)``. A weight of zero is ``-inf``.
         locs: Component means, shape ``(*batch, K, D)``.
         covariance: Component covariances; a component axis of 1 ties them.
-        validate_args: Check values of parameters and arguments; by default as ``pyro.enable_validation`` was told.
+        validate_args: Whether to check values of parameters and arguments; by default as set by
+            ``pyro.enable_validation``.
 
     Raises:
         ValueError: If shapes or dtypes do not agree or, when validating, if a parameter is not finite or a
@@ -78,15 +79,15 @@ class GaussianMixture(Mixture):
 
     @in_widest_precision
     def product(self, other: Self) -> Product:
-        r"""Normalised product of the two densities, of :math:`K K'` components, with its log-normaliser.
+        r"""Multiply two densities and normalise: return a mixture of :math:`K K'` components and its log-normaliser.
 
         .. math:: p(y)\, q(y) = Z \sum_{kl} w_{kl} \, \mathcal{N}(y \mid \mu_{kl}, \Sigma_{kl}), \quad
                   \Sigma_{kl} = (\Sigma_k^{-1} + \Sigma_l'^{-1})^{-1}
 
-        Two diagonal or isotropic mixtures give a diagonal one, others a full one.
+        If both mixtures have diagonal or isotropic covariances, the product has diagonal ones; otherwise full ones.
 
         Raises:
-            ValueError: If ``other`` is no mixture, or has another number of outputs.
+            ValueError: If ``other`` is not a Gaussian mixture, or has another number of outputs.
         """
         if not isinstance(other, GaussianMixture) or other.dim != self.dim:
             got = other.dim if isinstance(other, GaussianMixture) else shown(other)
@@ -119,14 +120,15 @@ class GaussianMixture(Mixture):
         axis = len(covariance.batch_shape) - 1
         covariance = covariance.map(lambda t, n: t.index_select(axis, index))
         new = self.reweighted(self.logits[..., index], NormalComponents(self.locs[..., index, :], covariance))
-        new.logits = self.logits[..., index]  # of the pairs, not normalised
+        new.logits = self.logits[..., index]  # not normalised, to be added to those of the other mixture
         return new
 
     @in_widest_precision
     def reduce(self, n_components: int) -> Self:
         """Merge components until ``n_components`` are left; mean and covariance of the mixture stay as they are.
 
-        Not differentiable. The cost is quadratic in the number of components: prune first where most weigh nothing.
+        The result is not differentiable. The cost is quadratic in the number of components: call :meth:`prune` first if
+        most of them have next to no weight.
 
         Raises:
             ValueError: If ``n_components`` is not between 1 and the present number.
@@ -147,10 +149,10 @@ class GaussianMixture(Mixture):
 
     @in_widest_precision
     def modes(self) -> Tensor:
-        """Local maxima of the density, highest first, shape ``(*batch, M, D)``; NaN where a mixture has fewer than M.
+        """Find local maxima of the density, highest first, ``(*batch, M, D)``; NaN where a mixture has fewer than M.
 
-        By climbing from each component's mean; a maximum that none of them leads to, which is rare, is not among them.
-        Not differentiable.
+        The search climbs from the mean of each component. It misses a maximum to which no mean leads, which is rare.
+        The result is not differentiable.
 
         References:
             Carreira-Perpiñán (2000), Mode-finding for mixtures of Gaussian distributions.
@@ -171,12 +173,12 @@ class GaussianMixture(Mixture):
 
     @in_widest_precision
     def entropy_bounds(self) -> tuple[Tensor, Tensor]:
-        r"""Lower and upper bound of the differential entropy in nats, shape ``(*batch,)`` each.
+        r"""Compute a lower and an upper bound of the differential entropy in nats, shape ``(*batch,)`` each.
 
         .. math:: -\sum_k w_k \log \sum_l w_l \, \mathcal{N}(\mu_k \mid \mu_l, \Sigma_k + \Sigma_l) \le H \le
                   \sum_k w_k \left( -\log w_k + \tfrac12 \log\det(2 \pi e \Sigma_k) \right)
 
-        The upper bound is also kept below the entropy of the Gaussian with the same covariance.
+        The upper bound is the smaller of this one and the entropy of the Gaussian with the same covariance.
 
         References:
             Huber et al. (2008), On entropy approximation for Gaussian mixture random vectors.
@@ -196,7 +198,7 @@ class GaussianMixture(Mixture):
 
 
 def _precision_weighted(left: Covariance, right: Covariance, apart: Tensor) -> tuple[Tensor, FullCovariance]:
-    """Pull of the mean from the left one, and covariance, of products of Gaussians ``apart`` from each other."""
+    """Compute the shift from the left mean, and the covariance, of products of Gaussians whose means are ``apart``."""
     roots = torch.broadcast_tensors(left.precision_tril(), right.precision_tril())
     covariance = FullCovariance.from_precision_root(torch.cat(roots, -2))
     root = covariance.precision_tril()

@@ -1,4 +1,4 @@
-r"""Modes of mixtures: climbing from every mean by Newton's method, and by the fixed point where that does not apply."""
+r"""Modes of Gaussian mixtures: climbing from every mean by Newton's method, or by a fixed-point iteration."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from pyro_mdn.tensors.numerics import exp
 __all__ = ["find_modes"]
 
 _ELEMENTS = 50_000
-"""Pairs of climber and component at once, few enough for a cache, where one climber of one row does not need more."""
+"""Largest number of pairs of climber and component in one pass, to fit in a cache; a single climber may have more."""
 
 _FEW = 0.2
-"""Share of climbers that still move from which on each has a copy of its mixture, and all of a group go together."""
+"""Once at most this share of climbers moves, each gets a copy of its mixture, and all of a group climb together."""
 
 _GROUP = 2**22
-"""Numbers in the copies of mixtures."""
+"""Largest total size of the copies of mixtures."""
 
 _NEAR = 0.1
-"""Newton steps shorter than so many standard deviations that end together lead to the same mode."""
+"""Newton steps shorter than this many standard deviations lead to the same mode if they end at the same point."""
 
 _FARTHEST = 0.5
-"""Standard deviations of a step at most, so that it leads over no trough."""
+"""Largest length of a step in standard deviations, so that no step crosses a trough."""
 
 _CLOSE = 1e-7
-"""After a Newton step shorter than that, rounding is all that is left."""
+"""After a Newton step shorter than this many standard deviations, only rounding error is left."""
 
 
 class _Rows(NamedTuple):
-    """Mixtures as products of matrices take them: each output is a plane."""
+    """Mixtures in the layout of matrix products, with the outputs as first dimension."""
 
     log_weights: Tensor  # (N, 1, K), with the normalising constants
     locs: Tensor  # (D, N, 1, K)
     precisions: Tensor  # (D, N, D, K)
     pulls: Tensor  # (D, N, 1, K): precision times mean
-    distance: Tensor  # (N, D): of the origin from that of the user
+    distance: Tensor  # (N, D): where the origin of these coordinates lies in those of the user
 
     @classmethod
     def of(cls, log_weights: Tensor, locs: Tensor, precisions: Tensor) -> _Rows:
@@ -55,9 +55,9 @@ class _Rows(NamedTuple):
 
 
 class _Climbers(NamedTuple):
-    """Climbers ``(N, S, ...)`` of which those that move are about to go from ``point`` to ``point + step``."""
+    """Climbers ``(N, S, ...)``; those that are moving are about to go from ``point`` to ``point + step``."""
 
-    cell: Tensor  # of the ends
+    cell: Tensor  # index of the climber's place in ``_Ends``
     point: Tensor
     height: Tensor
     step: Tensor
@@ -65,7 +65,10 @@ class _Climbers(NamedTuple):
 
 
 class _Ends(NamedTuple):
-    """Where climbers from all starts came to rest, ``(N * S, ...)``, written in place; tops are maxima."""
+    """Points at which the climbers of all starts came to rest, ``(N * K, ...)``; ``top`` says which are maxima.
+
+    The tensors are written in place.
+    """
 
     point: Tensor
     height: Tensor
@@ -76,23 +79,25 @@ class _Ends(NamedTuple):
 def find_modes(
     log_weights: Tensor, locs: Tensor, precisions: Tensor, steps: int = 1000, tolerance: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    r"""Climb from every mean, then tell which ends are distinct.
+    r"""Climb from every mean, and find out which ends are distinct modes.
 
-    Where the log-density is concave, a climber takes Newton steps of half a standard deviation at most, and halves
-    those that descend. Elsewhere it takes those of the fixed point, which always climb:
+    A step is at most half a standard deviation long, and is halved if it descends. Where the log-density is concave, a
+    climber takes Newton steps. Elsewhere it takes steps towards the next point of the fixed-point iteration, which
+    always climb:
 
     .. math:: y \leftarrow \Big(\sum_k r_k(y) \Sigma_k^{-1}\Big)^{-1} \sum_k r_k(y) \Sigma_k^{-1} \mu_k
 
     Args:
         log_weights: Log-weights with the components' normalising constants, shape ``(N, K)``.
-        locs: Shape ``(N, K, D)``.
-        precisions: Shape ``(N, K, D, D)``.
-        steps: Steps at most.
-        tolerance: Ends closer than this many standard deviations of the narrowest component there are one.
+        locs: Means, shape ``(N, K, D)``.
+        precisions: Inverse covariances, shape ``(N, K, D, D)``.
+        steps: Largest number of steps.
+        tolerance: Ends closer than this many standard deviations count as one; the standard deviation is that of the
+            mean precision of the components there.
 
     Returns:
         The ends ``(N, K, D)``, highest density first, and whether each is a maximum and distinct from those
-        before it, ``(N, K)``. Ends that are none may be anywhere.
+        before it, ``(N, K)``. Ends that are not maxima may be anywhere.
 
     References:
         Carreira-Perpiñán (2000), Mode-finding for mixtures of Gaussian distributions.
@@ -135,7 +140,7 @@ def _climb_all(
 
 
 def _climb_together(mixtures: _Rows, at: _Climbers, ends: _Ends, steps: int, tolerance: float) -> _Climbers:
-    """Climb until few move, ``(N, S)`` at a time; those come back, ``(P, 1)``."""
+    """Climb with ``(N, S)`` climbers at a time until few are moving; return these, ``(P, 1)``."""
     for count in range(steps):
         at, precision, arriving = _advance(mixtures, at, ends)
         if count:
@@ -151,7 +156,7 @@ def _climb_together(mixtures: _Rows, at: _Climbers, ends: _Ends, steps: int, tol
 
 
 def _climb_alone(mixtures: _Rows, at: _Climbers, ends: _Ends, steps: int, n_components: int) -> None:
-    """Climb with one climber to each row, ``(P, 1)``, and a copy of its mixture."""
+    """Climb with one climber in each row, ``(P, 1)``, which has a copy of its mixture."""
     copies = mixtures.pick(at.cell.squeeze(1) // n_components)
     for _ in range(steps):
         left = at.moving.squeeze(1).nonzero().squeeze(-1)
@@ -163,9 +168,12 @@ def _climb_alone(mixtures: _Rows, at: _Climbers, ends: _Ends, steps: int, n_comp
 
 
 def _advance(mixtures: _Rows, at: _Climbers, ends: _Ends) -> tuple[_Climbers, Tensor, Tensor]:
-    """Go one step, unless it descends, and find the next one; also the mean precisions, and who arrives soon.
+    """Take one step, unless it descends, and compute the next one.
 
-    A climber whose next step is too short to matter takes it and is at its end.
+    A climber whose next step is too short to matter takes that step and has arrived.
+
+    Returns:
+        The climbers; the mean precisions of the components there; and which climbers will arrive soon.
     """
     point = at.point + at.step
     height, slope, precision, curvature = _surroundings(mixtures, point)
@@ -187,7 +195,7 @@ def _advance(mixtures: _Rows, at: _Climbers, ends: _Ends) -> tuple[_Climbers, Te
 
 
 def _next_step(slope: Tensor, precision: Tensor, curvature: Tensor) -> tuple[Tensor, Tensor]:
-    """Newton's step where the log-density is concave, else that of the fixed point; and where it is concave."""
+    """Compute Newton's step where the log-density is concave, else the fixed-point step; also where it is concave."""
     if slope.shape[-1] == 1:
         concave = curvature > 0
         return slope / torch.where(concave, curvature, precision).squeeze(-1), concave.squeeze((-2, -1))
@@ -200,10 +208,10 @@ def _next_step(slope: Tensor, precision: Tensor, curvature: Tensor) -> tuple[Ten
 
 
 def _stop_followers(at: _Climbers, precision: Tensor, arriving: Tensor, tolerance: float) -> _Climbers:
-    """Stop climbers that are about to reach the same point as one before them in the row."""
+    """Stop climbers that are about to reach the same point as a climber before them in their row."""
     target, unit = at.point + at.step, precision.diagonal(dim1=-2, dim2=-1) * precision.shape[-1]
     apart = precision.new_zeros((*arriving.shape, arriving.shape[1]))
-    for d in range(target.shape[-1]):  # a bound of the length
+    for d in range(target.shape[-1]):  # an upper bound of the squared length
         plane = target[..., d]
         apart.addcmul_((plane.unsqueeze(2) - plane.unsqueeze(1)).square_(), unit[..., d, None])
     earlier = torch.ones_like(apart[0], dtype=torch.bool).tril(-1)
@@ -212,7 +220,7 @@ def _stop_followers(at: _Climbers, precision: Tensor, arriving: Tensor, toleranc
 
 
 def _distinct(ends: _Ends, distance: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Ends in the order of their density, and whether they are maxima not told before."""
+    """Sort the ends by density, and mark those that are maxima and distinct from all before them."""
     order = ends.height.masked_fill(~ends.top, -math.inf).argsort(-1, descending=True)
     first, rows = order[:, : int(ends.top.sum(-1).amax())], torch.arange(len(order), device=order.device).unsqueeze(-1)
     point, _, precision, top = (t[rows, first] for t in ends)
@@ -228,7 +236,7 @@ def _distinct(ends: _Ends, distance: Tensor, tolerance: float) -> tuple[Tensor, 
 
 
 def _surroundings(mixtures: _Rows, point: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-density at points ``(N, S, D)``, its gradient, mean precision of the components, and negative Hessian."""
+    """Compute log-density at points ``(N, S, D)``, its gradient, mean precision of components, and negative Hessian."""
     log_weights, locs, precisions, pulls, _ = mixtures
     dim = point.shape[-1]
     pull = pulls - (precisions * point if dim == 1 else point @ precisions)
@@ -254,7 +262,7 @@ def _planes(vectors: Tensor) -> Tensor:
 
 
 def _length(vector: Tensor, precision: Tensor) -> Tensor:
-    """Length of vectors in standard deviations."""
+    """Compute the length of vectors in standard deviations."""
     if vector.shape[-1] == 1:
         return (precision.squeeze(-1).sqrt() * vector.abs()).squeeze(-1)
     return ((precision * vector.unsqueeze(-2)).sum(-1) * vector).sum(-1).clamp(min=0).sqrt()
