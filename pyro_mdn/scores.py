@@ -17,7 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.density import as_observations
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import missing
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor, in_columns
 from pyro_mdn.support.checks import shown
@@ -69,9 +71,10 @@ def log_score(mixture: Mixture, y: Any) -> Tensor:
     r"""Negative log-density :math:`-\log p(y)` in nats, shape ``(*sample, *batch)``; Good (1952).
 
     Entries of y that are NaN were not observed: the density is that of the others, and the score NaN if there are none.
+    :class:`pyro_mdn.Targets` may have intervals, which count with minus the logarithm of their probability.
     """
-    y = mixture.as_points(y, "y")
-    return -mixture.log_prob(y).masked_fill(y.isnan().all(-1), torch.nan)
+    y = as_observations(mixture, y, "y")
+    return -mixture.log_prob(y).masked_fill(missing(y).all(-1), torch.nan)
 
 
 class Comparison(NamedTuple):

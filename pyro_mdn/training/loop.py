@@ -127,8 +127,9 @@ class Loop:
     def _epoch(self, epoch: int) -> None:
         loss = self.train_epoch(epoch)
         self.result.unobserved, self.result.intervals = self.batches.gaps[0].tolist(), self.batches.gaps[3].tolist()
-        if epoch == 1 and any(self.result.unobserved):
-            logger.info("fit: %s entries of y, by output, were not observed", self.result.unobserved)
+        if epoch == 1 and any(self.result.unobserved + self.result.intervals):
+            text = "fit: %s entries of y, by output, were not observed, and %s are intervals"
+            logger.info(text, self.result.unobserved, self.result.intervals)
         monitored = self._evaluate()
         if self.held_out is not None and not self._sound(monitored):
             raise FloatingPointError(f"fit: validation loss is {self._shown(monitored)} after epoch {epoch}")
