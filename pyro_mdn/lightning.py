@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.process_state import own_store, require_owned
@@ -264,7 +265,11 @@ def _networks(objective: nn.Module) -> list[MixtureDensityNetwork]:
 
 
 def _as_rows(batch: Any) -> Rows:
-    if not isinstance(batch, list | tuple) or len(batch) not in (2, 3) or not all(isinstance(b, Tensor) for b in batch):
+    if (
+        not isinstance(batch, list | tuple)
+        or len(batch) not in (2, 3)
+        or not all(isinstance(b, Tensor | Targets) for b in batch)
+    ):
         raise ValueError(f"batch: expected (x, y) or (x, y, weight) of tensors, got {type(batch).__name__}")
     x, _, *weight = batch
     if any(w.shape != (len(x),) for w in weight):
@@ -277,7 +282,8 @@ def _warn_if_unscaled(network: MixtureDensityNetwork, rows: Rows) -> None:
     """Warn if a network has no scalers although the columns of these rows are far from a unit scale."""
     if network.initialized:
         return
-    columns = {"x": rows.x.reshape(len(rows), -1), "y": rows.y.reshape(-1, rows.y.shape[-1])}
+    y = rows.y.points() if isinstance(rows.y, Targets) else rows.y
+    columns = {"x": rows.x.reshape(len(rows), -1), "y": y.reshape(-1, y.shape[-1])}
     sizes = {name: v.double().square().nanmean(0).sqrt() for name, v in columns.items()}
     far = {name: size for name, size in sizes.items() if bool(((size > _FAR) | ((size > 0) & (size < 1 / _FAR))).any())}
     if far:

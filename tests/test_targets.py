@@ -1,43 +1,59 @@
 """Targets that were observed in part, or as intervals: their likelihood, and training on them."""
 
 import copy
+import dataclasses
+import itertools
 import math
+import warnings
 
+import lightning
 import numpy as np
 import pandas
 import pyro
 import pytest
 import torch
 from cases import BATCH_SHAPES, NOISE, make_head, make_mixture
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from scipy import stats
+from scipy import integrate, stats
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 from pyro_mdn import (
     ContinuousRankedProbability,
     DeepEnsemble,
     Diagonal,
     Full,
+    FullCovariance,
     GaussianMixture,
+    IndependentComponents,
     Isotropic,
     IsotropicCovariance,
+    MissingTargetsWarning,
     Mixture,
     MixtureDensityNetwork,
     NegativeLogLikelihood,
     StudentT,
+    StudentTComponents,
+    SymmetricLaw,
     Targets,
     WeightedSum,
     bayesianize,
+    calibration,
     fit,
     fit_mcmc,
     laplace,
     posterior_predictive,
     scores,
+    to_inference_data,
 )
-from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING, joined
+from pyro_mdn.distributions.observations import boxes
+from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING
+from pyro_mdn.lightning import LightningObjective
+from pyro_mdn.networks.rows import Rows
 from pyro_mdn.posteriors.log_joint import LogJoint, rows_of, undisturbed
+from pyro_mdn.sklearn import MDNRegressor
+from pyro_mdn.support.process_state import unvalidated
 
 QUICK = {"seed": 0, "max_epochs": 3, "progress": False}
 
@@ -141,6 +157,105 @@ def test_boxes_of_student_components(noise):
     assert_close(result, truth, rtol=0, atol=0.01)  # scipy's integral is by as few digits
 
 
+def correlated(rho, dtype=torch.float64, dim=2):
+    """One normal component of unit variances."""
+    matrix = torch.full((dim, dim), rho, dtype=torch.float64).fill_diagonal_(1.0)
+    root = torch.linalg.cholesky(matrix)[None, None].to(dtype)
+    locs = torch.zeros(1, 1, dim, dtype=dtype)
+    return GaussianMixture(torch.zeros(1, 1, dtype=dtype), locs, FullCovariance.from_root(root))
+
+
+def above(*limits, dtype=torch.float64):
+    """All outputs above limits."""
+    return Targets.interval(torch.tensor([limits], dtype=dtype), torch.full((1, len(limits)), math.inf, dtype=dtype))
+
+
+def both_above(rho, a, b):
+    """Logarithm of that probability for two outputs, by quadrature over the one with the rarer interval."""
+    a, b = max(a, b), min(a, b)
+
+    def integrand(t):  # relative to the density at the limit, which may underflow
+        return math.exp(-0.5 * t * (2 * a + t)) * stats.norm.sf((b - rho * (a + t)) / math.sqrt(1 - rho**2))
+
+    return math.log(integrate.quad(integrand, 0, 12, epsrel=1e-11, points=[0.1, 1.0])[0]) + stats.norm.logpdf(a)
+
+
+@pytest.mark.parametrize("limits", [(0, 3), (0, 4), (-1, 5), (0, 8), (3, 3), (6, 7), (14, 14)], ids=str)
+@pytest.mark.parametrize("rho", [-0.5, 0.5, 0.9, 0.99])
+def test_rare_intervals_in_any_order(rho, limits):
+    """An outlier in one of two dependent outputs: the order of the outputs does not matter, nor does the precision."""
+    truth = both_above(rho, *limits)
+    for order in (limits, limits[::-1]):
+        for dtype in (torch.float64, torch.float32):
+            result = correlated(rho, dtype).log_prob(above(*order, dtype=dtype)).double().item()
+            assert result == pytest.approx(truth, abs=0.05 if limits[0] > 0 else 0.01, rel=1e-5)
+
+
+def test_order_of_outputs_does_not_matter():
+    mixture, limits = correlated(0.8, dim=3), (-1.0, 0.0, 3.0)
+    truth = math.log(stats.multivariate_normal(np.zeros(3), 0.8 + 0.2 * np.eye(3), abseps=1e-9).cdf([1.0, 0.0, -3.0]))
+    for order in itertools.permutations(limits):
+        assert mixture.log_prob(above(*order)).item() == pytest.approx(truth, abs=0.01)
+
+
+@pytest.mark.parametrize("df", [None, 4.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_limit_is_as_good_as_none(df, dtype):
+    """Nor does it matter on which side of the mode the interval lies."""
+    scale, locs = IsotropicCovariance(torch.ones(1, 1)), torch.zeros(1, 1, 1)
+    components = StudentTComponents(locs, scale, torch.tensor([[df or 1.0]]))
+    mixture = GaussianMixture(torch.zeros(1, 1), locs, scale) if df is None else Mixture(torch.zeros(1, 1), components)
+    mixture = mixture.to(dtype)
+    for near in (3.0, -1.0, 0.0):
+        truth = (stats.norm if df is None else stats.t(df)).logsf(near)
+        for far in (1e9, 1e17, 1e30, math.inf):
+            right = Targets.interval([[near]], [[far]]).to(dtype)
+            left = Targets.interval([[-far]], [[-near]]).to(dtype)
+            for targets in (right, left):
+                assert mixture.log_prob(targets).item() == pytest.approx(
+                    truth, rel=1e-5 if dtype == torch.float32 else 1e-9
+                )
+
+
+@pytest.mark.parametrize(("centre", "width"), [(100, 1e-4), (128, 2**-13), (1024, 2**-10), (8192, 2**-9), (0.5, 1e-3)])
+def test_narrow_cells_far_out_in_heavy_tails(centre, width):
+    """A density and its width, where a difference of probabilities has no digits."""
+    components = StudentTComponents(torch.zeros(1, 1, 1), IsotropicCovariance(torch.ones(1, 1)), torch.tensor([[4.0]]))
+    mixture = Mixture(torch.zeros(1, 1), components)
+    low, high = (torch.tensor([[centre + sign * width / 2]], dtype=torch.float32) for sign in (-1, 1))
+    truth = stats.t(4).logpdf(centre) + math.log((high - low).item())
+    assert mixture.log_prob(Targets.interval(low, high)).item() == pytest.approx(truth, rel=1e-4)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LaplaceLaw(SymmetricLaw):
+    """A law that says no more than it has to: its cdf underflows."""
+
+    def log_density(self, z):
+        return -z.abs() - math.log(2)
+
+    def cdf(self, z):
+        return torch.where(z < 0, 0.5 * z.clamp(max=0).exp(), 1 - 0.5 * (-z.clamp(min=0)).exp())
+
+    def quantile(self, q):
+        return (2 * q).log()
+
+    def mean_distance(self, z):
+        return z.abs() + (-z.abs()).exp()
+
+
+@pytest.mark.parametrize(("dtype", "far"), [(torch.float32, 200.0), (torch.float64, 800.0)])
+def test_far_intervals_of_a_law_of_ones_own(dtype, far):
+    """Where its cdf underflows, the density and its slope say what is left, with a gradient."""
+    locs = torch.zeros(1, 1, 1, dtype=dtype, requires_grad=True)
+    components = IndependentComponents(locs, torch.ones(1, 1, 1, dtype=dtype), LaplaceLaw())
+    mixture = Mixture(torch.zeros(1, 1, dtype=dtype), components)
+    for low, high, truth in ((far, math.inf, -far), (far, far + 1, -far + math.log1p(-math.exp(-1)))):
+        result = mixture.log_prob(Targets.interval([[low]], [[high]]).to(dtype))
+        assert result.item() == pytest.approx(truth - math.log(2), rel=1e-5)
+        assert torch.autograd.grad(result.sum(), locs)[0].item() == pytest.approx(1.0, rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ["full", "low_rank", "diagonal-tied"])
 def test_intervals_add_up(name):
     """Left of a cut and right of it are everything; what lies between two cuts is a difference."""
@@ -148,7 +263,6 @@ def test_intervals_add_up(name):
     y = mixture.sample()
     kinds = kinds_of(y.shape, intervals=0)
     kinds[:, 2] = INTERVAL
-    below, above = y.clone(), y.clone()
 
     def likelihood(low, high):
         lower = torch.where(kinds == EXACT, y, torch.full_like(y, -math.inf))
@@ -212,7 +326,7 @@ def test_gradients(family):
 
 @pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=["diagonal", "full"])
 def test_far_from_all_components(noise):
-    """Limits and values up to a million deviations away, in single precision: finite, and so are gradients."""
+    """Limits and values up to a million deviations away: finite, the same in both precisions, and so are gradients."""
     network = MixtureDensityNetwork(2, 2, 3, 8, noise=noise, seed=0)
     far = torch.tensor([1e1, -1e2, 1e3, -1e4, 1e5, -1e6, 30.0]).unsqueeze(-1).expand(-1, 2)
     x = torch.randn(7, 2)
@@ -223,6 +337,7 @@ def test_far_from_all_components(noise):
         losses = network.loss(x, targets)
         losses.sum().backward()
         assert losses.isfinite().all()
+        assert_close(losses.double(), copy.deepcopy(network).double().loss(x.double(), targets), rtol=1e-4, atol=1e-3)
         assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
@@ -235,6 +350,26 @@ def test_widest_precision():
     result = mixture.log_prob(cell)
     assert result.dtype == torch.float32
     assert_close(result.item(), truth, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("width", [1e-2, 1e-4, 1e-5])
+def test_cells_that_single_precision_cannot_tell_from_points(width):
+    """A network in single precision compares limits in double precision, in its own units too."""
+    network, x = MixtureDensityNetwork(1, 1, 1, 4, seed=0), torch.randn(100, 1)
+    y = 1000 * torch.randn(100, 1, dtype=torch.float64)
+    network.initialize_(x, y)
+    targets = Targets.cells(y, width)
+    with torch.no_grad():
+        assert_close(network.loss(x, targets).double(), -network(x).double().log_prob(targets), rtol=0, atol=1e-4)
+
+
+def test_infinite_targets_do_not_pass_for_intervals():
+    """Beside a missing entry, and without validation: log(0) is no certainty."""
+    network, x, y = MixtureDensityNetwork(1, 2, 2, 8, seed=0), torch.randn(6, 1), torch.randn(6, 2)
+    y[0, 0], y[1, 1] = math.nan, -math.inf
+    with unvalidated():
+        assert network.loss(x, y).isfinite().tolist() == [True, False, True, True, True, True]
+        assert network(x).log_prob(y)[1] == -math.inf
 
 
 # Networks
@@ -305,7 +440,12 @@ def test_counts_of_a_fit():
     x, y = torch.randn(60, 2), torch.randn(60, 3)
     kinds = kinds_of((60, 3))
     kinds[:5] = MISSING
-    result = fit(MixtureDensityNetwork(2, 3, 2, 8, seed=0), x, observed(y, kinds), validation=0.0, **QUICK)
+    few = observed(y, kinds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MissingTargetsWarning)  # what is missing there is so on purpose
+        result = fit(MixtureDensityNetwork(2, 3, 2, 8, seed=0), x, few, validation=0.0, **QUICK)
+        lone = Targets.exact(y.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(math.nan)))
+        fit(MixtureDensityNetwork(2, 3, 2, 8, seed=0), x, lone, **QUICK)
     assert result.intervals == (kinds == INTERVAL).sum(0).tolist()
     assert result.unobserved == (kinds == MISSING).sum(0).tolist()
     assert fit(MixtureDensityNetwork(2, 3, 2, 8, seed=0), x, y, **QUICK).intervals == [0, 0, 0]
@@ -330,13 +470,35 @@ def test_exact_targets_train_as_tensors(size):
 
 def test_resumed_runs_are_of_the_same_targets(tmp_path):
     x, _, targets = regimes(100)
-    settings = {"seed": 0, "progress": False, "checkpoint": tmp_path / "run.safetensors"}
+    settings = {"seed": 0, "progress": False, "max_epochs": 6}
+    path = tmp_path / "run.safetensors"
     whole, first, second = (MixtureDensityNetwork(1, 1, 2, 8, seed=0) for _ in range(3))
-    fit(whole, x, targets, seed=0, progress=False, max_epochs=6)
-    fit(first, x, targets, max_epochs=6, callbacks=[lambda result: len(result.history) == 3], **settings)
+    fit(whole, x, targets, **settings)
+
+    def interrupt(result):
+        if len(result.history) == 4:
+            raise RuntimeError("stop here")
+
+    with pytest.raises(RuntimeError, match="stop here"):
+        fit(first, x, targets, checkpoint=path, checkpoint_every=1, callbacks=[interrupt], **settings)
     other = Targets(targets.lower, torch.where(targets.upper.isinf(), targets.upper, targets.upper + 0.1))
     with pytest.raises(ValueError, match="data"):
-        fit(second, x, other, max_epochs=6, resume=True, **settings)
+        fit(second, x, other, checkpoint=path, resume=True, **settings)
+    fit(second, x, targets, checkpoint=path, resume=True, **settings)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("far", [math.inf, 1e2, 1e6, 3e38])
+def test_where_training_starts(far):
+    """Limits that say nothing do not stretch the scalers."""
+    x, y = torch.randn(400, 1), torch.randn(400, 1)
+    network = MixtureDensityNetwork(1, 1, 2, 8, seed=0)
+    network.initialize_(x, Targets.interval(y, torch.where(y > 0.5, torch.full_like(y, far), y)))
+    assert 0.5 < network.head.scale.item() < 1.2
+    assert_close(Targets.cells(y, 0.5).points(), y)
+    assert Targets.interval([[0.0]] * 3, [[1.0], [0.0], [math.inf]]).points().flatten().tolist() == [0.0, 0.0, 0.0]
+    assert Targets.interval([[-math.inf], [2.0]], [[1.0], [math.inf]]).points().flatten().tolist() == [1.0, 2.0]
 
 
 def test_grids_beside_intervals():
@@ -351,17 +513,49 @@ def test_grids_beside_intervals():
     assert_close(losses[:2], -survival[:2], rtol=1e-6, atol=1e-6)
 
 
+def collate(rows):
+    """Sequences of several lengths, the last entries of which are censored."""
+    xs, ys = zip(*rows, strict=True)
+    y = torch.nn.utils.rnn.pad_sequence(ys, batch_first=True, padding_value=math.nan)
+    return torch.nn.utils.rnn.pad_sequence(xs, batch_first=True), Targets.censored(y, right=y > 1)
+
+
 def test_loaders_and_padded_sequences():
-    x, y = torch.randn(24, 5, 2), torch.randn(24, 5, 1)
+    """Steps that a batch is padded by were not observed: neither losses nor counts change."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3, 5, 2, 5, 4, 5, 1, 5]
+    rows = [tuple(torch.randn(n, width, generator=generator) for width in (2, 1)) for n in lengths]
+    whole = collate(rows)
+    network, other = (MixtureDensityNetwork(2, 1, 2, 8, seed=0) for _ in range(2))
+    result = fit(network, DataLoader(rows, batch_size=4, collate_fn=collate), validation=0.0, **QUICK)
+    assert result.intervals == [sum(int((y > 1).sum()) for _, y in rows)]
+    fit(other, DataLoader(rows, batch_size=4, collate_fn=collate), validation=whole, **QUICK)
+    parts = [Rows(*collate(rows[:1])), Rows(*collate(rows[1:]))]
+    joint = Rows.joined(parts)
+    assert joint.y.kinds().flatten().tolist() == whole[1].kinds().flatten().tolist()
+    losses = network.loss(joint.x, joint.y)
+    alone = [network.loss(x, collate([(x, y)])[1][0]) for x, y in rows]
+    for loss, expected, n in zip(losses, alone, lengths, strict=True):
+        assert_close(loss[:n], expected, rtol=1e-4, atol=1e-5)
+        assert_close(loss[n:], torch.zeros(5 - n), rtol=0, atol=1e-6)
 
-    def collate(rows):
-        xs, ys = (torch.stack(part) for part in zip(*rows, strict=True))
-        return xs, Targets.censored(ys, right=ys > 1)
 
-    loader = DataLoader(TensorDataset(x, y), batch_size=8, collate_fn=collate)
-    result = fit(MixtureDensityNetwork(2, 1, 2, 8, seed=0), loader, validation=0.0, **QUICK)
-    assert result.intervals == [int((y > 1).sum())]
-    assert len(joined([Targets.exact(y), y])) == 48
+def test_lightning(tmp_path):
+    """Batches of Targets: the logged loss of held-out rows is their likelihood."""
+    x, _, targets = regimes(64)
+    network = MixtureDensityNetwork(1, 1, 2, 8, seed=0)
+    network.initialize_(x, targets)
+    settings = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    trainer = lightning.Trainer(max_epochs=1, enable_progress_bar=False, enable_model_summary=False, **settings)
+
+    def batches():
+        positions = [list(range(start, start + 16)) for start in range(0, 64, 16)]
+        return DataLoader(range(64), batch_sampler=positions, collate_fn=lambda at: (x[at], targets[at]))
+
+    module = LightningObjective(NegativeLogLikelihood(network))
+    trainer.fit(module, batches(), batches())
+    logged = trainer.callback_metrics["validation_loss"]
+    assert_close(logged, network.loss(x, targets).mean().detach(), rtol=1e-4, atol=1e-5)
 
 
 # Pyro and posteriors
@@ -399,7 +593,10 @@ def test_posteriors():
         fit(network, x, targets, guide=AutoNormal, num_particles=2, **QUICK).guide,
     ):
         mixture = posterior_predictive(network, posterior, x[:4], num_samples=3)
-        assert mixture.log_prob(targets[:4]).isfinite().all()
+        each = torch.stack([mixture[i].log_prob(targets[:4]) for i in range(3)])
+        assert_close(mixture.log_prob(targets[:4]), each)
+    kernel = NUTS(network.model)
+    MCMC(kernel, num_samples=2, warmup_steps=2, disable_progbar=True).run(x, targets)
 
 
 # What makes them
@@ -439,8 +636,10 @@ ONE = [[1.0], [2.0]]
         (lambda: Targets.censored(ONE, left=[True, False]), r"left: expected a mask in the shape of y, \(2, 1\)"),
         (lambda: Targets.censored(ONE, right=[[0.5], [0]]), "right: expected booleans, got 0.5 in row 0"),
         (lambda: Targets.censored([[1.0], [math.inf]]), "y: expected finite numbers, or NaN .*got inf in row 1"),
-        (lambda: Targets.cells(ONE, -1.0), "width: expected a finite number that is not negative"),
-        (lambda: Targets.cells(ONE, [1.0, 2.0]), "width: expected a finite number that is not negative, or 1 of them"),
+        (lambda: Targets.cells(ONE, -1.0), "width: expected 1 finite numbers, none negative, or one, got -1.0"),
+        (lambda: Targets.cells(ONE, [1.0, 2.0]), "width: expected 1 finite numbers, none negative, or one"),
+        (lambda: Targets.cells(torch.tensor([[3.0], [1e5]]), 1e-3), "y: expected numbers that torch.float32 .*row 1"),
+        (lambda: Targets(torch.tensor([1]), torch.tensor([2])), "expected floating point, got torch.int64"),
         (lambda: Targets.exact([["a"]]), "y: expected numbers, got text"),
     ],
 )
@@ -461,8 +660,22 @@ def test_where_intervals_cannot_go():
         network.loss(x, targets[1:])
     with pytest.raises(ValueError, match="compile: expected exact and complete targets"):
         fit(network, x, targets, compile=True, **QUICK)
-    with pytest.raises(ValueError, match="y: expected numbers, got Targets"):
-        scores.crps(network(x), targets)
+    message = f"expected exact targets for an operation without a likelihood, got {count} intervals"
+    mixture = network(x)
+    for refuses in (
+        lambda: scores.crps(mixture, targets),
+        lambda: mixture.cdf(targets),
+        lambda: mixture.in_highest_density_region(targets, 0.5),
+        lambda: to_inference_data(network, x=x, y=targets),
+        lambda: calibration.coverage_table(mixture, targets),
+        lambda: MDNRegressor(max_epochs=1).fit(x.numpy(), targets),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuses()
+    assert_close(scores.crps(mixture, Targets.exact(x)), scores.crps(mixture, x))
+    assert_close(
+        network.predict(x).log_prob(targets), network.loss(x, targets).neg().detach().numpy(), atol=1e-5, rtol=1e-4
+    )
     huge = Targets.censored(torch.tensor([[1e300]] * 20, dtype=torch.float64), right=[[True]] * 20)
     with pytest.raises(ValueError, match=r"y: expected finite numbers.*got 1e\+300"):
         fit(network, x, huge, **QUICK)
@@ -482,6 +695,22 @@ def test_no_transform_hides_the_kinds():
         mixture: Mixture = network(x)
     with pytest.raises(ValueError, match=r"complete points under torch\.compile or torch\.jit"):
         torch.jit.trace(lambda y: mixture.log_prob(Targets(y, y + 1)), x, check_trace=False)
+
+
+def test_transforms_that_only_differentiate():
+    """Also where the points of the integral were not needed before."""
+    boxes._levels.cache_clear()
+    network, x = MixtureDensityNetwork(2, 2, 2, 8, noise=Full(), seed=0), torch.randn(6, 2)
+    targets = Targets.cells(torch.randn(6, 2), 0.5)
+    gradient = torch.func.grad(lambda inputs: network.loss(inputs, targets).sum())(x)
+    x.requires_grad_()
+    assert_close(gradient, torch.autograd.grad(network.loss(x, targets).sum(), x)[0])
+
+
+def test_no_rows():
+    network, targets = MixtureDensityNetwork(1, 2, 2, 8, seed=0), Targets.cells(torch.randn(3, 2), 0.5)
+    assert network.loss(torch.zeros(0, 1), targets[:0]).shape == (0,)
+    assert network(torch.zeros(0, 1)).responsibilities(targets[:0]).shape == (0, 2)
 
 
 def test_heads_take_them():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import as_targets
 from pyro_mdn.support.arrays import Array, as_tensor, require_finite, to_numpy
 from pyro_mdn.support.checks import describe, require_counts, shown
 
@@ -126,10 +127,10 @@ class Prediction:
 
     def log_prob(self, y: Any) -> Array:
         """Compute the log-density of targets ``(N, ..., D)`` in nats, ``(N, ...)``; NaN entries were not observed."""
-        rows = as_tensor(y, "y", self._parts[0].locs.device)
+        rows = as_targets(y, "y", self._parts[0].locs.device)
         if rows.ndim == 0 or len(rows) != len(self):
             raise ValueError(f"y: expected {len(self)} rows, as many as were predicted, got {describe(y)}")
-        values = iter(rows.split([part.batch_shape[0] for part in self._parts]))
+        values = iter(rows.split([part.batch_shape[0] for part in self._parts]))  # pyright: ignore[reportArgumentType]
         return self._joined(lambda part: part.log_prob(next(values)))
 
     def to_frame(self, quantiles: Any = (0.05, 0.5, 0.95), *, output_names: Sequence[str] | None = None) -> DataFrame:

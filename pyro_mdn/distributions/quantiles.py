@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from pyro_mdn.distributions.density import own_points
+from pyro_mdn.distributions.density import as_points, own_points
 from pyro_mdn.distributions.parameters import as_probabilities
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
@@ -163,6 +163,7 @@ def highest_density_threshold(mixture: Mixture, mass: float, *, num_samples: int
 
 def in_highest_density_region(mixture: Mixture, value: Any, mass: float, *, num_samples: int = 10_000) -> Tensor:
     """Check whether points lie in the smallest region of probability ``mass``, shape ``(*sample, *batch)``."""
+    value = as_points(mixture, value)
     return mixture.log_prob(value) >= mixture.highest_density_threshold(mass, num_samples=num_samples)
 
 

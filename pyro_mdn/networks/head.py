@@ -16,7 +16,7 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.families.family import Family, as_family
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 from pyro_mdn.distributions.transforms import Standardize, TargetTransform, Units
 from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
@@ -207,7 +207,7 @@ class MixtureHead(nn.Module):
         return raw_from_channels(self.family, self.n_components, self.dim_out, _accumulated(channels), own)
 
     @torch.no_grad()
-    def initialize_(self, y: Tensor) -> None:
+    def initialize_(self, y: TargetsOrTensor) -> None:
         """Set the units of y, and spread the components over the data, from targets ``(N, D)``.
 
         Components start at the clusters of a k-means on the standardised targets (Lloyd, 1982), with their
@@ -217,6 +217,7 @@ class MixtureHead(nn.Module):
         Raises:
             ValueError: If y is not ``(N, D)`` with N > 0, has an infinite entry, or no observed one in a column.
         """
+        y = y.points() if isinstance(y, Targets) else y
         if y.ndim != 2 or y.shape[1] != self.dim_out or len(y) == 0:
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
         if bool(y.isinf().any() | y.isnan().all(0).any()):

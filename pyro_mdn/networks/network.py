@@ -234,7 +234,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         if not bool(observed.all()):
             x, y = x[observed], y[observed]
         shift, scale = location_and_scale(x.reshape(-1, *self.input_shape).cpu())
-        self.head.initialize_((y.points() if isinstance(y, Targets) else y).reshape(-1, self.dim_out))
+        self.head.initialize_(y.reshape(-1, self.dim_out))
         self.x_shift.copy_(shift)
         self.x_scale.copy_(scale)
 

@@ -44,7 +44,7 @@ class RawParameters(NamedTuple):
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
         logits, locs, *blocks = self.raw
         if isinstance(y, Targets) or has_missing(y):
-            return self._log_likelihood(y if isinstance(y, Targets) else Targets.between(y, y))
+            return self._log_likelihood(y)
         value = self.units.standardize(y).to(locs.dtype)
         if (kernel := self.family.kernel) is not None:
             density = mixture_log_density(kernel, logits, locs, value, *blocks)
@@ -52,11 +52,18 @@ class RawParameters(NamedTuple):
             density = self._components().mixture_log_prob(logits, value, normalize=True)
         return density - self.units.log_volume(y)
 
-    def _log_likelihood(self, y: Targets) -> Tensor:
+    def _log_likelihood(self, y: TargetsOrTensor) -> Tensor:
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""
-        value = y.limits(self.units.standardize).to(self.raw[1].dtype)
-        volume = self.units.log_volume(y.lower, observed=value.kinds() == EXACT)
+        if isinstance(y, Targets):
+            # In single precision the ends of a cell may become one number in standardised units.
+            y = y if y.device.type == "mps" else y.double()
+            value, volume = y.limits(self.units.standardize), self._log_volume(y.lower, y.kinds() == EXACT)
+        else:
+            value, volume = self.units.standardize(y).to(self.raw[1].dtype), self._log_volume(y, ~y.isnan())
         return self._standardized(validate_args=False).log_prob(value) - volume
+
+    def _log_volume(self, y: Tensor, observed: Tensor) -> Tensor:
+        return self.units.log_volume(y, observed=observed).to(self.raw[1].dtype)
 
     def mixture(self, *, validate_args: bool | None = None) -> Mixture:
         """Mixture in the units of y."""

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, as_targets, joined, missing
+from pyro_mdn.distributions.observations.targets import (
+    Targets,
+    TargetsOrTensor,
+    as_targets,
+    joined,
+    missing,
+    without_intervals,
+)
 from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
 from pyro_mdn.support.checks import is_known, require_range
 from pyro_mdn.support.process_state import evaluating
@@ -198,7 +205,7 @@ def as_device_tensor(value: Any, name: str, device: torch.device) -> Tensor:
 
 def as_device_targets(value: Any, name: str, device: torch.device) -> TargetsOrTensor:
     """Convert targets of any container, or :class:`Targets`, on the device, without a graph."""
-    return as_targets(value, name, device).detach().to(device)
+    return without_intervals(as_targets(value, name, device).detach().to(device))
 
 
 def require_usable(y: TargetsOrTensor, given: Any, dtype: torch.dtype) -> None:

@@ -67,6 +67,8 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
     """
     if isinstance(values, Tensor):
         return _floating(unmasked(values) if is_subclassed(values) else values, name)
+    if hasattr(values, "as_exact"):  # Targets
+        return values.as_exact(name)
     if isinstance(values, float | int):  # which compilers know how to trace
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
     if isinstance(values, list | tuple) and _holds_tensors(values):
@@ -130,6 +132,8 @@ def as_array(values: Any, name: str) -> Array:
 
 
 def _any_array(values: Any, name: str) -> Array:
+    if hasattr(values, "as_exact"):  # Targets
+        return to_numpy(values.as_exact(name))
     if is_frame(values):
         return _of_frame(values, name)
     if not isinstance(values, Tensor) and hasattr(values, "to_numpy"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.special import erfc
 
-from pyro_mdn.support.checks import is_differentiated
+from pyro_mdn.support.checks import is_differentiated, is_known
 from pyro_mdn.tensors.numerics import exp, log_sum_exp
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.tensor_batch import TensorBatch
@@ -61,8 +61,13 @@ class Law(TensorBatch):
         raise NotImplementedError(f"stddev: {type(self).__name__} does not say its standard deviation")
 
     def log_cdf(self, z: Tensor) -> Tensor:
-        """Logarithm of :meth:`cdf`, accurate also where that underflows if the law knows better than the logarithm."""
-        return self.cdf(z).clamp(min=torch.finfo(z.dtype).tiny).log()
+        """Logarithm of :meth:`cdf`; where that underflows, to first order, by density over logarithmic slope."""
+        cdf, least = self.cdf(z), 4 * torch.finfo(z.dtype).tiny
+        known = cdf.clamp(min=least).log()
+        if is_known(z) and not bool((cdf < least).any()):
+            return known
+        far = self.log_density(z) - self.slope(z).clamp(min=least).log()
+        return torch.where((cdf < least) & far.isfinite(), far, known)
 
     def relative_log_density(self, z: Tensor, log_scale: Tensor) -> Tensor:
         """Log-density at ``(*batch, K)`` in units of a scale, up to a constant for all components."""
@@ -85,7 +90,7 @@ class Law(TensorBatch):
 
     def _log_lower_mass(self, centre: Tensor, half: Tensor) -> Tensor:
         # The density at the centre is wrong by the square of the width, a difference of logarithms by eps over it.
-        narrow = half * (1 + centre.abs()) < torch.finfo(centre.dtype).eps ** (1 / 3)
+        narrow = half * (1 + self.slope(centre).abs()) < torch.finfo(centre.dtype).eps ** (1 / 3)
         width = torch.where(narrow, half, 1.0).log() + math.log(2)
         wide = torch.where(narrow, 1.0, half)
         upper, lower = self.log_cdf(centre + wide), self.log_cdf(centre - wide)

@@ -124,6 +124,10 @@ class Components(TensorBatch):
         """Distribution of ``shift + matrix @ y``, for ``(*batch, 1, M)`` and ``(*batch, 1, M, D)``."""
         not_closed("affine with a matrix", self, "elementwise scales are")
 
+    def reordered(self, order: Tensor) -> Components:
+        """Permute the outputs, those of each component by its own indices ``(*batch, K, D)``."""
+        not_closed("intervals of several dependent outputs", self, "an interval of one output is")
+
     def in_order(self) -> OutputsInOrder:
         """Start going through the outputs in order, each given those before it."""
         not_closed("conditionals of outputs in order", self, "with one output they are not needed")

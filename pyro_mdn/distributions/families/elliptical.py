@@ -130,6 +130,13 @@ class Elliptical(Components):
         covariance = covariance if factor is None else covariance.affine(factor.unsqueeze(-1))
         return replace(others, locs=self.locs[..., n:] + shift, covariance=covariance)
 
+    def reordered(self, order: Tensor) -> Self:
+        root = self.covariance.root()
+        root = root.expand(*order.shape[:-1], *root.shape[-2:])
+        root = root.gather(-2, order.unsqueeze(-1).expand(*order.shape, root.shape[-1]))
+        locs = self.locs.expand(order.shape).gather(-1, order)
+        return replace(self, locs=locs, covariance=FullCovariance.from_root(root))
+
     def in_order(self) -> OutputsInOrder:
         return _InOrder(self)
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
+from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.roots import follow_root
 from pyro_mdn.tensors.univariate import Law
 
@@ -29,7 +32,9 @@ NUM_POINTS = 128
 def log_box_probability(components: Components, lower: Tensor, upper: Tensor) -> Tensor:
     r"""Log-probability :math:`\log P_k(l \le y \le u)` of each component, ``(*batch, K)``, differentiable.
 
-    For dependent outputs, it is the mean over 128 points of a Sobol sequence, the same ones in each call.
+    For dependent outputs, it is the mean over 128 points of a Sobol sequence, the same ones in each call. The outputs
+    go in ascending order of the probability of their intervals, by row and component: the other way round, few of the
+    points would matter.
 
     Args:
         components: Components with D outputs, for a batch ``(*batch, K)``.
@@ -40,32 +45,36 @@ def log_box_probability(components: Components, lower: Tensor, upper: Tensor) ->
         Genz (1992), Numerical computation of multivariate normal probabilities.
         Genz & Bretz (1999), Numerical computation of multivariate t-probabilities.
     """
-    if not components.has_independent_outputs:
-        return _in_order(components, lower, upper)
     locs, scale, law = components.univariate()
-    return _log_probability(law, _standardized(lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)).sum(-2)
+    one_by_one = _log_probability(law, _standardized(lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale))
+    if components.has_independent_outputs:
+        return one_by_one.sum(-2)
+    order = one_by_one.detach().mT.argsort(-1)
+    limits = (limit.unsqueeze(-2).expand(order.shape).gather(-1, order) for limit in (lower, upper))
+    return _in_order(components.reordered(order), *limits)
 
 
 def _in_order(components: Components, lower: Tensor, upper: Tensor) -> Tensor:
-    """Average over quasi-random points the product of conditional probabilities."""
+    """Average over quasi-random points the product of conditional probabilities, for limits ``(*batch, K, D)``."""
     in_order, dim = components.in_order(), components.dim
-    levels = _levels(NUM_POINTS, dim - 1).to(lower)
+    levels = torch.from_numpy(_levels(NUM_POINTS, dim - 1)).to(lower)
     total = lower.new_zeros(())
     for d in range(dim):
         locs, scale, law = in_order.next_output()
-        interval = _standardized(lower[..., d, None], upper[..., d, None], locs, scale)
+        interval = _standardized(lower[..., d], upper[..., d], locs, scale)
         total = total + _log_probability(law, interval)
         if d < dim - 1:
-            level = levels[:, d].reshape(-1, *(1,) * lower.ndim)
+            level = levels[:, d].reshape(-1, *(1,) * (lower.ndim - 1))
             in_order.observe(locs + scale * _quantile_within(law, interval, level))
     return total.logsumexp(0) - math.log(NUM_POINTS)
 
 
 @functools.cache
-def _levels(count: int, dim: int) -> Tensor:
+def _levels(count: int, dim: int) -> NDArray[np.float64]:
     """Points of a Sobol sequence in the open unit cube, ``(count, dim)``."""
-    with torch.inference_mode(False):
-        return SobolEngine(dim).draw(count, dtype=torch.float64) + 0.5 / count
+    from scipy.stats.qmc import Sobol  # it takes longer to import than all of this package
+
+    return Sobol(dim, scramble=False).random(count) + 0.5 / count
 
 
 class _Interval(NamedTuple):
@@ -74,63 +83,104 @@ class _Interval(NamedTuple):
     Attributes:
         low: Lower ends.
         high: Upper ends.
-        half: Half of the width; 1 where an end is open.
         below: Whether the lower end is open, that is at minus infinity.
         above: Whether the upper end is open.
+        half: Half of the width, which the difference of the ends has too few digits for; 1 where an end is open.
     """
 
     low: Tensor
     high: Tensor
-    half: Tensor
     below: Tensor
     above: Tensor
+    half: Tensor
+
+    def near(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mirror the intervals that are for the most part above 0: probabilities are accurate in the lower tail.
+
+        Returns:
+            Lower and upper ends, whether the lower end is open (the upper one never is), and which were mirrored.
+        """
+        flips = self.above | (~self.below & (self.low + self.high > 0))
+        start, end = torch.where(flips, -self.high, self.low), torch.where(flips, -self.low, self.high)
+        return start, end, self.below | self.above, flips
 
 
 def _standardized(lower: Tensor, upper: Tensor, locs: Tensor, scale: Tensor) -> _Interval:
     below, above = lower.isinf(), upper.isinf()
     # Infinite numbers would make gradients NaN, even where a result that depends on them is not used.
     lower, upper = torch.where(below, upper, lower), torch.where(above, lower, upper)
-    half = torch.where(below | above, 1.0, 0.5 * (upper - lower) / scale)
-    return _Interval((lower - locs) / scale, (upper - locs) / scale, half, below, above)
+    half = torch.where(below | above, 1.0, (0.5 * upper - 0.5 * lower) / scale)
+    return _Interval((lower - locs) / scale, (upper - locs) / scale, below, above, half)
+
+
+_WIDE = 10.0
+"""Half widths beyond this many times one plus the nearer end would cancel with the middle of the interval."""
 
 
 def _log_probability(law: Law, interval: _Interval) -> Tensor:
-    low, high, half, below, above = interval
-    log_probability = torch.zeros_like(low)
-    if bool(below.any()):
-        log_probability = torch.where(below, law.log_cdf(torch.where(below, high, 0.0)), log_probability)
-    if bool(above.any()):
-        log_probability = torch.where(above, law.mirrored().log_cdf(torch.where(above, -low, 0.0)), log_probability)
-    if bool((closed := ~(below | above)).any()):
-        within = law.log_mass(torch.where(closed, low + half, 0.0), half)
-        log_probability = torch.where(closed, within, log_probability)
-    return log_probability
+    start, end, is_open, flips = interval.near()
+    narrow = ~is_open & (interval.half < _WIDE * (1 + end.detach().abs()))
+    result = torch.zeros_like(end)
+    if _any(narrow):
+        middle = torch.where(narrow, interval.low + interval.half, 0.0)
+        result = torch.where(narrow, law.log_mass(middle, torch.where(narrow, interval.half, 1.0)), result)
+    if _any(~narrow):
+        parts = start, end, is_open, narrow
+        result = torch.where(narrow, result, _by_law(law, flips, lambda one: _log_lower_probability(one, *parts)))
+    return result
+
+
+def _log_lower_probability(law: Law, start: Tensor, end: Tensor, is_open: Tensor, skipped: Tensor) -> Tensor:
+    """Log-probability from ``start``, or minus infinity where the interval is open, to ``end``, unless skipped."""
+    until = law.log_cdf(torch.where(skipped, 0.0, end))
+    closed = ~is_open & ~skipped
+    if not _any(closed):
+        return until
+    below = law.log_cdf(torch.where(closed, start, 0.0))
+    share = torch.where(closed, below - until, -1.0).exp()
+    return until + torch.where(closed, torch.log1p(-share), 0.0)
+
+
+def _any(mask: Tensor) -> bool:
+    """Whether an entry is true, or may be, where that is not known before the computation is over."""
+    return not is_known(mask) or bool(mask.any())
+
+
+def _by_law(law: Law, flips: Tensor, function: Callable[[Law], Tensor]) -> Tensor:
+    """Apply a function to the law and, where intervals were mirrored, to the mirrored law."""
+    mirrored = law.mirrored()
+    return function(law) if mirrored is law else torch.where(flips, function(mirrored), function(law))
 
 
 def _quantile_within(law: Law, interval: _Interval, level: Tensor) -> Tensor:
     """Quantile at ``level`` of Z given that it lies in an interval, with gradients to its ends and to the law."""
-    low, high, _, below, above = interval
-    # Where most of the interval is in the upper tail, in the mirrored law: probabilities are accurate in the lower one.
-    flips = above | (~below & (low + high > 0))
-    start, end = torch.where(flips, -high, low), torch.where(flips, -low, high)
-    level, is_open = torch.where(flips, 1 - level, level), below | above
-    mirrored = law.mirrored()
-    if mirrored is law:
-        point = _lower_quantile_within(law, start, end, is_open, level)
-    else:
-        by_law = [_lower_quantile_within(one, start, end, is_open, level) for one in (mirrored, law)]
-        point = torch.where(flips, *by_law)
+    start, end, is_open, flips = interval.near()
+    level = torch.where(flips, 1 - level, level)
+    point = _by_law(law, flips, lambda one: _lower_quantile_within(one, start, end, is_open, level))
     return torch.where(flips, -point, point)
 
 
 def _lower_quantile_within(law: Law, start: Tensor, end: Tensor, is_open: Tensor, level: Tensor) -> Tensor:
-    """Quantile between ``start``, or minus infinity where the interval is open, and ``end``."""
-    below, until = torch.where(is_open, 0.0, law.cdf(start)), law.cdf(end)
-    probability = below + level * (until - below)
-    # Where the probability underflows, all of it lies at the end that is nearer to the location.
-    known = probability.detach() > torch.finfo(probability.dtype).tiny
+    """Quantile between ``start``, or minus infinity where the interval is open, and ``end``; in logarithms."""
+    below, until = law.log_cdf(torch.where(is_open, end, start)), law.log_cdf(end)
+    share = torch.where(is_open, 0.0, (below - until).exp())  # of what lies below the end, that below the start
+    target = until + torch.log(share + level * (1 - share))
+
+    def equation(point: Tensor) -> tuple[Tensor, Tensor]:
+        log_cdf = law.log_cdf(point)
+        return log_cdf - target, (law.log_density(point) - log_cdf).exp()
+
     with torch.no_grad():
-        root = torch.minimum(law.two_sided_quantile(torch.where(known, probability, 0.5)), end)
-        root = torch.where(known, torch.where(is_open, root, torch.maximum(root, start)), 0.0)
-    followed = follow_root(root, lambda point: (law.cdf(point) - probability, law.log_density(point).exp()))
-    return torch.where(known, followed, end)
+        root = law.two_sided_quantile(target.exp())
+        # Where a probability underflows, the tail is all but exponential.
+        hazard = equation(end)[1]
+        root = torch.where(root.isfinite(), root, end + (target - until) / hazard)
+        for _ in range(_STEPS):
+            excess, slope = equation(root)
+            root = torch.minimum(root - excess / slope.clamp(min=torch.finfo(slope.dtype).tiny), end)
+            root = torch.where(is_open, root, torch.maximum(root, start))
+    return follow_root(root, equation)
+
+
+_STEPS = 3
+"""Steps of Newton's method, which leave nothing of the error of quantiles and of the exponential tail."""

@@ -84,6 +84,8 @@ def by_pattern(
 
 def _distinct(kinds: Tensor) -> tuple[Tensor, Tensor]:
     """Find the distinct rows of ``(N, D)``, and which of them each row is."""
+    if not len(kinds):
+        return kinds.new_zeros((1, kinds.shape[1])), kinds.new_zeros(0)
     if kinds.shape[1] > _MOST_DIGITS:
         return kinds.unique(dim=0, return_inverse=True)
     # As numbers to the base of three, of which torch finds the distinct ones in a twentieth of the time.

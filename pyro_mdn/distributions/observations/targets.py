@@ -24,6 +24,7 @@ __all__ = [
     "joined",
     "missing",
     "require_exact",
+    "without_intervals",
 ]
 
 EXACT, INTERVAL, MISSING = range(3)
@@ -35,9 +36,9 @@ class Targets:
     r"""Targets of which each entry is known to lie in an interval :math:`[l, u]`.
 
     An entry whose limits are equal is exact. One with the limits :math:`-\infty` and :math:`\infty` is missing. One
-    with a single finite limit is censored. Everything that takes targets ``y`` and computes a likelihood takes these
-    in their place: ``mixture.log_prob``, ``network.loss`` and :func:`pyro_mdn.fit`. The likelihood of a row is the
-    density of its exact entries times the probability of its intervals given these.
+    with a single finite limit is censored. ``mixture.log_prob``, ``network.loss``, :func:`pyro_mdn.fit`, posteriors and
+    ``scores.log_score`` take these in the place of y. The likelihood of a row is the density of its exact entries times
+    the probability of its intervals given these.
 
     Use :meth:`exact`, :meth:`cells`, :meth:`censored` or :meth:`interval` to make them from tensors, arrays, data
     frames or lists.
@@ -47,7 +48,8 @@ class Targets:
         upper: Upper limits, ``(*batch, D)``.
 
     Raises:
-        ValueError: If the shapes differ. The methods that make targets also check the numbers, and name row and column.
+        ValueError: If the shapes differ, or limits are not floating point. The methods that make targets also check the
+            numbers, and name row and column.
 
     >>> times = Targets.censored([[2.0], [5.0], [float("nan")]], right=[[False], [True], [False]])
     >>> times.lower.flatten(), times.upper.flatten()
@@ -63,6 +65,9 @@ class Targets:
         if not is_recorded() and self.lower.shape != self.upper.shape:
             got = f"{tuple(self.lower.shape)} and {tuple(self.upper.shape)}"
             raise ValueError(f"lower, upper: expected limits of one shape, got {got}")
+        if not (self.lower.is_floating_point() and self.upper.is_floating_point()):
+            got = f"{self.lower.dtype} and {self.upper.dtype}"
+            raise ValueError(f"lower, upper: expected floating point, got {got}; Targets.interval converts them")
 
     # Ways to make them
 
@@ -74,7 +79,7 @@ class Targets:
             y: Targets, ``(*batch, D)``.
         """
         y = _finite_or_missing(y, "y")
-        return cls.between(y, y)
+        return cls._of_limits(y, y)
 
     @classmethod
     def cells(cls, y: Any, width: Any) -> Self:
@@ -87,14 +92,16 @@ class Targets:
             width: Widths c, one number or ``(D,)``; 0 for outputs that are exact.
 
         Raises:
-            ValueError: If a width is negative or not finite.
+            ValueError: If a width is negative or not finite, or so small that y has to be given in double precision.
         """
-        y = _finite_or_missing(y, "y")
-        size = as_tensor(width, "width", y.device).to(y)
-        if size.shape not in ((), y.shape[-1:]) or not bool((size.isfinite() & (size >= 0)).all()):
-            expected = f"a finite number that is not negative, or {y.shape[-1]} of them"
-            raise ValueError(f"width: expected {expected}, got {shown(width)}")
-        return cls.between(y - 0.5 * size, y + 0.5 * size)
+        given, y = y, _finite_or_missing(y, "y")
+        size, dim = as_tensor(width, "width", y.device).to(y), y.shape[-1] if y.ndim > 1 else 1
+        if size.shape not in ((), (dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
+            raise ValueError(f"width: expected {dim} finite numbers, none negative, or one, got {shown(width)}")
+        targets = cls._of_limits(y - 0.5 * size, y + 0.5 * size)
+        if is_known(y) and bool((vanished := (size > 0) & (targets.lower == targets.upper)).any()):
+            refuse(y, vanished, "y", f"numbers that {y.dtype} tells apart from the ends of their cells", given)
+        return targets
 
     @classmethod
     def censored(cls, y: Any, *, left: Any = None, right: Any = None) -> Self:
@@ -112,7 +119,7 @@ class Targets:
         below, above = _mask(left, "left", y), _mask(right, "right", y)
         if bool((both := below & above).any()):
             refuse(y, both, "left, right", "an entry to be censored on one side")
-        return cls.between(y.masked_fill(below, -math.inf), y.masked_fill(above, math.inf))
+        return cls._of_limits(y.masked_fill(below, -math.inf), y.masked_fill(above, math.inf))
 
     @classmethod
     def interval(cls, lower: Any, upper: Any) -> Self:
@@ -138,8 +145,8 @@ class Targets:
         return targets
 
     @classmethod
-    def between(cls, lower: Tensor, upper: Tensor) -> Self:
-        """Make targets from limits that are NaN where a target is missing, without a check."""
+    def _of_limits(cls, lower: Tensor, upper: Tensor) -> Self:
+        """Make targets from limits that are NaN where a target is missing."""
         return cls(lower.nan_to_num(-math.inf, math.inf, -math.inf), upper.nan_to_num(math.inf, math.inf, -math.inf))
 
     # As a tensor of targets
@@ -194,9 +201,10 @@ class Targets:
         """Reshape both limits."""
         return self.limits(lambda t: t.reshape(*shape))
 
-    def split(self, size: int) -> list[Self]:
-        """Split the rows, ``size`` at a time."""
-        return [self[start : start + size] for start in range(0, max(1, len(self)), size)]
+    def split(self, size: int | list[int]) -> list[Self]:
+        """Split the rows, ``size`` at a time, or into parts of these sizes."""
+        parts = zip(self.lower.split(size), self.upper.split(size), strict=True)
+        return [type(self)(lower, upper) for lower, upper in parts]
 
     def expand(self, *shape: int) -> Self:
         """Expand both limits to a shape; views."""
@@ -208,19 +216,61 @@ class Targets:
 
     def kinds(self) -> Tensor:
         """Return the kind of each entry, ``EXACT``, ``INTERVAL`` or ``MISSING``, as integers ``(*batch, D)``."""
-        unknown = self.lower.isinf() & self.upper.isinf()
-        return (self.lower != self.upper).to(torch.int8) + unknown.to(torch.int8)
+        unequal = self.lower != self.upper
+        unknown = unequal & self.lower.isinf() & self.upper.isinf()
+        return torch.where(unknown, MISSING, torch.where(unequal, INTERVAL, EXACT)).to(torch.int8)
 
     def points(self) -> Tensor:
-        """Return one number for each entry: its value, the middle of its interval, its only limit, or NaN."""
-        middle = self.lower + 0.5 * (self.upper - self.lower)
-        one = torch.where(self.lower.isinf(), self.upper, self.lower)
-        open_ended = self.lower.isinf() | self.upper.isinf()
-        return torch.where(open_ended, one.masked_fill(one.isinf(), math.nan), middle)
+        """Return one number for each entry, which training starts from; NaN for missing ones.
+
+        That of an exact entry is its value. That of an interval is its middle if it is narrower than the range of the
+        exact entries of its output, and otherwise the number in it that is nearest to their median. Where no entry is
+        exact, the finite limits stand in for exact ones.
+        """
+        kinds, centre, span = self.kinds(), *self._centre_and_range()
+        nearest = torch.maximum(torch.minimum(centre, self.upper), self.lower)
+        half = 0.5 * self.upper - 0.5 * self.lower  # the difference itself may overflow
+        middle = torch.where(half.isfinite(), self.lower, 0.0) + torch.where(half.isfinite(), half, 0.0)
+        return torch.where(2 * half <= span, middle, nearest).masked_fill(kinds == MISSING, math.nan)
+
+    def _centre_and_range(self) -> tuple[Tensor, Tensor]:
+        """Compute median and range ``(D,)`` of the exact entries, or of all finite limits of an output without any."""
+        lower, upper, kinds = (t.reshape(-1, self.shape[-1]) for t in (self.lower, self.upper, self.kinds()))
+        counts = (kinds == EXACT) | ~(kinds == EXACT).any(0)
+        numbers = torch.cat([lower, upper]).masked_fill(~torch.cat([counts, counts]), math.nan)
+        numbers = numbers.masked_fill(numbers.isinf(), math.nan)
+        span = numbers.nan_to_num(-math.inf).amax(0) - numbers.nan_to_num(math.inf).amin(0)
+        return numbers.nanmedian(0).values, span
 
     def exact_points(self) -> Tensor:
         """Return the values of exact entries, and NaN for all others."""
         return self.lower.masked_fill(self.kinds() != EXACT, math.nan)
+
+    def as_exact(self, name: str, user: str = "an operation without a likelihood") -> Tensor:
+        """Return the values as a tensor, NaN where they are missing; a ``ValueError`` if there are intervals.
+
+        Args:
+            name: Name of the argument, for the message.
+            user: What needs exact targets.
+        """
+        if count := int((self.kinds() == INTERVAL).sum()):
+            takes = "log_prob, network.loss, fit and scores.log_score take these"
+            raise ValueError(f"{name}: expected exact targets for {user}, got {count} intervals; {takes}")
+        return self.exact_points()
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        return self.as_exact("y").detach().cpu().numpy().astype(dtype or self.lower.new_empty(0).numpy().dtype)
+
+    # What Pyro's handlers ask of an observed value
+
+    def dim(self) -> int:
+        """Return the number of dimensions of each limit."""
+        return self.ndim
+
+    @property
+    def data(self) -> Self:
+        """The same targets without a graph."""
+        return self.detach()
 
 
 TargetsOrTensor = Targets | Tensor
@@ -240,9 +290,16 @@ def missing(y: TargetsOrTensor) -> Tensor:
     return y.kinds() == MISSING if isinstance(y, Targets) else y.isnan()
 
 
+def without_intervals(y: TargetsOrTensor) -> TargetsOrTensor:
+    """Return a tensor, which is quicker, in the place of :class:`Targets` that have no intervals."""
+    if isinstance(y, Tensor) or bool((y.kinds() == INTERVAL).any()):
+        return y
+    return y.exact_points()
+
+
 def is_complete(y: TargetsOrTensor) -> bool:
     """Check whether all entries are exact."""
-    return isinstance(y, Tensor) and not bool(y.isnan().any())
+    return not bool(((y.kinds() != EXACT) if isinstance(y, Targets) else y.isnan()).any())
 
 
 def require_exact(y: TargetsOrTensor, user: str) -> Tensor:
@@ -252,11 +309,7 @@ def require_exact(y: TargetsOrTensor, user: str) -> Tensor:
         y: Targets.
         user: What needs exact targets, for the message.
     """
-    if isinstance(y, Tensor):
-        return y
-    if count := int((y.kinds() == INTERVAL).sum()):
-        raise ValueError(f"y: expected exact targets for {user}, got {count} intervals; the likelihood takes these")
-    return y.exact_points()
+    return y if isinstance(y, Tensor) else y.as_exact("y", user)
 
 
 def joined(parts: Sequence[TargetsOrTensor]) -> TargetsOrTensor:
@@ -282,6 +335,7 @@ def _mask(given: Any, name: str, y: Tensor) -> Tensor:
     values = as_tensor(given, name, y.device)
     if values.shape != y.shape:
         raise ValueError(f"{name}: expected a mask in the shape of y, {tuple(y.shape)}, got {tuple(values.shape)}")
+    values = values.masked_fill(values.isnan() & y.isnan(), 0.0)  # of what is masked in both
     if bool((bad := (values != 0) & (values != 1)).any()):
         refuse(values, bad, name, "booleans", given)
     return values.bool()
