@@ -34,7 +34,7 @@ __all__ = [
     "warn_if_unlike",
 ]
 
-N = TypeVar("N")
+N = TypeVar("N", bound="MixtureDensityNetwork")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -152,7 +152,9 @@ def network_config(network: MixtureDensityNetwork) -> dict[str, Any]:
     """Describe a network by plain values; see :meth:`MixtureDensityNetwork.config`."""
     if network.latent:
         raise ValueError("network: expected no latent weights: save it before bayesianize, and the posterior apart")
+    names = {} if network.input_names is None else {"input_names": network.input_names}
     return {
+        **names,
         "dim_in": list(network.input_shape),
         "dim_out": network.dim_out,
         "n_components": network.n_components,
@@ -171,11 +173,13 @@ def network_from_config(
     if "custom_backbone" not in config:
         got = "an ensemble" if "ensemble" in config else "another file of this library"
         raise ValueError(f"{source}: expected a network, got {got}")
-    structure = config.pop("structure", {})
+    structure, names = config.pop("structure", {}), config.pop("input_names", None)
     _require_backbone(source, config.pop("custom_backbone"), backbone, structure)
     try:
         family = _family_from_config(config)
         with own_generators():  # the initial weights are overwritten
-            return kind(**config, **family, backbone=backbone)
+            network = kind(**config, **family, backbone=backbone)
+        network.input_names = names
+        return network
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}: expected the configuration of a network, got {config}") from error

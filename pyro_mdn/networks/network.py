@@ -22,7 +22,7 @@ from pyro_mdn.networks.pyro_model import PyroNetwork, require_single_weights
 from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.rows import checked, require_device, require_usable
 from pyro_mdn.networks.starting_point import hidden_layers
-from pyro_mdn.support.arrays import as_tensor, require_finite
+from pyro_mdn.support.arrays import as_tensor, require_columns, require_finite
 from pyro_mdn.support.checks import as_sizes, is_inherited, is_known, sample_shape_of
 from pyro_mdn.support.process_state import require_seed, seeded
 from pyro_mdn.support.torch_compat import REGISTERED, is_hooked
@@ -73,6 +73,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     _settings = ("input_shape", "hidden_dim", "weight_dtype")  # for fingerprints
 
     input_shape: tuple[int, ...]
+    input_names: list[str] | None  # of the data frame that it was trained on, if it was one
     hidden_dim: tuple[int, ...]
     backbone: nn.Module
     head: MixtureHead
@@ -93,7 +94,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     ) -> None:
         super().__init__()
         require_seed(seed)
-        self.input_shape = as_sizes(dim_in, "dim_in")
+        self.input_shape, self.input_names = as_sizes(dim_in, "dim_in"), None
         widths = as_sizes(hidden_dim, "hidden_dim")
         self.hidden_dim = widths * 2 if isinstance(hidden_dim, Integral) else widths
         if backbone is None and len(self.input_shape) != 1:
@@ -301,10 +302,11 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         """Convert inputs of any container to a tensor ``(*batch, dim_in)`` on the device of the network.
 
         Raises:
-            ValueError: If x holds anything but numbers, if a tensor is on another device, if the shape does not fit
-                or, when Pyro validates, if a number is not finite in the precision of the network.
+            ValueError: If x holds anything but numbers, if a tensor is on another device, if the shape or the names of
+                columns do not fit or, when Pyro validates, if a number is not finite in the network's precision.
         """
         unit = self._units()[0]
+        require_columns(self.input_names, x, "x")
         n, given, x = len(self.input_shape), x, as_tensor(x, "x", unit.device)
         require_device(x, "x", unit.device)
         if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:

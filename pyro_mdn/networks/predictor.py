@@ -12,6 +12,7 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.predictions import Prediction, predicted_in_parts
 from pyro_mdn.networks.files import require_loadable, warn_if_unlike
 from pyro_mdn.support import tensor_files
+from pyro_mdn.support.arrays import require_columns
 from pyro_mdn.support.process_state import evaluating
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Predictor(nn.Module):
                 split into chunks: a backbone whose rows depend on each other needs ``chunk_size=len(x)``.
 
         Raises:
-            ValueError: If x is not usable, or if weights are latent: only a posterior has values of these.
+            ValueError: If x is not usable, such as a data frame whose columns are not those of training in their order;
+                or if weights are latent: only a posterior has values of these.
 
         >>> from pyro_mdn import MixtureDensityNetwork
         >>> network = MixtureDensityNetwork(dim_in=2, dim_out=1)
@@ -99,6 +101,7 @@ class Predictor(nn.Module):
         if self.latent:
             instead = "Prediction(posterior_predictive(network, posterior, x).pool(0), like=x)"
             raise ValueError(f"network: expected no latent weights, got some: use {instead}")
+        require_columns(self.architecture.input_names, x, "x")
         with evaluating(self):
             return predicted_in_parts(self, x, self.architecture, chunk_size)
 

@@ -20,6 +20,7 @@ from pyro_mdn.networks.raw_parameters import Raw
 from pyro_mdn.networks.rows import Rows, as_rows
 from pyro_mdn.posteriors.guide_draws import log_density_at
 from pyro_mdn.posteriors.priors import latent_names, starting_weights
+from pyro_mdn.support.arrays import require_columns
 from pyro_mdn.support.checks import is_inherited
 from pyro_mdn.support.process_state import evaluating, give_way, isolated, own_generators
 from pyro_mdn.support.pyro_compat import site_is_subsample
@@ -157,6 +158,7 @@ def rows_of(network: MixtureDensityNetwork, x: Any, y: Any) -> Rows:
         raise ValueError(f"network: expected a MixtureDensityNetwork, got {type(network).__name__}")
     if not network.latent:
         raise ValueError("network: expected latent weights, got none: see bayesianize")
+    require_columns(network.input_names, x, "x")
     return as_rows(network, x, y).informative()
 
 

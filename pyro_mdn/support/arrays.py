@@ -24,7 +24,9 @@ __all__ = [
     "columns_of",
     "in_columns",
     "is_frame",
+    "names_of_columns",
     "refuse",
+    "require_columns",
     "require_finite",
     "require_no_infinity",
     "to_numpy",
@@ -180,6 +182,29 @@ def columns_of(values: Any) -> list[Any] | None:
     if not is_frame(values):
         return None
     return list(values.column_names if _is_arrow(values) else values.columns)
+
+
+def names_of_columns(values: Any) -> list[str] | None:
+    """Return the names of the columns of a data frame or table; None for anything else, and if some are no text."""
+    labels = columns_of(values)
+    return labels if labels and all(isinstance(label, str) for label in labels) else None
+
+
+def require_columns(expected: list[str] | None, values: Any, name: str) -> None:
+    """Raise a ``ValueError`` if a data frame has other columns than expected, or the same ones in another order.
+
+    Args:
+        expected: Names of the columns; None if any will do.
+        values: Data of any container; without names there is nothing to compare.
+        name: Name of the argument, for the message.
+    """
+    got = names_of_columns(values)
+    if expected is None or got is None or got == expected:
+        return
+    if sorted(got) == sorted(expected):
+        raise ValueError(f"{name}: expected columns in the order of training, {expected}, got {got}: reorder them")
+    lost, new = [c for c in expected if c not in got], [c for c in got if c not in expected]
+    raise ValueError(f"{name}: expected the columns of training, {expected}; missing {lost}, and unknown {new}")
 
 
 def _of_frame(frame: Any, name: str) -> Array:

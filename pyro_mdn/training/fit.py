@@ -19,6 +19,7 @@ from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.posteriors.log_joint import supported_start
+from pyro_mdn.support.arrays import names_of_columns
 from pyro_mdn.support.fingerprint import described
 from pyro_mdn.support.process_state import isolated, require_owned, seeded
 from pyro_mdn.support.settings import collected, takes
@@ -63,6 +64,7 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             ``guide`` nor ``refit``.
         x: Inputs ``(N, ..., dim_in)``: numbers in a tensor, NumPy array, data frame or nested lists. A
             ``torch.utils.data.Dataset`` or ``DataLoader`` of ``(x, y)`` or ``(x, y, weight)`` stands for both x and y.
+            The network remembers the names of a data frame's columns, and then refuses other columns, or another order.
         y: Targets ``(N, ..., D)``, likewise. For D = 1, ``(N, ...)`` is read as ``(N, ..., 1)``. An entry that is NaN
             or masked is a missing target: its row counts with the density of its other entries. Neither x nor weights
             may be masked. :class:`Targets` stand for entries that are censored, or known to lie in an interval: these
@@ -130,6 +132,7 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             start = checkpoint.tensors("start") or copied(plan.objective.state_dict())
             loop = plan.loop(batches, held_out, rows, losses)
             checkpoint.restore(loop)
+        trainee.network.input_names = names_of_columns(x)
         _warn_of_missing_targets(batches)
         if given.compile:
             warn_if_compiling_is_slow(loop.steps)

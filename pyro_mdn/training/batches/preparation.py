@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows, as_rows
+from pyro_mdn.support.arrays import names_of_columns, require_columns
 from pyro_mdn.support.checks import shown
 from pyro_mdn.training.batches.in_memory import InMemory, default_batch_size
 from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches, shared
@@ -39,6 +40,8 @@ def prepare(
         return _prepare_stream(network, x, validation, batch_size)
     if y is None:
         raise ValueError("y: expected targets beside x, got none")
+    if isinstance(validation, list | tuple) and validation:
+        require_columns(names_of_columns(x), validation[0], "validation x")
     rows = as_rows(network, x, y, weight)
     gaps = gaps_given(rows, y)
     rows = rows.informative()
