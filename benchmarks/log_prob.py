@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timing import DEVICE, GPU, events, machine, race, ratio, read, shown, threads_of, write
+from timing import DEVICE, GPU, SMOKE, events, machine, race, ratio, read, shown, threads_of, write
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -32,7 +32,8 @@ DIAGONAL = [(256, 5, 1), (1024, 10, 2), (4096, 20, 8), (65536, 5, 1)]
 FULL = [(256, 5, 2), (1024, 10, 4), (2048, 10, 8), (1024, 10, 16), (1024, 5, 32)]
 LOW_RANK = [(1024, 5, 32), (256, 5, 128)]
 LINEAR = [(256, 5, 2), (256, 10, 8), (2048, 10, 8), (1024, 10, 16)]
-RANK, WIDTH, MIN_SCALE, STEPS = 2, 64, 1e-3, 300
+RANK, WIDTH, MIN_SCALE = 2, 64, 1e-3
+STEPS = {"random": 0, "trained": 300, "briefly trained": 3}  # the last for smoke runs
 
 
 def noise_of(kind):
@@ -227,9 +228,9 @@ def through_layer(prepare, weights, n, k, d):
     features, y = (t.to(DEVICE) for t in wines(n, d))
     module, density = prepare(d, k)
     module.to(DEVICE)
-    if weights == "trained":
+    if STEPS[weights]:
         optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-        for _ in range(STEPS):
+        for _ in range(STEPS[weights]):
             optimizer.zero_grad()
             (-density(features, y).mean()).backward()
             optimizer.step()
@@ -333,15 +334,18 @@ def measure(threads, *, smoke):
 
 
 def measure_linear(threads, *, smoke):
-    cases = [(weights, *case) for weights in ("random", "trained") for case in ([(8, 2, 2)] if smoke else LINEAR)]
-    chosen = ("network.loss", "mixture, validated", "torch MixtureSameFamily") if smoke else tuple(THROUGH_LAYER)
+    cases = [(weights, *case) for weights in ("random", "trained") for case in LINEAR]
+    chosen = tuple(THROUGH_LAYER)
+    if smoke:
+        cases = [("random", 8, 2, 2), ("briefly trained", 8, 2, 2)]
+        chosen = ("network.loss", "mixture, validated", "torch MixtureSameFamily")
     builders = {name: partial(through_layer, THROUGH_LAYER[name]) for name in chosen}
     return results(builders, cases, threads, "network.loss", smoke=smoke, restarts=2)
 
 
 def results(builders, cases, threads, mine, *, smoke, restarts=3):
     torch.set_num_threads(threads)
-    settings = {"rounds": 2, "block": 0} if smoke else {"rounds": 7, "block": 0.05, "restarts": 1 if GPU else restarts}
+    settings = SMOKE if smoke else {"rounds": 7, "block": 0.05, "restarts": 1 if GPU else restarts}
     rows = []
     for case, times in race(builders, cases, threads, **settings).items():
         microseconds = {name: 1e6 * statistics.median(t) for name, t in times.items()}

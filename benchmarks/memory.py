@@ -1,6 +1,6 @@
 """How much memory do a log-density with its gradients, a training step and a prediction by many draws take at most?
 
-Each in a process of its own.
+Each in a process of its own (only a smoke run has one for all).
 
 On a CPU it is what the process held at most beyond what it held with all inputs in place; on a GPU, what torch had
 allocated at most.
@@ -10,6 +10,7 @@ allocated at most.
 
 import argparse
 import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import log_prob
@@ -78,7 +79,7 @@ def predictive(_, case):
     return lambda: posterior_predictive(network, weights, x)
 
 
-def peak(pipe, build, who, small, case):
+def peak(build, who, small, case):
     """MiB beyond what is there before; a small case first, so that libraries are loaded."""
     torch.set_num_threads(1)
     build(who, small)()
@@ -87,12 +88,11 @@ def peak(pipe, build, who, small, case):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
-        pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     function()
-    pipe.send(held("VmHWM") - before)
+    return held("VmHWM") - before
 
 
 def held(kind):
@@ -100,35 +100,30 @@ def held(kind):
     return int(line.split()[1]) / 1024
 
 
-def measured(build, who, small, case, tries):
-    context, peaks = multiprocessing.get_context("spawn"), []
-    for _ in range(tries):
-        near, far = context.Pipe()
-        process = context.Process(target=peak, args=(far, build, who, small, case))
-        process.start()
-        peaks.append(near.recv())
-        process.join()
-    return sorted(peaks)[len(peaks) // 2]
+def measured(pool, *job, tries):
+    peaks = sorted(pool.apply(peak, job) for _ in range(tries))
+    return peaks[len(peaks) // 2]
 
 
 def measure(*, smoke):
-    tries, rows = (1 if smoke or GPU else 5), []
+    """Peaks of all cases; a worker of the pool does one job and goes, in a smoke run all of them."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=None if smoke else 1) as pool:
+        return rows_of(partial(measured, pool, tries=1 if smoke or GPU else 5), smoke=smoke)
+
+
+def rows_of(measured, *, smoke):
+    rows = []
     for case in CASES[:1] if smoke else CASES:
         small = (case[0], 4, 2, case[3])
         mib = {
-            who: measured(density, who, small, small if smoke else case, tries)
-            for who in ("ours", "GaussianMixture", "torch")
+            who: measured(density, who, small, small if smoke else case) for who in ("ours", "GaussianMixture", "torch")
         }
         rows.append({"what": f"log-density, {case[0]} {case[1:]}", "MiB": mib})
     small = (4, 2, 8)
-    mib = {who: measured(step, who, small, small if smoke else STEP, tries) for who in ("ours", "torch")}
+    mib = {who: measured(step, who, small, small if smoke else STEP) for who in ("ours", "torch")}
     rows.append({"what": f"training step, full {STEP}", "MiB": mib})
-    return [*rows, prediction(tries, smoke=smoke)]
-
-
-def prediction(tries, *, smoke):
-    mib = {"ours": measured(predictive, "ours", (2, 2), (2, 2) if smoke else DRAWS, tries)}
-    return {"what": f"posterior_predictive, CNN, {DRAWS[0]} images, {DRAWS[1]} draws", "MiB": mib}
+    mib = {"ours": measured(predictive, "ours", (2, 2), (2, 2) if smoke else DRAWS)}
+    return [*rows, {"what": f"posterior_predictive, CNN, {DRAWS[0]} images, {DRAWS[1]} draws", "MiB": mib}]
 
 
 def table(rows):

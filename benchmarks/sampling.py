@@ -7,7 +7,7 @@ import argparse
 from functools import partial
 
 import torch
-from timing import DEVICE, machine, race, ratio, shown, threads_of, write
+from timing import DEVICE, SMOKE, machine, race, ratio, shown, threads_of, write
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
 from pyro_mdn import DiagonalCovariance, FullCovariance, GaussianMixture, scores
@@ -140,7 +140,7 @@ def build_theirs(question, rows):
 
 
 def measure(threads, *, smoke):
-    settings = {"rounds": 2, "block": 0} if smoke else {"rounds": 15, "block": 0.1}
+    settings = SMOKE if smoke else {"rounds": 15, "block": 0.1}
     cases = [(question, 10 if smoke else N) for question in ([*QUESTIONS][::3] if smoke else QUESTIONS)]
     races = race({"ours": build_ours, "theirs": build_theirs}, cases, threads, **settings)
     return [

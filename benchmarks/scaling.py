@@ -11,7 +11,7 @@ from pathlib import Path
 
 import log_prob
 import numpy as np
-from timing import RESULTS, machine, race, write
+from timing import RESULTS, SMOKE, machine, race, write
 
 SIZES = {
     "N": [100, 300, 1000, 3000, 10_000, 30_000, 100_000],
@@ -32,7 +32,7 @@ def cases(kind, axis, *, smoke):
 
 def measure(*, smoke):
     curves = []
-    settings = {"rounds": 2, "block": 0} if smoke else {"rounds": 9, "block": 0.05}
+    settings = SMOKE if smoke else {"rounds": 9, "block": 0.05}
     for kind in ("full",) if smoke else ("diagonal", "full"):
         for axis in "N" if smoke else SIZES:
             races = race({"kernel": log_prob.kernel}, cases(kind, axis, smoke=smoke), **settings)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch.utils.benchmark import Timer
 
+SMOKE = {"rounds": 2, "block": 0, "together": True}  # settings of a race that shows only that everything runs
 RESULTS = Path(__file__).parent / "results"
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -65,7 +66,8 @@ def _serve(pipe, build, threads):
         case, block = job
         try:
             torch.manual_seed(0)
-            torch.compiler.reset()
+            if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and importing it takes a second
+                torch.compiler.reset()
             function = build(*case)
             timer = Timer("function()", globals={"function": function}, num_threads=threads)
             timer.timeit(3)  # warms up, and compiles what is to be compiled
@@ -87,20 +89,21 @@ def events(function, number):
     return start.elapsed_time(end) / 1e3 / number
 
 
-def race(builders, cases, threads=1, rounds=15, block=0.03, restarts=1):
+def race(builders, cases, threads=1, rounds=15, block=0.03, restarts=1, together=False):
     """Seconds per call, one number a round, of each builder in each case: ``{case: {name: [seconds]}}``.
 
     Builders that a case is not for raise, and are left out of it. Every case has processes of its own, so that no
     case finds the memory that another one left, and everybody starts anew ``restarts`` times: where memory comes to
     lie, and whether it is given back to the system after each call, differs from process to process, and with large
-    cases so do the times.
+    cases so do the times. Where times mean nothing, all cases may go through the same processes ``together``.
     """
     results = {case: {} for case in cases}
-    for case in [case for case in cases for _ in range(restarts)]:
+    for group in [cases] if together else [[case] for case in cases for _ in range(restarts)]:
         rivals = {name: Rival(build, threads) for name, build in builders.items()}
         try:
-            for name, times in _rounds(rivals, case, rounds, block).items():
-                results[case].setdefault(name, []).extend(times)
+            for case in group:
+                for name, times in _rounds(rivals, case, rounds, block).items():
+                    results[case].setdefault(name, []).extend(times)
         finally:
             for rival in rivals.values():
                 rival.pipe.close()

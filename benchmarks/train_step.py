@@ -17,7 +17,7 @@ import torch
 from log_prob import mixture_of, wine_table
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from timing import DEVICE, machine, race, ratio, shown, threads_of, write
+from timing import DEVICE, SMOKE, machine, race, ratio, shown, threads_of, write
 from torch import nn
 from torch.nn.functional import softplus
 
@@ -27,7 +27,8 @@ from pyro_mdn.training.batches.in_memory import InMemory
 from pyro_mdn.training.loop import Loop
 from pyro_mdn.training.settings import LoopSettings
 
-BATCHES, STEPS = 8, 400
+BATCHES = 8
+STEPS = {"": 0, "trained": 400, "briefly trained": BATCHES}  # the last for smoke runs
 CASES = [(256, 64, ""), (256, 256, ""), (4096, 64, ""), (4096, 256, ""), (256, 64, "trained"), (2048, 64, "trained")]
 
 
@@ -42,9 +43,8 @@ def data(batch, weights):
 
 def trained(weights, one_pass):
     """The same pass, after as many steps as it takes for trained weights."""
-    if weights:
-        for _ in range(STEPS // BATCHES):
-            one_pass()
+    for _ in range(STEPS[weights] // BATCHES):
+        one_pass()
     return one_pass
 
 
@@ -158,8 +158,8 @@ CONTESTANTS = {
 
 
 def measure(threads, *, smoke):
-    settings = {"rounds": 2, "block": 0} if smoke else {"rounds": 15, "block": 0.1}
-    cases = [(8, 4, ""), (8, 4, "trained")] if smoke else CASES
+    settings = SMOKE if smoke else {"rounds": 15, "block": 0.1}
+    cases = [(8, 4, ""), (8, 4, "briefly trained")] if smoke else CASES
     chosen = {n: CONTESTANTS[n] for n in ("by hand", "fit", "fit, AutoNormal")} if smoke else CONTESTANTS
     rows = []
     for (batch, width, weights), times in race(chosen, cases, threads, **settings).items():

@@ -1,3 +1,8 @@
+import os
+
+# For processes that tests start: several threads each, beside other tests, wait for one another most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib
 import pyro
 import pytest

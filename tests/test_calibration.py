@@ -105,11 +105,12 @@ def test_transforms_of_rounded_targets_are_uniform_within_their_cells():
     for seed in range(20):
         torch.manual_seed(1000 + seed)  # not that of the targets, or they would be drawn alike
         y = (0.7 * draws(2000, seed)).round()
-        assert uniformity_p_value(scores.pit(mixture, y)) < 1e-5
+        # Fewer targets are enough for this, and the p-value of many that are far from uniform takes a second.
+        assert uniformity_p_value(scores.pit(mixture, y)[:200]) < 1e-5
         torn.append(uniformity_p_value(scores.pit(mixture, y, cell=1.0)))
     assert sum(p > 0.05 for p in torn) >= 16
     torch.manual_seed(0)
-    assert uniformity_p_value(scores.pit(normal(2000, scale=1.2), y, cell=1.0)) < 1e-5
+    assert uniformity_p_value(scores.pit(normal(2000, scale=1.2), y, cell=1.0)[:1000]) < 1e-5
 
 
 def test_transforms_within_cells_are_drawn_between_their_ends():
