@@ -14,9 +14,9 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 THREADS = ["--threads", "1"]
-COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "posterior", "diabetes")}
-COMMANDS |= {"log_prob": THREADS, "train_step": THREADS, "sampling": THREADS, "memory": [], "scaling": []}
-COMMANDS |= {"time_to_quality": []}
+COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "diabetes")}
+COMMANDS |= dict.fromkeys(("log_prob", "train_step", "sampling", "posterior"), THREADS)
+COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": []}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
