@@ -80,7 +80,7 @@ def test_a_full_covariance_guide_recovers_the_exact_posterior():
 def test_minibatches_are_scaled_to_all_rows():
     network, x, y = regression(200)
     mean, covariance = exact_posterior(x, y)
-    settings = {"num_particles": 8, "max_epochs": 400, "batch_size": 40, "lr": 0.02, "initialize": False}
+    settings = {"num_particles": 8, "max_epochs": 200, "batch_size": 40, "lr": 0.02, "initialize": False}
     guide = fit(network, x, y, guide=AutoMultivariateNormal, seed=0, progress=False, **settings).guide
     draws = coefficients(draw_weights(network, guide, x, 20_000))
     deviation = covariance.diagonal().sqrt()
