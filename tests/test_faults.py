@@ -1,4 +1,8 @@
-"""Data that go wrong in practice, at default settings: a finite model, or an error that says what to do."""
+"""Data that go wrong in practice, at default settings: a finite model, or an error that says what to do.
+
+Only the epochs of hundreds of rows are fewer than by default, as the bounds hold by then; a handful of rows is trained
+to the end.
+"""
 
 import math
 
@@ -7,7 +11,7 @@ import torch
 
 from pyro_mdn import Full, MixtureDensityNetwork, fit
 
-N = 300
+N, EPOCHS = 300, 250
 
 
 def rows(n=N, outputs=1):
@@ -79,7 +83,7 @@ def test_faulty_data_give_a_finite_and_useful_model(fault):
     x, y = make()
     torch.manual_seed(0)
     network = MixtureDensityNetwork(2, 1)
-    result = fit(network, x, y, seed=0, progress=False)
+    result = fit(network, x, y, seed=0, progress=False, max_epochs=EPOCHS if len(x) == N else None)
     check_finite(network, x, y, result)
     assert network.loss(x, y).mean() < bound
 
@@ -98,7 +102,7 @@ def test_collinear_outputs_with_full_covariance():
     x, y = collinear()
     torch.manual_seed(0)
     network = MixtureDensityNetwork(2, 2, noise=Full())
-    result = fit(network, x, y, seed=0, progress=False)
+    result = fit(network, x, y, seed=0, progress=False, max_epochs=EPOCHS)
     check_finite(network, x, y, result)
     covariance = network(x).covariance_matrix
     correlation = covariance[:, 0, 1] / (covariance[:, 0, 0] * covariance[:, 1, 1]).sqrt()
