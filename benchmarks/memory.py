@@ -1,6 +1,6 @@
 """How much memory do a log-density with its gradients, a training step and a prediction by many draws take at most?
 
-Each in a process of its own (only a smoke run has one for all).
+Each in a process of its own; only a smoke run has one for all.
 
 On a CPU it is what the process held at most beyond what it held with all inputs in place; on a GPU, what torch had
 allocated at most.
@@ -10,7 +10,6 @@ allocated at most.
 
 import argparse
 import multiprocessing
-from functools import partial
 from pathlib import Path
 
 import log_prob
@@ -79,7 +78,7 @@ def predictive(_, case):
     return lambda: posterior_predictive(network, weights, x)
 
 
-def peak(build, who, small, case):
+def peak(pipe, build, who, small, case):
     """MiB beyond what is there before; a small case first, so that libraries are loaded."""
     torch.set_num_threads(1)
     build(who, small)()
@@ -88,11 +87,12 @@ def peak(build, who, small, case):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        pipe.send((torch.cuda.max_memory_allocated() - before) / 2**20)
+        return
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     function()
-    return held("VmHWM") - before
+    pipe.send(held("VmHWM") - before)
 
 
 def held(kind):
@@ -100,30 +100,48 @@ def held(kind):
     return int(line.split()[1]) / 1024
 
 
-def measured(pool, *job, tries):
-    peaks = sorted(pool.apply(peak, job) for _ in range(tries))
-    return peaks[len(peaks) // 2]
+def peaks(pipe, jobs):
+    for job in jobs:
+        peak(pipe, *job)
+
+
+def in_a_process(jobs):
+    """Peaks of the jobs, one after another in one process."""
+    context = multiprocessing.get_context("spawn")
+    near, far = context.Pipe()
+    process = context.Process(target=peaks, args=(far, jobs))
+    process.start()
+    far.close()  # so that the end of a process that fails is seen here
+    found = [near.recv() for _ in jobs]
+    process.join()
+    return found
+
+
+def measured(job, tries):
+    return sorted(in_a_process([job])[0] for _ in range(tries))[tries // 2]
+
+
+def jobs_of(*, smoke):
+    """What each peak is of, by the name of its row and who it is."""
+    jobs = {}
+    for case in CASES[:1] if smoke else CASES:
+        small = (case[0], 4, 2, case[3])
+        for who in ("ours", "GaussianMixture", "torch"):
+            jobs[f"log-density, {case[0]} {case[1:]}", who] = density, who, small, small if smoke else case
+    small = (4, 2, 8)
+    for who in ("ours", "torch"):
+        jobs[f"training step, full {STEP}", who] = step, who, small, small if smoke else STEP
+    what = f"posterior_predictive, CNN, {DRAWS[0]} images, {DRAWS[1]} draws"
+    jobs[what, "ours"] = predictive, "ours", (2, 2), (2, 2) if smoke else DRAWS
+    return jobs
 
 
 def measure(*, smoke):
-    """Peaks of all cases; a worker of the pool does one job and goes, in a smoke run all of them."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=None if smoke else 1) as pool:
-        return rows_of(partial(measured, pool, tries=1 if smoke or GPU else 5), smoke=smoke)
-
-
-def rows_of(measured, *, smoke):
-    rows = []
-    for case in CASES[:1] if smoke else CASES:
-        small = (case[0], 4, 2, case[3])
-        mib = {
-            who: measured(density, who, small, small if smoke else case) for who in ("ours", "GaussianMixture", "torch")
-        }
-        rows.append({"what": f"log-density, {case[0]} {case[1:]}", "MiB": mib})
-    small = (4, 2, 8)
-    mib = {who: measured(step, who, small, small if smoke else STEP) for who in ("ours", "torch")}
-    rows.append({"what": f"training step, full {STEP}", "MiB": mib})
-    mib = {"ours": measured(predictive, "ours", (2, 2), (2, 2) if smoke else DRAWS)}
-    return [*rows, {"what": f"posterior_predictive, CNN, {DRAWS[0]} images, {DRAWS[1]} draws", "MiB": mib}]
+    jobs, rows = jobs_of(smoke=smoke), {}
+    alone = (measured(job, 1 if GPU else 5) for job in jobs.values())
+    for (what, who), mib in zip(jobs, in_a_process([*jobs.values()]) if smoke else alone, strict=True):
+        rows.setdefault(what, {})[who] = mib
+    return [{"what": what, "MiB": mib} for what, mib in rows.items()]
 
 
 def table(rows):

@@ -29,6 +29,7 @@ __all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
 Array = NDArray[np.float64]
 
 _POINTS = np.linspace(0, 1, 101)[1:-1]
+_LEAST = 1e-12  # p-values below this are upper bounds
 _MANY = 5000  # for larger samples the pointwise level hardly depends on the size
 
 
@@ -127,7 +128,7 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
 
     The statistic is the smallest pointwise binomial tail probability of the empirical distribution function. Its
     distribution is exact up to 5000 transforms; for more transforms it is that of 5000. If the p-value is below
-    1 − level, the function leaves the band of :func:`ecdf_band`.
+    1 − level, the function leaves the band of :func:`ecdf_band`. Below 1e-12 it is an upper bound.
 
     Args:
         pit: Numbers in [0, 1], of any shape; NaN are left out. The transforms of several outputs are independent if
@@ -155,6 +156,10 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     z = _check_points(points)
     counts = (u[:, None] <= z).sum(0)
     tail = np.minimum(binom.cdf(counts, len(u), z), binom.sf(counts - 1, len(u), z)).min()
+    # The probability of either tail at any point is no larger than this. Where it is that small, the difference from 1
+    # would be rounding alone, take long, and be of a band without ends once the tail is rounded to 0.
+    if (bound := 2 * len(z) * tail) < _LEAST:
+        return float(bound)
     # The factor makes sure that samples as extreme as this one count as outside.
     return float(np.clip(1 - _inside(min(len(u), _MANY), z, tail * (1 + 1e-9)), 0.0, 1.0))
 

@@ -69,6 +69,21 @@ def test_p_value_below_the_level_is_a_curve_outside_the_band(size, power, seed):
         assert inside == (p_value > 0.1)
 
 
+@pytest.mark.parametrize("size", [1000, 2000, 5000, 100_000])
+def test_transforms_far_from_uniform_have_a_p_value_of_nearly_zero(size):
+    """Also where all tail probabilities are rounded to 0, and at once, however large the sample."""
+    assert 0 <= uniformity_p_value(np.linspace(0, 0.5, size)) < 1e-12
+
+
+def test_p_values_fall_as_transforms_move_away_from_uniform():
+    """Through the least that is computed exactly."""
+    p_values = np.array([uniformity_p_value(np.linspace(0, 1, 300) ** power) for power in np.linspace(1, 3, 30)])
+    assert (np.diff(p_values) <= 1e-12).all()
+    assert p_values[0] > 0.99
+    assert p_values[-1] < 1e-20
+    assert ((p_values > 1e-13) & (p_values < 1e-9)).any()
+
+
 def test_transforms_of_the_truth_are_uniform():
     mixture = normal(500)
     p_values = [stats.kstest(scores.pit(mixture, draws(500, seed)).flatten(), "uniform").pvalue for seed in range(100)]
