@@ -760,7 +760,7 @@ def test_missing_targets_are_not_compiled():
     x, y = fork(20)
     y = torch.cat([y, y], 1)
     y[0, 0] = math.nan
-    with pytest.raises(ValueError, match="compile: expected complete targets"):
+    with pytest.raises(ValueError, match="compile: expected exact and complete targets"):
         fit(MixtureDensityNetwork(1, 2), x, y, compile=True, **QUICK)
 
 
