@@ -11,7 +11,7 @@ import argparse
 from functools import partial
 
 import torch
-from timing import DEVICE, machine, race, ratio, shown, threads_of, write
+from timing import DEVICE, SMOKE, machine, race, ratio, shown, threads_of, write
 from torch import nn
 
 CASES = [("diagonal", 256, 5, 1), ("full", 256, 10, 8), ("diagonal", 2048, 10, 8), ("full", 2048, 10, 8)]
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--out", default="channels", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
     args = parser.parse_args()
-    settings = {"rounds": 2, "block": 0} if args.smoke else {"rounds": 15, "block": 0.2}
+    settings = SMOKE if args.smoke else {"rounds": 15, "block": 0.2}
     rows = []
     for threads in args.threads:
         for case, times in race(CONTESTANTS, [("full", 8, 2, 2)] if args.smoke else CASES, threads, **settings).items():

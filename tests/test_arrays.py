@@ -178,7 +178,7 @@ def test_tensors_keep_their_graph_and_everything_else_is_a_copy():
             "x, column 'c': expected numbers, got categories",
         ),
         (
-            pa.record_batch({"a": [1.0], "c": pa.array([1]).dictionary_encode()}),
+            pa.RecordBatch.from_pydict({"a": [1.0], "c": pa.array([1]).dictionary_encode()}),
             "x, column 'c': expected numbers, got categories",
         ),
         (pa.table({"a": [1.0], "city": ["Bern"]}), "x, column 'city': expected numbers, got text"),

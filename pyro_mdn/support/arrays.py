@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_mdn.support.checks import all_finite, bounds, describe, is_subclassed, unmasked, unwrapped
+from pyro_mdn.support.checks import all_finite, bounds, describe, indices, is_subclassed, unmasked, unwrapped
 
 __all__ = [
     "Array",
@@ -312,7 +312,7 @@ def refuse(
         given: The data before conversion, which may have names of rows and columns.
         dtype: Precision in which the numbers were expected to be finite, if that is not their own.
     """
-    position = unwrapped(bad).nonzero()[0].tolist()
+    position = indices(unwrapped(bad).nonzero()[0])
     value = values[tuple(position)].item()
     beyond = f", beyond the range of {dtype}," if dtype is not None and np.isfinite(value) else ""
     others = int(bad.sum()) - 1

@@ -29,6 +29,7 @@ __all__ = [
     "as_sizes",
     "bounds",
     "describe",
+    "indices",
     "is_count",
     "is_differentiated",
     "is_inherited",
@@ -278,6 +279,15 @@ def unwrapped(tensor: Tensor) -> Tensor:
     """
     *_, innermost = _layers(tensor)
     return innermost
+
+
+def indices(tensor: Tensor) -> list[int]:
+    """Convert integers ``(N,)`` to a list, also within transforms, where torch 2.8 refuses ``tolist``.
+
+    >>> indices(torch.tensor([False, True, True]).nonzero().squeeze(-1))
+    [1, 2]
+    """
+    return [int(index.item()) for index in tensor]
 
 
 def _layers(tensor: Tensor) -> Iterator[Tensor]:

@@ -219,7 +219,8 @@ class UnivariateMixture(NamedTuple):
         sign = torch.where(q > 0.5, -1.0, 1.0).to(q)
         tail = torch.where(q > 0.5, 1 - q, q)
         if self.law.mirrored() is self.law:
-            return sign * self._replace(locs=sign.unsqueeze(-1) * self.locs)._lower_quantile(tail)
+            locs = sign.unsqueeze(-1) * self.locs
+            return sign * UnivariateMixture(self.logits, locs, self.scale, self.law)._lower_quantile(tail)
         below, above = self._lower_quantile(tail), self.mirrored()._lower_quantile(tail)
         return torch.where(q > 0.5, -above, below)
 

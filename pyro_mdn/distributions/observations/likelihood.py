@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.observations.boxes import log_box_probability
 from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING, Targets, TargetsOrTensor
-from pyro_mdn.support.checks import is_mapped, is_recorded
+from pyro_mdn.support.checks import indices, is_mapped, is_recorded
 from pyro_mdn.tensors.numerics import log_sum_exp
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _distinct(kinds: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _columns(marked: Tensor) -> list[int]:
-    return marked.nonzero().squeeze(-1).tolist()
+    return indices(marked.nonzero().squeeze(-1))
 
 
 def _require_known(value: Targets) -> None:
