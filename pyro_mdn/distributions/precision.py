@@ -58,7 +58,7 @@ def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Argum
 
 def _as_data(value: Any, name: str, mixture: Any) -> Any:
     """Convert data to a tensor; single numbers, ``None`` and :class:`Targets` stay as they are."""
-    plain = value is None or isinstance(value, float | int) or isinstance(value, Targets)  # noqa: SIM101 (for compilers)
+    plain = value is None or isinstance(value, (float, int, Targets))  # a union of types would not compile on torch 2.8
     if plain or (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     return as_tensor(value, name, mixture.device)

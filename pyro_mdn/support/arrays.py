@@ -71,7 +71,7 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
         return _floating(unmasked(values) if is_subclassed(values) else values, name)
     if hasattr(values, "as_exact"):  # Targets
         return values.as_exact(name)
-    if isinstance(values, float | int):  # which compilers know how to trace
+    if isinstance(values, (float, int)):  # which compilers know how to trace, unlike a union of types
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
     if isinstance(values, list | tuple) and _holds_tensors(values):
         return _stacked(values, name, device)
