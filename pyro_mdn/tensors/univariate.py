@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import grad
 from torch.special import erfc
 
 from pyro_mdn.support.checks import is_differentiated, is_known
+from pyro_mdn.support.torch_compat import tracing_state
 from pyro_mdn.tensors.numerics import exp, log_sum_exp
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.tensor_batch import TensorBatch
@@ -64,10 +66,15 @@ class Law(TensorBatch):
         """Logarithm of :meth:`cdf`; where that underflows, to first order, by density over logarithmic slope."""
         cdf, least = self.cdf(z), 4 * torch.finfo(z.dtype).tiny
         known = cdf.clamp(min=least).log()
-        if is_known(z) and not bool((cdf < least).any()):
+        if tracing_state() is not None or (z.is_cpu and is_known(z) and not bool((cdf < least).any())):
             return known
-        far = self.log_density(z) - self.slope(z).clamp(min=least).log()
-        return torch.where((cdf < least) & far.isfinite(), far, known)
+        with torch.no_grad():
+            slope = self.slope(z)
+            far = (cdf < least) & (slope > 0) & slope.isfinite() & self.log_density(z).isfinite()
+            inside = self.quantile(torch.full_like(z, 0.25))
+        # Elsewhere at a point that keeps NaN out of the gradients.
+        tail = self.log_density(torch.where(far, z, inside)) - torch.where(far, slope, 1.0).log()
+        return torch.where(far, tail, known)
 
     def relative_log_density(self, z: Tensor, log_scale: Tensor) -> Tensor:
         """Log-density at ``(*batch, K)`` in units of a scale, up to a constant for all components."""
@@ -75,10 +82,12 @@ class Law(TensorBatch):
 
     def slope(self, z: Tensor) -> Tensor:
         """Derivative of the log-density; without a graph."""
-        with torch.enable_grad():
-            point = z.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(self.log_density(point).sum(), point)
-        return slope
+        if tracing_state() is not None:
+            with torch.enable_grad():
+                point = z.detach().requires_grad_()
+                return torch.autograd.grad(self.log_density(point).sum(), point)[0]
+        # Other transforms, and compilers, go through those of torch.func alone.
+        return grad(lambda point: self.log_density(point).sum())(z.detach()).detach()
 
     def log_mass(self, centre: Tensor, half: Tensor) -> Tensor:
         """Log-probability of the interval within ``half`` of a centre, accurate in both tails and if it is narrow."""
