@@ -69,8 +69,6 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
     """
     if isinstance(values, Tensor):
         return _floating(unmasked(values) if is_subclassed(values) else values, name)
-    if hasattr(values, "as_exact"):  # Targets
-        return values.as_exact(name)
     if isinstance(values, (float, int)):  # which compilers know how to trace, unlike a union of types
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
     if isinstance(values, list | tuple) and _holds_tensors(values):
@@ -198,8 +196,10 @@ def require_columns(expected: list[str] | None, values: Any, name: str) -> None:
         values: Data of any container; without names there is nothing to compare.
         name: Name of the argument, for the message.
     """
+    if expected is None or isinstance(values, Tensor):  # most calls, which should cost nothing
+        return
     got = names_of_columns(values)
-    if expected is None or got is None or got == expected:
+    if got is None or got == expected:
         return
     if sorted(got) == sorted(expected):
         raise ValueError(f"{name}: expected columns in the order of training, {expected}, got {got}: reorder them")

@@ -212,7 +212,7 @@ def _density_ratio(value: Tensor) -> Tensor:
     between = torch.where((value >= -_FAR) & (value <= 0), value, -1.0)
     middle = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * between)
     ratio = middle
-    if not is_known(value) or bool((value < -_FAR).any()):
+    if not (value.is_cpu and is_known(value)) or bool((value < -_FAR).any()):  # on a GPU to ask is to wait
         # By Laplace's continued fraction far out, where terms in the derivatives of erfcx would cancel.
         rest = 0.5 * (left + (left.square() + 4 * (_TERMS + 1)).sqrt())
         for k in range(_TERMS, 0, -1):

@@ -23,9 +23,9 @@ from pyro_mdn.tensors.univariate import Law
 if TYPE_CHECKING:
     from pyro_mdn.distributions.families.components import Components
 
-__all__ = ["NUM_POINTS", "log_box_probability"]
+__all__ = ["log_box_probability"]
 
-NUM_POINTS = 128
+_NUM_POINTS = 128
 """Quasi-random points of the integral, a power of two."""
 
 
@@ -57,7 +57,7 @@ def log_box_probability(components: Components, lower: Tensor, upper: Tensor) ->
 def _in_order(components: Components, lower: Tensor, upper: Tensor) -> Tensor:
     """Average over quasi-random points the product of conditional probabilities, for limits ``(*batch, K, D)``."""
     in_order, dim = components.in_order(), components.dim
-    levels = torch.from_numpy(_levels(NUM_POINTS, dim - 1)).to(lower)
+    levels = torch.from_numpy(_levels(_NUM_POINTS, dim - 1)).to(lower)
     total = lower.new_zeros(())
     for d in range(dim):
         locs, scale, law = in_order.next_output()
@@ -66,7 +66,7 @@ def _in_order(components: Components, lower: Tensor, upper: Tensor) -> Tensor:
         if d < dim - 1:
             level = levels[:, d].reshape(-1, *(1,) * (lower.ndim - 1))
             in_order.observe(locs + scale * _quantile_within(law, interval, level))
-    return total.logsumexp(0) - math.log(NUM_POINTS)
+    return total.logsumexp(0) - math.log(_NUM_POINTS)
 
 
 @functools.cache

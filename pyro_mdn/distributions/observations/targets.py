@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pyro_mdn.support.arrays import as_tensor, refuse
+from pyro_mdn.support.arrays import as_tensor, refuse, require_no_infinity, to_numpy
 from pyro_mdn.support.checks import is_known, is_recorded, shown
 
 __all__ = [
@@ -259,7 +259,8 @@ class Targets:
         return self.exact_points()
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        return self.as_exact("y").detach().cpu().numpy().astype(dtype or self.lower.new_empty(0).numpy().dtype)
+        array = to_numpy(self.as_exact("y"))
+        return array if dtype is None else array.astype(dtype)
 
     # What Pyro's handlers ask of an observed value
 
@@ -323,8 +324,8 @@ def joined(parts: Sequence[TargetsOrTensor]) -> TargetsOrTensor:
 
 def _finite_or_missing(y: Any, name: str) -> Tensor:
     values = as_tensor(y, name)
-    if is_known(values) and bool((infinite := values.isinf()).any()):
-        refuse(values, infinite, name, "finite numbers, or NaN for missing ones", y)
+    if is_known(values):
+        require_no_infinity(values, name, y)
     return values
 
 
