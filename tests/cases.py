@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import subprocess
 import sys
 import weakref
@@ -12,7 +13,17 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pyro_mdn import Diagonal, Fixed, Full, Isotropic, LowRank, MixtureDensityNetwork, MixtureHead, bayesianize
+from pyro_mdn import (
+    Diagonal,
+    Fixed,
+    Full,
+    Isotropic,
+    LowRank,
+    MixtureDensityNetwork,
+    MixtureHead,
+    SymmetricLaw,
+    bayesianize,
+)
 
 DIM, K = 4, 3
 STRUCTURES = {"full": Full, "low_rank": LowRank, "diagonal": Diagonal, "isotropic": Isotropic}
@@ -49,6 +60,26 @@ def dense(mixture):
     matrix = mixture.covariance.matrix().expand(*mixture.batch_shape, mixture.n_components, -1, -1)
     components = MultivariateNormal(mixture.locs, covariance_matrix=matrix)
     return MixtureSameFamily(Categorical(logits=mixture.logits), components)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LaplaceLaw(SymmetricLaw):
+    """A law that a user may write, which says no more than it has to: its cdf underflows."""
+
+    def log_density(self, z):
+        return -z.abs() - math.log(2)
+
+    def cdf(self, z):
+        return torch.where(z < 0, 0.5 * z.clamp(max=0).exp(), 1 - 0.5 * (-z.clamp(min=0)).exp())
+
+    def quantile(self, q):
+        return (2 * q).log()
+
+    def mean_distance(self, z):
+        return z.abs() + (-z.abs()).exp()
+
+    def stddev(self):
+        return math.sqrt(2)
 
 
 def linear_regression(dim_out=1, rows=40, prior_scale=1.5):

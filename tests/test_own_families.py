@@ -10,6 +10,7 @@ import pytest
 import scipy.integrate
 import scipy.stats
 import torch
+from cases import LaplaceLaw
 from torch.testing import assert_close
 
 from pyro_mdn import (
@@ -23,30 +24,11 @@ from pyro_mdn import (
     Mixture,
     MixtureDensityNetwork,
     StudentTComponents,
-    SymmetricLaw,
     scores,
 )
 from pyro_mdn.distributions.covariance.diagonal import IsotropicCovariance
 
 EULER = 0.5772156649015329
-
-
-@dataclass(frozen=True, eq=False)
-class LaplaceLaw(SymmetricLaw):
-    def log_density(self, z):
-        return -z.abs() - math.log(2)
-
-    def cdf(self, z):
-        return torch.where(z < 0, 0.5 * z.clamp(max=0).exp(), 1 - 0.5 * (-z.clamp(min=0)).exp())
-
-    def quantile(self, q):
-        return (2 * q).log()
-
-    def mean_distance(self, z):
-        return z.abs() + (-z.abs()).exp()
-
-    def stddev(self):
-        return math.sqrt(2)
 
 
 @dataclass(frozen=True, eq=False)
