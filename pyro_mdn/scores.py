@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pyro_mdn.distributions.density import as_observations
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import missing
+from pyro_mdn.distributions.observations.targets import as_targets, missing
 from pyro_mdn.distributions.precision import in_widest_precision
-from pyro_mdn.support.arrays import as_tensor, in_columns
+from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import shown
 from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
 from pyro_mdn.tensors.numerics import norm
@@ -95,7 +95,8 @@ def compare(predictions: Mapping[str, Mixture], y: Any) -> dict[str, Comparison]
 
     Args:
         predictions: Predictive distributions by name, ``batch_shape`` ``(N,)``, or ``(S, N)``, which are averaged.
-        y: Held-out targets ``(N, D)``. Entries that are NaN were not observed; rows without any do not count.
+        y: Held-out targets ``(N, D)``, or :class:`pyro_mdn.Targets`. Entries that are NaN were not observed; rows
+            without any do not count.
 
     Raises:
         ValueError: If there is no prediction, or if shapes do not agree.
@@ -113,7 +114,8 @@ def compare(predictions: Mapping[str, Mixture], y: Any) -> dict[str, Comparison]
     """
     if not predictions:
         raise ValueError("predictions: expected one at least, got none")
-    losses, y = {}, in_columns(as_tensor(y, "y"))
+    losses, y = {}, as_targets(y, "y")
+    y = y.unsqueeze(-1) if y.ndim == 1 else y
     for name, mixture in predictions.items():
         pooled = mixture.pool(0) if len(mixture.batch_shape) == 2 else mixture
         if y.ndim != 2 or pooled.batch_shape != y.shape[:1] or pooled.dim != y.shape[1]:

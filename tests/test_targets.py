@@ -294,6 +294,15 @@ def test_exact_and_missing_targets_are_those_of_tensors():
     assert_close(scores.log_score(mixture, Targets.exact(y))[:3], scores.log_score(mixture, y)[:3], rtol=0, atol=0)
 
 
+def test_comparisons_of_predictions():
+    """By the likelihood of intervals, row by row."""
+    near, far = make_mixture(Full(), (6,)), make_mixture(Diagonal(), (6,))
+    targets = observed(near.sample(), kinds_of((6, 4)))
+    result = scores.compare({"near": near, "far": far}, targets)
+    for name, mixture in (("near", near), ("far", far)):
+        assert result[name].log_score == pytest.approx(-mixture.log_prob(targets).mean().item())
+
+
 @pytest.mark.parametrize("name", NOISE)
 def test_narrow_cells_have_the_probability_of_their_density(name):
     mixture = make_mixture(NOISE[name])

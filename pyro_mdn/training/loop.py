@@ -126,7 +126,8 @@ class Loop:
 
     def _epoch(self, epoch: int) -> None:
         loss = self.train_epoch(epoch)
-        self.result.unobserved, self.result.intervals = self.batches.gaps[0].tolist(), self.batches.gaps[3].tolist()
+        gaps = self.batches.gaps
+        self.result.unobserved, self.result.intervals = gaps.missing.tolist(), gaps.intervals.tolist()
         if epoch == 1 and any(self.result.unobserved + self.result.intervals):
             text = "fit: %s entries of y, by output, were not observed, and %s are intervals"
             logger.info(text, self.result.unobserved, self.result.intervals)

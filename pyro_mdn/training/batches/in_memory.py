@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from pyro_mdn.networks.rows import Rows
-from pyro_mdn.training.batches.missing_targets import gaps_in
+from pyro_mdn.training.batches.missing_targets import Gaps, gaps_in
 
 __all__ = ["InMemory", "default_batch_size"]
 
@@ -23,7 +22,7 @@ class InMemory:
         gaps: Counts of missing targets, by :func:`gaps_in`, in the data that the rows were chosen from, if they were.
     """
 
-    def __init__(self, rows: Rows, batch_size: int | None = None, gaps: Tensor | None = None) -> None:
+    def __init__(self, rows: Rows, batch_size: int | None = None, gaps: Gaps | None = None) -> None:
         self.rows, self.gaps = rows, gaps_in(rows.y) if gaps is None else gaps
         self.n_batches = math.ceil(len(rows) / (batch_size or default_batch_size(len(rows))))
 

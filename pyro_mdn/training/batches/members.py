@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.training.batches.in_memory import InMemory, default_batch_size
+from pyro_mdn.training.batches.missing_targets import Gaps
 from pyro_mdn.training.batches.streams import Streamed
 
 __all__ = ["MemberBatches", "MemberRows", "SharedBatches", "shared"]
@@ -42,9 +43,7 @@ class MemberBatches(InMemory):
         gaps: Counts of missing targets, as for :class:`InMemory`.
     """
 
-    def __init__(
-        self, rows: Rows, positions: Tensor, batch_size: int | None = None, gaps: Tensor | None = None
-    ) -> None:
+    def __init__(self, rows: Rows, positions: Tensor, batch_size: int | None = None, gaps: Gaps | None = None) -> None:
         super().__init__(rows, batch_size, gaps)
         self.positions = positions
         self.n_batches = math.ceil(self.num_rows / (batch_size or default_batch_size(self.num_rows)))
@@ -81,7 +80,7 @@ class SharedBatches:
         self.digest, self.generators = batches.digest, batches.generators
 
     @property
-    def gaps(self) -> Tensor:
+    def gaps(self) -> Gaps:
         """Counts of missing targets in the rows of the last pass."""
         return self.batches.gaps
 

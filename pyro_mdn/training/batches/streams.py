@@ -14,7 +14,7 @@ from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows, as_device_targets, as_device_tensor
 from pyro_mdn.support.checks import describe
 from pyro_mdn.support.process_state import evaluating, give_way, own_generators
-from pyro_mdn.training.batches.missing_targets import gaps_given
+from pyro_mdn.training.batches.missing_targets import Gaps, gaps_given
 
 __all__ = ["Streamed"]
 
@@ -25,7 +25,7 @@ class Streamed:
     def __init__(self, network: MixtureDensityNetwork, loader: DataLoader) -> None:
         self.network, self.loader = network, loader
         self.counted = 0
-        self.gaps = torch.zeros(4, network.dim_out, dtype=torch.int64, device="cpu")  # in the rows of the last pass
+        self.gaps = Gaps.none(network.dim_out)  # in the rows of the last pass
         self.flat: bool | None = None  # whether targets (N, ...) stand for (N, ..., 1); None until the first batch
         try:
             self.n_batches = len(loader)
@@ -50,11 +50,11 @@ class Streamed:
         return self.n_batches
 
     def __iter__(self) -> Iterator[Rows]:
-        self.gaps = torch.zeros_like(self.gaps)
+        self.gaps = Gaps.none(self.network.dim_out)
         for batch in self.loader:
             rows = self._rows(batch)
             if rows.y.shape[-1] == self.network.dim_out:  # targets of another shape are refused where they are used
-                self.gaps = self.gaps + gaps_given(rows, batch[1])
+                self.gaps = self.gaps.plus(gaps_given(rows, batch[1]))
             if len(rows := rows.counted()):
                 yield rows
             give_way()
