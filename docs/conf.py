@@ -50,7 +50,7 @@ NOT_PUBLIC = [
     "pyro_mdn.distributions.families.components.Sequential",
     "pyro_mdn.distributions.families.family.Block",
     "pyro_mdn.distributions.parameters.Origin",
-    "pyro_mdn.distributions.transforms.Units",
+    "pyro_mdn.distributions.units.units.Units",
     "pyro_mdn.posteriors.guide_draws.LaplaceGuide",
     "pyro_mdn.tensors.mixture_density.Kernel",
     "pyro_mdn.tensors.univariate.Law",

@@ -19,6 +19,16 @@ from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.predictions import Prediction
+from pyro_mdn.distributions.units.compound_transforms import Chain, PerOutput
+from pyro_mdn.distributions.units.target_transforms import (
+    Asinh,
+    Log,
+    Logit,
+    Softplus,
+    Standardize,
+    TargetTransform,
+    YeoJohnson,
+)
 from pyro_mdn.inference_data import to_inference_data
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.head import MixtureHead
@@ -53,6 +63,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Asinh",
+    "Chain",
     "Checkpointing",
     "CollapseWarning",
     "Components",
@@ -75,6 +87,8 @@ __all__ = [
     "IsotropicCovariance",
     "Law",
     "LocationScale",
+    "Log",
+    "Logit",
     "LowRank",
     "LowRankCovariance",
     "MissingTargetsWarning",
@@ -89,15 +103,20 @@ __all__ = [
     "Normal",
     "NormalComponents",
     "Optimization",
+    "PerOutput",
     "PosteriorSamples",
     "Prediction",
+    "Softplus",
+    "Standardize",
     "StudentT",
     "StudentTComponents",
     "SymmetricLaw",
+    "TargetTransform",
     "Targets",
     "TrainingLoop",
     "VariationalInference",
     "WeightedSum",
+    "YeoJohnson",
     "bayesianize",
     "fit",
     "fit_mcmc",

@@ -26,6 +26,7 @@ from pyro_mdn.training.schedules import (
     LEARNING_RATE,
     TARGET_NOISE,
     blur,
+    blur_targets,
     default_weight_decay,
     fading,
     warmup_cosine,
@@ -139,7 +140,7 @@ class LightningObjective(LightningModule):
         for name, value in asdict(settings).items():  # attributes, which the Tuner of Lightning may change
             setattr(self, name, value)
         self.objective, self.steps = objective, 1
-        self.noise = (torch.zeros(()), torch.zeros(()))
+        self.noise = torch.zeros(())
         self.generator: torch.Generator | None = None
         self.means = nn.ModuleDict({name: _Mean() for name in ("loss", "validation_loss")})
         self.trained = torch.zeros(2, device="cpu")  # number of rows so far, and sum of the weights of their losses
@@ -182,7 +183,7 @@ class LightningObjective(LightningModule):
     def on_train_start(self) -> None:
         """Convert the noise to the units of the data, and give each process its own generator, whatever the seed."""
         network = self.network
-        self.noise = (self.input_noise * network.x_scale, self.target_noise * network.head.scale)
+        self.noise = self.input_noise * network.x_scale
         seed = int(torch.randint(2**62, (), device="cpu")) + self.global_rank
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -195,7 +196,8 @@ class LightningObjective(LightningModule):
         if self.trainer.global_step == 0:
             _warn_if_unscaled(self.network, rows)
         fade = fading(self.trainer.global_step, self.steps, self.final_noise)
-        x, y = (blur(v, scale, fade, self.generator) for v, scale in zip((rows.x, rows.y), self.noise, strict=True))
+        x, size = blur(rows.x, self.noise, fade, self.generator), fade * self.target_noise
+        y = blur_targets(rows.y, self.network.head.units, size, generator=self.generator)
         total, weight = self._log_mean("loss", rows, self(x, y))
         counts = torch.stack([rows.num_counted().to(weight), weight])
         counts = self.trainer.strategy.reduce(counts, reduce_op="mean")

@@ -23,7 +23,6 @@ from pyro_mdn.distributions.observations.targets import as_targets, missing
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import shown
-from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
 from pyro_mdn.tensors.numerics import norm
 
 __all__ = [
@@ -147,7 +146,7 @@ def crps(mixture: Mixture, y: Any) -> Tensor:
     tensor([0.2337])
     """
     y, marginals = mixture.as_points(y, "y"), mixture.univariate()
-    return distance_to(marginals, y) - half_mean_difference(marginals)
+    return marginals.crps(y)
 
 
 @in_widest_precision
@@ -274,7 +273,7 @@ def mean_pit(mixture: Mixture, y: Any, cell: Any, points: Any = None) -> Tensor:
 def _cell_ends(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
     """Distribution function at the ends of the cells around y; the same tensor twice if there are none."""
     y = mixture.as_points(y, "y")
-    size = as_tensor(cell, "cell", mixture.device).to(mixture.components.locs)
+    size = as_tensor(cell, "cell", mixture.device).to(mixture.components.like)
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
         raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {shown(cell)}")
     if not bool(size.any()):

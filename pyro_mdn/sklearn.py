@@ -24,6 +24,7 @@ from pyro_mdn.adapters.sklearn_scorers import (
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.arrays import as_tensor
@@ -67,6 +68,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             such as ``Full(tied=True)``, with all its options.
         family: Family of the components, such as :class:`StudentT`, in place of ``noise``; or its name, such as
             ``"student_t"``, beside ``noise``. By default the components are normal.
+        target_transform: What y goes through before components see it, such as ``"log"`` for positive targets (see
+            :class:`pyro_mdn.Log`); a list has one for each output. By default, y is only standardised.
         rank: Rank, only for ``noise="low_rank"``; by default 2, but 1 for a single output.
         noise_scale: Standard deviation in the units of y, only for ``noise="fixed"``, which needs it.
         ensemble_size: Number of networks. From 2 on, they are a :class:`DeepEnsemble`, whose average density is the
@@ -119,6 +122,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         *,
         noise: str | NoiseModel = "diagonal",
         family: str | Family | None = None,
+        target_transform: str | TargetTransform | Sequence[str | TargetTransform] | None = None,
         rank: int | None = None,
         noise_scale: float | None = None,
         ensemble_size: int = 1,
@@ -143,6 +147,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.hidden_dim = hidden_dim
         self.noise = noise
         self.family = family
+        self.target_transform = target_transform
         self.rank = rank
         self.noise_scale = noise_scale
         self.ensemble_size = ensemble_size
@@ -186,7 +191,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         with seeded(seed):
             network = self._build(rows.shape[1], targets.shape[1])
         counted = ~targets.isnan().all(-1) if weight is None else ~targets.isnan().all(-1) & (weight > 0)
-        shifts = [_center(values[counted]) for values in (rows, targets)]
+        shifts = [values[counted].nanmean(0).nan_to_num() for values in (rows, targets)]
+        shifts[1] *= network.architecture.head.units.is_affine  # a support is not that of centred targets
         centered = [v - s for v, s in zip((rows, targets), shifts, strict=True)]
         for values, name in zip(centered, ("X", "y"), strict=True):
             require_range(values, name, _DTYPES[self.dtype])
@@ -313,9 +319,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
         noise = None if isinstance(self.family, Family) else self._noise(dim_out)
-        network = MixtureDensityNetwork(
-            dim_in, dim_out, self.n_components, self.hidden_dim, noise=noise, family=self.family
-        )
+        settings: dict[str, Any] = {"noise": noise, "family": self.family, "target_transform": self.target_transform}
+        network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, **settings)
         network = network.to(_DTYPES[self.dtype])
         return network if self.ensemble_size == 1 else DeepEnsemble(network, self.ensemble_size)
 
@@ -329,11 +334,6 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _shaped(self, values: Tensor) -> np.ndarray:
         """Array of values ``(..., D)``, without the last axis if y had none."""
         return (values.squeeze(-1) if self._vector else values).numpy()
-
-
-def _center(values: Tensor) -> Tensor:
-    """Means of the columns, 0 where there is none."""
-    return values.nanmean(0).nan_to_num()
 
 
 def _uncentered(

@@ -382,4 +382,4 @@ def test_crps_of_student_t_mixtures_is_the_integral_of_its_definition(dtype):
     loss = (mixture.double().cdf(points) - (steps > 0).double().unsqueeze(-1)).square().squeeze(-1)
     expected = torch.trapezoid(loss * steps.cosh(), steps).item()
     assert crps(mixture, y).item() == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-5)
-    assert mixture.univariate().law.grid(y).isfinite().all()
+    assert mixture.univariate().mixture.law.grid(y).isfinite().all()

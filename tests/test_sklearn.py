@@ -533,3 +533,17 @@ def test_complex_and_ragged_data_are_named_and_not_printed():
     ]:
         with pytest.raises(ValueError, match=message):
             model.fit(X, y)
+
+
+def test_positive_targets_have_positive_predictions():
+    """The data are centred before training, except targets that go through a transform."""
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 1))
+    y = np.exp(3 + 0.5 * X[:, 0] + 0.3 * rng.normal(size=200))
+    model = MDNRegressor(target_transform="log", n_components=1, max_epochs=40, random_state=0).fit(X, y)
+    assert (model.predict_quantiles(X, [1e-6]) > 0).all()
+    median = model.predict_quantiles(X, 0.5)
+    assert np.abs(np.log(median) - 3 - 0.5 * X[:, 0]).mean() < 0.1
+    assert clone(model).target_transform == "log"
+    with pytest.raises(ValueError, match="y: expected numbers between 0 and inf, got -1 in row 3"):
+        MDNRegressor(target_transform="log").fit(X, np.where(np.arange(200) == 3, -1.0, y))

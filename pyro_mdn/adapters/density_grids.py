@@ -138,14 +138,15 @@ def log_thresholds(mixture: Mixture, masses: list[float]) -> list[Tensor]:
         max=weights.shape[-1] - 1
     )
     share = (level - (reached - weights).gather(-1, component)) / weights.gather(-1, component)
-    logits, locs, scale, law = mixture.univariate()
+    inner, logits = mixture.components.inner, mixture.logits
+    locs, scale, law = inner.univariate()
 
     def picked(tensor: Tensor) -> Tensor:
-        return tensor.squeeze(-2).expand(logits.squeeze(-2).shape).gather(-1, component)
+        return tensor.squeeze(-2).expand(logits.shape).gather(-1, component)
 
     standard = law.map(lambda t, n: picked(t)).two_sided_quantile(share.clamp(1e-6, 1 - 1e-6).to(locs))
     points = picked(locs) + picked(scale) * standard
-    log_density = in_parts(mixture.log_prob, points.mT.unsqueeze(-1), mixture)
+    log_density = in_parts(mixture.log_prob, mixture.components.from_inner(points.mT.unsqueeze(-1)), mixture)
     ranks = [min(max(round((1 - mass) * _QUANTILES), 1), _QUANTILES) for mass in masses]
     return [log_density.kthvalue(rank, 0).values for rank in ranks]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.density import has_missing, own_points
-from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.families.components import Components, folded
 from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
@@ -108,7 +108,7 @@ def affine(mixture: M, shift: Any = 0.0, scale: Any = 1.0, *, matrix: Any = None
 def _map_linearly(mixture: M, shift: Any, scale: Any, matrix: Any) -> M:
     if not isinstance(scale, float | int) or scale != 1:
         raise ValueError("affine: expected a scale or a matrix, got both")
-    matrix = as_tensor(matrix, "matrix", mixture.device).to(mixture.components.locs)
+    matrix = as_tensor(matrix, "matrix", mixture.device).to(mixture.components.like)
     if matrix.ndim < 2 or matrix.shape[-1] != mixture.dim or not 0 < matrix.shape[-2] <= mixture.dim:
         raise ValueError(
             f"matrix: expected shape (*batch, M, {mixture.dim}), M <= {mixture.dim}, got {tuple(matrix.shape)}"
@@ -123,7 +123,7 @@ def _map_linearly(mixture: M, shift: Any, scale: Any, matrix: Any) -> M:
 
 
 def _as_vector(mixture: Mixture, value: Any, name: str, dim: int) -> Tensor:
-    value = as_tensor(value, name, mixture.device).to(mixture.components.locs)
+    value = as_tensor(value, name, mixture.device).to(mixture.components.like)
     value = value.unsqueeze(-1) if value.ndim == 0 else value
     if value.shape[-1] not in (1, dim):
         raise ValueError(f"{name}: expected a last dimension of 1 or {dim}, got {tuple(value.shape)}")
@@ -150,7 +150,7 @@ def temper(mixture: M, temperature: float) -> M:
     root, limits = math.sqrt(temperature), torch.finfo(mixture.dtype)
     if not limits.tiny <= root <= limits.max:
         raise ValueError(f"temperature: expected a number with a root in {mixture.dtype}, got {temperature}")
-    scale = mixture.components.locs.new_full((1,), root)
+    scale = mixture.components.like.new_full((1,), root)
     # The largest logit stays 0, however small the temperature.
     logits = (mixture.logits - mixture.logits.detach().amax(-1, keepdim=True)) / scale / scale
     return mixture.reweighted(logits, mixture.components.widen(scale))
@@ -178,11 +178,7 @@ def pool(mixture: M, dim: int, weights: Any = None) -> M:
     full = (*mixture.batch_shape, mixture.n_components)
     log_weights = _log_weights(weights, mixture.batch_shape[dim], mixture.logits)
     logits = mixture.logits + log_weights.reshape(-1, *(1,) * (n - dim))
-
-    def fold(tensor: Tensor, event_dim: int) -> Tensor:
-        return tensor.movedim(dim, n - 1).flatten(n - 1, n)
-
-    return mixture.reweighted(fold(logits, 0), mixture.components.expand(full).map(fold))
+    return mixture.reweighted(folded(logits, dim, n), mixture.components.pooled(torch.Size(full), dim))
 
 
 def prune(mixture: M, threshold: float) -> M:

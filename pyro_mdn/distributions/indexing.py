@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from math import prod
 from numbers import Integral
 from types import EllipsisType
@@ -87,8 +86,7 @@ def stack(mixtures: Iterable[M], dim: int = 0) -> M:
 def expand(mixture: M, batch_shape: Sequence[int], _instance: object = None) -> M:
     """Expand the batch to ``batch_shape`` without copying."""
     shape = torch.Size(batch_shape)
-    locs = mixture.components.locs.expand(*shape, -1, -1)
-    return mixture.derived(mixture.logits.expand(*shape, -1), replace(mixture.components, locs=locs))
+    return mixture.derived(mixture.logits.expand(*shape, -1), mixture.components.over_batch(shape))
 
 
 def flatten(mixture: M, batch_shape: torch.Size) -> M:

@@ -52,7 +52,6 @@ class Mixture(dist.MixtureSameFamily):
 
     has_rsample = True
     arg_constraints: ClassVar[dict[str, Any]] = {}  # the parameters are checked together, by _validate
-    support: ClassVar[constraints.Constraint] = constraints.real_vector
     _origin: Origin | None = None
 
     def __init__(self, logits: Tensor, components: Components, *, validate_args: bool | None = None) -> None:
@@ -66,7 +65,7 @@ class Mixture(dist.MixtureSameFamily):
         batch_shape = broadcast(logits.shape[:-1], locs.shape[:-2], components.batch_shape[:-1])
         self.logits = logits if logits.shape[:-1] == batch_shape else logits.expand(*batch_shape, -1)
         if locs.shape[:-2] != batch_shape:
-            components = replace(components, locs=locs.expand(*batch_shape, -1, -1))
+            components = components.over_batch(batch_shape)
         self.components = components
         self._initialize(torch.Size(batch_shape), torch.Size(locs.shape[-1:]), validate_args)
 
@@ -187,13 +186,13 @@ class Mixture(dist.MixtureSameFamily):
     def dtype(self) -> torch.dtype:
         """Precision of the parameters."""
         if self._origin is None or "components" in self.__dict__:
-            return self.components.locs.dtype
+            return self.components.like.dtype
         return self._origin.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return self.components.locs.device
+        return self.components.like.device
 
     # An array of mixtures
 
@@ -210,6 +209,11 @@ class Mixture(dist.MixtureSameFamily):
         return True
 
     # Interface of MixtureSameFamily
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Set of the values that a draw may have."""
+        return self.components.support
 
     @property
     def mixture_distribution(self) -> dist.Categorical:

@@ -105,7 +105,7 @@ def to(mixture: M, *args: Any, **kwargs: Any) -> M:
     Raises:
         ValueError: If the dtype is not of floating point.
     """
-    dtype = mixture.components.locs.new_empty(0).to(*args, **kwargs).dtype
+    dtype = mixture.components.like.new_empty(0).to(*args, **kwargs).dtype
     if not dtype.is_floating_point:
         raise ValueError(f"to: expected a floating-point dtype, got {dtype}")
     components = mixture.components.map(lambda t, n: t.to(*args, **kwargs))

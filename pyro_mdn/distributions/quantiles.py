@@ -6,16 +6,16 @@ import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.density import as_points, own_points
+from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.parameters import as_probabilities
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import require_unmapped, shown
 from pyro_mdn.tensors.roots import follow_root
-from pyro_mdn.tensors.shortest_intervals import shortest_intervals
-from pyro_mdn.tensors.univariate import UnivariateMixture
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 
-def univariate(mixture: Mixture) -> UnivariateMixture:
-    """Return the marginal mixtures of the outputs, whose parameters broadcast to ``(*batch, D, K)``."""
-    return mixture.components.univariate_mixture(mixture.logits)
+def univariate(mixture: Mixture) -> Marginals:
+    """Return the distributions of single outputs, ``(*batch, D)``."""
+    return mixture.components.marginals(mixture.logits)
 
 
 @in_widest_precision
@@ -43,16 +43,26 @@ def cdf(mixture: Mixture, value: Any) -> Tensor:
     r"""Compute the marginal cumulative distribution function of each output, shape ``(*sample, *batch, D)``.
 
     .. math:: F_d(y_d) = \sum_k w_k \, \Phi\left( (y_d - \mu_{kd}) / \sigma_{kd} \right)
+
+    Args:
+        mixture: The mixture.
+        value: Points ``(*sample, *batch, D)``, or one number for all outputs of all mixtures.
     """
-    value = own_points(mixture, value)
+    value = _thresholds(mixture, value)
     return univariate(mixture).cdf(value)
+
+
+def _thresholds(mixture: Mixture, value: Any) -> Tensor:
+    """Convert points as :func:`own_points` does; one number stands for all outputs of all mixtures."""
+    single = isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0)
+    return own_points(mixture, torch.as_tensor(value).expand(mixture.dim) if single else value)
 
 
 @in_widest_precision
 def sf(mixture: Mixture, value: Any) -> Tensor:
     """Compute the marginal survival function 1 - F of each output, accurate where small, ``(*sample, *batch, D)``."""
-    value = own_points(mixture, value)
-    return univariate(mixture).mirrored().cdf(-value)
+    value = _thresholds(mixture, value)
+    return univariate(mixture).sf(value)
 
 
 @in_widest_precision
@@ -68,7 +78,7 @@ def log_cdf(mixture: Mixture, value: Any) -> Tensor:
     >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
     tensor([-8.0461e+02, -6.9315e-01])
     """
-    value = own_points(mixture, value)
+    value = _thresholds(mixture, value)
     return univariate(mixture).log_cdf(value)
 
 
@@ -79,8 +89,8 @@ def log_sf(mixture: Mixture, value: Any) -> Tensor:
     This is the log-likelihood of an observation of which only a lower limit is known (right-censored). Derivatives and
     NaN are as for :meth:`log_cdf`.
     """
-    value = own_points(mixture, value)
-    return univariate(mixture).mirrored().log_cdf(-value)
+    value = _thresholds(mixture, value)
+    return univariate(mixture).log_sf(value)
 
 
 @in_widest_precision
@@ -96,7 +106,7 @@ def icdf(mixture: Mixture, value: Any) -> Tensor:
     Raises:
         ValueError: If a probability is outside [0, 1] or the shape does not fit.
     """
-    q = as_tensor(value, "value", mixture.device).to(mixture.components.locs)
+    q = as_tensor(value, "value", mixture.device).to(mixture.components.like)
     return univariate(mixture).quantile(as_probabilities(q, (*mixture.batch_shape, mixture.dim)))
 
 
@@ -120,22 +130,22 @@ def interval(
     if kind not in ("central", "shortest"):
         raise ValueError(f"kind: expected 'central' or 'shortest', got {shown(kind)}")
     outside, marginals = 1 - mass, univariate(mixture)
-    left = right = mixture.components.locs.new_full((*mixture.batch_shape, mixture.dim), outside / 2)
+    left = right = mixture.components.like.new_full((*mixture.batch_shape, mixture.dim), outside / 2)
     if kind == "shortest":
         require_unmapped("interval", mixture.logits, *mixture.components.tensors())
-        left, right, *ends = shortest_intervals(outside, marginals)
+        left, right, *ends = marginals.shortest(outside)
         if not marginals.is_differentiated():
             return ends[0], ends[1]
         left = _follow_shortest(marginals, left, right)
         right = right + (left.detach() - left)
-    return marginals.quantile(left), -marginals.mirrored().quantile(right)
+    return marginals.quantile(left), marginals.upper_quantile(right)
 
 
-def _follow_shortest(marginals: UnivariateMixture, left: Tensor, right: Tensor) -> Tensor:
+def _follow_shortest(marginals: Marginals, left: Tensor, right: Tensor) -> Tensor:
     """Give the probabilities below shortest intervals their derivatives, from the equality of densities at the ends."""
 
     def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
-        ends = marginals.quantile(tail), -marginals.mirrored().quantile(right + (left - tail))
+        ends = marginals.quantile(tail), marginals.upper_quantile(right + (left - tail))
         (low, bend_low), (high, bend_high) = (marginals.log_density_by_level(end) for end in ends)
         slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
         # Where two shortest intervals merge into one, there are no derivatives.

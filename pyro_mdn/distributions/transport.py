@@ -35,7 +35,7 @@ def rosenblatt(mixture: Mixture, value: Any) -> Tensor:
     References:
         Rosenblatt (1952), Remarks on a multivariate transformation.
     """
-    value = own_points(mixture, value)
+    value = mixture.components.to_inner(own_points(mixture, value))
 
     def walk(d: int, conditional: UnivariateMixture) -> Tensor:
         levels.append(conditional.cdf(value[..., d]))
@@ -55,7 +55,8 @@ def inverse_rosenblatt(mixture: Mixture, value: Any) -> Tensor:
     """
     points = own_points(mixture, value)
     levels = as_probabilities(points, (*mixture.batch_shape, mixture.dim))
-    return _walk(mixture, lambda d, conditional: conditional.quantile(levels[..., d]))
+    points = _walk(mixture, lambda d, conditional: conditional.quantile(levels[..., d]))
+    return mixture.components.from_inner(points)
 
 
 @in_widest_precision
@@ -71,27 +72,28 @@ def rsample(mixture: Mixture, sample_shape: Sequence[int] = ()) -> Tensor:
         Graves (2016), Stochastic backpropagation through mixture density distributions.
     """
     draws = sample(mixture, sample_shape).detach()  # in forward mode, draws have the derivatives of their components
+    if not is_differentiated(mixture.logits, *mixture.components.tensors()):
+        return draws
+    points = mixture.components.to_inner(draws)
 
     def follow(d: int, conditional: UnivariateMixture) -> Tensor:
-        level = conditional.cdf(draws[..., d]).detach()
+        level = conditional.cdf(points[..., d]).detach()
 
         def equation(point: Tensor) -> tuple[Tensor, Tensor]:
             return conditional.cdf(point) - level, conditional.log_prob(point).exp()
 
-        return follow_root(draws[..., d], equation)
+        return follow_root(points[..., d], equation)
 
-    if is_differentiated(mixture.logits, *mixture.components.tensors()):
-        return _walk(mixture, follow)
-    return draws
+    return mixture.components.from_inner(_walk(mixture, follow))
 
 
 def _walk(mixture: Mixture, choose: Callable[[int, UnivariateMixture], Tensor]) -> Tensor:
-    """Choose the outputs in order, each from its univariate mixture given the outputs before it.
+    """Choose the outputs in order, each from its univariate mixture given the outputs before it, in the inner space.
 
     ``choose(d, conditional)`` takes a mixture with parameters ``(*sample, *batch, K)`` and returns values
     ``(*sample, *batch)``.
     """
-    in_order, logits = mixture.components.in_order(), mixture.logits
+    in_order, logits = mixture.components.inner.in_order(), mixture.logits
     outputs: list[Tensor] = []
     for d in range(mixture.dim):
         locs, scale, law = in_order.next_output()

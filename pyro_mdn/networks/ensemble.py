@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import TargetsOrTensor, as_targets
-from pyro_mdn.distributions.transforms import Units
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, as_targets
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
 from pyro_mdn.networks.batched.stacking import copied, set_tensors, stack, warn_if_unsure
@@ -173,9 +173,12 @@ class DeepEnsemble(Predictor):
             x: Inputs ``(M, *batch, dim_in)``, those of each member.
             y: Targets ``(M, *batch, D)``, likewise.
         """
+        # One warp for all members: otherwise their average would have one for each component.
+        every = (y.points() if isinstance(y, Targets) else y).reshape(-1, self.dim_out)
+        warp = self.stacked.head.transform.fit_warp(every.cpu().double())
         for i in range(self.size):
             member = self.member(i)
-            member.initialize_(x[i], y[i])
+            member.initialize_(x[i], y[i], warp=warp)
             self._take_over(i, member)
 
     @torch.no_grad()
@@ -242,6 +245,10 @@ class DeepEnsemble(Predictor):
 
         head = self.stacked.head
         return head.transform.units({name: aligned(tensors[f"head.{name}"]) for name, _ in head.named_buffers()})
+
+    def units(self, batch_dim: int) -> Units:
+        """Map to the units of y of each member, for a batch ``(M, ...)`` with so many dimensions."""
+        return self._units(self._tensors(), batch_dim)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}

@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.normal import Normal
+from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.starting_point import hidden_layers
 from pyro_mdn.support.fingerprint import FORMS, described, differing
@@ -85,7 +86,8 @@ def _plain(path: str, part: nn.Module) -> Iterator[str]:
 def _shapes_outside_backbone(network: MixtureDensityNetwork) -> tuple[Shapes, Shapes]:
     """Return shapes by name of the tensors of a new network with these settings, and of those of this network."""
     with torch.device("meta"):
-        head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, family=network.head.family)
+        settings = {"family": network.head.family, "target_transform": network.head.transform}
+        head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, **settings)
     expected = _shapes_of({f"head.{name}": tensor for name, tensor in head.state_dict().items()})
     got = _shapes_of(network.state_dict())
     units = dict.fromkeys(("x_shift", "x_scale"), network.input_shape)
@@ -141,6 +143,10 @@ def _family_to_config(family: Family) -> dict[str, Any]:
     return {"noise": family.noise.to_config()} if type(family) is Normal else {"family": family.to_config()}
 
 
+def _transform_to_config(transform: TargetTransform) -> dict[str, Any]:
+    return {} if type(transform) is Standardize else {"target_transform": transform.to_config()}
+
+
 def _family_from_config(config: dict[str, Any]) -> dict[str, Any]:
     """Take the argument out of a configuration that says which family it is."""
     if "family" in config:
@@ -152,7 +158,8 @@ def network_config(network: MixtureDensityNetwork) -> dict[str, Any]:
     """Describe a network by plain values; see :meth:`MixtureDensityNetwork.config`."""
     if network.latent:
         raise ValueError("network: expected no latent weights: save it before bayesianize, and the posterior apart")
-    names = {} if network.input_names is None else {"input_names": network.input_names}
+    names: dict[str, Any] = {} if network.input_names is None else {"input_names": network.input_names}
+    names |= _transform_to_config(network.head.transform)
     return {
         **names,
         "dim_in": list(network.input_shape),
@@ -177,6 +184,8 @@ def network_from_config(
     _require_backbone(source, config.pop("custom_backbone"), backbone, structure)
     try:
         family = _family_from_config(config)
+        if "target_transform" in config:
+            config["target_transform"] = TargetTransform.from_config(config["target_transform"])
         with own_generators():  # the initial weights are overwritten
             network = kind(**config, **family, backbone=backbone)
         network.input_names = names

@@ -3,7 +3,7 @@ r"""The last layer: features in, mixture out."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -17,7 +17,9 @@ from pyro_mdn.distributions.families.family import Family, as_family
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.distributions.transforms import Standardize, TargetTransform, Units
+from pyro_mdn.distributions.units.compound_transforms import as_transform
+from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
 from pyro_mdn.support.torch_compat import REGISTERED, own_buffers
@@ -45,6 +47,8 @@ class MixtureHead(nn.Module):
         noise: Noise model of the components, or ``"diagonal"``, ``"full"``, ``"isotropic"`` or ``"low_rank"`` for one
             with its default settings; by default ``Diagonal()``.
         family: Family of the components, or its name, such as ``"student_t"``; by default ``Normal(noise)``.
+        target_transform: What targets go through before components see them, such as ``Log()`` for positive ones, or
+            its name; a list has one for each output. By default, they are only standardised.
 
     Raises:
         ValueError: If a width is not a positive integer or the noise model does not fit ``dim_out``.
@@ -56,7 +60,16 @@ class MixtureHead(nn.Module):
     GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
     """
 
-    _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise", "family")  # for fingerprints
+    _settings = (
+        "noise",
+        "in_features",
+        "dim_out",
+        "n_components",
+        "sizes",
+        "raw_noise",
+        "family",
+        "transform",
+    )  # for fingerprints
 
     family: Family
     transform: TargetTransform
@@ -77,13 +90,14 @@ class MixtureHead(nn.Module):
         *,
         noise: NoiseModel | str | None = None,
         family: Family | str | None = None,
+        target_transform: TargetTransform | str | Sequence[TargetTransform | str] | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
             if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
-        self.family, self.transform = as_family(family, noise, dim_out, Normal), Standardize()
+        self.family, self.transform = as_family(family, noise, dim_out, Normal), as_transform(target_transform)
         self.noise: NoiseModel = self.family.noise
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
         widths = {True: 0, False: 0}  # of blocks, by whether they are homoscedastic
@@ -93,14 +107,24 @@ class MixtureHead(nn.Module):
         self.linear = nn.Linear(in_features, sum(self.sizes))
         self.raw_noise = nn.Parameter(torch.empty(widths[True])) if widths[True] else None
         single = single_at_least(torch.get_default_dtype())
-        for name, tensor in self.transform.identity(dim_out, common_unit=self.noise.common_unit).items():
+        tensors = self.transform.identity(dim_out, common_unit=self.noise.common_unit)
+        self._names_of_units = tuple(tensors)
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor.to(single))
         self.start_anywhere()
 
     @property
     def _unnamed_before(self) -> frozenset[str]:
         """Attributes that earlier versions did not have, at values that mean what those did; for fingerprints."""
-        return frozenset(["family"]) if type(self.family) is Normal else frozenset()
+        usual = {"family": type(self.family) is Normal, "transform": type(self.transform) is Standardize}
+        return frozenset(name for name, is_usual in usual.items() if is_usual)
+
+    @property
+    def initialized(self) -> bool:
+        """Whether the units of y differ from those of a new head."""
+        new = self.transform.identity(self.dim_out, common_unit=self.noise.common_unit)
+        buffers = getattr(self, _BUFFERS)
+        return any(bool((buffers[name].cpu() != tensor).any()) for name, tensor in new.items())
 
     @property
     def units(self) -> Units:
@@ -124,12 +148,13 @@ class MixtureHead(nn.Module):
         self._start(torch.zeros(self.n_components), torch.randn(shape), torch.ones(shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with exact_buffers(self, *self.transform.identity(1, common_unit=True)):
+        with exact_buffers(self, *self._names_of_units):
             return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Describe the head in a module's printout."""
-        return f"dim_out={self.dim_out}, n_components={self.n_components}, family={self.family}"
+        transform = "" if type(self.transform) is Standardize else f", target_transform={self.transform}"
+        return f"dim_out={self.dim_out}, n_components={self.n_components}, family={self.family}{transform}"
 
     def forward(self, features: Tensor) -> Mixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
@@ -142,7 +167,7 @@ class MixtureHead(nn.Module):
         predicted = self._predicted(features, units)
         if is_traced(predicted.channels):
             return predicted.mixture()
-        return mixture_class(self.family).deferred(predicted)
+        return mixture_class(self.family, units).deferred(predicted)
 
     def _predicted(self, features: Tensor, units: Units) -> ChannelParameters:
         return ChannelParameters(self.family, self.n_components, self.dim_out, self.channels(features), units)
@@ -207,12 +232,16 @@ class MixtureHead(nn.Module):
         return raw_from_channels(self.family, self.n_components, self.dim_out, _accumulated(channels), own)
 
     @torch.no_grad()
-    def initialize_(self, y: TargetsOrTensor) -> None:
+    def initialize_(self, y: TargetsOrTensor, *, warp: Mapping[str, Tensor] | None = None) -> None:
         """Set the units of y, and spread the components over the data, from targets ``(N, D)``.
 
         Components start at the clusters of a k-means on the standardised targets (Lloyd, 1982), with their
         proportions and spreads, so that they do not collapse into one. Entries that are NaN are taken from other
         rows at random for that.
+
+        Args:
+            y: The targets.
+            warp: Tensors of the warp of the target transform, by default those that fit y.
 
         Raises:
             ValueError: If y is not ``(N, D)`` with N > 0, has an infinite entry, or no observed one in a column.
@@ -222,7 +251,8 @@ class MixtureHead(nn.Module):
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
         if bool(y.isinf().any() | y.isnan().all(0).any()):
             raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
-        fitted = self.transform.fit(y.cpu(), common_unit=self.noise.common_unit)
+        self.units.require_inside(y, "y")
+        fitted = self.transform.fit(y.cpu(), common_unit=self.noise.common_unit, warp=warp)
         for name, tensor in fitted.items():
             getattr(self, name).copy_(tensor)
         standardized = self.transform.units(fitted).standardize(y.cpu())

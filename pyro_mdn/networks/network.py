@@ -14,13 +14,14 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.density import complete_when_run
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, as_targets, missing
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
+from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.networks.files import network_config, network_from_config
 from pyro_mdn.networks.head import MixtureHead, exact_buffers
 from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.pyro_model import PyroNetwork, require_single_weights
 from pyro_mdn.networks.raw_parameters import Raw
-from pyro_mdn.networks.rows import checked, require_device, require_usable
+from pyro_mdn.networks.rows import checked, converted_targets, require_device
 from pyro_mdn.networks.starting_point import hidden_layers
 from pyro_mdn.support.arrays import as_tensor, require_columns, require_finite
 from pyro_mdn.support.checks import as_sizes, is_inherited, is_known, sample_shape_of
@@ -52,6 +53,8 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             ``"isotropic"`` or ``"low_rank"`` for one with its default settings.
         family: Family of the components, by default ``Normal(noise)``; or its name, such as ``"student_t"``, beside
             which ``noise`` may be given.
+        target_transform: What targets go through before components see them, such as ``"log"`` for positive ones (see
+            :class:`pyro_mdn.Log`); a list has one for each output. By default, they are only standardised.
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
         seed: Seed of the initial weights; a ``backbone`` keeps its own weights. Without a seed, the weights are drawn
             from torch's global generator. With a seed, that generator stays as it was.
@@ -89,6 +92,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         *,
         noise: NoiseModel | str | None = None,
         family: Family | str | None = None,
+        target_transform: TargetTransform | str | Sequence[TargetTransform | str] | None = None,
         backbone: nn.Module | None = None,
         seed: int | None = None,
     ) -> None:
@@ -103,7 +107,8 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
         with seeded(seed):
             self.backbone = hidden_layers([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
-            self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, noise=noise, family=family)
+            settings: dict[str, Any] = {"noise": noise, "family": family, "target_transform": target_transform}
+            self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, **settings)
         single = single_at_least(torch.get_default_dtype())
         self.register_buffer("x_shift", torch.zeros(self.input_shape, dtype=single))
         self.register_buffer("x_scale", torch.ones(self.input_shape, dtype=single))
@@ -218,7 +223,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             return self(x).temper(temperature).sample(sample_shape)
 
     @torch.no_grad()
-    def initialize_(self, x: Any, y: Any) -> None:
+    def initialize_(self, x: Any, y: Any, *, warp: Mapping[str, Tensor] | None = None) -> None:
         """Set the scalers from data, and start the components at clusters of the targets (k-means).
 
         Rows without an observed target, such as the padding of sequences, do not count.
@@ -226,6 +231,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         Args:
             x: Inputs ``(*batch, dim_in)``. A column that is constant is only shifted.
             y: Targets ``(*batch, D)``. For D = 1, ``(*batch,)`` is read as ``(*batch, 1)``. NaN marks missing entries.
+            warp: Tensors of the warp of the target transform, by default those that fit y.
 
         Raises:
             ValueError: If :meth:`check` refuses the data; the network stays as it was.
@@ -235,15 +241,14 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         if not bool(observed.all()):
             x, y = x[observed], y[observed]
         shift, scale = location_and_scale(x.reshape(-1, *self.input_shape).cpu())
-        self.head.initialize_(y.reshape(-1, self.dim_out))
+        self.head.initialize_(y.reshape(-1, self.dim_out), warp=warp)
         self.x_shift.copy_(shift)
         self.x_scale.copy_(scale)
 
     @property
     def initialized(self) -> bool:
         """Whether the scalers differ from those of a new network; see :meth:`initialize_`."""
-        shifts, scales = (self.x_shift, self.head.shift), (self.x_scale, self.head.scale)
-        return any(bool((shift != 0).any()) for shift in shifts) or any(bool((scale != 1).any()) for scale in scales)
+        return bool((self.x_shift != 0).any() | (self.x_scale != 1).any()) or self.head.initialized
 
     # Checks
 
@@ -323,16 +328,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             ValueError: If y holds anything but numbers, if the shape or the device of a tensor does not fit or, when
                 Pyro validates, if a value is infinite or beyond the precision of the network.
         """
-        unit = self._units()[0]
-        given, y = y, as_targets(y, "y", unit.device)
-        require_device(y, "y", unit.device)
-        y = y.unsqueeze(-1) if self.dim_out == 1 and y.shape == batch_shape else y
-        expected = (*batch_shape, self.dim_out)
-        if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
-            raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
-        if is_validation_enabled():
-            require_usable(y, given, unit.dtype)
-        return y
+        return converted_targets(self, y, batch_shape, replicated=replicated)
 
     # Files
 

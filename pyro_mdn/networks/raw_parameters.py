@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mdn.distributions.density import has_missing
@@ -15,7 +16,7 @@ from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
-from pyro_mdn.distributions.transforms import Units
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.support.checks import bounds
 from pyro_mdn.tensors.channel_density import channel_log_density
 from pyro_mdn.tensors.channels import channels_last
@@ -57,7 +58,9 @@ class RawParameters(NamedTuple):
         if isinstance(y, Targets):
             # In single precision the ends of a cell may become one number in standardised units.
             y = y if y.device.type == "mps" else y.double()
-            value, volume = y.limits(self.units.standardize), self._log_volume(y.lower, y.kinds() == EXACT)
+            if is_validation_enabled():
+                self.units.require_inside(y.exact_points(), "y")
+            value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)
         else:
             value, volume = self.units.standardize(y).to(self.raw[1].dtype), self._log_volume(y, ~y.isnan())
         return self._standardized(validate_args=False).log_prob(value) - volume
@@ -70,7 +73,7 @@ class RawParameters(NamedTuple):
         return self.units.push(self._standardized(validate_args=validate_args))
 
     def _standardized(self, *, validate_args: bool | None) -> Mixture:
-        kind = mixture_class(self.family)
+        kind = GaussianMixture if isinstance(self.family, Normal) else Mixture
         return kind.of_components(self.raw[0], self._components(), validate_args=validate_args)
 
     def _components(self) -> Components:
@@ -137,9 +140,9 @@ class ChannelParameters(NamedTuple):
         )
 
 
-def mixture_class(family: Family) -> type[Mixture]:
-    """Class of the mixtures of a family."""
-    return GaussianMixture if isinstance(family, Normal) else Mixture
+def mixture_class(family: Family, units: Units) -> type[Mixture]:
+    """Class of the mixtures of a family in some units."""
+    return GaussianMixture if isinstance(family, Normal) and units.is_affine else Mixture
 
 
 def raw_from_channels(family: Family, n_components: int, dim: int, channels: Tensor, own: Tensor | None = None) -> Raw:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import (
@@ -27,7 +28,16 @@ if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.tensors.numerics import single_at_least
 
-__all__ = ["Rows", "as_device_targets", "as_device_tensor", "as_rows", "checked", "require_device", "require_usable"]
+__all__ = [
+    "Rows",
+    "as_device_targets",
+    "as_device_tensor",
+    "as_rows",
+    "checked",
+    "converted_targets",
+    "require_device",
+    "require_usable",
+]
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,7 @@ def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, An
     dtype = network.x_shift.dtype
     require_finite(x, "x", given[0], dtype)
     require_usable(y, given[1], dtype)
+    _require_inside(network, y, given[1])
     columns = (y.points() if isinstance(y, Targets) else y).reshape(-1, network.dim_out)
     if bool((unobserved := columns.isnan().all(0)).any()):
         positions = unobserved.nonzero().flatten().tolist()
@@ -182,6 +193,23 @@ def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, An
     require_range(x.reshape(-1, *network.input_shape), "x", dtype)
     require_range(columns, "y", dtype)
     return x, y
+
+
+def converted_targets(
+    network: MixtureDensityNetwork, y: Any, batch_shape: torch.Size, *, replicated: bool
+) -> TargetsOrTensor:
+    """Convert targets as :meth:`MixtureDensityNetwork.targets` does."""
+    unit = network.x_shift  # once: an attribute of a Pyro module takes microseconds to look up
+    given, y = y, as_targets(y, "y", unit.device)
+    require_device(y, "y", unit.device)
+    y = y.unsqueeze(-1) if network.dim_out == 1 and y.shape == batch_shape else y
+    expected = (*batch_shape, network.dim_out)
+    if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
+        raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
+    if is_validation_enabled():
+        require_usable(y, given, unit.dtype)
+        _require_inside(network, y, given)
+    return y
 
 
 def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, name: str = "") -> Rows:
@@ -223,6 +251,11 @@ def require_usable(y: TargetsOrTensor, given: Any, dtype: torch.dtype) -> None:
     for limit in (y.lower, y.upper):
         if is_known(limit):
             require_no_infinity(limit.masked_fill(limit.isinf(), math.nan), "y", None, dtype)
+
+
+def _require_inside(network: MixtureDensityNetwork, y: TargetsOrTensor, given: Any) -> None:
+    """Raise a ``ValueError`` if an exact target lies outside of the support."""
+    network.head.units.require_inside(y.exact_points() if isinstance(y, Targets) else y, "y", given)
 
 
 def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name: str) -> Tensor | None:

@@ -56,8 +56,7 @@ class Specification:
         if self.known.get(name) is not type(self):
             raise ValueError(f"{self.kind}: expected one of {sorted(self.known)} to save, got {name}")
         settings: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # pyright: ignore[reportArgumentType]
-        plain = {key: v.to_config() if isinstance(v, Specification) else v for key, v in settings.items()}
-        return {"name": name, **plain}
+        return {"name": name, **{key: _plain(value) for key, value in settings.items()}}
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
@@ -78,6 +77,13 @@ class Specification:
     def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Settings with specifications in the place of their configurations."""
         return settings
+
+
+def _plain(value: Any) -> Any:
+    """Configurations in the place of specifications, also of several."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.to_config() if isinstance(value, Specification) else value
 
 
 def _is_ours(kind: type) -> bool:

@@ -25,7 +25,7 @@ def nested() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
-    """Base of frozen dataclasses whose fields are tensors, other batches, or plain settings.
+    """Base of frozen dataclasses whose fields are tensors, other batches, tuples of batches, or plain settings.
 
     A tensor is declared by :func:`stored` and has the shape ``(*batch, K, *event)``. The batch shapes of different
     fields broadcast. A tensor with a component axis of 1 is shared by all components.
@@ -35,6 +35,11 @@ class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
     def batch_shape(self) -> torch.Size:
         """Shape of the batch, with the component axis as its last dimension."""
         return broadcast_shapes(*[t.shape[: t.ndim - event_dim] for t, event_dim in self.stored()])
+
+    @property
+    def like(self) -> Tensor:
+        """Stored tensor that new ones take their dtype and device from."""
+        return next(self.stored())[0]
 
     def tensors(self) -> list[Tensor]:
         """Return the stored tensors, including those of nested batches."""
@@ -49,6 +54,8 @@ class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
                 value = function(value, event_dim)
             elif isinstance(value, TensorBatch):
                 value = value.map(function)
+            elif isinstance(value, tuple):
+                value = tuple(part.map(function) for part in value)
             changes[f.name] = value
         return type(self)(**changes)
 
@@ -73,6 +80,9 @@ class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
                 yield value, event_dim
             elif isinstance(value, TensorBatch):
                 yield from value.stored()
+            elif isinstance(value, tuple):
+                for part in value:
+                    yield from part.stored()
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:

@@ -27,6 +27,7 @@ from pyro_mdn.training.batches.in_memory import InMemory
 from pyro_mdn.training.batches.missing_targets import MissingTargetsWarning, few_missing
 from pyro_mdn.training.batches.preparation import Batches
 from pyro_mdn.training.batches.streams import Streamed
+from pyro_mdn.training.batches.target_grids import kept_inside
 from pyro_mdn.training.checkpoint import Checkpoint, CheckpointedTraining
 from pyro_mdn.training.loop import Loop, copied
 from pyro_mdn.training.objectives import NegativeElbo, NegativeLogLikelihood
@@ -197,7 +198,7 @@ class _Plan:
         least = self.cell / 6 * (self.settings.target_noise > 0)  # 99.7 % of that noise stays within the cell
         over_cells = any(isinstance(o, NegativeLogLikelihood) and o.cell is not None for o in self.objective.modules())
         if self.initialize:
-            trainee.initialize_(rows, blur(rows.y, least))
+            trainee.initialize_(rows, kept_inside(blur(rows.y, least), rows.y, trainee.network.head.transform))
         if self.guide is not None and isinstance(self.objective, NegativeElbo):
             self.objective.num_data = batches.num_rows
         bound = least if bool(least.any()) and not over_cells else None

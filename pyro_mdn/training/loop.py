@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.process_state import give_way, released, unvalidated
 from pyro_mdn.training.batches.preparation import Batches
 from pyro_mdn.training.batches.streams import Streamed
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, clip_, joint_norm
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import blur, fading, warmup_cosine
+from pyro_mdn.training.schedules import blur, blur_targets, fading, warmup_cosine
 from pyro_mdn.training.settings import LoopSettings
 
 __all__ = ["Loop", "copied"]
@@ -42,7 +43,7 @@ class Loop:
         objective: Objective to minimise; all its parameters that require a gradient are trained.
         batches: Batches to train on.
         held_out: Held-out rows whose validation loss decides which epoch is the best, if there are any.
-        units: Size of a standardised unit of x and of y.
+        units: Size of a standardised unit of x, and the units of y.
         settings: Settings of the run.
         row_weight: Mean over the rows of the sum of the weights of a row's losses. Losses are divided by it, so that
             their mean is over what was observed and only the ratios of weights matter.
@@ -60,7 +61,7 @@ class Loop:
         objective: nn.Module,
         batches: Batches,
         held_out: Rows | Streamed | None,
-        units: tuple[Tensor, Tensor],
+        units: tuple[Tensor, Units],
         settings: LoopSettings,
         *,
         row_weight: Tensor | float = 1.0,
@@ -70,7 +71,7 @@ class Loop:
         with unvalidated():  # torch.compile would switch the validation of distributions off, for good
             self.losses = torch.compile(objective, dynamic=True) if settings.compile else objective
         self.row_weight, self.least_noise = row_weight, least_noise
-        self.noise = (settings.input_noise * units[0], settings.target_noise * units[1])
+        self.input_noise, self.units = settings.input_noise * units[0], units[1]
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
         self.average = AveragedWeights(self.parameters)
@@ -182,8 +183,8 @@ class Loop:
         """Change the weights by one step; return the sum of the losses and the sum of their weights."""
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
-        x = blur(batch.x, self.noise[0], fade)
-        y = blur(batch.y, *self._target_noise(fade))
+        x = blur(batch.x, self.input_noise, fade)
+        y = blur_targets(batch.y, self.units, fade * self.settings.target_noise, least=self.least_noise)
         self.optimizer.zero_grad()
         total, weight = batch.totals(self._losses(x, y))
         loss = total / (len(batch) * self.row_weight)
@@ -203,12 +204,6 @@ class Loop:
             self.optimizer.flush()
         self.average.update(step)
         return numbers[:2]
-
-    def _target_noise(self, fade: float) -> tuple[Tensor, float]:
-        """Return the standard deviation of the noise on targets, and a factor on it."""
-        if self.least_noise is None:
-            return self.noise[1], fade
-        return torch.maximum(fade * self.noise[1], self.least_noise), 1.0
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Compute the joint norm of the gradients, or one norm for each model that is trained side by side."""
@@ -255,7 +250,7 @@ class Loop:
         if self.least_noise is None:
             return batch.x, batch.y
         generator = torch.Generator(batch.y.device).manual_seed(len(batch))
-        return batch.x, blur(batch.y, self.least_noise, generator=generator)
+        return batch.x, blur_targets(batch.y, self.units, 0.0, least=self.least_noise, generator=generator)
 
     # State
 
@@ -268,7 +263,7 @@ class Loop:
         tensors["generator"] = torch.get_rng_state()
         for i, generator in enumerate(self._generators()):
             tensors[f"generator.loader.{i}"] = generator.get_state()
-        if (device := self.noise[0].device).type == "cuda":
+        if (device := self.input_noise.device).type == "cuda":
             tensors["generator.cuda"] = torch.cuda.get_rng_state(device)
         return {"step": self.step, "result": dataclasses.asdict(self.result)}, tensors
 
@@ -298,7 +293,7 @@ class Loop:
             average.copy_(groups["average"][str(i)])
         for name, tensor in self.optimizer.state().items():
             tensor.copy_(groups["optimizer"][name])
-        device = self.noise[0].device
+        device = self.input_noise.device
         self.step, self.result = config["step"], FitResult(**config["result"])
         self.result.members = [FitResult(**member) for member in config["result"]["members"]]
         torch.set_rng_state(rest["generator"])

@@ -28,7 +28,7 @@ from pyro_mdn.support.process_state import (
     require_owned,
     unvalidated,
 )
-from pyro_mdn.training.batches.target_grids import points_in_cells
+from pyro_mdn.training.batches.target_grids import kept_inside, points_in_cells
 
 __all__ = [
     "ContinuousRankedProbability",
@@ -108,6 +108,7 @@ class NegativeLogLikelihood(nn.Module):
             raise ValueError(f"y: expected vectors of {len(self.cell)}, as the cells are, got shape {got}")
         cell = self.cell.to(targets.device, targets.dtype)
         points = points_in_cells(targets, cell, self.num_points, anew=self.training)
+        points = kept_inside(points, targets, self.network.architecture.head.transform)
         losses = self.network.loss(x, points, replicated=True)
         return math.log(self.num_points) - losses.neg().logsumexp(0)
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.units.units import Units
 
 T = TypeVar("T", bound=TargetsOrTensor)
 
-__all__ = ["blur", "default_weight_decay", "fading", "warmup_cosine"]
+__all__ = ["blur", "blur_targets", "default_weight_decay", "fading", "warmup_cosine"]
 
 # The defaults of fit, chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
 LEARNING_RATE = 0.02
@@ -59,4 +60,39 @@ def blur(value: T, scale: Tensor, factor: float = 1.0, generator: torch.Generato
         return torch.addcmul(tensor, scale, noise, value=factor)
 
     result: Any = value.limits(moved) if isinstance(value, Targets) else moved(value)
+    return result
+
+
+def blur_targets(
+    y: T,
+    units: Units,
+    size: Tensor | float,
+    *,
+    least: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> T:
+    """Add normal noise to targets on the real line that their units map them to; NaN and infinity stay what they are.
+
+    Args:
+        y: Targets ``(..., D)``.
+        units: Units of the targets.
+        size: Standard deviation of the noise on the line.
+        least: Smallest standard deviation of the noise, in the units of y.
+        generator: Generator to draw from, by default torch's.
+    """
+    exact: Any = y.lower if isinstance(y, Targets) else y
+    if least is None:
+        scale, factor = units.unit, float(size)
+    else:
+        scale, factor = torch.maximum(size * units.unit, least * units.slope(exact)), 1.0
+    if units.is_affine:
+        return blur(y, scale, factor, generator)
+    noise = torch.randn(y.shape, dtype=scale.dtype, device=scale.device, generator=generator)
+
+    def moved(tensor: Tensor) -> Tensor:
+        inside = units.inside(tensor)
+        line = units.to_line(torch.where(inside, tensor, units.from_line(torch.zeros_like(tensor))))
+        return torch.where(inside, units.from_line(torch.addcmul(line, scale, noise, value=factor)), tensor)
+
+    result: Any = y.limits(moved) if isinstance(y, Targets) else moved(y)
     return result

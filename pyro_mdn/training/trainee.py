@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
@@ -84,8 +85,8 @@ class Trainee(ABC):
         """Set scalers and components from inputs of rows and targets y."""
 
     @abstractmethod
-    def units(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the sizes of a standardised unit of x and of y, in shapes that broadcast with rows."""
+    def units(self, rows: Rows) -> tuple[Tensor, Units]:
+        """Return the size of a standardised unit of x, and the units of y, in shapes that broadcast with rows."""
 
     @abstractmethod
     def summarize(self, result: FitResult, rows: Rows) -> None:
@@ -115,8 +116,8 @@ class NetworkTrainee(Trainee):
     def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         self.network.initialize_(rows.x, y)
 
-    def units(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        return self.network.x_scale, self.network.head.scale
+    def units(self, rows: Rows) -> tuple[Tensor, Units]:
+        return self.network.x_scale, self.network.head.units
 
     def summarize(self, result: FitResult, rows: Rows) -> None:
         result.component_weights = component_weights(self.network, rows)
@@ -152,11 +153,10 @@ class EnsembleTrainee(Trainee):
     def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         self.ensemble.initialize_(rows.x, y)
 
-    def units(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        def aligned(unit: Tensor, value: TargetsOrTensor) -> Tensor:
-            return unit.reshape(len(unit), *(1,) * (value.ndim - unit.ndim), *unit.shape[1:])
-
-        return aligned(self.network.x_scale, rows.x), aligned(self.network.head.scale, rows.y)
+    def units(self, rows: Rows) -> tuple[Tensor, Units]:
+        scale = self.network.x_scale
+        aligned = scale.reshape(len(scale), *(1,) * (rows.x.ndim - scale.ndim), *scale.shape[1:])
+        return aligned, self.ensemble.units(rows.y.ndim - 1)
 
     def summarize(self, result: FitResult, rows: Rows) -> None:
         if isinstance(rows, MemberRows):

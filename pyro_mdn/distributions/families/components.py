@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NoReturn, Self
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
+from torch.distributions import constraints
 
+from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals
 from pyro_mdn.tensors.channels import channels_first
 from pyro_mdn.tensors.numerics import log_sum_exp
-from pyro_mdn.tensors.tensor_batch import TensorBatch, stored, take_component
+from pyro_mdn.tensors.tensor_batch import TensorBatch, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "OutputsInOrder", "not_closed"]
+__all__ = ["Components", "OutputsInOrder", "folded", "not_closed"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -23,7 +26,6 @@ def not_closed(operation: str, components: Components, instead: str) -> NoReturn
     raise NotImplementedError(f"{operation}: not closed for {type(components).__name__} components; {instead}")
 
 
-@dataclass(frozen=True, eq=False)
 class Components(TensorBatch):
     r"""K components over :math:`\mathbb{R}^D` for each mixture of a batch, all of one family.
 
@@ -31,16 +33,38 @@ class Components(TensorBatch):
     ``(*sample, *batch, D)`` and broadcast. A family has to provide the abstract methods. The others have a default, or
     say what is not closed for the family.
 
-    Args:
-        locs: Locations, shape ``(*batch, K, D)``.
+    Attributes:
+        locs: Locations, shape ``(*batch, K, D)``; most families store them, by ``locs: Tensor = stored(1)``.
     """
 
-    locs: Tensor = stored(1)
+    locs: Tensor
 
     @property
     def dim(self) -> int:
         """Number of outputs D."""
         return self.locs.shape[-1]
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Set of the values that a draw may have, for all outputs together."""
+        return constraints.real_vector
+
+    @property
+    def inner(self) -> Components:
+        """Components in the space of their locations and scales: these, unless they were pushed through a warp."""
+        return self
+
+    def to_inner(self, value: Tensor) -> Tensor:
+        """Map values ``(*sample, *batch, D)`` to the space of :attr:`inner`; ends of the support become infinite."""
+        return value
+
+    def from_inner(self, value: Tensor) -> Tensor:
+        """Map values ``(*sample, *batch, D)`` from the space of :attr:`inner`."""
+        return value
+
+    def over_batch(self, batch_shape: Sequence[int]) -> Self:
+        """Expand the locations, and so the components, to a batch ``(*batch)`` without copying."""
+        return replace(self, locs=self.locs.expand(*batch_shape, *self.locs.shape[-2:]))
 
     @property
     def has_independent_outputs(self) -> bool:
@@ -82,6 +106,10 @@ class Components(TensorBatch):
     def select(self, component: Tensor) -> Self:
         # Locations also where there is one component, so that each draw has its own.
         return replace(super().select(component), locs=take_component(self.locs, component, 1))
+
+    def pooled(self, full: torch.Size, dim: int) -> Self:
+        """Fold batch dimension ``dim`` into the component axis, for components of shape ``(*batch, K)``, ``full``."""
+        return self.expand(full).map(lambda t, n: folded(t, dim, len(full) - 1))
 
     def variance(self) -> Tensor:
         """Variances of outputs, shape ``(*batch, K, D)``."""
@@ -150,9 +178,14 @@ class Components(TensorBatch):
         """Describe the structure in a mixture's printout."""
         return f"components={type(self).__name__}"
 
-    def univariate_mixture(self, logits: Tensor) -> UnivariateMixture:
+    def marginals(self, logits: Tensor) -> Marginals:
         """Marginal mixtures of all outputs, ``(*batch, D)``, for log-weights ``(*batch, K)``."""
-        return UnivariateMixture(logits.unsqueeze(-2), *self.univariate())
+        return LocationScaleMarginals(UnivariateMixture(logits.unsqueeze(-2), *self.univariate()))
+
+
+def folded(tensor: Tensor, dim: int, n: int) -> Tensor:
+    """Fold batch dimension ``dim`` of n into the component axis, which comes next."""
+    return tensor.movedim(dim, n - 1).flatten(n - 1, n)
 
 
 class OutputsInOrder(ABC):

@@ -15,7 +15,7 @@ from pyro_mdn.distributions.covariance.full import FullCovariance
 from pyro_mdn.distributions.families.components import Components, OutputsInOrder
 from pyro_mdn.tensors.channels import sum_outputs
 from pyro_mdn.tensors.mixture_density import Kernel, mixture_log_density
-from pyro_mdn.tensors.tensor_batch import nested
+from pyro_mdn.tensors.tensor_batch import nested, stored
 from pyro_mdn.tensors.univariate import Law
 
 __all__ = ["Elliptical"]
@@ -30,6 +30,7 @@ class Elliptical(Components):
         covariance: Operator of the scale matrices :math:`\Sigma`; a component axis of 1 ties them.
     """
 
+    locs: Tensor = stored(1)
     covariance: Covariance = nested()
 
     # What a family says

@@ -28,6 +28,7 @@ class IndependentComponents(Components):
         standard: Law of Z.
     """
 
+    locs: Tensor = stored(1)
     scale: Tensor = stored(1)
     standard: Law = nested()
 

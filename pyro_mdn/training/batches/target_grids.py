@@ -2,12 +2,15 @@ r"""Targets on a grid, such as counts or rounded numbers: spacing of their value
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
+from pyro_mdn.distributions.units.target_transforms import TargetTransform
 
-__all__ = ["grid_spacing", "points_in_cells"]
+__all__ = ["grid_spacing", "kept_inside", "points_in_cells"]
 
 
 def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
@@ -61,3 +64,24 @@ def points_in_cells(y: TargetsOrTensor, cell: Tensor, num_points: int, *, anew: 
         offset = offset.masked_fill(y.kinds() != EXACT, 0.0)
         return y.limits(lambda t: t + offset)
     return y + offset
+
+
+def kept_inside(moved: TargetsOrTensor, y: TargetsOrTensor, transform: TargetTransform) -> TargetsOrTensor:
+    """Mirror points that have left the support of a transform at the exact targets from which they were moved.
+
+    Args:
+        moved: Points around targets, ``(*sample, N, ..., D)``.
+        y: The targets, inside of the support.
+        transform: Transform of the targets.
+    """
+    if isinstance(moved, Targets):
+        of: Any = y
+        exact = of.kinds() == EXACT
+        ends = (moved.lower, of.lower), (moved.upper, of.upper)
+        return Targets(*(_mirrored(*pair, transform, exact) for pair in ends))
+    assert isinstance(y, Tensor)
+    return _mirrored(moved, y, transform)
+
+
+def _mirrored(moved: Tensor, y: Tensor, transform: TargetTransform, exact: Tensor | bool = True) -> Tensor:
+    return torch.where(~transform.inside(moved) & exact, 2 * y - moved, moved)

@@ -1,0 +1,118 @@
+r"""Distributions of single outputs: what quantiles, intervals and scores ask of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
+from pyro_mdn.tensors.shortest_intervals import shortest_intervals
+from pyro_mdn.tensors.univariate import UnivariateMixture
+
+__all__ = ["LocationScaleMarginals", "Marginals"]
+
+
+class Marginals(ABC):
+    """Distributions of the outputs of a batch of mixtures, each by itself; values have the shape ``(*batch, D)``."""
+
+    @abstractmethod
+    def is_differentiated(self) -> bool:
+        """Whether a parameter needs a gradient."""
+
+    @abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density."""
+
+    @abstractmethod
+    def cdf(self, value: Tensor) -> Tensor:
+        """Cumulative distribution, with relative accuracy in the lower tail."""
+
+    @abstractmethod
+    def sf(self, value: Tensor) -> Tensor:
+        """Probability above a value, with relative accuracy in the upper tail."""
+
+    @abstractmethod
+    def log_cdf(self, value: Tensor) -> Tensor:
+        """Logarithm of :meth:`cdf`, accurate in both tails."""
+
+    @abstractmethod
+    def log_sf(self, value: Tensor) -> Tensor:
+        """Logarithm of :meth:`sf`, accurate in both tails."""
+
+    @abstractmethod
+    def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
+        """Log-probability of the interval within ``half`` of a centre."""
+
+    @abstractmethod
+    def quantile(self, q: Tensor) -> Tensor:
+        """Quantile at probability q, differentiable."""
+
+    @abstractmethod
+    def upper_quantile(self, q: Tensor) -> Tensor:
+        """Quantile at probability 1 - q, for q whose digits 1 - q would lose."""
+
+    @abstractmethod
+    def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density, and its derivative with respect to the cumulative distribution."""
+
+    @abstractmethod
+    def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Shortest intervals of probability ``1 - outside``, without a graph.
+
+        Returns:
+            Probabilities below and above them, and their lower and upper ends, ``(*batch, D)`` each.
+        """
+
+    @abstractmethod
+    def crps(self, value: Tensor) -> Tensor:
+        """Continuous ranked probability score of a value, in its units."""
+
+
+class LocationScaleMarginals(Marginals):
+    """Marginals that are mixtures of laws with a location and a scale.
+
+    Args:
+        mixture: The mixtures, with parameters ``(*batch, D, K)``.
+    """
+
+    def __init__(self, mixture: UnivariateMixture) -> None:
+        self.mixture = mixture
+
+    def is_differentiated(self) -> bool:
+        return self.mixture.is_differentiated()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.mixture.log_prob(value)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        return self.mixture.cdf(value)
+
+    def sf(self, value: Tensor) -> Tensor:
+        return self.mixture.mirrored().cdf(-value)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        return self.mixture.log_cdf(value)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        return self.mixture.mirrored().log_cdf(-value)
+
+    def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
+        return self.mixture.log_mass(centre, half)
+
+    def quantile(self, q: Tensor) -> Tensor:
+        return self.mixture.quantile(q)
+
+    def upper_quantile(self, q: Tensor) -> Tensor:
+        return -self.mixture.mirrored().quantile(q)
+
+    def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mixture.log_density_by_level(value)
+
+    def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            return shortest_intervals(outside, self.mixture)
+
+    def crps(self, value: Tensor) -> Tensor:
+        return distance_to(self.mixture, value) - half_mean_difference(self.mixture)

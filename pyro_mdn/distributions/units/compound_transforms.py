@@ -1,0 +1,115 @@
+r"""Target transforms made of others: one after another, or one for each output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.distributions.units.compound_warps import Chained, SideBySide
+from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
+from pyro_mdn.distributions.units.warps import Warp
+from pyro_mdn.support.checks import shown
+
+__all__ = ["Chain", "PerOutput", "as_transform"]
+
+
+@dataclass(frozen=True)
+class _Compound(TargetTransform):
+    """Base of transforms made of others, whose tensors have the number of their part in their names."""
+
+    parts: Sequence[TargetTransform | str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.parts, str) or not isinstance(self.parts, Sequence) or not self.parts:
+            raise ValueError(f"parts: expected a sequence of transforms, one at least, got {shown(self.parts)}")
+        object.__setattr__(self, "parts", tuple(as_transform(part) for part in self.parts))
+
+    @property
+    def transforms(self) -> tuple[TargetTransform, ...]:
+        """The parts."""
+        parts: Any = self.parts
+        return parts
+
+    def _of_part(self, tensors: Mapping[str, Any], number: int) -> dict[str, Any]:
+        ending = f"_{number}"
+        return {name.removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)}
+
+
+@dataclass(frozen=True)
+class Chain(_Compound):
+    """Several transforms one after another, such as ``Chain([Log(), YeoJohnson()])``.
+
+    Args:
+        parts: Transforms or their names, that of y first.
+
+    Raises:
+        ValueError: If there is none, or if one after the first does not take every number.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        line = torch.tensor([[-1e30, 1e30]])
+        for before, part in pairwise(self.transforms):
+            if not bool(part.inside(line).all()):
+                raise ValueError(f"Chain: expected a transform of any number after {before}, got {part}")
+
+    def start(self, dim: int) -> dict[str, Tensor]:
+        parts = enumerate(self.transforms)
+        return {f"{name}_{i}": t for i, part in parts for name, t in part.start(dim).items()}
+
+    def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for i, part in enumerate(self.transforms):
+            own = part.fit_warp(y)
+            y = part.warp({name: t.unsqueeze(-2) for name, t in own.items()}).forward(y.unsqueeze(-2)).squeeze(-2)
+            tensors |= {f"{name}_{i}": t for name, t in own.items()}
+        return tensors
+
+    def warp(self, tensors: Mapping[str, Any]) -> Warp:
+        return Chained(tuple(part.warp(self._of_part(tensors, i)) for i, part in enumerate(self.transforms)))
+
+
+@dataclass(frozen=True)
+class PerOutput(_Compound):
+    """A transform for each output, such as ``PerOutput([Log(), Standardize()])``.
+
+    Args:
+        parts: Transforms or their names, one for each output.
+    """
+
+    def start(self, dim: int) -> dict[str, Tensor]:
+        return {f"{name}_{i}": t for i, part in enumerate(self.transforms) for name, t in part.start(1).items()}
+
+    def identity(self, dim: int, *, common_unit: bool) -> dict[str, Tensor]:
+        if dim != len(self.parts):
+            raise ValueError(f"target_transform: expected {dim} transforms, one for each output, got {len(self.parts)}")
+        return super().identity(dim, common_unit=common_unit)
+
+    def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
+        columns = enumerate(zip(self.transforms, y.split(1, -1), strict=True))
+        return {f"{name}_{i}": t for i, (part, column) in columns for name, t in part.fit_warp(column).items()}
+
+    def warp(self, tensors: Mapping[str, Any]) -> Warp:
+        return SideBySide(tuple(part.warp(self._of_part(tensors, i)) for i, part in enumerate(self.transforms)))
+
+
+def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str] | None) -> TargetTransform:
+    """Return the transform that an argument stands for: by default :class:`Standardize`; several are one per output.
+
+    Raises:
+        ValueError: If no transform has the name given.
+    """
+    if given is None:
+        return Standardize()
+    if isinstance(given, TargetTransform):
+        return given
+    if isinstance(given, list | tuple):
+        return PerOutput(given)
+    if not isinstance(given, str):
+        raise ValueError(f"target_transform: expected a TargetTransform or a name, got {shown(given)}")
+    return TargetTransform.named(given)()

@@ -1,0 +1,120 @@
+r"""Warps made of others: rescaled, one after another, or one for each output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.distributions.units.warps import Warp
+from pyro_mdn.tensors.tensor_batch import nested, stored
+
+__all__ = ["Chained", "Rescaled", "SideBySide"]
+
+
+@dataclass(frozen=True, eq=False)
+class Rescaled(Warp):
+    r"""A warp of :math:`(y - a) / b`, for b > 0: what becomes of a warp if y is measured in other units.
+
+    Args:
+        shift: Shift a, shape ``(*batch, 1, D | 1)``.
+        scale: Scale b, likewise.
+        then: The warp.
+    """
+
+    shift: Tensor = stored(1)
+    scale: Tensor = stored(1)
+    then: Warp = nested()
+
+    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = self.then.limits(like)
+        return self.shift + self.scale * low, self.shift + self.scale * high
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.then.forward((y - self.shift) / self.scale)
+
+    def inverse(self, w: Tensor) -> Tensor:
+        return self.shift + self.scale * self.then.inverse(w)
+
+    def log_slope(self, y: Tensor) -> Tensor:
+        return self.then.log_slope((y - self.shift) / self.scale) - self.scale.log()
+
+    def marginal(self, dims: Sequence[int]) -> Self:
+        rescaled = super().marginal(dims)
+        return replace(rescaled, then=self.then.marginal(dims))
+
+
+@dataclass(frozen=True, eq=False)
+class Chained(Warp):
+    """Warps one after another: each but the first is of the whole real line.
+
+    Args:
+        parts: The warps, that of y first.
+    """
+
+    parts: tuple[Warp, ...] = ()
+
+    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return self.parts[0].limits(like)
+
+    def forward(self, y: Tensor) -> Tensor:
+        for part in self.parts:
+            y = part.forward(y)
+        return y
+
+    def inverse(self, w: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            w = part.inverse(w)
+        return w
+
+    def log_slope(self, y: Tensor) -> Tensor:
+        total = torch.zeros_like(y)
+        for part in self.parts:
+            total, y = total + part.log_slope(y), part.forward(y)
+        return total
+
+    def marginal(self, dims: Sequence[int]) -> Self:
+        return replace(self, parts=tuple(part.marginal(dims) for part in self.parts))
+
+    def describe(self) -> str:
+        return f"{type(self).__name__}({', '.join(part.describe() for part in self.parts)})"
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide(Warp):
+    """A warp for each output.
+
+    Args:
+        parts: The warps, each of one output.
+    """
+
+    parts: tuple[Warp, ...] = ()
+
+    def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [part.limits(column) for part, column in zip(self.parts, like.split(1, -1), strict=True)]
+        low, high = (
+            torch.cat(torch.broadcast_tensors(*map(torch.atleast_1d, ends)), -1) for ends in zip(*pairs, strict=True)
+        )
+        return low, high
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self._each("forward", y)
+
+    def inverse(self, w: Tensor) -> Tensor:
+        return self._each("inverse", w)
+
+    def log_slope(self, y: Tensor) -> Tensor:
+        return self._each("log_slope", y)
+
+    def marginal(self, dims: Sequence[int]) -> Self:
+        return replace(self, parts=tuple(self.parts[d] for d in dims))
+
+    def describe(self) -> str:
+        return f"{type(self).__name__}({', '.join(part.describe() for part in self.parts)})"
+
+    def _each(self, name: str, values: Tensor) -> Tensor:
+        columns = zip(self.parts, values.split(1, -1), strict=True)
+        return torch.cat(torch.broadcast_tensors(*(getattr(part, name)(column) for part, column in columns)), -1)

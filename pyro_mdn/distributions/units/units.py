@@ -1,0 +1,103 @@
+r"""Units of targets: maps between them and standardised units, in which components are built."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyro_mdn.distributions.mixture import Mixture
+
+__all__ = ["StandardUnits", "Units"]
+
+
+class Units(ABC):
+    """An increasing elementwise map between the units of y and the standardised units of the components."""
+
+    @abstractmethod
+    def standardize(self, y: Tensor) -> Tensor:
+        """Convert targets ``(*sample, *batch, D)`` to standardised units."""
+
+    @abstractmethod
+    def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
+        """Compute the log-size of a standardised unit at y, in the units of y, summed over outputs.
+
+        This is the log-determinant of the Jacobian of the map to the units of y.
+
+        Args:
+            y: Targets ``(*sample, *batch, D)``.
+            observed: Mask of the outputs that count, in the shape of y; by default all count.
+        """
+
+    @abstractmethod
+    def push(self, mixture: Mixture) -> Mixture:
+        """Convert a distribution in standardised units to one in the units of y."""
+
+    @property
+    @abstractmethod
+    def unit(self) -> Tensor:
+        """Size of a standardised unit in the units of y, ``(*batch, D)``, or ``(*batch, 1)`` if outputs share it."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that define the map."""
+
+    # What differs for a map that is not affine
+
+    is_affine: ClassVar[bool] = True
+    """Whether the map is affine, so that mixtures of a family stay mixtures of this family."""
+
+    def standardize_limits(self, limit: Tensor) -> Tensor:
+        """Convert limits of intervals, of which those at an end of the support of y, or beyond it, become infinite."""
+        return self.standardize(limit)
+
+    def to_line(self, y: Tensor) -> Tensor:
+        """Map targets to the real line, on which the rest of the map is affine; without checks."""
+        return y
+
+    def from_line(self, w: Tensor) -> Tensor:
+        """Map the real line to targets."""
+        return w
+
+    def inside(self, y: Tensor) -> Tensor:
+        """Check which targets lie inside of the support, whose ends do not belong to it."""
+        return y.isfinite()
+
+    def slope(self, y: Tensor) -> Tensor | float:
+        """Derivative of :meth:`to_line` at y."""
+        return 1.0
+
+    def require_inside(self, y: Tensor, name: str, given: Any = None) -> None:
+        """Raise a ``ValueError`` that names the first target outside of the support, if targets are known."""
+        return  # the real line is the support of an affine map
+
+
+class StandardUnits(Units):
+    """The map :math:`y = a + b z`, for a shift a ``(*batch, D)`` and a scale b ``(*batch, D)`` or ``(*batch, 1)``."""
+
+    __slots__ = ("scale", "shift")
+
+    def __init__(self, shift: Tensor, scale: Tensor) -> None:
+        self.shift, self.scale = shift, scale
+
+    def standardize(self, y: Tensor) -> Tensor:
+        return (y - self.shift) / self.scale
+
+    def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
+        logs = self.scale.log()
+        if observed is not None:
+            return logs.expand(y.shape).masked_fill(~observed, 0.0).sum(-1)
+        total = logs.sum(-1)
+        return total if self.scale.shape[-1] == y.shape[-1] else y.shape[-1] * total
+
+    def push(self, mixture: Mixture) -> Mixture:
+        return mixture.affine(self.shift, self.scale)
+
+    @property
+    def unit(self) -> Tensor:
+        return self.scale
+
+    def tensors(self) -> list[Tensor]:
+        return [self.scale, self.shift]
