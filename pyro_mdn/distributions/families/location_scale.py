@@ -40,7 +40,8 @@ class IndependentComponents(Components):
         return (self._law().log_density(z) - self.scale.log()).sum(-1)
 
     def draw(self) -> Tensor:
-        u = torch.rand_like(self.locs).clamp(min=torch.finfo(self.locs.dtype).tiny)
+        # A draw of 0 stands for all numbers below the next one; a smaller one would be an outlier far too often.
+        u = torch.rand_like(self.locs).clamp(min=0.25 * torch.finfo(self.locs.dtype).eps)
         return self.locs + self.scale * self._law().two_sided_quantile(u)
 
     def mean(self) -> Tensor:
