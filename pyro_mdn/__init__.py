@@ -11,6 +11,9 @@ from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.families.laws.gumbel import Gumbel
+from pyro_mdn.distributions.families.laws.laplace import Laplace
+from pyro_mdn.distributions.families.laws.logistic import Logistic
 from pyro_mdn.distributions.families.location_scale import IndependentComponents, LocationScale
 from pyro_mdn.distributions.families.normal import Normal, NormalComponents
 from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponents
@@ -81,13 +84,16 @@ __all__ = [
     "Full",
     "FullCovariance",
     "GaussianMixture",
+    "Gumbel",
     "IndependentComponents",
     "Initialization",
     "Isotropic",
     "IsotropicCovariance",
+    "Laplace",
     "Law",
     "LocationScale",
     "Log",
+    "Logistic",
     "Logit",
     "LowRank",
     "LowRankCovariance",

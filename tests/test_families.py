@@ -276,8 +276,20 @@ def test_outliers_pull_less():
 
 
 def test_a_family_of_the_users_own_goes_everywhere():
+    """The example is one, by the law of a Lomax variable with a random sign."""
     example = Path(__file__).parents[1] / "examples" / "own_family.py"
     assert len(example.read_text().splitlines()) <= 80
-    code = f"import runpy; print(runpy.run_path({str(example)!r})['Laplace']())"
+    code = f"""
+import runpy, torch
+family = runpy.run_path({str(example)!r})["TwoSidedPareto"]()
+law, z = family.law, torch.tensor(-3.0).double()
+print(family)
+print(*map(float, (law.log_density(z), law.cdf(z), law.quantile(law.cdf(z)), law.mean_distance(z), law.stddev())))
+"""
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.startswith("Laplace(noise=Diagonal(")
+    name, numbers = shown.splitlines()
+    assert name.startswith("TwoSidedPareto(noise=Diagonal(")
+    size = scipy.stats.lomax(4)
+    distance = 3 + 2 * scipy.integrate.quad(lambda z: 0.5 * size.sf(z), 3, np.inf)[0]
+    truth = size.logpdf(3) - math.log(2), 0.5 * size.sf(3), -3, distance, math.sqrt(size.moment(2))
+    assert [float(number) for number in numbers.split()] == pytest.approx(truth)

@@ -182,22 +182,22 @@ def test_negative_scales_of_a_law_that_is_not_symmetric_are_refused():
 
 @pytest.mark.parametrize("noise", [Full(), LowRank(1)])
 def test_noise_that_correlates_outputs_is_refused(noise):
-    class Laplace(LocationScale):
+    class OwnLaplace(LocationScale):
         law = LaplaceLaw()
 
     with pytest.raises(ValueError, match="noise: expected a noise model without correlations"):
-        Laplace(noise)
+        OwnLaplace(noise)
     with pytest.raises(TypeError, match="Nameless: expected a class attribute law"):
         type("Nameless", (LocationScale,), {})
 
 
 @pytest.mark.parametrize("noise", [Diagonal(), Diagonal(tied=True), Isotropic(), Diagonal(homoscedastic=True)], ids=str)
 def test_networks_give_the_density_of_their_mixtures(noise):
-    class Laplace(LocationScale):
+    class OwnLaplace(LocationScale):
         law = LaplaceLaw()
 
     torch.manual_seed(0)
-    network, x, y = MixtureDensityNetwork(2, 2, 3, [4], family=Laplace(noise)), torch.randn(5, 2), torch.randn(5, 2)
+    network, x, y = MixtureDensityNetwork(2, 2, 3, [4], family=OwnLaplace(noise)), torch.randn(5, 2), torch.randn(5, 2)
     network.initialize_(x, 3 * y)
     assert_close(network.loss(x, y), -network(x).log_prob(y))
     network.loss(x, y).sum().backward()

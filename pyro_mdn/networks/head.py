@@ -260,14 +260,15 @@ class MixtureHead(nn.Module):
 
     @torch.no_grad()
     def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:
-        """Let the biases alone give this mixture, ``(K,)``, ``(K, D)`` and ``(K, D)``."""
+        """Let the biases alone give components of these log-weights ``(K,)``, means and spreads ``(K, D)``."""
         bias = starting_value(self.linear, "bias")
         if not isinstance(bias, Tensor):
             expected = "expected a layer with a bias, which the components start from"
             raise ValueError(f"head.linear: {expected}, got {type(self.linear).__name__}: replace it after initialize_")
-        blocks = zip(self.family.blocks(self.dim_out), self.family.start(scale), strict=True)
+        starts = self.family.start(scale)
+        locs = self.family.start_locs(locs, starts, self.units.unit.to(locs))
         raw: dict[bool, list[Tensor]] = {True: [], False: []}
-        for block, start in blocks:
+        for block, start in zip(self.family.blocks(self.dim_out), starts, strict=True):
             raw[block.homoscedastic].append(start.T.flatten().to(bias))
         own = starting_value(self, "raw_noise")
         if own is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel, as_noise_model
@@ -69,6 +70,17 @@ class Family(Specification, ABC):
     def start(self, scale: Tensor) -> list[Tensor]:
         """Compute raw channels ``(K | 1, width)`` of each block that give scales (standard deviations) ``(K, D)``."""
         return [self.noise.start(scale.square().mean(0, keepdim=True).sqrt() if self.noise.tied else scale)]
+
+    def start_locs(self, centres: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> Tensor:
+        """Compute locations ``(K, D)`` of components with means at ``centres``; where there is no mean, the centres.
+
+        Args:
+            centres: Means in standardised units, ``(K, D)``.
+            blocks: Raw channels of each block, as :meth:`start` has them.
+            unit: Size of one standardised unit in the units of y, ``(D,)`` or ``(1,)``.
+        """
+        mean = self.build(centres, blocks, unit).mean()
+        return torch.where(mean.isfinite(), 2 * centres - mean, centres)
 
     @property
     def kernel(self) -> Kernel | None:

@@ -2,6 +2,7 @@ r"""Families with independent outputs, from the law of one output: a few lines m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -41,7 +42,8 @@ class IndependentComponents(Components):
         return (self._law().log_density(z) - self.scale.log()).sum(-1)
 
     def draw(self) -> Tensor:
-        u = torch.rand_like(self.locs).clamp(min=torch.finfo(self.locs.dtype).tiny)
+        # A draw of 0 stands for all numbers below the next one; a smaller one would be an outlier far too often.
+        u = torch.rand_like(self.locs).clamp(min=0.25 * torch.finfo(self.locs.dtype).eps)
         return self.locs + self.scale * self._law().two_sided_quantile(u)
 
     def mean(self) -> Tensor:
@@ -114,7 +116,8 @@ class LocationScale(Family):
     """Base of families with independent outputs; a subclass says the :attr:`law` of one output.
 
     The noise model says whether scales are shared by components or outputs, and where they come from; it must not
-    correlate the outputs.
+    correlate the outputs. Training starts with scales at which components have the standard deviations of the clusters
+    of the data; they are the scales themselves if the law does not say its standard deviation, or it is infinite.
 
     Attributes:
         law: Law at location 0 and scale 1.
@@ -140,3 +143,17 @@ class LocationScale(Family):
 
     def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> IndependentComponents:
         return IndependentComponents(locs, self.noise.build(blocks[0], locs.shape[-1], unit).stddev(), self.law)
+
+    def start(self, scale: Tensor) -> list[Tensor]:
+        return super().start(scale / _unit_stddev(self.law))
+
+
+def _unit_stddev(law: Law) -> Tensor | float:
+    """Standard deviation of a law, ``(K, 1)`` or a number; 1 where it is infinite or not known."""
+    try:
+        spread = law.map(lambda t, n: t.unsqueeze(-1)).stddev()
+    except NotImplementedError:
+        return 1.0
+    if isinstance(spread, Tensor):
+        return torch.where(spread.isfinite(), spread, 1.0)
+    return spread if math.isfinite(spread) else 1.0

@@ -1,0 +1,1 @@
+"""Families with independent outputs, each given by the law of one output."""
