@@ -14,7 +14,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 THREADS = ["--threads", "1"]
-COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "diabetes")}
+COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "diabetes", "survival")}
 COMMANDS |= dict.fromkeys(("log_prob", "channels", "train_step", "sampling", "posterior"), THREADS)
 COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": []}
 
