@@ -11,24 +11,22 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.adapters.sklearn_scorers import (
-    TARGETS,
     Scorer,
-    as_targets,
-    as_weight,
     neg_crps,
     neg_interval_score,
     neg_log_score,
-    plain,
     predictive_distribution,
 )
+from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, plain, shifted, validated
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.arrays import as_tensor
-from pyro_mdn.support.checks import is_count, require_counts, require_range, shown, unmasked
+from pyro_mdn.support.checks import is_count, require_counts, require_range, shown
 from pyro_mdn.support.process_state import seeded
 from pyro_mdn.support.settings import given_settings
 from pyro_mdn.training.fit import fit
@@ -39,7 +37,7 @@ from pyro_mdn.training.settings import EarlyStopping, NoiseSchedule, Optimizatio
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
     from sklearn.metrics import r2_score
-    from sklearn.utils import check_consistent_length, check_random_state
+    from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn 1.6: in a checkout pip install '.[sklearn]'") from error
@@ -174,32 +172,31 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         Args:
             X: Inputs ``(N, n_features)``: finite numbers, not sparse.
             y: Targets ``(N,)`` or ``(N, D)``. An entry that is NaN or masked was not observed: its row counts with
-                the density of its other entries. (X and weights must not be masked.)
+                the density of its other entries. (X and weights must not be masked.) :class:`pyro_mdn.Targets` may be
+                censored, as may a structured array of scikit-survival: whether an event was observed, and when.
             sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. A row of weight 0 is left out.
 
         Raises:
             ValueError: If the data or a setting are not usable.
             TypeError: If X is sparse.
         """
-        checks: dict[str, Any] = {"validate_separately": ({"dtype": np.float64, "ensure_min_samples": 2}, TARGETS)}
-        masked = unmasked(y) is not y
-        X, y = validate_data(self, plain(X, "X"), plain(y, "y"), **checks)
-        check_consistent_length(X, y)
-        rows, targets = as_tensor(X, "X"), as_targets(y)
+        X, targets, masked, vector = validated(self, X, y)
+        rows = as_tensor(X, "X")
         weight = None if sample_weight is None else as_weight(sample_weight, len(rows))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with seeded(seed):
             network = self._build(rows.shape[1], targets.shape[1])
-        counted = ~targets.isnan().all(-1) if weight is None else ~targets.isnan().all(-1) & (weight > 0)
-        shifts = [values[counted].nanmean(0).nan_to_num() for values in (rows, targets)]
+        numbers = targets.points() if isinstance(targets, Targets) else targets
+        counted = ~numbers.isnan().all(-1) if weight is None else ~numbers.isnan().all(-1) & (weight > 0)
+        shifts = [values[counted].nanmean(0).nan_to_num() for values in (rows, numbers)]
         shifts[1] *= network.architecture.head.units.is_affine  # a support is not that of centred targets
-        centered = [v - s for v, s in zip((rows, targets), shifts, strict=True)]
-        for values, name in zip(centered, ("X", "y"), strict=True):
-            require_range(values, name, _DTYPES[self.dtype])
-        inputs, outputs = (values.to(_DTYPES[self.dtype]) for values in centered)
+        dtype = _DTYPES[self.dtype]
+        for values, shift, name in zip((rows, numbers), shifts, ("X", "y"), strict=True):
+            require_range(values - shift, name, dtype)
+        outputs: Any = shifted(targets, shifts[1]).to(dtype)
         self.result_ = fit(
             network,
-            inputs,
+            (rows - shifts[0]).to(dtype),
             np.ma.masked_invalid(outputs.numpy()) if masked else outputs,
             sample_weight=weight,
             device=self.device,
@@ -208,7 +205,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             **given_settings(MDNRegressor.__init__, vars(self), *_GROUPS),
         )
         self.network_ = _uncentered(network, *shifts)
-        self.n_outputs_, self._vector = targets.shape[1], y.ndim == 1
+        self.n_outputs_, self._vector = targets.shape[1], vector
         return self
 
     def predict_distribution(self, X: Any) -> Mixture:

@@ -25,7 +25,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_s
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, scale
 
-from pyro_mdn import DeepEnsemble, Diagonal, Fixed, Full, GaussianMixture, Isotropic, LowRank, scores
+from pyro_mdn import DeepEnsemble, Diagonal, Fixed, Full, GaussianMixture, Isotropic, LowRank, Targets, scores
 from pyro_mdn.sklearn import MDNRegressor, Scorer, neg_crps, neg_interval_score, neg_log_score, predictive_distribution
 
 GEYSER = Path(__file__).parents[1] / "examples" / "data" / "geyser.csv"
@@ -547,3 +547,49 @@ def test_positive_targets_have_positive_predictions():
     assert clone(model).target_transform == "log"
     with pytest.raises(ValueError, match="y: expected numbers between 0 and inf, got -1 in row 3"):
         MDNRegressor(target_transform="log").fit(X, np.where(np.arange(200) == 3, -1.0, y))
+
+
+def survival_times(n=300):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(n, 1))
+    time, end = np.exp(1 + 0.5 * X[:, 0] + 0.3 * rng.normal(size=n)), rng.uniform(1, 8, n)
+    return X, np.minimum(time, end), time <= end
+
+
+def test_censored_times_of_scikit_survival():
+    """A structured array, `Targets`, and the likelihood by hand agree; without censoring, medians are too low."""
+    X, time, seen = survival_times()
+    structured = np.array(list(zip(seen, time, strict=True)), dtype=[("event", bool), ("time", float)])
+    targets = Targets.censored(time, right=~seen)
+    settings = {"target_transform": "log", "n_components": 1, "max_epochs": 40, "random_state": 0}
+    model = MDNRegressor(**settings).fit(X, structured)
+    same = MDNRegressor(**settings).fit(X, targets)
+    np.testing.assert_array_equal(model.predict_quantiles(X), same.predict_quantiles(X))
+    mixture = model.predict_distribution(X)
+    y = torch.tensor(time).unsqueeze(-1)
+    by_hand = torch.where(torch.tensor(seen), mixture.log_prob(y), mixture.log_sf(y)[:, 0]).mean().item()
+    for given in (structured, targets):
+        assert model.score(X, given) == pytest.approx(by_hand, rel=1e-9)
+    naive = MDNRegressor(**settings).fit(X, time)
+    true = np.exp(1 + 0.5 * X[:, 0])
+    error, bias = (np.log(m.predict_quantiles(X, 0.5) / true).mean() for m in (model, naive))
+    assert abs(error) < 0.06 < -bias
+    assert model.predict(X).shape == (300,)
+    values = cross_val_score(MDNRegressor(**{**settings, "max_epochs": 3}), X, structured, cv=2)
+    assert np.isfinite(values).all()
+
+
+def test_censored_targets_of_several_outputs():
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(80, 2)), 100 + rng.normal(size=(80, 2))
+    targets = Targets.censored(y, left=y < 99.5)
+    model = MDNRegressor(max_epochs=3, random_state=0).fit(X, targets)
+    assert model.predict(X).shape == (80, 2)
+    assert np.isfinite(model.score(X, targets))
+    assert model.result_.intervals == ((y < 99.5).sum(0)).tolist()
+    with pytest.raises(ValueError, match="expected exact targets"):
+        model.r2_score(X, targets)
+    with pytest.raises(ValueError, match="a boolean and a number as fields"):
+        model.fit(X, np.zeros(80, dtype=[("a", float), ("b", float)]))
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        model.fit(X[:40], targets)

@@ -8,37 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_mdn import scores
+from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, interval_targets
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.support.arrays import as_array, as_tensor, is_frame
-from pyro_mdn.support.checks import describe, unmasked
 
 try:
     from sklearn.base import BaseEstimator
     from sklearn.pipeline import Pipeline
-    from sklearn.utils import check_array
     from sklearn.utils.metadata_routing import UNUSED
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn: in a checkout pip install '.[sklearn]'") from error
 
-__all__ = [
-    "TARGETS",
-    "Scorer",
-    "as_targets",
-    "as_weight",
-    "neg_crps",
-    "neg_interval_score",
-    "neg_log_score",
-    "plain",
-    "predictive_distribution",
-]
-
-# Arguments for scikit-learn's checks of targets: NaN is allowed, since it means "not observed".
-TARGETS: dict[str, Any] = {"dtype": np.float64, "ensure_2d": False, "ensure_all_finite": "allow-nan"}
+__all__ = ["Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
 
 
 def predictive_distribution(estimator: Any, X: Any) -> Mixture:
@@ -69,18 +53,24 @@ def neg_log_score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> 
     r"""Compute the mean log-likelihood :math:`\log p(y \mid x)` in nats: the log score with its sign changed.
 
     An entry of y that is NaN was not observed: its row counts with the density of its other entries, and a row
-    without any observed entry does not count.
+    without any observed entry does not count. Entries that are censored, or known to lie in an interval, count with
+    their probability.
 
     Args:
         estimator: An estimator that :func:`predictive_distribution` takes.
         X: Inputs ``(N, n_features)``.
-        y: Targets ``(N,)`` or ``(N, D)``.
+        y: Targets ``(N,)`` or ``(N, D)``, or what :func:`interval_targets` takes.
         sample_weight: Weights of the rows, ``(N,)``.
 
     Raises:
         ValueError: If there is no distribution, or if the targets or weights are not usable.
     """
-    return -_mean(scores.log_score(*_observed(estimator, X, y)), sample_weight)
+    mixture, intervals = predictive_distribution(estimator, X), interval_targets(y)
+    size = mixture.batch_shape[0], mixture.dim
+    if intervals is not None and intervals.shape != size:
+        raise ValueError(f"y: expected shape {size} as the prediction has it, got {tuple(intervals.shape)}")
+    targets = as_targets(y, *size) if intervals is None else intervals
+    return -_mean(scores.log_score(mixture, targets), sample_weight)
 
 
 def neg_crps(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -140,58 +130,6 @@ class Scorer(BaseEstimator):
         return self.scorer(estimator, X, y, sample_weight)
 
     __call__ = score
-
-
-def plain(values: Any, name: str) -> Any:
-    """Return values with NaN in place of masked entries, for the checks of scikit-learn.
-
-    Raises:
-        ValueError: If there are dates, which scikit-learn would read as numbers of nanoseconds, or if a column of a
-            data frame does not contain numbers; the error names it. If numbers are complex, or rows of unequal length.
-    """
-    array = values
-    if isinstance(values, list | tuple):
-        try:
-            array = np.asarray(values)
-        except ValueError as error:
-            raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(values)}") from error
-    if getattr(getattr(array, "dtype", None), "kind", "") == "c":  # scikit-learn's message would print the data
-        raise ValueError(f"{name}: expected numbers, got {describe(values)}: Complex data not supported")
-    if is_frame(values) or getattr(getattr(values, "dtype", None), "kind", "") in ("m", "M"):
-        as_array(values, name)
-    return unmasked(values)
-
-
-def as_targets(y: Any, size: int | None = None, dim: int | None = None) -> Tensor:
-    """Convert targets to a tensor ``(N, D)`` in float64, with NaN for missing entries.
-
-    Raises:
-        ValueError: If targets are not numbers, are infinite, or do not have the shape ``(size, dim)``.
-    """
-    array = check_array(plain(y, "y"), input_name="y", **TARGETS)
-    columns = as_tensor(array, "y").reshape(len(array), -1)
-    if size is not None and columns.shape != (size, dim):
-        raise ValueError(f"y: expected shape {(size, dim)} as the prediction has it, got {array.shape}")
-    return columns
-
-
-def as_weight(sample_weight: Any, size: int) -> Tensor:
-    """Convert weights of rows to a tensor ``(size,)`` in float64; by default all are 1.
-
-    Raises:
-        ValueError: If weights are not finite numbers of that shape, if one is negative, or if all are zero.
-    """
-    if sample_weight is None:
-        return torch.ones(size, dtype=torch.float64, device="cpu")
-    array = check_array(
-        plain(sample_weight, "sample_weight"), input_name="sample_weight", **{**TARGETS, "ensure_all_finite": True}
-    )
-    if array.shape != (size,):
-        raise ValueError(f"sample_weight: expected shape ({size},), got {array.shape}")
-    if array.min() < 0 or array.max() <= 0:
-        got = "zero for all rows" if array.max() == 0 else f"{array.min()}"
-        raise ValueError(f"sample_weight: expected numbers that are not negative, one positive at least, got {got}")
-    return as_tensor(array, "sample_weight")
 
 
 def _observed(estimator: Any, X: Any, y: Any) -> tuple[Mixture, Tensor]:
