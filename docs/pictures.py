@@ -18,6 +18,7 @@ DRAWING = ["start"]  # pages whose code draws
 EXAMPLES = {
     "inverse_sine": ["--seeds", "1"],
     "geyser": [],
+    "survival": [],
     "own_family": [],
     "noise_models": [],
     "conditioning": [],

@@ -11,6 +11,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = {
     "arviz_workflow": ["arviz_workflow.png", "arviz_workflow.nc"],
     "noise_models": ["noise_models.png"],
+    "survival": ["survival.png"],
     "own_family": ["own_family.png"],
     "sklearn_search": [],
     "geyser": ["geyser.png", "geyser.safetensors", "geyser.nc"],
