@@ -683,7 +683,6 @@ def test_where_intervals_cannot_go():
         lambda: mixture.in_highest_density_region(targets, 0.5),
         lambda: to_inference_data(network, x=x, y=targets),
         lambda: calibration.coverage_table(mixture, targets),
-        lambda: MDNRegressor(max_epochs=1).fit(x.numpy(), targets),
     ):
         with pytest.raises(ValueError, match=message):
             refuses()

@@ -13,6 +13,7 @@ from pyro_mdn.distributions.covariance.full import FullCovariance
 from pyro_mdn.distributions.observations.likelihood import (
     by_pattern,
     component_log_likelihood,
+    independent_log_likelihood,
     log_likelihood,
     relative_joint_log_likelihood,
 )
@@ -20,7 +21,7 @@ from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 from pyro_mdn.distributions.parameters import batch_dim, broadcast, draw_components
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
-from pyro_mdn.support.checks import is_mapped, sample_shape_of, unwrapped
+from pyro_mdn.support.checks import is_known, is_mapped, sample_shape_of, unwrapped
 from pyro_mdn.support.torch_compat import assert_async, functional_assert_async, transforms_active
 from pyro_mdn.tensors.channels import channels_first, channels_last
 from pyro_mdn.tensors.numerics import norm, shares
@@ -111,7 +112,11 @@ def log_prob(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def _log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
-    if isinstance(value, Targets) or has_missing(value):
+    if isinstance(value, Targets):
+        if mixture.components.has_independent_outputs and is_known(value.lower, value.upper):
+            return independent_log_likelihood(mixture, value)
+        return by_pattern(mixture, value, log_likelihood)[0]
+    if has_missing(value):
         return by_pattern(mixture, value, log_likelihood)[0]
     return mixture.components.mixture_log_prob(mixture.logits, complete_when_run(value))
 

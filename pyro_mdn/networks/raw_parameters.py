@@ -57,7 +57,7 @@ class RawParameters(NamedTuple):
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""
         if isinstance(y, Targets):
             # In single precision the ends of a cell may become one number in standardised units.
-            y = y if y.device.type == "mps" else y.double()
+            y = y.double() if y.has_cells() and y.device.type != "mps" else y
             if is_validation_enabled():
                 self.units.require_inside(y.exact_points(), "y")
             value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)

@@ -62,6 +62,10 @@ class Components(TensorBatch):
         """Map values ``(*sample, *batch, D)`` from the space of :attr:`inner`."""
         return value
 
+    def log_slope(self, value: Tensor) -> Tensor:
+        """Logarithm of the derivative of :meth:`to_inner` of each output, at values inside of the support."""
+        return torch.zeros_like(value)
+
     def over_batch(self, batch_shape: Sequence[int]) -> Self:
         """Expand the locations, and so the components, to a batch ``(*batch)`` without copying."""
         return replace(self, locs=self.locs.expand(*batch_shape, *self.locs.shape[-2:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
@@ -17,7 +17,7 @@ from pyro_mdn.distributions.families.elliptical import Elliptical
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.kernels import NormalKernel
 from pyro_mdn.distributions.families.normal_spread import half_spread
-from pyro_mdn.support.checks import is_differentiated, is_known
+from pyro_mdn.support.checks import is_differentiated, is_known, is_traced
 from pyro_mdn.tensors.channels import sum_outputs
 from pyro_mdn.tensors.mixture_density import Kernel
 from pyro_mdn.tensors.numerics import exp
@@ -192,16 +192,46 @@ def normal_log_cdf(value: Tensor) -> Tensor:
     >>> normal_log_cdf(torch.tensor([-1e4, 0.0, 10.0]))
     tensor([-5.0000e+07, -6.9315e-01, -7.6199e-24])
     """
-    with torch.no_grad():
-        low = value.clamp(max=0)
-        lower = (0.5 * erfcx(-math.sqrt(0.5) * low)).log() - 0.5 * low.square()
-        known = torch.where(value < -1, lower, torch.log1p(-0.5 * erfc(math.sqrt(0.5) * value)))
+    if not is_traced(value):
+        return _LogCdf.apply(value)
+    known = _log_cdf(value)
     if not is_differentiated(value):
         return known
     # By the midpoint rule, which has the right first and second derivatives where both ends are the same point.
     finite = torch.where(value.isfinite(), value, 0.0)
     start = finite.detach()
     return known.detach() + (finite - start) * _density_ratio(0.5 * (finite + start))
+
+
+@torch.no_grad()
+def _log_cdf(value: Tensor) -> Tensor:
+    low = value.clamp(max=0)
+    lower = (0.5 * erfcx(-math.sqrt(0.5) * low)).log() - 0.5 * low.square()
+    return torch.where(value < -1, lower, torch.log1p(-0.5 * erfc(math.sqrt(0.5) * value)))
+
+
+class _LogCdf(torch.autograd.Function):
+    """The logarithm of the cdf with its slope by hand, in a third of the operations of the midpoint rule."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(value)
+        return _log_cdf(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (value,) = ctx.saved_tensors
+        finite = torch.where(value.isfinite(), value, 0.0)
+        slope = _density_ratio(finite) if torch.is_grad_enabled() else _slope_of_log_cdf(finite)
+        return gradient * slope.masked_fill(~value.isfinite(), 0.0)
+
+
+def _slope_of_log_cdf(value: Tensor) -> Tensor:
+    """Compute :func:`_density_ratio` without a care for its derivatives."""
+    lower = math.sqrt(2 / math.pi) / erfcx(-math.sqrt(0.5) * value.clamp(max=0))
+    right = value.clamp(min=0)
+    upper = torch.exp(-0.5 * right.square()) / math.sqrt(2 * math.pi) / (1 - 0.5 * erfc(math.sqrt(0.5) * right))
+    return torch.where(value > 0, upper, lower)
 
 
 def _density_ratio(value: Tensor) -> Tensor:

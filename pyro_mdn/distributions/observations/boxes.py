@@ -23,7 +23,7 @@ from pyro_mdn.tensors.univariate import Law
 if TYPE_CHECKING:
     from pyro_mdn.distributions.families.components import Components
 
-__all__ = ["log_box_probability"]
+__all__ = ["log_box_probability", "log_interval_probability"]
 
 _NUM_POINTS = 128
 """Quasi-random points of the integral, a power of two."""
@@ -47,12 +47,17 @@ def log_box_probability(components: Components, lower: Tensor, upper: Tensor) ->
     """
     lower, upper, components = components.to_inner(lower), components.to_inner(upper), components.inner
     locs, scale, law = components.univariate()
-    one_by_one = _log_probability(law, _standardized(lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale))
+    one_by_one = log_interval_probability(law, lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)
     if components.has_independent_outputs:
         return one_by_one.sum(-2)
     order = one_by_one.detach().mT.argsort(-1)
     limits = (limit.unsqueeze(-2).expand(order.shape).gather(-1, order) for limit in (lower, upper))
     return _in_order(components.reordered(order), *limits)
+
+
+def log_interval_probability(law: Law, lower: Tensor, upper: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
+    """Log-probability of intervals, of which one end may be infinite, under laws with a location and a scale."""
+    return _log_probability(law, _standardized(lower, upper, locs, scale))
 
 
 def _in_order(components: Components, lower: Tensor, upper: Tensor) -> Tensor:

@@ -220,6 +220,10 @@ class Targets:
         unknown = unequal & self.lower.isinf() & self.upper.isinf()
         return torch.where(unknown, MISSING, torch.where(unequal, INTERVAL, EXACT)).to(torch.int8)
 
+    def has_cells(self) -> bool:
+        """Check whether an interval has two finite ends."""
+        return bool(((self.lower != self.upper) & self.lower.isfinite() & self.upper.isfinite()).any())
+
     def points(self) -> Tensor:
         """Return one number for each entry, which training starts from; NaN for missing ones.
 

@@ -68,6 +68,9 @@ class WarpedComponents(Components):
     def from_inner(self, value: Tensor) -> Tensor:
         return self.warp.inverse(value.unsqueeze(-2)).squeeze(-2)
 
+    def log_slope(self, value: Tensor) -> Tensor:
+        return self.warp.log_slope(value.unsqueeze(-2)).squeeze(-2)
+
     def over_batch(self, batch_shape: Sequence[int]) -> Self:
         return replace(self, base=self.base.over_batch(batch_shape))
 
