@@ -50,7 +50,6 @@ from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING
 from pyro_mdn.lightning import LightningObjective
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.posteriors.log_joint import LogJoint, rows_of, undisturbed
-from pyro_mdn.sklearn import MDNRegressor
 from pyro_mdn.support.process_state import unvalidated
 
 QUICK = {"seed": 0, "max_epochs": 3, "progress": False}

@@ -90,9 +90,11 @@ def blur_targets(
     noise = torch.randn(y.shape, dtype=scale.dtype, device=scale.device, generator=generator)
 
     def moved(tensor: Tensor) -> Tensor:
-        inside = units.inside(tensor)
-        line = units.to_line(torch.where(inside, tensor, units.from_line(torch.zeros_like(tensor))))
-        return torch.where(inside, units.from_line(torch.addcmul(line, scale, noise, value=factor)), tensor)
+        return units.from_line(torch.addcmul(units.to_line(tensor), scale, noise, value=factor))
 
-    result: Any = y.limits(moved) if isinstance(y, Targets) else moved(y)
+    def moved_inside(limit: Tensor) -> Tensor:
+        inside = units.inside(limit)
+        return torch.where(inside, moved(torch.where(inside, limit, units.from_line(torch.zeros_like(limit)))), limit)
+
+    result: Any = y.limits(moved_inside) if isinstance(y, Targets) else moved(y)
     return result

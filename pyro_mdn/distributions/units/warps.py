@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -107,6 +108,17 @@ class ElementwiseWarp(Warp):
 
     def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return like.new_tensor(self.interval[0]), like.new_tensor(self.interval[1])
+
+    def within(self, y: Tensor) -> Tensor:
+        # Each training step does this: as numbers, the ends cost no operation.
+        return y.clamp(*_next_inside(self.interval, y.dtype))
+
+
+@lru_cache
+def _next_inside(interval: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
+    """Find the smallest and the largest number of a precision inside of an interval."""
+    low, high = torch.tensor(interval, dtype=dtype, device="cpu").unbind()
+    return torch.nextafter(low, high).item(), torch.nextafter(high, low).item()
 
 
 @dataclass(frozen=True, eq=False)

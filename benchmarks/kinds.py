@@ -1,0 +1,77 @@
+"""What does another kind of target, or another family, cost in training? Steps over those of normal components.
+
+Whole training steps of ``fit``, as ``train_step.py`` has them, on positive targets of one output: noise on the rows,
+loss, backward pass, clipping, optimiser and averaged weights. Weights are trained for some hundred steps before.
+
+    python benchmarks/kinds.py
+"""
+
+import argparse
+from functools import partial
+
+import torch
+from timing import DEVICE, SMOKE, machine, race, ratio, shown, threads_of, write
+
+BATCHES, INPUTS, STEPS = 8, 6, 400
+CASES = [(256, 5), (2048, 5)]
+
+
+def one_pass(kind, batch, k):
+    """One pass over some batches."""
+    from pyro_mdn import MixtureDensityNetwork, NegativeLogLikelihood, Targets
+    from pyro_mdn.networks.rows import Rows
+    from pyro_mdn.training.batches.in_memory import InMemory
+    from pyro_mdn.training.loop import Loop
+    from pyro_mdn.training.settings import LoopSettings
+
+    torch.manual_seed(0)
+    x = torch.randn(BATCHES * batch, INPUTS, device=DEVICE)
+    y = (x[:, :1] + 0.5 * torch.randn(len(x), 1, device=DEVICE)).exp()
+    if kind.endswith("censored"):
+        y = Targets.censored(y, right=torch.rand(y.shape, device=DEVICE) < 0.3)
+    settings = {"target_transform": "log"} if kind.startswith("log") and kind != "logistic" else {}
+    settings |= {"family": kind} if kind in ("student_t", "laplace", "logistic", "gumbel") else {}
+    network = MixtureDensityNetwork(INPUTS, 1, k, seed=0, **settings).to(DEVICE)
+    network.initialize_(x, y)
+    noise = {"input_noise": 0.1, "target_noise": 0.1, "final_noise": 0.03}
+    rest = {"weight_decay": 0.01, "max_grad_norm": 10.0, "compile": False}
+    settings = LoopSettings(max_epochs=10**9, patience=1, lr=1e-3, **noise, **rest)
+    batches, units = InMemory(Rows(x, y), batch), (network.x_scale, network.head.units)
+    loop = Loop(NegativeLogLikelihood(network), batches, None, units, settings)
+    for _ in range(STEPS // BATCHES if batch > 8 else 1):
+        loop.train_epoch(1)
+    return lambda: loop.train_epoch(1)
+
+
+KINDS = ["normal", "log", "censored", "log, censored", "student_t", "laplace", "logistic", "gumbel"]
+CONTESTANTS = {kind: partial(one_pass, kind) for kind in KINDS}
+
+
+def table(rows):
+    """Markdown: steps over those of normal components."""
+    others = KINDS[1:]
+    lines = [f"| rows | threads | {' | '.join(others)} |", "|---" * (len(others) + 2) + "|"]
+    for row in rows:
+        cells = [shown(row["ratios"][kind]) for kind in others]
+        lines.append(f"| {row['case'][0]} | {row['threads']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    threads_of(parser)
+    parser.add_argument("--out", default="kinds", help="name of the results, or a path")
+    parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
+    args = parser.parse_args()
+    settings = SMOKE if args.smoke else {"rounds": 15, "block": 0.2}
+    rows = []
+    for threads in args.threads:
+        for case, times in race(CONTESTANTS, [(8, 2)] if args.smoke else CASES, threads, **settings).items():
+            ratios = {kind: ratio(times, kind, "normal") for kind in KINDS[1:]}
+            rows.append({"case": list(case), "threads": threads, "ratios": ratios})
+    write(args.out, {"machine": machine(), "rows": rows})
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
