@@ -46,8 +46,10 @@ speed: install
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/diabetes.py
+	$(BIN)/python benchmarks/survival.py
 	$(BIN)/python benchmarks/log_prob.py
 	$(BIN)/python benchmarks/channels.py
+	$(BIN)/python benchmarks/kinds.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/sampling.py

@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--out", default="kinds", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
     args = parser.parse_args()
-    settings = SMOKE if args.smoke else {"rounds": 15, "block": 0.2}
+    settings = SMOKE if args.smoke else {"rounds": 7, "block": 0.2, "restarts": 3}
     rows = []
     for threads in args.threads:
         for case, times in race(CONTESTANTS, [(8, 2)] if args.smoke else CASES, threads, **settings).items():

@@ -15,7 +15,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 THREADS = ["--threads", "1"]
 COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "diabetes", "survival")}
-COMMANDS |= dict.fromkeys(("log_prob", "channels", "train_step", "sampling", "posterior"), THREADS)
+COMMANDS |= dict.fromkeys(("log_prob", "channels", "kinds", "train_step", "sampling", "posterior"), THREADS)
 COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": []}
 
 
@@ -38,11 +38,12 @@ def test_benchmark_runs(name, tmp_path):
         ("missing", None, "docs/training.md"),
         ("posterior", "ratios", "docs/uncertainty.md"),
         ("diabetes", "summary", "docs/sklearn.md"),
+        ("survival", "summary", "docs/quality.md"),
         ("log_prob", None, "docs/performance.md"),
         *[
             (name, "rows", "docs/performance.md")
             for name in COMMANDS
-            if name not in {"uci", "ablation", "missing", "posterior", "diabetes", "log_prob"}
+            if name not in {"uci", "ablation", "missing", "posterior", "diabetes", "survival", "log_prob"}
         ],
     ],
 )
