@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pyro_mdn import scores, uncertainty
+from pyro_mdn import decisions, scores, uncertainty
 from pyro_mdn.distributions.covariance.base import Covariance
 from pyro_mdn.distributions.covariance.diagonal import DiagonalCovariance, IsotropicCovariance
 from pyro_mdn.distributions.covariance.full import FullCovariance
@@ -124,6 +124,7 @@ __all__ = [
     "WeightedSum",
     "YeoJohnson",
     "bayesianize",
+    "decisions",
     "fit",
     "fit_mcmc",
     "kl_monte_carlo",

@@ -16,7 +16,7 @@ FLOORS = [
     {"support"},
     {"tensors"},
     {"distributions"},
-    {"scores", "uncertainty", "calibration"},
+    {"scores", "decisions", "uncertainty", "calibration"},
     {"networks"},
     {"posteriors"},
     {"training"},

@@ -66,6 +66,14 @@ class Marginals(ABC):
         """
 
     @abstractmethod
+    def expected_below(self, value: Tensor) -> Tensor:
+        r"""Compute :math:`E[(y - Y)^+]`, how far the variable falls short of a value on average."""
+
+    @abstractmethod
+    def expected_above(self, value: Tensor) -> Tensor:
+        r"""Compute :math:`E[(Y - y)^+]`, how far the variable exceeds a value on average."""
+
+    @abstractmethod
     def crps(self, value: Tensor) -> Tensor:
         """Continuous ranked probability score of a value, in its units."""
 
@@ -113,6 +121,12 @@ class LocationScaleMarginals(Marginals):
     def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.no_grad():
             return shortest_intervals(outside, self.mixture)
+
+    def expected_below(self, value: Tensor) -> Tensor:
+        return self.mixture.expected_below(value)
+
+    def expected_above(self, value: Tensor) -> Tensor:
+        return self.mixture.mirrored().expected_below(-value)
 
     def crps(self, value: Tensor) -> Tensor:
         return distance_to(self.mixture, value) - half_mean_difference(self.mixture)

@@ -259,6 +259,8 @@ class Mixture(dist.MixtureSameFamily):
     univariate = quantiles.univariate
     cdf, sf = quantiles.cdf, quantiles.sf
     log_cdf, log_sf = quantiles.log_cdf, quantiles.log_sf
+    marginal_log_prob = quantiles.marginal_log_prob
+    expected_below, expected_above = quantiles.expected_below, quantiles.expected_above
     icdf = quantiles.icdf
     interval = quantiles.interval
 

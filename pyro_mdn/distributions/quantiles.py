@@ -6,7 +6,6 @@ import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.density import as_points, own_points
@@ -22,13 +21,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cdf",
+    "expected_above",
+    "expected_below",
     "highest_density_threshold",
     "icdf",
     "in_highest_density_region",
     "interval",
     "log_cdf",
     "log_sf",
+    "marginal_log_prob",
     "sf",
+    "thresholds",
     "univariate",
 ]
 
@@ -48,20 +51,21 @@ def cdf(mixture: Mixture, value: Any) -> Tensor:
         mixture: The mixture.
         value: Points ``(*sample, *batch, D)``, or one number for all outputs of all mixtures.
     """
-    value = _thresholds(mixture, value)
+    value = thresholds(mixture, value)
     return univariate(mixture).cdf(value)
 
 
-def _thresholds(mixture: Mixture, value: Any) -> Tensor:
+def thresholds(mixture: Mixture, value: Any) -> Tensor:
     """Convert points as :func:`own_points` does; one number stands for all outputs of all mixtures."""
-    single = isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0)
-    return own_points(mixture, torch.as_tensor(value).expand(mixture.dim) if single else value)
+    single = isinstance(value, Real)
+    value = value.expand(mixture.dim) if isinstance(value, Tensor) and value.ndim == 0 else value
+    return own_points(mixture, mixture.components.like.new_tensor(value).expand(mixture.dim) if single else value)
 
 
 @in_widest_precision
 def sf(mixture: Mixture, value: Any) -> Tensor:
     """Compute the marginal survival function 1 - F of each output, accurate where small, ``(*sample, *batch, D)``."""
-    value = _thresholds(mixture, value)
+    value = thresholds(mixture, value)
     return univariate(mixture).sf(value)
 
 
@@ -78,7 +82,7 @@ def log_cdf(mixture: Mixture, value: Any) -> Tensor:
     >>> normal.log_cdf(torch.tensor([[-40.0], [0.0]])).flatten()
     tensor([-8.0461e+02, -6.9315e-01])
     """
-    value = _thresholds(mixture, value)
+    value = thresholds(mixture, value)
     return univariate(mixture).log_cdf(value)
 
 
@@ -89,8 +93,29 @@ def log_sf(mixture: Mixture, value: Any) -> Tensor:
     This is the log-likelihood of an observation of which only a lower limit is known (right-censored). Derivatives and
     NaN are as for :meth:`log_cdf`.
     """
-    value = _thresholds(mixture, value)
+    value = thresholds(mixture, value)
     return univariate(mixture).log_sf(value)
+
+
+@in_widest_precision
+def marginal_log_prob(mixture: Mixture, value: Any) -> Tensor:
+    """Compute the log-density of each output by itself, shape ``(*sample, *batch, D)``."""
+    value = thresholds(mixture, value)
+    return univariate(mixture).log_prob(value)
+
+
+@in_widest_precision
+def expected_below(mixture: Mixture, value: Any) -> Tensor:
+    r"""Compute :math:`E[(c - y)^+]` for each output, shape ``(*sample, *batch, D)``; see :mod:`pyro_mdn.decisions`."""
+    value = thresholds(mixture, value)
+    return univariate(mixture).expected_below(value)
+
+
+@in_widest_precision
+def expected_above(mixture: Mixture, value: Any) -> Tensor:
+    r"""Compute :math:`E[(y - c)^+]` for each output, shape ``(*sample, *batch, D)``; see :mod:`pyro_mdn.decisions`."""
+    value = thresholds(mixture, value)
+    return univariate(mixture).expected_above(value)
 
 
 @in_widest_precision

@@ -58,6 +58,10 @@ class Law(TensorBatch):
     def mean(self) -> Tensor | float:
         """Mean of Z, which moments of mixtures are made of."""
 
+    def mean_below(self, z: Tensor) -> Tensor:
+        r"""Compute :math:`E[(z - Z)^+]`; infinite if there is no mean."""
+        return (0.5 * (self.mean_distance(z) + z - self.mean())).clamp(min=0)
+
     def stddev(self) -> Tensor | float:
         """Return the standard deviation, which moments of mixtures are made of."""
         raise NotImplementedError(f"stddev: {type(self).__name__} does not say its standard deviation")
@@ -200,6 +204,10 @@ class UnivariateMixture(NamedTuple):
     def cdf(self, value: Tensor) -> Tensor:
         """Cumulative distribution, with relative accuracy in the lower tail."""
         return (self.logits.exp() * self.law.cdf(self._standardized(value))).sum(-1).clamp(max=1)
+
+    def expected_below(self, value: Tensor) -> Tensor:
+        r"""Compute :math:`E[(y - Y)^+]` at values y."""
+        return (self.logits.exp() * self.scale * self.law.mean_below(self._standardized(value))).sum(-1)
 
     def log_cdf(self, value: Tensor) -> Tensor:
         """Logarithm of :meth:`cdf`, accurate in both tails."""

@@ -144,6 +144,12 @@ class NormalLaw(SymmetricLaw):
     def mean_distance(self, z: Tensor) -> Tensor:
         return 2 * exp(-0.5 * z.square()) / math.sqrt(2 * math.pi) + z * erf(math.sqrt(0.5) * z)
 
+    def mean_below(self, z: Tensor) -> Tensor:
+        low = -z.abs()  # in the lower tail, where the density is taken out: what is left keeps its digits
+        ratio = math.sqrt(math.pi / 2) * erfcx(-math.sqrt(0.5) * low)
+        below = exp(-0.5 * low.square()) / math.sqrt(2 * math.pi) * (1 + low * ratio).clamp(min=0)
+        return z.clamp(min=0) + below
+
     def tail_and_density(self, weights: Tensor, locs: Tensor, scale: Tensor) -> TailAndDensity:
         precision, half_weight = math.sqrt(0.5) / scale, 0.5 * weights
         height = 2 / math.sqrt(math.pi) * precision * half_weight

@@ -71,10 +71,10 @@ class WarpedMarginals(Marginals):
         )
 
     def quantile(self, q: Tensor) -> Tensor:
-        return self._outward(self.inner.quantile(q))
+        return self.outward(self.inner.quantile(q))
 
     def upper_quantile(self, q: Tensor) -> Tensor:
-        return self._outward(self.inner.upper_quantile(q))
+        return self.outward(self.inner.upper_quantile(q))
 
     def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
         z, inside = self._inside(value)
@@ -103,7 +103,8 @@ class WarpedMarginals(Marginals):
         low = low.squeeze(-2) if low.ndim > 1 else low
         return torch.where(value.isnan(), value, torch.where(value <= low, below, above).to(value))
 
-    def _outward(self, z: Tensor) -> Tensor:
+    def outward(self, z: Tensor) -> Tensor:
+        """Map points of the line to the support."""
         return self.warp.inverse(z.unsqueeze(-2)).squeeze(-2)
 
     def _log_slope(self, value: Tensor, inside: Tensor) -> Tensor:
@@ -138,7 +139,13 @@ class WarpedMarginals(Marginals):
         width = self.upper_quantile((outside - tails).clamp(min=0)) - self.quantile(tails)
         return width.nan_to_num(math.inf, math.inf, math.inf)
 
-    # Continuous ranked probability score
+    # Partial moments, and the continuous ranked probability score
+
+    def expected_below(self, value: Tensor) -> Tensor:
+        return _Tails(self).expected_below(value)
+
+    def expected_above(self, value: Tensor) -> Tensor:
+        return _Tails(self).expected_above(value)
 
     def crps(self, value: Tensor) -> Tensor:
         r"""Score by quadrature (Gauss-Legendre) between points that follow every component.
@@ -148,7 +155,7 @@ class WarpedMarginals(Marginals):
         for any m, with T the probability beyond t on its side of m. The relative error is below 1e-6 in double
         precision unless standard deviations of :math:`\log y` exceed 3. It is infinite where the mean is.
         """
-        return _Score(self).at(value)
+        return _Tails(self).crps(value)
 
 
 _EVEN = 33
@@ -172,16 +179,32 @@ class _Panels(NamedTuple):
         middle: Index of the point m, ``(1, *batch, D)``.
         single: Integrals of T from m to each point, ``(P, *batch, D)``, not negative.
         squared: Integral of T squared, ``(*batch, D)``.
+        finite: Whether the integrals of T below and above m are finite, ``(2, *batch, D)``.
     """
 
     edges: Tensor
     middle: Tensor
     single: Tensor
     squared: Tensor
+    finite: Tensor
 
 
-class _Score:
-    """The score as a function of values, with the integrals that all values share."""
+class _Between(NamedTuple):
+    """Values beside the point m, ``(*sample, *batch, D)``.
+
+    Attributes:
+        distance: Value minus m, in the units of y.
+        integral: Integral of T between the two, not negative.
+        upper: Whether the value is above m.
+    """
+
+    distance: Tensor
+    integral: Tensor
+    upper: Tensor
+
+
+class _Tails:
+    """Integrals of the tail probability T(t), the probability beyond t on its side of a point m."""
 
     def __init__(self, marginals: WarpedMarginals) -> None:
         self.marginals, self.warp = marginals, marginals.warp
@@ -190,9 +213,28 @@ class _Score:
             middle = (marginals.inner.cdf(edges) >= 0.5).to(torch.int8).argmax(0, keepdim=True)
         self.panels = self._integrated(edges, middle)
 
+    def crps(self, value: Tensor) -> Tensor:
+        """Score of values ``(*sample, *batch, D)``."""
+        distance, integral, _ = self._between(value)
+        score = distance.abs() + self.panels.squared - 2 * integral
+        return torch.where(self.panels.finite.all(0), score, math.inf)
+
+    def expected_below(self, value: Tensor) -> Tensor:
+        """How far the variable falls short of values on average."""
+        distance, integral, upper = self._between(value)
+        total = torch.where(self.panels.finite[0], self.panels.single[0], math.inf)
+        return (total - integral + torch.where(upper, distance, 0.0)).clamp(min=0)
+
+    def expected_above(self, value: Tensor) -> Tensor:
+        """How far the variable exceeds values on average."""
+        distance, integral, upper = self._between(value)
+        total = torch.where(self.panels.finite[1], self.panels.single[-1], math.inf)
+        return (total - integral - torch.where(upper, 0.0, distance)).clamp(min=0)
+
     def _integrated(self, edges: Tensor, middle: Tensor) -> _Panels:
         start, width = edges[:-1], edges.diff(dim=0)
-        upper = torch.arange(len(start), device=edges.device).reshape(-1, *(1,) * (edges.ndim - 1)) >= middle
+        column = (-1, *(1,) * (edges.ndim - 1))
+        upper = torch.arange(len(start), device=edges.device).reshape(column) >= middle
         single, squared = torch.zeros_like(start), torch.zeros_like(start)
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             z = start + node * width
@@ -200,36 +242,29 @@ class _Score:
             single, squared = single + pace * tail, squared + pace * tail.square()
         sums = torch.cat([torch.zeros_like(single[:1]), single.cumsum(0)])
         ends = edges[[0, -1]]
-        last = self._tail(ends, torch.tensor([False, True], device=edges.device).reshape(-1, *(1,) * (edges.ndim - 1)))
-        last = last * self._pace(ends) * width[[0, -1]]
-        finite = (last < 1e-3 * sums[-1]).all(0)
-        squared = torch.where(finite, squared.sum(0), math.inf)
-        return _Panels(edges, middle, (sums - sums.gather(0, middle)).abs(), squared)
+        last = self._tail(ends, torch.tensor([False, True], device=edges.device).reshape(column))
+        finite = last * self._pace(ends) * width[[0, -1]] < 1e-3 * sums[-1]
+        return _Panels(edges, middle, (sums - sums.gather(0, middle)).abs(), squared.sum(0), finite)
 
-    def at(self, value: Tensor) -> Tensor:
-        """Score of values ``(*sample, *batch, D)``."""
+    def _between(self, value: Tensor) -> _Between:
         z = self.warp.clamped(value.unsqueeze(-2)).squeeze(-2)
-        edges, middle, single, squared = self.panels
-        shape = torch.broadcast_shapes(z.shape, edges.shape[1:])
+        shape = torch.broadcast_shapes(z.shape, self.panels.edges.shape[1:])
         z = z.expand(shape)
         edges, middle, single = (
             t.reshape(len(t), *(1,) * (len(shape) - t.ndim + 1), *t.shape[1:]).expand(-1, *shape)
-            for t in (edges, middle, single)
+            for t in (self.panels.edges, self.panels.middle, self.panels.single)
         )
-        centre = edges.gather(0, middle)
-        upper = z.unsqueeze(0) >= centre
+        centre = edges.gather(0, middle).squeeze(0)
+        upper = z >= centre
         z = torch.maximum(torch.minimum(z, edges[-1]), edges[0])
-        passed = (edges <= z).sum(0, keepdim=True)
-        near = torch.where(upper, passed - 1, passed).clamp(0, len(edges) - 1)
+        passed = (edges <= z).sum(0)
+        near = torch.where(upper, passed - 1, passed).clamp(0, len(edges) - 1).unsqueeze(0)
         start = edges.gather(0, near).squeeze(0)
-        upper = upper.squeeze(0)
         part = torch.zeros_like(z)
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             point = start + node * (z - start)
             part = part + weight * (z - start).abs() * self._tail(point, upper) * self._pace(point)
-        between = single.gather(0, near).squeeze(0) + part
-        distance = (value - self.marginals._outward(centre.squeeze(0))).abs()
-        return torch.where(squared.isinf(), math.inf, distance + squared - 2 * between)
+        return _Between(value - self.marginals.outward(centre), single.gather(0, near).squeeze(0) + part, upper)
 
     def _tail(self, z: Tensor, upper: Tensor) -> Tensor:
         inner = self.marginals.inner

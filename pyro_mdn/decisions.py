@@ -1,0 +1,220 @@
+r"""Decisions under a predictive distribution: probabilities of ranges, expected costs, tail risk, survival.
+
+Functions of a mixture, of shape ``(*sample, *batch, D)``: of each output by itself, in its units, and differentiable.
+They take every family and every target transform. A number in the place of a tensor stands for all outputs and rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.quantiles import thresholds
+from pyro_mdn.support.checks import is_known, plain_number, shown
+
+__all__ = [
+    "conditional_value_at_risk",
+    "cumulative_hazard",
+    "expected_above",
+    "expected_below",
+    "expected_improvement",
+    "hazard",
+    "newsvendor_cost",
+    "probability_between",
+    "restricted_mean",
+]
+
+
+def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
+    r"""Compute :math:`P(a < y < b)`, from the tail in which it has more digits.
+
+    Args:
+        mixture: The mixture.
+        low: Lower end a; minus infinity for none.
+        high: Upper end b, above the lower one; infinity for none.
+
+    Raises:
+        ValueError: If a lower end is not below its upper end, or the shapes do not fit.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> probability_between(normal, -1.0, 1.0)
+    tensor([0.6827])
+    """
+    start, end = thresholds(mixture, low), thresholds(mixture, high)
+    if is_known(start, end) and not bool((start < end).all()):
+        raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
+    lower = mixture.cdf(end) - mixture.cdf(start)
+    upper = mixture.sf(start) - mixture.sf(end)
+    return torch.where(mixture.cdf(end) < 0.5, lower, upper)
+
+
+def expected_below(mixture: Mixture, value: Any) -> Tensor:
+    r"""Compute :math:`E[(c - y)^+]`, the expected shortfall of y from a threshold c: a lower partial moment.
+
+    Args:
+        mixture: The mixture.
+        value: Threshold c.
+
+    Raises:
+        ValueError: If the shape does not fit.
+
+    References:
+        Fishburn (1977), Mean-risk analysis with risk associated with below-target returns.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> expected_below(normal, 0.0)
+    tensor([0.3989])
+    """
+    return mixture.expected_below(value)
+
+
+def expected_above(mixture: Mixture, value: Any) -> Tensor:
+    r"""Compute :math:`E[(y - c)^+]`, the expected excess of y over a threshold c: an upper partial moment.
+
+    Arguments and errors are those of :func:`expected_below`. The result is infinite where there is no mean.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> expected_above(normal, 1.0)
+    tensor([0.0833])
+    """
+    return mixture.expected_above(value)
+
+
+def restricted_mean(mixture: Mixture, limit: Any) -> Tensor:
+    r"""Compute :math:`E[\min(y, c)]`, such as the mean time to an event within a horizon c.
+
+    It is finite for positive outputs, also where the mean is not.
+
+    Args:
+        mixture: The mixture.
+        limit: Limit c.
+
+    References:
+        Royston & Parmar (2013), Restricted mean survival time.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> restricted_mean(normal, 0.0)
+    tensor([-0.3989])
+    """
+    return thresholds(mixture, limit) - mixture.expected_below(limit)
+
+
+def expected_improvement(mixture: Mixture, best: Any, *, minimize: bool = True) -> Tensor:
+    r"""Compute by how much y is expected to improve on the best value so far: :math:`E[(b - y)^+]`.
+
+    Args:
+        mixture: The mixture.
+        best: Best value b.
+        minimize: Whether lower values are better; otherwise the improvement is :math:`E[(y - b)^+]`.
+
+    References:
+        Jones, Schonlau & Welch (1998), Efficient global optimization of expensive black-box functions.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> expected_improvement(normal, -1.0)
+    tensor([0.0833])
+    """
+    return mixture.expected_below(best) if minimize else mixture.expected_above(best)
+
+
+def newsvendor_cost(mixture: Mixture, order: Any, *, under: float, over: float) -> Tensor:
+    r"""Compute the expected cost of an order q for a demand y.
+
+    .. math:: u \, E[(y - q)^+] + o \, E[(q - y)^+]
+
+    The best order is the quantile ``mixture.icdf(under / (under + over))``.
+
+    Args:
+        mixture: Distribution of the demand.
+        order: Order q.
+        under: Cost u of a missing unit.
+        over: Cost o of a unit that is left.
+
+    Raises:
+        ValueError: If a cost is negative.
+
+    References:
+        Arrow, Harris & Marschak (1951), Optimal inventory policy.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> newsvendor_cost(normal, normal.icdf(0.75), under=3.0, over=1.0)
+    tensor([1.2711])
+    """
+    if not (plain_number(under) >= 0 and plain_number(over) >= 0):
+        raise ValueError(f"under, over: expected costs that are not negative, got {shown(under)} and {shown(over)}")
+    return under * mixture.expected_above(order) + over * mixture.expected_below(order)
+
+
+def conditional_value_at_risk(mixture: Mixture, level: float, *, tail: Literal["upper", "lower"] = "upper") -> Tensor:
+    r"""Compute the mean of y beyond its quantile, also called expected shortfall, of shape ``(*batch, D)``.
+
+    .. math:: E[y \mid y \ge F^{-1}(p)] = F^{-1}(p) + \frac{E[(y - F^{-1}(p))^+]}{1 - p}
+
+    Args:
+        mixture: The mixture.
+        level: Probability p in (0, 1).
+        tail: ``"upper"``, or ``"lower"`` for the mean of y below the quantile.
+
+    Raises:
+        ValueError: If the level is not in (0, 1), or the tail is unknown.
+
+    References:
+        Rockafellar & Uryasev (2000), Optimization of conditional value-at-risk.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> conditional_value_at_risk(normal, 0.95)
+    tensor([2.0627])
+    """
+    if not 0 < plain_number(level) < 1:
+        raise ValueError(f"level: expected a probability in (0, 1), got {shown(level)}")
+    if tail not in ("upper", "lower"):
+        raise ValueError(f"tail: expected 'upper' or 'lower', got {shown(tail)}")
+    quantile = mixture.icdf(level)
+    if tail == "upper":
+        return quantile + mixture.expected_above(quantile) / (1 - level)
+    return quantile - mixture.expected_below(quantile) / level
+
+
+def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
+    r"""Compute the cumulative hazard :math:`-\log P(y > t)` of a time to an event.
+
+    Args:
+        mixture: The mixture.
+        value: Times t.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> cumulative_hazard(normal, 0.0)
+    tensor([0.6931])
+    """
+    return -mixture.log_sf(value)
+
+
+def hazard(mixture: Mixture, value: Any) -> Tensor:
+    r"""Compute the hazard, the rate of the event at a time t given that it has not happened before.
+
+    .. math:: h(t) = \frac{p(t)}{P(y > t)}
+
+    Args:
+        mixture: The mixture.
+        value: Times t.
+
+    References:
+        Cox (1972), Regression models and life-tables.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> hazard(normal, torch.tensor([0.0]))
+    tensor([0.7979])
+    """
+    return (mixture.marginal_log_prob(value) - mixture.log_sf(value)).exp()

@@ -1,0 +1,162 @@
+"""Decisions: against scipy, by quadrature, and by what holds for every distribution."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+from test_units import TRANSFORMS, log_normal, make_head, make_mixture
+from torch.testing import assert_close
+
+from pyro_mdn import DiagonalCovariance, GaussianMixture, Log, Mixture, Standardize, StudentT, decisions
+
+FAMILIES = {
+    "normal": None,
+    "student_t": StudentT(df=5.0),
+    "laplace": "laplace",
+    "logistic": "logistic",
+    "gumbel": "gumbel",
+}
+KINDS = {"plain": Standardize()} | TRANSFORMS
+
+
+def normal(loc=0.0, scale=1.0):
+    tensors = torch.tensor([[loc]], dtype=torch.float64), torch.tensor([[scale]], dtype=torch.float64)
+    return GaussianMixture(torch.zeros(1, dtype=torch.float64), tensors[0], DiagonalCovariance(tensors[1]))
+
+
+@pytest.mark.parametrize("c", [-30.0, -3.0, 0.2, 2.0, 30.0])
+def test_partial_moments_of_a_normal_against_quadrature(c):
+    """Also far out, where the closed form of textbooks has lost all digits."""
+
+    def integral(sign):
+        lower = scipy.integrate.quad(
+            lambda t: math.exp(scipy.stats.norm.logcdf(sign * c - t) + shift), 0, np.inf, epsrel=1e-12
+        )
+        return lower[0] * math.exp(-shift)
+
+    for sign, got in ((1, decisions.expected_below(normal(), c)), (-1, decisions.expected_above(normal(), c))):
+        shift = min(-scipy.stats.norm.logcdf(sign * c), 600.0)
+        assert got.item() == pytest.approx(integral(sign), rel=1e-8)
+
+
+@pytest.mark.parametrize("c", [0.05, 1.0, 3.0, 40.0])
+@pytest.mark.parametrize("scale", [0.3, 1.5])
+def test_partial_moments_of_a_log_normal_are_those_of_black_and_scholes(c, scale):
+    mixture, part = log_normal([1.0], [0.5], [scale]), scipy.stats.lognorm(scale, scale=math.exp(0.5))
+    d = (0.5 - math.log(c)) / scale
+    above = part.mean() * scipy.stats.norm.cdf(d + scale) - c * scipy.stats.norm.cdf(d)
+    assert decisions.expected_above(mixture, c).item() == pytest.approx(above, rel=1e-7, abs=1e-9)
+    assert decisions.expected_below(mixture, c).item() == pytest.approx(above + c - part.mean(), rel=1e-7, abs=1e-8)
+    restricted = scipy.integrate.quad(part.sf, 0, c, epsrel=1e-11)[0]
+    assert decisions.restricted_mean(mixture, c).item() == pytest.approx(restricted, rel=1e-8)
+    assert decisions.hazard(mixture, c).item() == pytest.approx(part.pdf(c) / part.sf(c), rel=1e-9)
+    assert decisions.cumulative_hazard(mixture, c).item() == pytest.approx(-part.logsf(c), rel=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
+def test_partial_moments_are_integrals_of_the_distribution_function(name, family):
+    """The derivative of what falls short is the cdf, and the difference of the two moments is the mean minus c."""
+    if name in ("log", "shifted log", "asinh", "chain") and family != "normal":
+        return  # no exponential moments, or hardly
+    mixture = make_mixture(KINDS[name], (3,), dim=2, family=FAMILIES[family])
+    c = mixture.icdf(
+        torch.tensor([0.05, 0.5, 0.9], dtype=torch.float64)[:, None, None].expand(3, 3, 2)
+    ).requires_grad_()
+    below, above = decisions.expected_below(mixture, c), decisions.expected_above(mixture, c)
+    assert_close(above - below, (mixture.mean - c).detach() + 0 * above, rtol=1e-4, atol=1e-5)
+    assert_close(torch.autograd.grad(below.sum(), c)[0], mixture.cdf(c).detach(), rtol=1e-5, atol=1e-6)
+    above = decisions.expected_above(mixture, c)
+    assert_close(torch.autograd.grad(above.sum(), c)[0], -mixture.sf(c).detach(), rtol=1e-5, atol=1e-6)
+    numbers = [decisions.expected_below(mixture, c[1, 0, 0].item())[0, 0], below[1, 0, 0]]
+    assert_close(numbers[0], numbers[1].detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["plain", "log", "logit"])
+def test_gradients_of_parameters(name):
+    head, features = make_head(KINDS[name], n_components=2), torch.randn(2, 6, dtype=torch.float64)
+    c = head(features).icdf(0.7).detach()
+
+    def moments(bias):
+        mixture = torch.func.functional_call(head, {"linear.bias": bias}, features)
+        return torch.stack([decisions.expected_below(mixture, c), decisions.expected_above(mixture, c)])
+
+    assert torch.autograd.gradcheck(moments, head.linear.bias.detach().requires_grad_(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "log", "logit"])
+@pytest.mark.parametrize("level", [0.1, 0.9])
+def test_value_at_risk_is_the_mean_of_the_quantiles_beyond(name, level):
+    mixture = make_mixture(KINDS[name], (3,))
+    nodes, weights = (torch.tensor(t) for t in np.polynomial.legendre.leggauss(4000))
+    for tail, start, width in (("upper", level, 1 - level), ("lower", 0.0, level)):
+        u = start + 0.5 * width * (nodes + 1)
+        quantiles = mixture.icdf(u[:, None, None].expand(-1, 3, 1))
+        expected = (0.5 * weights[:, None, None] * quantiles).sum(0)
+        got = decisions.conditional_value_at_risk(mixture, level, tail=tail)
+        assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_order_is_a_quantile():
+    mixture = make_mixture(Log(), (4,))
+    best = mixture.icdf(3 / 4)
+    cost = decisions.newsvendor_cost(mixture, best, under=3.0, over=1.0)
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        assert bool((decisions.newsvendor_cost(mixture, factor * best, under=3.0, over=1.0) > cost).all())
+
+
+def test_improvement_on_the_best_value():
+    mixture = normal(1.0, 2.0)
+    z = (0.3 - 1.0) / 2
+    expected = 2 * (z * scipy.stats.norm.cdf(z) + scipy.stats.norm.pdf(z))
+    assert decisions.expected_improvement(mixture, 0.3).item() == pytest.approx(expected)
+    other = decisions.expected_improvement(mixture, 0.3, minimize=False).item()
+    assert other == pytest.approx(expected + 1.0 - 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_of_ranges(dtype):
+    mixture = normal().to(dtype)
+    for low, high in ((-1.0, 2.0), (9.0, 10.0), (-10.0, -9.0), (-math.inf, 0.5), (1.0, math.inf)):
+        below, above = scipy.stats.norm.cdf([low, high]), scipy.stats.norm.sf([low, high])
+        expected = below[1] - below[0] if high < 0 else above[0] - above[1]
+        assert decisions.probability_between(mixture, low, high).item() == pytest.approx(expected, rel=2e-5)
+    prices = make_mixture(Log())
+    assert_close(decisions.probability_between(prices, -5.0, 2.0), prices.cdf(2.0))
+
+
+def test_times_whose_mean_is_infinite_have_a_restricted_mean():
+    mixture = make_mixture(Log(), family=StudentT(df=3.0))
+    assert mixture.mean.isinf().all()
+    assert decisions.expected_above(mixture, 2.0).isinf().all()
+    restricted = decisions.restricted_mean(mixture, 2.0)
+    for i in range(5):
+
+        def survival(t, i=i):
+            return mixture[i].sf(t).item()
+
+        assert restricted[i].item() == pytest.approx(scipy.integrate.quad(survival, 0, 2, epsrel=1e-8)[0], rel=1e-4)
+
+
+def test_cauchy_components_have_no_partial_moments():
+    mixture = make_mixture(Standardize(), family=StudentT(df=1.0))
+    assert isinstance(mixture, Mixture)
+    assert decisions.expected_above(mixture, 0.0).isinf().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: decisions.probability_between(m, 1.0, 1.0), "low, high: expected ends in ascending order"),
+        (lambda m: decisions.conditional_value_at_risk(m, 1.0), "level: expected a probability in"),
+        (lambda m: decisions.conditional_value_at_risk(m, 0.5, tail="left"), "tail: expected 'upper' or 'lower'"),
+        (lambda m: decisions.newsvendor_cost(m, 1.0, under=-1.0, over=1.0), "under, over: expected costs"),
+        (lambda m: decisions.expected_below(m, torch.zeros(2, 3)), "value: expected shape"),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(make_mixture(Log()))
