@@ -40,6 +40,7 @@ quality: install
 	$(BIN)/python benchmarks/uci.py
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/missing.py
+	$(BIN)/python benchmarks/known_truth.py
 
 speed: install
 	$(BIN)/python benchmarks/posterior.py

@@ -14,7 +14,7 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 THREADS = ["--threads", "1"]
-COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "diabetes", "survival")}
+COMMANDS = {name: ["--jobs", "1"] for name in ("uci", "ablation", "missing", "diabetes", "survival", "known_truth")}
 COMMANDS |= dict.fromkeys(("log_prob", "channels", "kinds", "train_step", "sampling", "posterior"), THREADS)
 COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": []}
 
@@ -39,11 +39,13 @@ def test_benchmark_runs(name, tmp_path):
         ("posterior", "ratios", "docs/uncertainty.md"),
         ("diabetes", "summary", "docs/sklearn.md"),
         ("survival", "summary", "docs/quality.md"),
+        ("known_truth", "rows", "docs/targets.md"),
         ("log_prob", None, "docs/performance.md"),
         *[
             (name, "rows", "docs/performance.md")
             for name in COMMANDS
-            if name not in {"uci", "ablation", "missing", "posterior", "diabetes", "survival", "log_prob"}
+            if name
+            not in {"uci", "ablation", "missing", "posterior", "diabetes", "survival", "known_truth", "log_prob"}
         ],
     ],
 )
