@@ -1,5 +1,6 @@
 """Decisions: against scipy, by quadrature, and by what holds for every distribution."""
 
+import functools
 import math
 
 import numpy as np
@@ -87,11 +88,17 @@ def test_gradients_of_parameters(name):
     assert torch.autograd.gradcheck(moments, head.linear.bias.detach().requires_grad_(), rtol=1e-4, atol=1e-6)
 
 
+@functools.cache
+def legendre():
+    """Nodes and weights, which take seconds to compute."""
+    return tuple(torch.tensor(t) for t in np.polynomial.legendre.leggauss(3000))
+
+
 @pytest.mark.parametrize("name", ["plain", "log", "logit"])
 @pytest.mark.parametrize("level", [0.1, 0.9])
 def test_value_at_risk_is_the_mean_of_the_quantiles_beyond(name, level):
     mixture = make_mixture(KINDS[name], (3,))
-    nodes, weights = (torch.tensor(t) for t in np.polynomial.legendre.leggauss(400))
+    nodes, weights = legendre()
     for tail, start, width in (("upper", level, 1 - level), ("lower", 0.0, level)):
         u = start + 0.5 * width * (nodes + 1)
         quantiles = mixture.icdf(u[:, None, None].expand(-1, 3, 1))
