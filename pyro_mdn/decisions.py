@@ -6,12 +6,14 @@ They take every family and every target transform. A number in the place of a te
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.distributions.quantiles import thresholds
 from pyro_mdn.support.checks import is_known, plain_number, shown
 
@@ -28,8 +30,9 @@ __all__ = [
 ]
 
 
+@in_widest_precision
 def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
-    r"""Compute :math:`P(a < y < b)`, from the tail in which it has more digits.
+    r"""Compute :math:`P(a < y < b)`, accurate also where it is small or the range narrow.
 
     Args:
         mixture: The mixture.
@@ -47,11 +50,10 @@ def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
     start, end = thresholds(mixture, low), thresholds(mixture, high)
     if is_known(start, end) and not bool((start < end).all()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
-    lower = mixture.cdf(end) - mixture.cdf(start)
-    upper = mixture.sf(start) - mixture.sf(end)
-    return torch.where(mixture.cdf(end) < 0.5, lower, upper)
+    return mixture.univariate().log_between(start, end).exp()
 
 
+@in_widest_precision
 def expected_below(mixture: Mixture, value: Any) -> Tensor:
     r"""Compute :math:`E[(c - y)^+]`, the expected shortfall of y from a threshold c: a lower partial moment.
 
@@ -70,9 +72,13 @@ def expected_below(mixture: Mixture, value: Any) -> Tensor:
     >>> expected_below(normal, 0.0)
     tensor([0.3989])
     """
-    return mixture.expected_below(value)
+    c = thresholds(mixture, value)
+    finite = c.isfinite()
+    moment = mixture.univariate().expected_below(torch.where(finite, c, 0.0))
+    return torch.where(finite, moment, c.clamp(min=0))
 
 
+@in_widest_precision
 def expected_above(mixture: Mixture, value: Any) -> Tensor:
     r"""Compute :math:`E[(y - c)^+]`, the expected excess of y over a threshold c: an upper partial moment.
 
@@ -83,17 +89,24 @@ def expected_above(mixture: Mixture, value: Any) -> Tensor:
     >>> expected_above(normal, 1.0)
     tensor([0.0833])
     """
-    return mixture.expected_above(value)
+    c = thresholds(mixture, value)
+    finite = c.isfinite()
+    moment = mixture.univariate().expected_above(torch.where(finite, c, 0.0))
+    return torch.where(finite, moment, (-c).clamp(min=0))
 
 
-def restricted_mean(mixture: Mixture, limit: Any) -> Tensor:
+@in_widest_precision
+def restricted_mean(mixture: Mixture, value: Any) -> Tensor:
     r"""Compute :math:`E[\min(y, c)]`, such as the mean time to an event within a horizon c.
 
     It is finite for positive outputs, also where the mean is not.
 
     Args:
         mixture: The mixture.
-        limit: Limit c.
+        value: Limit c; infinity for the mean.
+
+    Raises:
+        ValueError: If the shape does not fit.
 
     References:
         Royston & Parmar (2013), Restricted mean survival time.
@@ -103,16 +116,20 @@ def restricted_mean(mixture: Mixture, limit: Any) -> Tensor:
     >>> restricted_mean(normal, 0.0)
     tensor([-0.3989])
     """
-    return thresholds(mixture, limit) - mixture.expected_below(limit)
+    c = thresholds(mixture, value)
+    return torch.where(c == math.inf, mixture.mean, c - expected_below(mixture, c))
 
 
-def expected_improvement(mixture: Mixture, best: Any, *, minimize: bool = True) -> Tensor:
+def expected_improvement(mixture: Mixture, value: Any, *, minimize: bool = True) -> Tensor:
     r"""Compute by how much y is expected to improve on the best value so far: :math:`E[(b - y)^+]`.
 
     Args:
         mixture: The mixture.
-        best: Best value b.
+        value: Best value b so far.
         minimize: Whether lower values are better; otherwise the improvement is :math:`E[(y - b)^+]`.
+
+    Raises:
+        ValueError: If the shape does not fit.
 
     References:
         Jones, Schonlau & Welch (1998), Efficient global optimization of expensive black-box functions.
@@ -122,10 +139,10 @@ def expected_improvement(mixture: Mixture, best: Any, *, minimize: bool = True) 
     >>> expected_improvement(normal, -1.0)
     tensor([0.0833])
     """
-    return mixture.expected_below(best) if minimize else mixture.expected_above(best)
+    return expected_below(mixture, value) if minimize else expected_above(mixture, value)
 
 
-def newsvendor_cost(mixture: Mixture, order: Any, *, under: float, over: float) -> Tensor:
+def newsvendor_cost(mixture: Mixture, value: Any, *, under: float, over: float) -> Tensor:
     r"""Compute the expected cost of an order q for a demand y.
 
     .. math:: u \, E[(y - q)^+] + o \, E[(q - y)^+]
@@ -134,12 +151,12 @@ def newsvendor_cost(mixture: Mixture, order: Any, *, under: float, over: float) 
 
     Args:
         mixture: Distribution of the demand.
-        order: Order q.
+        value: Order q.
         under: Cost u of a missing unit.
         over: Cost o of a unit that is left.
 
     Raises:
-        ValueError: If a cost is negative.
+        ValueError: If a cost is negative, or the shape does not fit.
 
     References:
         Arrow, Harris & Marschak (1951), Optimal inventory policy.
@@ -151,7 +168,7 @@ def newsvendor_cost(mixture: Mixture, order: Any, *, under: float, over: float) 
     """
     if not (plain_number(under) >= 0 and plain_number(over) >= 0):
         raise ValueError(f"under, over: expected costs that are not negative, got {shown(under)} and {shown(over)}")
-    return under * mixture.expected_above(order) + over * mixture.expected_below(order)
+    return under * expected_above(mixture, value) + over * expected_below(mixture, value)
 
 
 def conditional_value_at_risk(mixture: Mixture, level: float, *, tail: Literal["upper", "lower"] = "upper") -> Tensor:
@@ -181,8 +198,8 @@ def conditional_value_at_risk(mixture: Mixture, level: float, *, tail: Literal["
         raise ValueError(f"tail: expected 'upper' or 'lower', got {shown(tail)}")
     quantile = mixture.icdf(level)
     if tail == "upper":
-        return quantile + mixture.expected_above(quantile) / (1 - level)
-    return quantile - mixture.expected_below(quantile) / level
+        return quantile + expected_above(mixture, quantile) / (1 - level)
+    return quantile - expected_below(mixture, quantile) / level
 
 
 def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
@@ -192,6 +209,12 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
         mixture: The mixture.
         value: Times t.
 
+    Raises:
+        ValueError: If the shape does not fit.
+
+    References:
+        Nelson (1972), Theory and applications of hazard plotting for censored failure data.
+
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
     >>> cumulative_hazard(normal, 0.0)
@@ -200,14 +223,20 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
     return -mixture.log_sf(value)
 
 
+@in_widest_precision
 def hazard(mixture: Mixture, value: Any) -> Tensor:
     r"""Compute the hazard, the rate of the event at a time t given that it has not happened before.
 
     .. math:: h(t) = \frac{p(t)}{P(y > t)}
 
+    It is NaN where survival is impossible, at the upper end of a bounded support and above it.
+
     Args:
         mixture: The mixture.
         value: Times t.
+
+    Raises:
+        ValueError: If the shape does not fit.
 
     References:
         Cox (1972), Regression models and life-tables.
@@ -217,4 +246,5 @@ def hazard(mixture: Mixture, value: Any) -> Tensor:
     >>> hazard(normal, torch.tensor([0.0]))
     tensor([0.7979])
     """
-    return (mixture.marginal_log_prob(value) - mixture.log_sf(value)).exp()
+    t, marginals = thresholds(mixture, value), mixture.univariate()
+    return (marginals.log_prob(t) - marginals.log_sf(t)).exp()

@@ -11,7 +11,7 @@ import torch
 from test_units import TRANSFORMS, log_normal, make_head, make_mixture
 from torch.testing import assert_close
 
-from pyro_mdn import DiagonalCovariance, GaussianMixture, Log, Mixture, Standardize, StudentT, decisions
+from pyro_mdn import DiagonalCovariance, GaussianMixture, Log, Mixture, MixtureHead, Standardize, StudentT, decisions
 
 FAMILIES = {
     "normal": None,
@@ -43,6 +43,33 @@ def test_partial_moments_of_a_normal_against_quadrature(c):
         assert got.item() == pytest.approx(integral(sign), rel=1e-8)
 
 
+OTHER_LAWS = {
+    "student_t": (StudentT(df=5.0), scipy.stats.t(5)),
+    "laplace": ("laplace", scipy.stats.laplace()),
+    "logistic": ("logistic", scipy.stats.logistic()),
+    "gumbel": ("gumbel", scipy.stats.gumbel_r()),
+}
+
+
+@pytest.mark.parametrize("c", [-40.0, -25.0, -4.0, -2.0, -0.7, 0.0, 0.4, 3.0, 25.0, 40.0])
+@pytest.mark.parametrize("name", OTHER_LAWS)
+def test_partial_moments_of_other_laws_against_quadrature(name, c):
+    """Far out, where a difference of larger numbers has lost all digits."""
+    family, law = OTHER_LAWS[name]
+    with torch.no_grad():
+        mixture = MixtureHead(1, 1, 1, family=family).double()(torch.zeros(1, dtype=torch.float64))
+        loc, scale, _ = (
+            part.double() if isinstance(part, torch.Tensor) else part for part in mixture.components.univariate()
+        )
+    value, spread = loc[:, 0] + scale[:, 0] * c, scale.item()
+    below, above = decisions.expected_below(mixture, value), decisions.expected_above(mixture, value)
+    with np.errstate(over="ignore"):  # of scipy's Gumbel law far out, where its probabilities are 0
+        lower = scipy.integrate.quad(lambda t: law.cdf(c - t), 0, np.inf, epsabs=0, epsrel=1e-10)[0]
+        upper = scipy.integrate.quad(lambda t: law.sf(c + t), 0, np.inf, epsabs=0, epsrel=1e-10)[0]
+    assert below.item() / spread == pytest.approx(lower, rel=1e-8, abs=1e-300)
+    assert above.item() / spread == pytest.approx(upper, rel=1e-8, abs=1e-300)
+
+
 @pytest.mark.parametrize("c", [0.05, 1.0, 3.0, 40.0])
 @pytest.mark.parametrize("scale", [0.3, 1.5])
 def test_partial_moments_of_a_log_normal_are_those_of_black_and_scholes(c, scale):
@@ -55,6 +82,33 @@ def test_partial_moments_of_a_log_normal_are_those_of_black_and_scholes(c, scale
     assert decisions.restricted_mean(mixture, c).item() == pytest.approx(restricted, rel=1e-8)
     assert decisions.hazard(mixture, c).item() == pytest.approx(part.pdf(c) / part.sf(c), rel=1e-9)
     assert decisions.cumulative_hazard(mixture, c).item() == pytest.approx(-part.logsf(c), rel=1e-9)
+
+
+@pytest.mark.parametrize("c", [0.05, 0.2, 0.5, 6.0, 8.0, 12.0])
+def test_rare_partial_moments_of_a_log_normal_keep_their_digits(c):
+    mixture, part = log_normal([1.0], [0.5], [0.3]), scipy.stats.lognorm(0.3, scale=math.exp(0.5))
+    below = scipy.integrate.quad(part.cdf, 0, c, epsabs=0, epsrel=1e-10, points=[0.9 * c, 0.99 * c])[0]
+    above = scipy.integrate.quad(lambda t: part.sf(c * math.exp(t)) * c * math.exp(t), 0, 5, epsabs=0, epsrel=1e-10)[0]
+    # The grid ends at probabilities of about 1e-17.
+    if below > 1e-15:
+        assert decisions.expected_below(mixture, c).item() == pytest.approx(below, rel=1e-6)
+    if above > 1e-15:
+        assert decisions.expected_above(mixture, c).item() == pytest.approx(above, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
+def test_infinite_thresholds(name, family):
+    mixture = make_mixture(KINDS[name], (3,), dim=2, family=FAMILIES[family])
+    nothing, infinite = torch.zeros(3, 2, dtype=torch.float64), torch.full((3, 2), math.inf, dtype=torch.float64)
+    for value in (math.inf, infinite):
+        assert_close(decisions.expected_above(mixture, value), nothing)
+        assert_close(decisions.expected_below(mixture, value), infinite)
+        assert_close(decisions.restricted_mean(mixture, value), mixture.mean, equal_nan=True)
+        assert_close(decisions.expected_below(mixture, -value), nothing)
+        assert_close(decisions.expected_above(mixture, -value), infinite)
+        assert_close(decisions.restricted_mean(mixture, -value), -infinite)
+        assert_close(decisions.probability_between(mixture, -value, value), nothing + 1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -74,6 +128,42 @@ def test_partial_moments_are_integrals_of_the_distribution_function(name, family
     assert_close(torch.autograd.grad(above.sum(), c)[0], -mixture.sf(c).detach(), rtol=1e-5, atol=1e-6)
     numbers = [decisions.expected_below(mixture, c[1, 0, 0].item())[0, 0], below[1, 0, 0]]
     assert_close(numbers[0], numbers[1].detach(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_derivatives_at_a_location_are_probabilities(family):
+    mixture = make_mixture(Standardize(), (3,), n_components=1, family=FAMILIES[family])
+    centre = mixture.components.univariate()[0][..., 0].requires_grad_()
+    below, above = decisions.expected_below(mixture, centre), decisions.expected_above(mixture, centre)
+    assert_close(torch.autograd.grad(below.sum(), centre)[0], mixture.cdf(centre).detach())
+    assert_close(torch.autograd.grad(above.sum(), centre)[0], -mixture.sf(centre).detach())
+
+
+DECISIONS = {
+    "probability_between": lambda m, y: decisions.probability_between(m, y, y + 0.5),
+    "expected_below": decisions.expected_below,
+    "expected_above": decisions.expected_above,
+    "restricted_mean": decisions.restricted_mean,
+    "expected_improvement": decisions.expected_improvement,
+    "newsvendor_cost": lambda m, y: decisions.newsvendor_cost(m, y, under=2.0, over=1.0),
+    "cumulative_hazard": decisions.cumulative_hazard,
+    "hazard": decisions.hazard,
+}
+
+
+@pytest.mark.parametrize("transform", ["plain", "log", "chain"])
+@pytest.mark.parametrize("name", DECISIONS)
+def test_rows_have_their_own_decisions(name, transform):
+    """Batches and samples in front of them, and single precision, against one row at a time in double precision."""
+    mixture = make_mixture(KINDS[transform], (2, 3), dim=2)
+    y = mixture.sample((4,))
+    got = DECISIONS[name](mixture, y)
+    single = DECISIONS[name](mixture.float(), y.float())
+    assert single.dtype == torch.float32
+    for sample, i, j in np.ndindex(4, 2, 3):
+        row = DECISIONS[name](mixture[i, j], y[sample, i, j])
+        assert_close(got[sample, i, j], row)
+        assert_close(single[sample, i, j].double(), row, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "log", "logit"])
@@ -133,6 +223,24 @@ def test_probabilities_of_ranges(dtype):
         assert decisions.probability_between(mixture, low, high).item() == pytest.approx(expected, rel=2e-5)
     prices = make_mixture(Log())
     assert_close(decisions.probability_between(prices, -5.0, 2.0), prices.cdf(2.0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", KINDS)
+def test_probabilities_of_narrow_ranges_are_densities(name, family):
+    mixture = make_mixture(KINDS[name], (3,), dim=2, family=FAMILIES[family])
+    y = mixture.icdf(torch.tensor([0.01, 0.4, 0.95], dtype=torch.float64)[:, None, None].expand(3, 3, 2))
+    # A width of which the ends of the range have all digits: what is left is the rounding of their images.
+    width = (y + 1e-6 * y.abs()) - y
+    got = decisions.probability_between(mixture, y, y + width) / width
+    assert_close(got, decisions.hazard(mixture, y + width / 2) * mixture.sf(y + width / 2), rtol=1e-7, atol=0)
+
+
+def test_hazards_above_the_support_are_not_numbers():
+    mixture = make_mixture(KINDS["logit"])
+    assert decisions.hazard(mixture, 2.0).isnan().all()
+    assert (decisions.hazard(mixture, -1.0) == 0).all()
+    assert decisions.cumulative_hazard(mixture, 2.0).isinf().all()
 
 
 def test_times_whose_mean_is_infinite_have_a_restricted_mean():

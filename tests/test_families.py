@@ -30,7 +30,7 @@ from pyro_mdn import (
     fit,
     scores,
 )
-from pyro_mdn.distributions.families.student_t import StudentTLaw
+from pyro_mdn.distributions.families.student_t_law import StudentTLaw
 
 every_noise = pytest.mark.parametrize("name", [name for name in NOISE if name != "fixed"])
 every_df = pytest.mark.parametrize("df", [1.0, 1.5, 2.0, 4.0, 30.0, 1e3, 1e6])

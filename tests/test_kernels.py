@@ -26,12 +26,8 @@ from pyro_mdn.distributions.families.normal import (
     normal_log_density,
     relative_log_density,
 )
-from pyro_mdn.distributions.families.student_t import (
-    KnownStudentTRadial,
-    RawStudentTRadial,
-    StudentTLaw,
-    StudentTRadial,
-)
+from pyro_mdn.distributions.families.student_t import KnownStudentTRadial, RawStudentTRadial
+from pyro_mdn.distributions.families.student_t_law import StudentTLaw, StudentTRadial
 from pyro_mdn.tensors import channels, mixture_density, numerics, packed_triangles
 from pyro_mdn.tensors.channel_density import channel_log_density
 from pyro_mdn.tensors.channels import Layout

@@ -83,6 +83,7 @@ ELSEWHERE = {
     "derived",
     "device",
     "flatten",
+    "of_any_family",
     "of_components",
     "origin_for",
     "relative_joint_log_prob",

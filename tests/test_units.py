@@ -440,6 +440,41 @@ def test_censored_and_missing_entries_beside_exact_ones(noise):
     assert_close(mixture.log_prob(targets), line.log_prob(logs) - y[:, 0].log(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("noise", ["diagonal", "full"])
+def test_intervals_beyond_the_support_of_positive_outputs(noise):
+    """One over the whole support says nothing; one outside of it, like a value there, is impossible."""
+    with pyro.validation_enabled(False):
+        mixture = make_mixture(Log(), noise={"diagonal": None, "full": Full()}[noise], dim=2)
+        y = mixture.sample()
+        lower, upper = y.clone(), y.clone()
+        lower[0, 1], upper[0, 1] = -1.0, math.inf
+        lower[1, 1], upper[1, 1] = -2.0, -1.0
+        lower[2], upper[2] = -1.0, -1.0
+        lower[3], upper[3] = -1.0, math.inf
+        for targets in (Targets.interval(lower, upper), Targets.interval(lower[:2], upper[:2])):
+            rows = len(targets.lower)
+            got = mixture[:rows].log_prob(targets)
+            assert_close(got[0], mixture[0].marginal([0]).log_prob(y[0, :1]))
+            assert got[1] == -math.inf
+        assert got.shape == (2,)
+        got = mixture.log_prob(Targets.interval(lower, upper))
+        assert got[2] == -math.inf
+        assert_close(got[3], torch.zeros((), dtype=torch.float64))
+        assert_close(got[4], mixture[4].log_prob(y[4]))
+
+
+@pytest.mark.parametrize("impossible", [(-2.0, -1.0), (-1.0, -1.0)])
+def test_impossible_targets_are_named(impossible):
+    mixture = make_mixture(Log(), dim=2)
+    y = mixture.sample()
+    lower, upper = y.clone(), y.clone()
+    lower[3, 1], upper[3, 1] = impossible
+    with pytest.raises(ValueError, match=r"value: expected numbers between 0 and inf, got -\d in row 3, column 1"):
+        mixture.log_prob(Targets.interval(lower, upper))
+    lower[3, 1], upper[3, 1] = -1.0, 2.0
+    assert mixture.log_prob(Targets.interval(lower, upper)).isfinite().all()
+
+
 def test_right_censored_times_count_with_their_survival():
     head, features = make_head(Log()), torch.randn(5, 6, dtype=torch.float64)
     times = head(features).sample()
@@ -619,6 +654,9 @@ def test_supports():
     both = make_mixture([Log(), Logit()], dim=2).support
     assert both.check(torch.tensor([2.0, 0.5])).all()
     assert not both.check(torch.tensor([0.5, 2.0])).all()
+    rescaled = make_mixture(Log(), (2,)).affine(torch.tensor([[1.0], [3.0]], dtype=torch.float64), 2.0)
+    assert_close(rescaled.support.base_constraint.lower_bound, torch.tensor([[1.0], [3.0]], dtype=torch.float64))
+    assert rescaled.support.check(torch.tensor([[2.0], [2.0]])).tolist() == [True, False]
 
 
 def test_a_transform_of_torch_gives_the_same_distribution():

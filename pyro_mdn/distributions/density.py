@@ -112,22 +112,32 @@ def log_prob(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def _log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
-    if isinstance(value, Targets):
-        if mixture.components.has_independent_outputs and is_known(value.lower, value.upper):
-            return independent_log_likelihood(mixture, value)
-        return by_pattern(mixture, value, log_likelihood)[0]
-    if has_missing(value):
-        return by_pattern(mixture, value, log_likelihood)[0]
-    return mixture.components.mixture_log_prob(mixture.logits, complete_when_run(value))
+    inner, value, log_slope = _pulled_back(mixture, value)
+    if isinstance(value, Targets) and inner.components.has_independent_outputs and is_known(value.lower, value.upper):
+        result = independent_log_likelihood(inner, value)
+    elif isinstance(value, Targets) or has_missing(value):
+        result = by_pattern(inner, value, log_likelihood)[0]
+    else:
+        result = inner.components.mixture_log_prob(inner.logits, complete_when_run(value))
+    return result if log_slope is None else result + log_slope
+
+
+def _pulled_back(mixture: Mixture, value: TargetsOrTensor) -> tuple[Mixture, TargetsOrTensor, Tensor | None]:
+    """Change variables as :meth:`Components.pulled_back` does, for a mixture."""
+    components, value, log_slope = mixture.components.pulled_back(value)
+    inner = mixture if components is mixture.components else mixture.of_any_family(components)
+    return inner, value, log_slope
 
 
 @in_widest_precision
 def component_log_prob(mixture: Mixture, value: Any) -> Tensor:
     r"""Log-density :math:`\log p_k(y)` of each component, ``(*sample, *batch, K)``."""
-    value = as_observations(mixture, value).to(mixture.dtype)
+    inner, value, log_slope = _pulled_back(mixture, as_observations(mixture, value).to(mixture.dtype))
     if isinstance(value, Targets) or has_missing(value):
-        return by_pattern(mixture, value, component_log_likelihood)[0]
-    return mixture.components.log_prob(value)
+        result = by_pattern(inner, value, component_log_likelihood)[0]
+    else:
+        result = inner.components.log_prob(value)
+    return result if log_slope is None else result + log_slope.unsqueeze(-1)
 
 
 @in_widest_precision
@@ -145,10 +155,10 @@ def responsibilities(mixture: Mixture, value: Any) -> Tensor:
 @in_widest_precision
 def relative_joint_log_prob(mixture: Mixture, value: Any) -> Tensor:
     """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
-    value = as_observations(mixture, value).to(mixture.dtype)
+    inner, value, _ = _pulled_back(mixture, as_observations(mixture, value).to(mixture.dtype))
     if isinstance(value, Targets) or has_missing(value):
-        return by_pattern(mixture, value, relative_joint_log_likelihood)[0]
-    return mixture.logits + mixture.components.relative_log_prob(value)
+        return by_pattern(inner, value, relative_joint_log_likelihood)[0]
+    return inner.logits + inner.components.relative_log_prob(value)
 
 
 # Missing entries

@@ -2,12 +2,15 @@ r"""Distributions of single outputs: what quantiles, intervals and scores ask of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.observations.boxes import log_interval_probability
 from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
+from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.shortest_intervals import shortest_intervals
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
@@ -44,6 +47,10 @@ class Marginals(ABC):
     @abstractmethod
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         """Log-probability of the interval within ``half`` of a centre."""
+
+    @abstractmethod
+    def log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Log-probability of the interval between two ends, either of which may be infinite."""
 
     @abstractmethod
     def quantile(self, q: Tensor) -> Tensor:
@@ -108,6 +115,15 @@ class LocationScaleMarginals(Marginals):
 
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         return self.mixture.log_mass(centre, half)
+
+    def log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        logits, locs, scale, law = self.mixture
+        known = (lower < upper) & ~(lower.isinf() & upper.isinf())
+        start = torch.where(known, lower, -math.inf).unsqueeze(-1)
+        end = torch.where(known, upper, 0.0).unsqueeze(-1)
+        mass = log_sum_exp((logits + log_interval_probability(law, start, end, locs, scale)).movedim(-1, 0))
+        everything = torch.where(lower < upper, 0.0, -math.inf).to(mass)
+        return torch.where(known, mass, everything)
 
     def quantile(self, q: Tensor) -> Tensor:
         return self.mixture.quantile(q)

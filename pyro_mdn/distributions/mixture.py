@@ -118,6 +118,12 @@ class Mixture(dist.MixtureSameFamily):
         """Build a mixture with the same weights; raise a ``ValueError`` if the components do not fit them."""
         return self.derived(self.logits, check_shapes(self.logits, components))
 
+    def of_any_family(self, components: Components) -> Mixture:
+        """Build a mixture with the same weights whose components may be of another family than those of this class."""
+        new = Mixture.__new__(Mixture)
+        new._set(self.logits, components, self._validate_args)
+        return new
+
     @cached_property
     def _parameters(self) -> tuple[Tensor, Components]:
         """Parameters that the origin builds; also under ``torch.no_grad`` they have a graph if its tensors have one."""
@@ -259,8 +265,6 @@ class Mixture(dist.MixtureSameFamily):
     univariate = quantiles.univariate
     cdf, sf = quantiles.cdf, quantiles.sf
     log_cdf, log_sf = quantiles.log_cdf, quantiles.log_sf
-    marginal_log_prob = quantiles.marginal_log_prob
-    expected_below, expected_above = quantiles.expected_below, quantiles.expected_above
     icdf = quantiles.icdf
     interval = quantiles.interval
 

@@ -27,7 +27,7 @@ __all__ = ["copied", "cpu", "detach", "double", "in_widest_precision", "single",
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_DATA = {"value", "values", "y", "shift", "scale", "matrix", "weights"}
+_DATA = {"value", "values", "y", "low", "high", "shift", "scale", "matrix", "weights"}
 
 
 def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

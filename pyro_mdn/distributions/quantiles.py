@@ -21,15 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cdf",
-    "expected_above",
-    "expected_below",
     "highest_density_threshold",
     "icdf",
     "in_highest_density_region",
     "interval",
     "log_cdf",
     "log_sf",
-    "marginal_log_prob",
     "sf",
     "thresholds",
     "univariate",
@@ -95,27 +92,6 @@ def log_sf(mixture: Mixture, value: Any) -> Tensor:
     """
     value = thresholds(mixture, value)
     return univariate(mixture).log_sf(value)
-
-
-@in_widest_precision
-def marginal_log_prob(mixture: Mixture, value: Any) -> Tensor:
-    """Compute the log-density of each output by itself, shape ``(*sample, *batch, D)``."""
-    value = thresholds(mixture, value)
-    return univariate(mixture).log_prob(value)
-
-
-@in_widest_precision
-def expected_below(mixture: Mixture, value: Any) -> Tensor:
-    r"""Compute :math:`E[(c - y)^+]` for each output, shape ``(*sample, *batch, D)``; see :mod:`pyro_mdn.decisions`."""
-    value = thresholds(mixture, value)
-    return univariate(mixture).expected_below(value)
-
-
-@in_widest_precision
-def expected_above(mixture: Mixture, value: Any) -> Tensor:
-    r"""Compute :math:`E[(y - c)^+]` for each output, shape ``(*sample, *batch, D)``; see :mod:`pyro_mdn.decisions`."""
-    value = thresholds(mixture, value)
-    return univariate(mixture).expected_above(value)
 
 
 @in_widest_precision

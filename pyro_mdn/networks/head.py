@@ -167,7 +167,7 @@ class MixtureHead(nn.Module):
         predicted = self._predicted(features, units)
         if is_traced(predicted.channels):
             return predicted.mixture()
-        return mixture_class(self.family, units).deferred(predicted)
+        return (mixture_class(self.family) if units.is_affine else Mixture).deferred(predicted)
 
     def _predicted(self, features: Tensor, units: Units) -> ChannelParameters:
         return ChannelParameters(self.family, self.n_components, self.dim_out, self.channels(features), units)

@@ -59,7 +59,7 @@ class RawParameters(NamedTuple):
             # In single precision the ends of a cell may become one number in standardised units.
             y = y.double() if y.has_cells() and y.device.type != "mps" else y
             if is_validation_enabled():
-                self.units.require_inside(y.exact_points(), "y")
+                self.units.require_inside(y, "y")
             value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)
         else:
             value, volume = self.units.standardize(y).to(self.raw[1].dtype), self._log_volume(y, ~y.isnan())
@@ -73,7 +73,7 @@ class RawParameters(NamedTuple):
         return self.units.push(self._standardized(validate_args=validate_args))
 
     def _standardized(self, *, validate_args: bool | None) -> Mixture:
-        kind = GaussianMixture if isinstance(self.family, Normal) else Mixture
+        kind = mixture_class(self.family)
         return kind.of_components(self.raw[0], self._components(), validate_args=validate_args)
 
     def _components(self) -> Components:
@@ -140,9 +140,9 @@ class ChannelParameters(NamedTuple):
         )
 
 
-def mixture_class(family: Family, units: Units) -> type[Mixture]:
-    """Class of the mixtures of a family in some units."""
-    return GaussianMixture if isinstance(family, Normal) and units.is_affine else Mixture
+def mixture_class(family: Family) -> type[Mixture]:
+    """Class of the mixtures of a family, in units that are an affine map of standardised ones."""
+    return GaussianMixture if isinstance(family, Normal) else Mixture
 
 
 def raw_from_channels(family: Family, n_components: int, dim: int, channels: Tensor, own: Tensor | None = None) -> Raw:

@@ -185,7 +185,7 @@ def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, An
     dtype = network.x_shift.dtype
     require_finite(x, "x", given[0], dtype)
     require_usable(y, given[1], dtype)
-    _require_inside(network, y, given[1])
+    network.head.units.require_inside(y, "y", given[1])
     columns = (y.points() if isinstance(y, Targets) else y).reshape(-1, network.dim_out)
     if bool((unobserved := columns.isnan().all(0)).any()):
         positions = unobserved.nonzero().flatten().tolist()
@@ -208,7 +208,6 @@ def converted_targets(
         raise ValueError(f"y: expected shape {expected} as x has it, got {tuple(y.shape)}")
     if is_validation_enabled():
         require_usable(y, given, unit.dtype)
-        _require_inside(network, y, given)
     return y
 
 
@@ -251,11 +250,6 @@ def require_usable(y: TargetsOrTensor, given: Any, dtype: torch.dtype) -> None:
     for limit in (y.lower, y.upper):
         if is_known(limit):
             require_no_infinity(limit.masked_fill(limit.isinf(), math.nan), "y", None, dtype)
-
-
-def _require_inside(network: MixtureDensityNetwork, y: TargetsOrTensor, given: Any) -> None:
-    """Raise a ``ValueError`` if an exact target lies outside of the support."""
-    network.head.units.require_inside(y.exact_points() if isinstance(y, Targets) else y, "y", given)
 
 
 def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name: str) -> Tensor | None:

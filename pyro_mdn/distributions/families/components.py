@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.tensors.channels import channels_first
 from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.tensor_batch import TensorBatch, take_component
@@ -62,9 +63,14 @@ class Components(TensorBatch):
         """Map values ``(*sample, *batch, D)`` from the space of :attr:`inner`."""
         return value
 
-    def log_slope(self, value: Tensor) -> Tensor:
-        """Logarithm of the derivative of :meth:`to_inner` of each output, at values inside of the support."""
-        return torch.zeros_like(value)
+    def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
+        """Change variables to the space of :attr:`inner`, for a density of values ``(*sample, *batch, D)``.
+
+        Returns:
+            Components of that space, the values there, and what the change adds to log-densities
+            ``(*sample, *batch)``; ``None`` for nothing.
+        """
+        return self, value, None
 
     def over_batch(self, batch_shape: Sequence[int]) -> Self:
         """Expand the locations, and so the components, to a batch ``(*batch)`` without copying."""

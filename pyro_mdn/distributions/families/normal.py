@@ -145,10 +145,11 @@ class NormalLaw(SymmetricLaw):
         return 2 * exp(-0.5 * z.square()) / math.sqrt(2 * math.pi) + z * erf(math.sqrt(0.5) * z)
 
     def mean_below(self, z: Tensor) -> Tensor:
-        low = -z.abs()  # in the lower tail, where the density is taken out: what is left keeps its digits
+        # In the lower tail the density is taken out: what is left keeps its digits. At 0 this has the derivative 1.
+        low = torch.where(z <= 0, z, -z)
         ratio = math.sqrt(math.pi / 2) * erfcx(-math.sqrt(0.5) * low)
         below = exp(-0.5 * low.square()) / math.sqrt(2 * math.pi) * (1 + low * ratio).clamp(min=0)
-        return z.clamp(min=0) + below
+        return torch.where(z > 0, z, 0.0) + below
 
     def tail_and_density(self, weights: Tensor, locs: Tensor, scale: Tensor) -> TailAndDensity:
         precision, half_weight = math.sqrt(0.5) / scale, 0.5 * weights

@@ -45,7 +45,6 @@ def log_box_probability(components: Components, lower: Tensor, upper: Tensor) ->
         Genz (1992), Numerical computation of multivariate normal probabilities.
         Genz & Bretz (1999), Numerical computation of multivariate t-probabilities.
     """
-    lower, upper, components = components.to_inner(lower), components.to_inner(upper), components.inner
     locs, scale, law = components.univariate()
     one_by_one = log_interval_probability(law, lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)
     if components.has_independent_outputs:

@@ -127,18 +127,15 @@ def independent_log_likelihood(mixture: Mixture, targets: Targets) -> Tensor:
 
     Nothing has to be grouped then, which takes several times as long for small batches.
     """
-    components, kinds = mixture.components, targets.kinds()
-    locs, scale, law = components.inner.univariate()
+    locs, scale, law = mixture.components.univariate()
+    kinds = targets.kinds()
     exact, interval = kinds == EXACT, kinds == INTERVAL
     # NaN and infinity must not enter a computation whose result is not used, so that gradients stay finite.
-    middle = components.from_inner(torch.zeros_like(targets.lower))
-    points = torch.where(exact, targets.lower, middle)
-    z = (components.to_inner(points).unsqueeze(-1) - locs) / scale
-    density = law.log_density(z) - scale.log() + components.log_slope(points).unsqueeze(-1)
-    lower, upper = components.to_inner(targets.lower), components.to_inner(targets.upper)
-    lower, upper = torch.where(interval, lower, -torch.inf), torch.where(interval, upper, 0.0)
-    known = torch.where(exact.unsqueeze(-1), density, 0.0)
+    z = (torch.where(exact, targets.lower, 0.0).unsqueeze(-1) - locs) / scale
+    known = torch.where(exact.unsqueeze(-1), law.log_density(z) - scale.log(), 0.0)
     if bool(interval.any()):
+        lower = torch.where(interval, targets.lower, -torch.inf)
+        upper = torch.where(interval, targets.upper, 0.0)
         mass = log_interval_probability(law, lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)
         known = torch.where(interval.unsqueeze(-1), mass, known)
     return log_sum_exp((mixture.logits + known.sum(-2)).movedim(-1, 0))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.units.compound_warps import Chained, SideBySide
@@ -53,9 +52,8 @@ class Chain(_Compound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        line = torch.tensor([[-1e30, 1e30]])
         for before, part in pairwise(self.transforms):
-            if not bool(part.inside(line).all()):
+            if not part.takes_any_number:
                 raise ValueError(f"Chain: expected a transform of any number after {before}, got {part}")
 
     def start(self, dim: int) -> dict[str, Tensor]:
@@ -66,7 +64,7 @@ class Chain(_Compound):
         tensors: dict[str, Tensor] = {}
         for i, part in enumerate(self.transforms):
             own = part.fit_warp(y)
-            y = part.warp({name: t.unsqueeze(-2) for name, t in own.items()}).forward(y.unsqueeze(-2)).squeeze(-2)
+            y = part.warp(own).forward(y)
             tensors |= {f"{name}_{i}": t for name, t in own.items()}
         return tensors
 
@@ -81,6 +79,10 @@ class PerOutput(_Compound):
     Args:
         parts: Transforms or their names, one for each output.
     """
+
+    @property
+    def takes_any_number(self) -> bool:
+        return all(part.takes_any_number for part in self.transforms)
 
     def start(self, dim: int) -> dict[str, Tensor]:
         return {f"{name}_{i}": t for i, part in enumerate(self.transforms) for name, t in part.start(1).items()}

@@ -20,7 +20,7 @@ class Rescaled(Warp):
     r"""A warp of :math:`(y - a) / b`, for b > 0: what becomes of a warp if y is measured in other units.
 
     Args:
-        shift: Shift a, shape ``(*batch, 1, D | 1)``.
+        shift: Shift a, shape ``(*batch, D | 1)``.
         scale: Scale b, likewise.
         then: The warp.
     """
@@ -48,14 +48,20 @@ class Rescaled(Warp):
 
 
 @dataclass(frozen=True, eq=False)
-class Chained(Warp):
+class _Several(Warp):
+    parts: tuple[Warp, ...] = ()
+
+    def describe(self) -> str:
+        return f"{type(self).__name__}({', '.join(part.describe() for part in self.parts)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Chained(_Several):
     """Warps one after another: each but the first is of the whole real line.
 
     Args:
         parts: The warps, that of y first.
     """
-
-    parts: tuple[Warp, ...] = ()
 
     def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return self.parts[0].limits(like)
@@ -79,25 +85,18 @@ class Chained(Warp):
     def marginal(self, dims: Sequence[int]) -> Self:
         return replace(self, parts=tuple(part.marginal(dims) for part in self.parts))
 
-    def describe(self) -> str:
-        return f"{type(self).__name__}({', '.join(part.describe() for part in self.parts)})"
-
 
 @dataclass(frozen=True, eq=False)
-class SideBySide(Warp):
+class SideBySide(_Several):
     """A warp for each output.
 
     Args:
         parts: The warps, each of one output.
     """
 
-    parts: tuple[Warp, ...] = ()
-
     def limits(self, like: Tensor) -> tuple[Tensor, Tensor]:
         pairs = [part.limits(column) for part, column in zip(self.parts, like.split(1, -1), strict=True)]
-        low, high = (
-            torch.cat(torch.broadcast_tensors(*map(torch.atleast_1d, ends)), -1) for ends in zip(*pairs, strict=True)
-        )
+        low, high = (_joined([torch.atleast_1d(end) for end in ends]) for ends in zip(*pairs, strict=True))
         return low, high
 
     def forward(self, y: Tensor) -> Tensor:
@@ -112,9 +111,11 @@ class SideBySide(Warp):
     def marginal(self, dims: Sequence[int]) -> Self:
         return replace(self, parts=tuple(self.parts[d] for d in dims))
 
-    def describe(self) -> str:
-        return f"{type(self).__name__}({', '.join(part.describe() for part in self.parts)})"
-
     def _each(self, name: str, values: Tensor) -> Tensor:
         columns = zip(self.parts, values.split(1, -1), strict=True)
-        return torch.cat(torch.broadcast_tensors(*(getattr(part, name)(column) for part, column in columns)), -1)
+        return _joined([getattr(part, name)(column) for part, column in columns])
+
+
+def _joined(columns: Sequence[Tensor]) -> Tensor:
+    """Join outputs ``(..., 1)``, which may have different batch dimensions."""
+    return torch.cat(torch.broadcast_tensors(*columns), -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -43,7 +44,7 @@ class TargetTransform(Specification):
 
     @abstractmethod
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
-        """Build the warp that these tensors ``(*batch, 1, D)`` define."""
+        """Build the warp that these tensors ``(*batch, D)`` define."""
 
     def start(self, dim: int) -> dict[str, Tensor]:
         """Return the tensors ``(D,)`` of the warp, by name, before there are data."""
@@ -71,21 +72,22 @@ class TargetTransform(Specification):
             warp: Tensors of the warp, by default those of :meth:`fit_warp`.
         """
         tensors = self.fit_warp(y.double()) if warp is None else dict(warp)
-        line = self._warp_of(tensors).forward(y.double().unsqueeze(-2)).squeeze(-2)
-        shift, scale = location_and_scale(line, common_unit=common_unit)
+        shift, scale = location_and_scale(self.warp(tensors).forward(y.double()), common_unit=common_unit)
         return {"shift": shift, "scale": scale, **tensors}
 
     def units(self, tensors: Mapping[str, Any]) -> Units:
         """Build the map that these tensors define; they may have leading batch dimensions."""
-        return WarpedUnits(StandardUnits(tensors["shift"], tensors["scale"]), self._warp_of(tensors))
+        warp = self.warp({name: tensors[name] for name in _names(self)})
+        return WarpedUnits(StandardUnits(tensors["shift"], tensors["scale"]), warp)
+
+    @property
+    def takes_any_number(self) -> bool:
+        """Whether the support is the whole real line."""
+        return bool(self.inside(torch.tensor([[-1e30], [1e30]], device="cpu")).all())
 
     def inside(self, y: Tensor) -> Tensor:
         """Check which targets ``(..., D)`` lie inside of the support, which no tensor of the transform decides."""
-        warp = self._warp_of({name: tensor.to(y) for name, tensor in self.start(y.shape[-1]).items()})
-        return warp.contains(y.unsqueeze(-2)).squeeze(-2)
-
-    def _warp_of(self, tensors: Mapping[str, Any]) -> Warp:
-        return self.warp({name: tensors[name].unsqueeze(-2) for name in self.start(1)})
+        return self.warp({name: tensor.to(y) for name, tensor in self.start(y.shape[-1]).items()}).contains(y)
 
     @classmethod
     def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,8 +109,15 @@ class Standardize(TargetTransform):
     def units(self, tensors: Mapping[str, Any]) -> StandardUnits:
         return StandardUnits(tensors["shift"], tensors["scale"])
 
-    def inside(self, y: Tensor) -> Tensor:
-        return torch.ones_like(y, dtype=torch.bool)
+    @property
+    def takes_any_number(self) -> bool:
+        return True
+
+
+@lru_cache
+def _names(transform: TargetTransform) -> tuple[str, ...]:
+    """Names of the tensors of the warp; heads ask for them in each call."""
+    return tuple(transform.start(1))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
 
@@ -69,7 +71,7 @@ class Units(ABC):
         """Derivative of :meth:`to_line` at y."""
         return 1.0
 
-    def require_inside(self, y: Tensor, name: str, given: Any = None) -> None:
+    def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         """Raise a ``ValueError`` that names the first target outside of the support, if targets are known."""
         return  # the real line is the support of an affine map
 

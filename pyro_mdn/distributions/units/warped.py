@@ -2,7 +2,7 @@ r"""Components pushed through a warp: what is closed for a family is closed for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from pyro_mdn.distributions.families.components import Components, OutputsInOrder, not_closed
 from pyro_mdn.distributions.marginals import Marginals
+from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.compound_warps import Rescaled
 from pyro_mdn.distributions.units.expectations import expectation
 from pyro_mdn.distributions.units.warped_marginals import WarpedMarginals
@@ -50,7 +51,7 @@ class WarpedComponents(Components):
 
     @property
     def support(self) -> constraints.Constraint:
-        return self.warp.support(self.base.locs)
+        return self.warp.of_values().support(self.base.locs[..., 0, :])
 
     @property
     def has_independent_outputs(self) -> bool:
@@ -63,13 +64,31 @@ class WarpedComponents(Components):
         return self.base
 
     def to_inner(self, value: Tensor) -> Tensor:
-        return self.warp.clamped(value.unsqueeze(-2)).squeeze(-2)
+        return self.warp.of_values().clamped(value)
 
     def from_inner(self, value: Tensor) -> Tensor:
-        return self.warp.inverse(value.unsqueeze(-2)).squeeze(-2)
+        return self.warp.of_values().inverse(value)
 
-    def log_slope(self, value: Tensor) -> Tensor:
-        return self.warp.log_slope(value.unsqueeze(-2)).squeeze(-2)
+    def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
+        warp = self.warp.of_values()
+        if is_validation_enabled():
+            require_inside(warp, value, "value")
+        if isinstance(value, Targets):
+            kinds, mapped = value.kinds(), value.limits(warp.clamped)
+            exact, possible = kinds == EXACT, mapped.lower < mapped.upper
+            possible |= exact & warp.contains(value.lower)
+            # What cannot be is left out here, and has the density 0 by its slope.
+            lower = mapped.lower.masked_fill(~possible, -torch.inf)
+            mapped = Targets(lower, mapped.upper.masked_fill(~possible, torch.inf))
+            return self.base, mapped, self._slopes(warp, value.lower, exact, possible)
+        inside = warp.contains(value)
+        image = torch.where(value.isnan(), value, warp.forward(warp.some_inside(value, inside)))
+        return self.base, image, self._slopes(warp, value, ~value.isnan(), inside)
+
+    def _slopes(self, warp: Warp, value: Tensor, exact: Tensor, possible: Tensor) -> Tensor:
+        """Sum of the logarithms of slopes at exact values; minus infinity where a value is not possible."""
+        slopes = warp.log_slope(warp.some_inside(value, exact & possible)).masked_fill(~exact, 0.0)
+        return slopes.masked_fill(~possible & (exact | ~value.isnan()), -torch.inf).sum(-1)
 
     def over_batch(self, batch_shape: Sequence[int]) -> Self:
         return replace(self, base=self.base.over_batch(batch_shape))
@@ -85,7 +104,8 @@ class WarpedComponents(Components):
                 return tensor
             first = tensor.narrow(place, 0, 1)
             if is_known(tensor) and not bool((tensor == first).all()):
-                raise ValueError(f"pool: expected one {type(self.warp).__name__} for all mixtures, got different ones")
+                name, instead = type(self.warp).__name__, "fit of an ensemble gives its members the same one"
+                raise ValueError(f"pool: expected one {name} for all mixtures, got different ones; {instead}")
             return first.squeeze(place)
 
         return replace(self, base=self.base.pooled(full, dim), warp=self.warp.map(shared))
@@ -96,25 +116,10 @@ class WarpedComponents(Components):
     # Density and draws
 
     def log_prob(self, value: Tensor) -> Tensor:
-        z, log_slope = self._at(value)
-        return self.base.log_prob(z) + log_slope.unsqueeze(-1)
-
-    def mixture_log_prob(self, logits: Tensor, value: Tensor, *, normalize: bool = False) -> Tensor:
-        z, log_slope = self._at(value)
-        return self.base.mixture_log_prob(logits, z, normalize=normalize) + log_slope
-
-    def relative_log_prob(self, value: Tensor) -> Tensor:
-        return self.base.relative_log_prob(self._at(value)[0])
-
-    def _at(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Image of points, and log-volume ``(*sample, *batch)``, which is minus infinity outside of the support."""
-        points = value.unsqueeze(-2)
-        if is_validation_enabled():
-            require_inside(self.warp, value, "value")
-        inside = self.warp.contains(points)
-        points = torch.where(inside, points, self.warp.inverse(torch.zeros_like(points)))
-        log_slope = self.warp.log_slope(points).masked_fill(~inside, -torch.inf)
-        return self.warp.forward(points).squeeze(-2), log_slope.sum((-2, -1))
+        base, image, log_slope = self.pulled_back(value)
+        assert isinstance(image, Tensor)
+        assert log_slope is not None
+        return base.log_prob(image) + log_slope.unsqueeze(-1)
 
     def draw(self) -> Tensor:
         return self.warp.within(self.warp.inverse(self.base.draw()))
@@ -143,11 +148,11 @@ class WarpedComponents(Components):
         inner = self.base.narrowest()
         return inner * (-self.warp.log_slope(self.warp.within(self.locs))).exp().amin(-1)
 
-    def _expectation(self, function: object) -> Tensor:
+    def _expectation(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         locs, scale, law = self.base.univariate()
 
         def of_image(z: Tensor) -> Tensor:
-            return function(self.warp.inverse(z.mT)).mT  # pyright: ignore[reportCallIssue]
+            return function(self.warp.inverse(z.mT)).mT
 
         shape = torch.broadcast_shapes(locs.shape, scale.shape)
         return expectation(of_image, locs.expand(shape), scale, law).mT
@@ -162,7 +167,7 @@ class WarpedComponents(Components):
         return replace(self, base=self.base.marginal(dims), warp=self.warp.marginal(dims))
 
     def marginals(self, logits: Tensor) -> Marginals:
-        return WarpedMarginals(self.base.marginals(logits), self.warp)
+        return WarpedMarginals(self.base.marginals(logits), self.warp.of_values())
 
     def univariate(self) -> tuple[Tensor, Tensor, Law]:
         not_closed("univariate", self, "marginals are; or inner.univariate, before the warp")
@@ -173,8 +178,8 @@ class WarpedComponents(Components):
     def condition(self, values: Tensor) -> Components:
         n = values.shape[-1]
         known, rest = self.warp.marginal(range(n)), self.warp.marginal(range(n, self.dim))
-        require_inside(known, values, "values")
-        base = self.base.condition(known.forward(values.unsqueeze(-2)).squeeze(-2))
+        require_inside(known.of_values(), values, "values")
+        base = self.base.condition(known.of_values().forward(values))
         return replace(self, base=base, warp=rest)
 
     def affine(self, shift: Tensor, scale: Tensor) -> Self:
@@ -200,8 +205,10 @@ class WarpedComponents(Components):
         return f"{self.base.describe()}, warp={self.warp.describe()}"
 
 
-def require_inside(warp: Warp, value: Tensor, name: str, given: object = None) -> None:
+def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object = None) -> None:
     """Raise a ``ValueError`` that names the first value outside of the support, if values are known; NaN is missing.
+
+    Exact values have to lie inside of the support, and intervals have to meet it.
 
     Args:
         warp: The warp.
@@ -209,10 +216,20 @@ def require_inside(warp: Warp, value: Tensor, name: str, given: object = None) -
         name: Name of the argument.
         given: The data before conversion, which may have names of rows and columns.
     """
-    if not is_known(value):
+    shown = value.lower if isinstance(value, Targets) else value
+    if not is_known(shown):
         return
-    outside = ~(warp.contains(value.unsqueeze(-2)).squeeze(-2) | value.isnan())
+    low, high = warp.limits(shown)
+    if isinstance(value, Targets):
+        exact = value.kinds() == EXACT
+        outside = torch.where(exact, ~warp.contains(shown), (value.upper <= low) | (value.lower >= high))
+    else:
+        outside = ~(warp.contains(shown) | shown.isnan())
     if bool(outside.any()):
-        low, high = (end.detach().flatten().unique().tolist() for end in warp.limits(value.unsqueeze(-2)))
-        ends = " and ".join(f"{end[0]:g}" if len(end) == 1 else f"one of {end}" for end in (low, high))
-        refuse(value, outside, name, f"numbers between {ends}", given)
+        ends = " and ".join(_listed(end) for end in (low, high))
+        refuse(shown, outside, name, f"numbers between {ends}", given)
+
+
+def _listed(ends: Tensor) -> str:
+    different = ends.detach().flatten().unique().tolist()
+    return f"{different[0]:g}" if len(different) == 1 else f"one of {different}"

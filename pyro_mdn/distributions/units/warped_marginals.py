@@ -3,6 +3,7 @@ r"""Distributions of single outputs that were pushed through a warp."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +16,8 @@ from pyro_mdn.tensors.univariate import UnivariateMixture
 
 __all__ = ["WarpedMarginals"]
 
-_NODES, _WEIGHTS = (
-    (0.5 * (x + 1)).tolist() if i == 0 else (0.5 * x).tolist()
-    for i, x in enumerate(np.polynomial.legendre.leggauss(10))
-)
+_LEGENDRE = np.polynomial.legendre.leggauss(10)
+_NODES, _WEIGHTS = (0.5 * (_LEGENDRE[0] + 1)).tolist(), (0.5 * _LEGENDRE[1]).tolist()
 
 
 class WarpedMarginals(Marginals):
@@ -29,7 +28,7 @@ class WarpedMarginals(Marginals):
 
     Args:
         inner: Marginals of z.
-        warp: The warp w.
+        warp: The warp w, of values without a component axis.
     """
 
     def __init__(self, inner: Marginals, warp: Warp) -> None:
@@ -40,77 +39,55 @@ class WarpedMarginals(Marginals):
         return self.inner.is_differentiated()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        z, inside = self._inside(value)
-        return (self.inner.log_prob(z) + self._log_slope(value, inside)).masked_fill(~inside, -math.inf)
+        points, inside = self._inside(value)
+        density = self.inner.log_prob(self.warp.forward(points)) + self.warp.log_slope(points)
+        return torch.where(value.isnan(), value, density.masked_fill(~inside, -math.inf))
 
     def cdf(self, value: Tensor) -> Tensor:
-        z, inside = self._inside(value)
-        return torch.where(inside, self.inner.cdf(z), self._beyond(value, below=0.0, above=1.0))
+        return self._by_tail(self.inner.cdf, value, below=0.0, above=1.0)
 
     def sf(self, value: Tensor) -> Tensor:
-        z, inside = self._inside(value)
-        return torch.where(inside, self.inner.sf(z), self._beyond(value, below=1.0, above=0.0))
+        return self._by_tail(self.inner.sf, value, below=1.0, above=0.0)
 
     def log_cdf(self, value: Tensor) -> Tensor:
-        z, inside = self._inside(value)
-        return torch.where(inside, self.inner.log_cdf(z), self._beyond(value, below=-math.inf, above=0.0))
+        return self._by_tail(self.inner.log_cdf, value, below=-math.inf, above=0.0)
 
     def log_sf(self, value: Tensor) -> Tensor:
-        z, inside = self._inside(value)
-        return torch.where(inside, self.inner.log_sf(z), self._beyond(value, below=0.0, above=-math.inf))
+        return self._by_tail(self.inner.log_sf, value, below=0.0, above=-math.inf)
 
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
-        (low, has_low), (high, has_high) = self._inside(centre - half), self._inside(centre + half)
-        both = has_low & has_high
-        middle = torch.where(both, low + 0.5 * (high - low), 0.0)
-        mass = self.inner.log_mass(middle, torch.where(both, 0.5 * (high - low), 1.0))
-        mass = torch.where(both, mass, torch.where(has_high, self.inner.log_cdf(high), self.inner.log_sf(low)))
-        everything = ~has_low & ~has_high
-        return mass.masked_fill(everything & self._contains(centre), 0.0).masked_fill(
-            everything & ~self._contains(centre), -math.inf
-        )
+        return self.log_between(centre - half, centre + half)
+
+    def log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return self.inner.log_between(self.warp.clamped(lower), self.warp.clamped(upper))
 
     def quantile(self, q: Tensor) -> Tensor:
-        return self.outward(self.inner.quantile(q))
+        return self.warp.inverse(self.inner.quantile(q))
 
     def upper_quantile(self, q: Tensor) -> Tensor:
-        return self.outward(self.inner.upper_quantile(q))
+        return self.warp.inverse(self.inner.upper_quantile(q))
 
     def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        z, inside = self._inside(value)
+        points, _ = self._inside(value)
+        z = self.warp.forward(points)
         log_density, bend = self.inner.log_density_by_level(z)
         with torch.enable_grad():
             point = z.detach().requires_grad_()
-            slope = self.warp.log_slope(self.warp.inverse(point.unsqueeze(-2))).squeeze(-2)
+            slope = self.warp.log_slope(self.warp.inverse(point))
             slope = torch.autograd.grad(slope.sum(), point)[0] if slope.requires_grad else torch.zeros_like(point)
-        return log_density + self._log_slope(value, inside), bend + slope * (-log_density).exp()
-
-    # Points and their images
+        return log_density + self.warp.log_slope(points), bend + slope * (-log_density).exp()
 
     def _inside(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Images of values, with those outside of the support at 0, and which values are inside of it."""
-        points = value.unsqueeze(-2)
-        inside = self.warp.contains(points)
-        points = torch.where(inside, points, self.warp.inverse(torch.zeros_like(points)))
-        return self.warp.forward(points).squeeze(-2), inside.squeeze(-2)
+        """Values, with one inside of the support in the place of others, and which values are inside of it."""
+        inside = self.warp.contains(value)
+        return self.warp.some_inside(value, inside), inside
 
-    def _contains(self, value: Tensor) -> Tensor:
-        return self.warp.contains(value.unsqueeze(-2)).squeeze(-2)
-
-    def _beyond(self, value: Tensor, *, below: float, above: float) -> Tensor:
-        """Results at values outside of the support; NaN where the value is."""
-        low = self.warp.limits(value.unsqueeze(-2))[0]
-        low = low.squeeze(-2) if low.ndim > 1 else low
-        return torch.where(value.isnan(), value, torch.where(value <= low, below, above).to(value))
-
-    def outward(self, z: Tensor) -> Tensor:
-        """Map points of the line to the support."""
-        return self.warp.inverse(z.unsqueeze(-2)).squeeze(-2)
-
-    def _log_slope(self, value: Tensor, inside: Tensor) -> Tensor:
-        points = value.unsqueeze(-2)
-        points = torch.where(inside.unsqueeze(-2), points, self.warp.inverse(torch.zeros_like(points)))
-        return self.warp.log_slope(points).squeeze(-2)
+    def _by_tail(self, function: Callable[[Tensor], Tensor], value: Tensor, *, below: float, above: float) -> Tensor:
+        """Apply a function of z inside of the support; NaN where the value is, and constants below and above."""
+        points, inside = self._inside(value)
+        outside = torch.where(value <= self.warp.limits(value)[0], below, above).to(value)
+        result = torch.where(inside, function(self.warp.forward(points)), outside)
+        return torch.where(value.isnan(), value, result)
 
     # Shortest intervals
 
@@ -172,39 +149,30 @@ def _grid(mixture: UnivariateMixture) -> Tensor:
 
 
 class _Panels(NamedTuple):
-    """Integrals over the panels between the points of a grid.
+    """Integrals over the panels between the points of a grid, which are not negative.
 
     Attributes:
         edges: Points of the grid, ``(P, *batch, D)``.
         middle: Index of the point m, ``(1, *batch, D)``.
-        single: Integrals of T from m to each point, ``(P, *batch, D)``, not negative.
+        inward: Integrals of T between m and each point, ``(P, *batch, D)``.
+        outward: Integrals of T from each point away from m, likewise.
         squared: Integral of T squared, ``(*batch, D)``.
         finite: Whether the integrals of T below and above m are finite, ``(2, *batch, D)``.
     """
 
     edges: Tensor
     middle: Tensor
-    single: Tensor
+    inward: Tensor
+    outward: Tensor
     squared: Tensor
     finite: Tensor
 
 
-class _Between(NamedTuple):
-    """Values beside the point m, ``(*sample, *batch, D)``.
-
-    Attributes:
-        distance: Value minus m, in the units of y.
-        integral: Integral of T between the two, not negative.
-        upper: Whether the value is above m.
-    """
-
-    distance: Tensor
-    integral: Tensor
-    upper: Tensor
-
-
 class _Tails:
-    """Integrals of the tail probability T(t), the probability beyond t on its side of a point m."""
+    """Integrals of the tail probability T(t), the probability beyond t on its side of a point m.
+
+    Small ones keep their digits, until the grid ends at probabilities of about 1e-17: further out they are 0.
+    """
 
     def __init__(self, marginals: WarpedMarginals) -> None:
         self.marginals, self.warp = marginals, marginals.warp
@@ -215,56 +183,76 @@ class _Tails:
 
     def crps(self, value: Tensor) -> Tensor:
         """Score of values ``(*sample, *batch, D)``."""
-        distance, integral, _ = self._between(value)
-        score = distance.abs() + self.panels.squared - 2 * integral
+        z, distance, _ = self._placed(value)
+        between = self._integral(z, torch.zeros_like(z, dtype=torch.bool))
+        score = distance.abs() + self.panels.squared - 2 * between
         return torch.where(self.panels.finite.all(0), score, math.inf)
 
     def expected_below(self, value: Tensor) -> Tensor:
         """How far the variable falls short of values on average."""
-        distance, integral, upper = self._between(value)
-        total = torch.where(self.panels.finite[0], self.panels.single[0], math.inf)
-        return (total - integral + torch.where(upper, distance, 0.0)).clamp(min=0)
+        z, distance, upper = self._placed(value)
+        integral, total = self._integral(z, ~upper), self.panels.outward.gather(0, self.panels.middle).squeeze(0)
+        moment = torch.where(upper, total + distance - integral, integral)
+        return torch.where(self.panels.finite[0], moment, math.inf)
 
     def expected_above(self, value: Tensor) -> Tensor:
         """How far the variable exceeds values on average."""
-        distance, integral, upper = self._between(value)
-        total = torch.where(self.panels.finite[1], self.panels.single[-1], math.inf)
-        return (total - integral - torch.where(upper, 0.0, distance)).clamp(min=0)
+        z, distance, upper = self._placed(value)
+        integral, total = self._integral(z, upper), self.panels.inward[-1]
+        moment = torch.where(upper, integral, total - distance - integral)
+        return torch.where(self.panels.finite[1], moment, math.inf)
 
     def _integrated(self, edges: Tensor, middle: Tensor) -> _Panels:
         start, width = edges[:-1], edges.diff(dim=0)
         column = (-1, *(1,) * (edges.ndim - 1))
-        upper = torch.arange(len(start), device=edges.device).reshape(column) >= middle
+        index = torch.arange(len(edges), device=edges.device).reshape(column)
+        upper = index[:-1] >= middle
         single, squared = torch.zeros_like(start), torch.zeros_like(start)
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             z = start + node * width
             tail, pace = self._tail(z, upper), weight * width * self._pace(z)
             single, squared = single + pace * tail, squared + pace * tail.square()
-        sums = torch.cat([torch.zeros_like(single[:1]), single.cumsum(0)])
+        none = torch.zeros_like(single[:1])
+        # Sums of what lies on one side of m alone, so that an infinite one does not enter the other.
+        below, above = torch.where(upper, 0.0, single), torch.where(upper, single, 0.0)
+        from_below = torch.cat([none, below.cumsum(0)])
+        from_above = torch.cat([above.flip(0).cumsum(0).flip(0), none])
+        inward = torch.where(
+            index >= middle,
+            torch.cat([none, above.cumsum(0)]),
+            torch.cat([below.flip(0).cumsum(0).flip(0), none]),
+        )
+        outward = torch.where(index > middle, from_above, from_below)
         ends = edges[[0, -1]]
         last = self._tail(ends, torch.tensor([False, True], device=edges.device).reshape(column))
-        finite = last * self._pace(ends) * width[[0, -1]] < 1e-3 * sums[-1]
-        return _Panels(edges, middle, (sums - sums.gather(0, middle)).abs(), squared.sum(0), finite)
+        last = last * self._pace(ends) * width[[0, -1]]
+        finite = last < 1e-3 * torch.stack([from_below[-1], from_above[0]])
+        return _Panels(edges, middle, inward, outward, squared.sum(0), finite)
 
-    def _between(self, value: Tensor) -> _Between:
-        z = self.warp.clamped(value.unsqueeze(-2)).squeeze(-2)
-        shape = torch.broadcast_shapes(z.shape, self.panels.edges.shape[1:])
-        z = z.expand(shape)
-        edges, middle, single = (
-            t.reshape(len(t), *(1,) * (len(shape) - t.ndim + 1), *t.shape[1:]).expand(-1, *shape)
-            for t in (self.panels.edges, self.panels.middle, self.panels.single)
-        )
+    def _placed(self, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images of values on the line, within the grid; the distances of values from m; which are above it."""
+        edges, middle = self.panels.edges, self.panels.middle
         centre = edges.gather(0, middle).squeeze(0)
-        upper = z >= centre
-        z = torch.maximum(torch.minimum(z, edges[-1]), edges[0])
+        z = torch.maximum(torch.minimum(self.warp.clamped(value), edges[-1]), edges[0])
+        return z, value - self.warp.inverse(centre), z >= centre
+
+    def _integral(self, z: Tensor, outwards: Tensor) -> Tensor:
+        """Integrate T from points ``(*sample, *batch, D)`` away from m where it is asked for, and else up to m."""
+        shape = torch.broadcast_shapes(z.shape, outwards.shape, self.panels.edges.shape[1:])
+        z, outwards = z.expand(shape), outwards.expand(shape)
+        edges, middle, inward, outward = (
+            t.reshape(len(t), *(1,) * (len(shape) - t.ndim + 1), *t.shape[1:]).expand(-1, *shape)
+            for t in (self.panels.edges, self.panels.middle, self.panels.inward, self.panels.outward)
+        )
+        upper = z >= edges.gather(0, middle).squeeze(0)
         passed = (edges <= z).sum(0)
-        near = torch.where(upper, passed - 1, passed).clamp(0, len(edges) - 1).unsqueeze(0)
+        near = torch.where(upper == outwards, passed, passed - 1).clamp(0, len(edges) - 1).unsqueeze(0)
         start = edges.gather(0, near).squeeze(0)
         part = torch.zeros_like(z)
         for node, weight in zip(_NODES, _WEIGHTS, strict=True):
             point = start + node * (z - start)
             part = part + weight * (z - start).abs() * self._tail(point, upper) * self._pace(point)
-        return _Between(value - self.marginals.outward(centre), single.gather(0, near).squeeze(0) + part, upper)
+        return torch.where(outwards, outward.gather(0, near), inward.gather(0, near)).squeeze(0) + part
 
     def _tail(self, z: Tensor, upper: Tensor) -> Tensor:
         inner = self.marginals.inner
@@ -272,5 +260,4 @@ class _Tails:
 
     def _pace(self, z: Tensor) -> Tensor:
         """Derivative of y with respect to z."""
-        points = z.unsqueeze(-2)
-        return (-self.warp.log_slope(self.warp.inverse(points))).exp().squeeze(-2)
+        return (-self.warp.log_slope(self.warp.inverse(z))).exp()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped import WarpedComponents, require_inside
 from pyro_mdn.distributions.units.warps import Warp
@@ -24,7 +24,6 @@ class WarpedUnits(Units):
     Args:
         standard: Map from standardised units to the real line.
         warp: Map from the units of y to the real line.
-        plain: Class of mixtures that have any components.
     """
 
     __slots__ = ("standard", "warp")
@@ -39,24 +38,17 @@ class WarpedUnits(Units):
         return self.standard.standardize(self.to_line(y))
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
-        return self.standard.standardize(self.warp.clamped(limit.unsqueeze(-2)).squeeze(-2))
+        return self.standard.standardize(self.warp.clamped(limit))
 
     def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
-        points = y.unsqueeze(-2)
         if observed is None:
-            return self.standard.log_volume(y) - self.warp.log_slope(points).sum((-2, -1))
-        known = observed.unsqueeze(-2)
-        points = torch.where(known, points, self.warp.inverse(torch.zeros_like(points)))
-        slopes = self.warp.log_slope(points).masked_fill(~known, 0.0).sum((-2, -1))
-        return self.standard.log_volume(y, observed=observed) - slopes
+            return self.standard.log_volume(y) - self.warp.log_slope(y).sum(-1)
+        slopes = self.warp.log_slope(self.warp.some_inside(y, observed)).masked_fill(~observed, 0.0)
+        return self.standard.log_volume(y, observed=observed) - slopes.sum(-1)
 
     def push(self, mixture: Mixture) -> Mixture:
-        from pyro_mdn.distributions.mixture import Mixture as AnyMixture
-
         line = self.standard.push(mixture)
-        warped = AnyMixture.__new__(AnyMixture)
-        warped._set(line.logits, WarpedComponents(line.components, self.warp), line.validates)
-        return warped
+        return line.of_any_family(WarpedComponents(line.components, self.warp.of_components()))
 
     @property
     def unit(self) -> Tensor:
@@ -66,16 +58,16 @@ class WarpedUnits(Units):
         return [*self.standard.tensors(), *self.warp.tensors()]
 
     def to_line(self, y: Tensor) -> Tensor:
-        return self.warp.forward(y.unsqueeze(-2)).squeeze(-2)
+        return self.warp.forward(y)
 
     def from_line(self, w: Tensor) -> Tensor:
-        return self.warp.within(self.warp.inverse(w.unsqueeze(-2))).squeeze(-2)
+        return self.warp.within(self.warp.inverse(w))
 
     def inside(self, y: Tensor) -> Tensor:
-        return self.warp.contains(y.unsqueeze(-2)).squeeze(-2)
+        return self.warp.contains(y)
 
     def slope(self, y: Tensor) -> Tensor:
-        return self.warp.log_slope(y.unsqueeze(-2)).exp().squeeze(-2)
+        return self.warp.log_slope(y).exp()
 
-    def require_inside(self, y: Tensor, name: str, given: Any = None) -> None:
+    def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         require_inside(self.warp, y, name, given)

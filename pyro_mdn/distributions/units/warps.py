@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Self
@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 from torch.distributions import constraints
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from pyro_mdn.tensors.tensor_batch import TensorBatch, stored
 
@@ -32,7 +32,8 @@ __all__ = [
 class Warp(TensorBatch):
     r"""An increasing elementwise map :math:`w(y)` from an interval of the real line onto the whole line.
 
-    Values have a component axis, ``(*batch, K | 1, D)``. Tensors that a warp stores have the shape ``(*batch, 1, D)``.
+    Values ``(*sample, *batch, D)`` broadcast with the tensors ``(*batch, D)`` that a warp stores. The warp of
+    components, whose values are ``(*batch, K, D)``, has a component axis of 1 in all tensors: :meth:`of_components`.
     """
 
     @abstractmethod
@@ -63,6 +64,14 @@ class Warp(TensorBatch):
 
     # What follows
 
+    def of_components(self) -> Self:
+        """The same warp for values of components, ``(*batch, K, D)``."""
+        return self.map(lambda t, n: t.unsqueeze(-2))
+
+    def of_values(self) -> Self:
+        """The same warp for values without a component axis, from that of components."""
+        return self.map(lambda t, n: t.squeeze(-2))
+
     def contains(self, y: Tensor) -> Tensor:
         """Check which values lie inside of the support, whose ends do not belong to it."""
         low, high = self.limits(y)
@@ -72,8 +81,12 @@ class Warp(TensorBatch):
         """Map values to the real line, those at an end of the support or beyond it to infinity, without a gradient."""
         low, high = self.limits(y)
         below, above = y <= low, y >= high
-        inside = torch.where(below | above, self.inverse(torch.zeros_like(y)), y)
+        inside = self.some_inside(y, ~(below | above))
         return torch.where(below, -math.inf, torch.where(above, math.inf, self.forward(inside)))
+
+    def some_inside(self, y: Tensor, chosen: Tensor) -> Tensor:
+        """Replace values that are not chosen by one inside of the support, at which nothing is NaN or infinite."""
+        return torch.where(chosen, y, self.inverse(torch.zeros_like(y)))
 
     def within(self, y: Tensor) -> Tensor:
         """Move values that rounding has put on an end of the support to the nearest number inside of it."""
@@ -83,18 +96,17 @@ class Warp(TensorBatch):
 
     def support(self, like: Tensor) -> constraints.Constraint:
         """Support of values ``(..., D)`` as torch names it."""
-        low, high = (torch.atleast_1d(end).expand(like.shape[-1:]).unbind(-1) for end in self.limits(like[..., :1, :]))
-        single = [_interval(*ends) for ends in zip(low, high, strict=True)]
-        kinds = {type(one) for one in single}
-        if kinds <= {type(constraints.real), type(constraints.positive)} and len(kinds) == 1:
-            return constraints.independent(single[0], 1)
-        return constraints.stack(single, -1)
+        low, high = (
+            torch.broadcast_to(end, torch.broadcast_shapes(end.shape, like.shape[-1:])) for end in self.limits(like)
+        )
+        single = [_interval(*ends) for ends in zip(low.unbind(-1), high.unbind(-1), strict=True)]
+        return constraints.stack(single, -1) if len(single) > 1 else constraints.independent(_interval(low, high), 1)
 
 
 def _interval(low: Tensor, high: Tensor) -> constraints.Constraint:
-    if bool(high.isinf()):
-        return constraints.real if bool(low.isinf()) else constraints.greater_than(low.item())
-    return constraints.interval(low.item(), high.item())
+    if bool(high.isinf().all()):
+        return constraints.real if bool(low.isinf().all()) else constraints.greater_than(low)
+    return constraints.interval(low, high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +175,7 @@ class SoftplusWarp(ElementwiseWarp):
     r"""The map :math:`w = u \log(e^{y/u} - 1)` of positive values: logarithmic below the unit u, and linear above it.
 
     Args:
-        unit: Unit u, shape ``(*batch, 1, D)``.
+        unit: Unit u, shape ``(*batch, D)``.
     """
 
     unit: Tensor = stored(1)
@@ -176,7 +188,7 @@ class SoftplusWarp(ElementwiseWarp):
         return y + self.unit * (-torch.expm1(-y / self.unit)).log()
 
     def inverse(self, w: Tensor) -> Tensor:
-        return self.unit * softplus(w / self.unit)
+        return -self.unit * logsigmoid(-w / self.unit)  # torch's softplus is linear from 20 on
 
     def log_slope(self, y: Tensor) -> Tensor:
         return -(-torch.expm1(-y / self.unit)).log()
@@ -210,7 +222,7 @@ class AsinhWarp(ElementwiseWarp):
     r"""The map :math:`w = \operatorname{asinh}((y - m) / u)`, logarithmic on both sides of m, and linear near it.
 
     Args:
-        centre: Centre m, shape ``(*batch, 1, D)``.
+        centre: Centre m, shape ``(*batch, D)``.
         unit: Unit u, likewise.
     """
 
@@ -237,7 +249,7 @@ class PowerWarp(ElementwiseWarp):
     Powers outside of [0, 2] would map the real line to a part of it.
 
     Args:
-        centre: Centre m, shape ``(*batch, 1, D)``.
+        centre: Centre m, shape ``(*batch, D)``.
         unit: Unit u, likewise.
         power: Power λ, likewise.
     """
@@ -249,12 +261,12 @@ class PowerWarp(ElementwiseWarp):
     def forward(self, y: Tensor) -> Tensor:
         t = (y - self.centre) / self.unit
         length = t.abs().log1p()
-        grown = length * _ratio(torch.expm1, self._power_at(t) * length)
+        grown = length * _ratio(torch.expm1, 0.5, self._power_at(t) * length)
         return grown.copysign(t)
 
     def inverse(self, w: Tensor) -> Tensor:
         size = w.abs()
-        length = size * _ratio(torch.log1p, self._power_at(w) * size)
+        length = size * _ratio(torch.log1p, -0.5, self._power_at(w) * size)
         return self.centre + self.unit * length.expm1().copysign(w)
 
     def log_slope(self, y: Tensor) -> Tensor:
@@ -265,9 +277,8 @@ class PowerWarp(ElementwiseWarp):
         return torch.where(t < 0, 2 - self.power, self.power)
 
 
-def _ratio(function: object, v: Tensor) -> Tensor:
-    """Compute f(v) / v for a function with f(0) = 0 and f'(0) = 1."""
+def _ratio(function: Callable[[Tensor], Tensor], bend: float, v: Tensor) -> Tensor:
+    """Compute f(v) / v for a function with f(0) = 0, f'(0) = 1 and half the second derivative ``bend`` at 0."""
     small = v.abs() < torch.finfo(v.dtype).eps ** 0.5
     safe = torch.where(small, 1.0, v)
-    bend = 0.5 if function is torch.expm1 else -0.5
-    return torch.where(small, 1 + bend * v, function(safe) / safe)  # pyright: ignore[reportCallIssue]
+    return torch.where(small, 1 + bend * v, function(safe) / safe)

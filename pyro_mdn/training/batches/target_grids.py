@@ -69,11 +69,15 @@ def points_in_cells(y: TargetsOrTensor, cell: Tensor, num_points: int, *, anew: 
 def kept_inside(moved: TargetsOrTensor, y: TargetsOrTensor, transform: TargetTransform) -> TargetsOrTensor:
     """Mirror points that have left the support of a transform at the exact targets from which they were moved.
 
+    Each training step does this for targets on a grid: nothing is computed where every number is a target.
+
     Args:
         moved: Points around targets, ``(*sample, N, ..., D)``.
         y: The targets, inside of the support.
         transform: Transform of the targets.
     """
+    if transform.takes_any_number:
+        return moved
     if isinstance(moved, Targets):
         of: Any = y
         exact = of.kinds() == EXACT

@@ -54,6 +54,13 @@ class GumbelLaw(Law):
         inside = torch.where(far, 0.0, z)
         return torch.where(far, _EULER - z, inside - _EULER + 2 * _entire_exponential_integral((-inside).exp()))
 
+    def mean_below(self, z: Tensor) -> Tensor:
+        r"""Expected distance :math:`E_1(e^{-z})` of Z below z."""
+        low = z < -math.log(_LARGE)
+        t = _growth(-torch.where(low, 0.0, z))
+        above = _entire_exponential_integral(t) - _EULER + torch.where(low, 0.0, z)
+        return torch.where(low, _exponential_integral(_growth(-torch.where(low, z, -1.0))), above)
+
     def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor | None:
         return math.log(2) * scale.squeeze(-1) if locs.shape[-1] == 1 else None
 
@@ -91,6 +98,10 @@ class MirroredGumbelLaw(Law):
 
     def mean_distance(self, z: Tensor) -> Tensor:
         return _GUMBEL.mean_distance(-z)
+
+    def mean_below(self, z: Tensor) -> Tensor:
+        far = z > math.log(_REACH[z.dtype])
+        return torch.where(far, z + _EULER, _entire_exponential_integral(torch.where(far, 0.0, z).exp()))
 
     def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor | None:
         return _GUMBEL.half_mean_difference(weights, locs, scale)
@@ -146,6 +157,22 @@ def _entire_exponential_integral(t: Tensor) -> Tensor:
     for node, weight in _NODES[t.dtype]:  # one node at a time, so that memory does not grow with their number
         total = total - weight / node * torch.expm1(-node * t)
     return total
+
+
+_LARGE, _TERMS = 2.0, 40
+"""From ``_LARGE`` on, ``_TERMS`` terms of a continued fraction are accurate in double precision."""
+
+
+def _exponential_integral(t: Tensor) -> Tensor:
+    r"""Compute :math:`E_1(t)` by its continued fraction, for t of at least 2.
+
+    References:
+        Abramowitz & Stegun (1964), Handbook of Mathematical Functions, 5.1.22.
+    """
+    rest = t + 2 * _TERMS + 1
+    for k in range(_TERMS, 0, -1):
+        rest = t + 2 * k - 1 - k * k / rest
+    return (-t).exp() / rest
 
 
 _REACH = {torch.float64: 34.0, torch.float32: 16.0}

@@ -53,6 +53,9 @@ class LaplaceLaw(SymmetricLaw):
         below = _below(z)
         return exp(below) - below
 
+    def mean_below(self, z: Tensor) -> Tensor:
+        return torch.where(z > 0, z, 0.0) + 0.5 * exp(_below(z))
+
     def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
         total = 0.75 * (weights.square() * scale).sum(-1)
         for k in range(locs.shape[-1] - 1):

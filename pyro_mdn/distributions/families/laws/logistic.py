@@ -46,6 +46,9 @@ class LogisticLaw(SymmetricLaw):
     def mean_distance(self, z: Tensor) -> Tensor:
         return -self.log_density(z)
 
+    def mean_below(self, z: Tensor) -> Tensor:
+        return -logsigmoid(-z)  # torch's softplus is linear from 20 on
+
     def half_mean_difference(self, weights: Tensor, locs: Tensor, scale: Tensor) -> Tensor | None:
         return scale.squeeze(-1) if locs.shape[-1] == 1 else None
 
