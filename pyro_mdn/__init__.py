@@ -10,6 +10,8 @@ from pyro_mdn.distributions.covariance.full import FullCovariance
 from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.families.counts.count_families import NegativeBinomial, Poisson
+from pyro_mdn.distributions.families.counts.zeros import Hurdle, ZeroInflated
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.laws.gumbel import Gumbel
 from pyro_mdn.distributions.families.laws.laplace import Laplace
@@ -85,6 +87,7 @@ __all__ = [
     "FullCovariance",
     "GaussianMixture",
     "Gumbel",
+    "Hurdle",
     "IndependentComponents",
     "Initialization",
     "Isotropic",
@@ -101,6 +104,7 @@ __all__ = [
     "Mixture",
     "MixtureDensityNetwork",
     "MixtureHead",
+    "NegativeBinomial",
     "NegativeElbo",
     "NegativeLogLikelihood",
     "NetworkModel",
@@ -110,6 +114,7 @@ __all__ = [
     "NormalComponents",
     "Optimization",
     "PerOutput",
+    "Poisson",
     "PosteriorSamples",
     "Prediction",
     "Softplus",
@@ -123,6 +128,7 @@ __all__ = [
     "VariationalInference",
     "WeightedSum",
     "YeoJohnson",
+    "ZeroInflated",
     "bayesianize",
     "decisions",
     "fit",

@@ -32,7 +32,7 @@ __all__ = [
 
 @in_widest_precision
 def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
-    r"""Compute :math:`P(a < y < b)`, accurate also where it is small or the range narrow.
+    r"""Compute :math:`P(a \le y \le b)`, accurate also where it is small or the range narrow.
 
     Args:
         mixture: The mixture.

@@ -214,9 +214,9 @@ def coverage(mixture: Mixture, y: Any, mass: float, *, kind: Literal["central", 
 def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
     r"""Probability integral transform of each output, exact: uniform if the mixture is right; Dawid (1984).
 
-    Targets on a grid (counts, rounded numbers) stand for their cells, as in :class:`pyro_mdn.NegativeLogLikelihood`.
-    Without their size c the transform is never uniform. With it, it is drawn between the ends of the cell, from torch's
-    generator:
+    Targets on a grid (rounded numbers, or counts that components with a density predict) stand for their cells, as in
+    :class:`pyro_mdn.NegativeLogLikelihood`. Without their size c the transform is never uniform. With it, it is drawn
+    between the ends of the cell, from torch's generator; under a family of counts, between the ends of its steps:
 
     .. math:: F(y - c/2) + V \left( F(y + c/2) - F(y - c/2) \right), \qquad V \sim U(0, 1)
 
@@ -225,7 +225,8 @@ def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
     Args:
         mixture: Predictive distributions.
         y: What was observed, ``(*sample, *batch, D)``; NaN where it was not.
-        cell: Size of the cells in the units of y, one number or ``(D,)``; 0 for outputs that are on no grid.
+        cell: Size of the cells in the units of y, one number or ``(D,)``; 0 for outputs that are on no grid, and for
+            families of counts.
 
     Raises:
         ValueError: If the sizes are not finite, or negative, or not one for each output.
@@ -277,8 +278,7 @@ def _cell_ends(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
         raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {shown(cell)}")
     if not bool(size.any()):
-        level = mixture.cdf(y)
-        return level, level
+        return mixture.univariate().steps(y)
     return mixture.cdf(y - 0.5 * size), mixture.cdf(y + 0.5 * size)
 
 

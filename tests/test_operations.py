@@ -83,6 +83,7 @@ ELSEWHERE = {
     "derived",
     "device",
     "flatten",
+    "has_rsample",
     "of_any_family",
     "of_components",
     "origin_for",

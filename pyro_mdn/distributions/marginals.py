@@ -36,6 +36,11 @@ class Marginals(ABC):
     def sf(self, value: Tensor) -> Tensor:
         """Probability above a value, with relative accuracy in the upper tail."""
 
+    def steps(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities below a value, and up to it; the same tensor twice for a distribution with a density."""
+        level = self.cdf(value)
+        return level, level
+
     @abstractmethod
     def log_cdf(self, value: Tensor) -> Tensor:
         """Logarithm of :meth:`cdf`, accurate in both tails."""

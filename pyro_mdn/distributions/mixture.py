@@ -50,7 +50,6 @@ class Mixture(dist.MixtureSameFamily):
     tensor([3.])
     """
 
-    has_rsample = True
     arg_constraints: ClassVar[dict[str, Any]] = {}  # the parameters are checked together, by _validate
     _origin: Origin | None = None
 
@@ -215,6 +214,11 @@ class Mixture(dist.MixtureSameFamily):
         return True
 
     # Interface of MixtureSameFamily
+
+    @property
+    def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether draws have pathwise gradients; no if outputs are counts."""
+        return self._origin is not None or self.components.has_pathwise_draws
 
     @property
     def support(self) -> constraints.Constraint:

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel
-from pyro_mdn.distributions.families.family import Family, as_family
+from pyro_mdn.distributions.families.family import Family, as_family, transform_for
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.compound_transforms import as_transform
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
@@ -97,7 +96,8 @@ class MixtureHead(nn.Module):
             if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
-        self.family, self.transform = as_family(family, noise, dim_out, Normal), as_transform(target_transform)
+        self.family = as_family(family, noise, dim_out, Normal)
+        self.transform = transform_for(self.family, target_transform)
         self.noise: NoiseModel = self.family.noise
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
         widths = {True: 0, False: 0}  # of blocks, by whether they are homoscedastic

@@ -69,7 +69,7 @@ class Specification:
             expected = f"one of {sorted(cls.known)}, or one whose module is imported"
             raise ValueError(f"{cls.kind}: expected {expected}, got {shown(name)}")
         try:
-            return cls.known[name](**cls._built(settings))
+            return cls.known[name](**cls.known[name]._built(settings))
         except TypeError as error:
             raise ValueError(f"{cls.kind}: expected the settings of {name}, got {settings}") from error
 

@@ -80,6 +80,8 @@ def blur_targets(
         least: Smallest standard deviation of the noise, in the units of y.
         generator: Generator to draw from, by default torch's.
     """
+    if units.keeps_targets:
+        return y
     exact: Any = y.lower if isinstance(y, Targets) else y
     if least is None:
         scale, factor = units.unit, float(size)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals
+from pyro_mdn.distributions.observations.boxes import log_interval_probability
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.tensors.channels import channels_first
 from pyro_mdn.tensors.numerics import log_sum_exp
@@ -81,9 +82,24 @@ class Components(TensorBatch):
         """Whether the outputs of each component are independent."""
         return self.dim == 1
 
+    @property
+    def has_pathwise_draws(self) -> bool:
+        """Whether draws can be differentiated with respect to the parameters."""
+        return True
+
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of each component, shape ``(*sample, *batch, K)``."""
+
+    def output_log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of each output by itself, shape ``(*sample, *batch, D, K)``."""
+        locs, scale, law = self.univariate()
+        return law.log_density((value.unsqueeze(-1) - locs) / scale) - scale.log()
+
+    def output_log_interval(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Log-probability of an interval of each output by itself, of which one end may be infinite; likewise."""
+        locs, scale, law = self.univariate()
+        return log_interval_probability(law, lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)
 
     @abstractmethod
     def draw(self) -> Tensor:

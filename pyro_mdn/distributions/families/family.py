@@ -12,12 +12,15 @@ from torch import Tensor
 
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.units.compound_transforms import as_transform
+from pyro_mdn.distributions.units.count_units import Counts
+from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.support.checks import shown
 from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.channels import Layout
 from pyro_mdn.tensors.mixture_density import Kernel
 
-__all__ = ["Block", "Family", "as_family", "layout_of"]
+__all__ = ["Block", "Family", "as_family", "layout_of", "require_uncorrelated", "transform_for"]
 
 
 class Block(NamedTuple):
@@ -83,6 +86,11 @@ class Family(Specification, ABC):
         return torch.where(mean.isfinite(), 2 * centres - mean, centres)
 
     @property
+    def target_transform(self) -> TargetTransform | None:
+        """The one target transform that fits this family; ``None`` if every one for real numbers does."""
+        return None
+
+    @property
     def kernel(self) -> Kernel | None:
         """Kernel for log-densities from raw channels with gradients by hand; ``None`` leaves gradients to autograd."""
         return None
@@ -96,6 +104,14 @@ def layout_of(family: Family, dim: int, n_components: int) -> Layout:
     """Return the layout of the channels that depend on the inputs."""
     predicted = [block for block in family.blocks(dim) if not block.homoscedastic]
     return Layout(n_components, dim, tuple((b.width, 1 if b.tied else n_components) for b in predicted))
+
+
+def require_uncorrelated(noise: NoiseModel) -> None:
+    """Raise a ``ValueError`` if a noise model correlates outputs."""
+    dim = 2  # with which a correlation shows
+    if not noise.build(torch.zeros(1, noise.num_params(dim)), dim, torch.ones(1)).is_diagonal:
+        expected = "a noise model without correlations, such as Diagonal or Isotropic"
+        raise ValueError(f"noise: expected {expected}, for outputs that are independent, got {noise}")
 
 
 def as_family(
@@ -113,3 +129,21 @@ def as_family(
         return family
     kind = default if family is None else Family.named(family)
     return kind(as_noise_model(noise, dim_out))
+
+
+def transform_for(
+    family: Family, given: TargetTransform | str | Sequence[TargetTransform | str] | None
+) -> TargetTransform:
+    """Return the transform that the argument ``target_transform`` of a constructor stands for beside a family.
+
+    Raises:
+        ValueError: If no transform has the name given, or if it does not fit the family.
+    """
+    own, transform = family.target_transform, as_transform(given)
+    if own is None:
+        if isinstance(transform, Counts):
+            raise ValueError(f"target_transform: expected one for real numbers beside {family}, got {transform}")
+        return transform
+    if given is not None and transform != own:
+        raise ValueError(f"target_transform: expected None beside {family}, which has {own}, got {shown(given)}")
+    return own

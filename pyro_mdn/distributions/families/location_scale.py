@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.families.components import Components, OutputsInOrder
-from pyro_mdn.distributions.families.family import Family
+from pyro_mdn.distributions.families.family import Family, require_uncorrelated
 from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.tensor_batch import nested, stored
 from pyro_mdn.tensors.univariate import Law
@@ -135,11 +135,7 @@ class LocationScale(Family):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        dim = 2  # with which a correlation shows
-        raw = torch.zeros(1, self.noise.num_params(dim))
-        if not self.noise.build(raw, dim, torch.ones(1)).is_diagonal:
-            expected = "a noise model without correlations, such as Diagonal or Isotropic"
-            raise ValueError(f"noise: expected {expected}, for outputs that are independent, got {self.noise}")
+        require_uncorrelated(self.noise)
 
     def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> IndependentComponents:
         return IndependentComponents(locs, self.noise.build(blocks[0], locs.shape[-1], unit).stddev(), self.law)

@@ -45,8 +45,7 @@ def log_box_probability(components: Components, lower: Tensor, upper: Tensor) ->
         Genz (1992), Numerical computation of multivariate normal probabilities.
         Genz & Bretz (1999), Numerical computation of multivariate t-probabilities.
     """
-    locs, scale, law = components.univariate()
-    one_by_one = log_interval_probability(law, lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)
+    one_by_one = components.output_log_interval(lower, upper)
     if components.has_independent_outputs:
         return one_by_one.sum(-2)
     order = one_by_one.detach().mT.argsort(-1)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.boxes import log_box_probability, log_interval_probability
+from pyro_mdn.distributions.observations.boxes import log_box_probability
 from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING, Targets, TargetsOrTensor
 from pyro_mdn.support.checks import indices, is_mapped, is_recorded
 from pyro_mdn.tensors.numerics import log_sum_exp
@@ -127,17 +127,15 @@ def independent_log_likelihood(mixture: Mixture, targets: Targets) -> Tensor:
 
     Nothing has to be grouped then, which takes several times as long for small batches.
     """
-    locs, scale, law = mixture.components.univariate()
-    kinds = targets.kinds()
+    components, kinds = mixture.components, targets.kinds()
     exact, interval = kinds == EXACT, kinds == INTERVAL
     # NaN and infinity must not enter a computation whose result is not used, so that gradients stay finite.
-    z = (torch.where(exact, targets.lower, 0.0).unsqueeze(-1) - locs) / scale
-    known = torch.where(exact.unsqueeze(-1), law.log_density(z) - scale.log(), 0.0)
+    density = components.output_log_prob(torch.where(exact, targets.lower, 0.0))
+    known = torch.where(exact.unsqueeze(-1), density, 0.0)
     if bool(interval.any()):
         lower = torch.where(interval, targets.lower, -torch.inf)
         upper = torch.where(interval, targets.upper, 0.0)
-        mass = log_interval_probability(law, lower.unsqueeze(-1), upper.unsqueeze(-1), locs, scale)
-        known = torch.where(interval.unsqueeze(-1), mass, known)
+        known = torch.where(interval.unsqueeze(-1), components.output_log_interval(lower, upper), known)
     return log_sum_exp((mixture.logits + known.sum(-2)).movedim(-1, 0))
 
 

@@ -34,6 +34,10 @@ class _Compound(TargetTransform):
         parts: Any = self.parts
         return parts
 
+    @classmethod
+    def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**settings, "parts": tuple(TargetTransform.from_config(part) for part in settings.get("parts", ()))}
+
     def _of_part(self, tensors: Mapping[str, Any], number: int) -> dict[str, Any]:
         ending = f"_{number}"
         return {name.removesuffix(ending): t for name, t in tensors.items() if name.endswith(ending)}

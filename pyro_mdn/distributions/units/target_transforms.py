@@ -89,11 +89,6 @@ class TargetTransform(Specification):
         """Check which targets ``(..., D)`` lie inside of the support, which no tensor of the transform decides."""
         return self.warp({name: tensor.to(y) for name, tensor in self.start(y.shape[-1]).items()}).contains(y)
 
-    @classmethod
-    def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        parts = settings.get("parts")
-        return settings if parts is None else {**settings, "parts": tuple(cls.from_config(part) for part in parts)}
-
 
 @dataclass(frozen=True)
 class Standardize(TargetTransform):

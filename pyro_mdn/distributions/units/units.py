@@ -46,10 +46,13 @@ class Units(ABC):
     def tensors(self) -> list[Tensor]:
         """Return the tensors that define the map."""
 
-    # What differs for a map that is not affine
+    # What differs for a map that is not affine, and for counts
 
     is_affine: ClassVar[bool] = True
     """Whether the map is affine, so that mixtures of a family stay mixtures of this family."""
+
+    keeps_targets: ClassVar[bool] = False
+    """Whether training leaves targets as they are, without noise on them."""
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
         """Convert limits of intervals, of which those at an end of the support of y, or beyond it, become infinite."""

@@ -1,0 +1,1 @@
+"""Families of counts: numbers 0, 1, 2, ..."""

@@ -1,0 +1,231 @@
+r"""Distributions of single outputs that are counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.distributions.marginals import Marginals
+from pyro_mdn.tensors.numerics import log_sum_exp
+
+__all__ = ["CountMarginals", "log_between"]
+
+_REST = 1e-12
+"""Probability above the last count of sums."""
+
+_TERMS = 2**20
+"""Numbers of a part of a sum."""
+
+_STARTS = 256
+"""Starts of shortest intervals in one round."""
+
+
+class CountMarginals(Marginals):
+    r"""Marginals that are mixtures of counts.
+
+    Distribution functions are step functions of real numbers. Quantiles are counts: the smallest one with at least the
+    probability in question. They have no derivatives. Intervals contain their ends, and at least their probability.
+
+    Args:
+        logits: Log-weights ``(*batch, K)``.
+        law: Laws of the components, with parameters ``(*batch, K, D)``.
+    """
+
+    def __init__(self, logits: Tensor, law: CountLaw) -> None:
+        self.logits, self.law = logits, law
+
+    def is_differentiated(self) -> bool:
+        return False  # ends of intervals are counts
+
+    # Distribution functions
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        counts = (value >= 0) & (value == value.floor()) & value.isfinite()
+        terms = self.law.log_prob(torch.where(counts, value, 0.0).unsqueeze(-2))
+        density = self._mixed(terms).masked_fill(~counts, -math.inf)
+        return torch.where(value.isnan(), value, density)
+
+    def cdf(self, value: Tensor) -> Tensor:
+        return self._by_steps(value, self._cdf, below=0.0, above=1.0)
+
+    def sf(self, value: Tensor) -> Tensor:
+        return self._by_steps(value, self._sf, below=1.0, above=0.0)
+
+    def steps(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cdf(value.ceil() - 1), self.cdf(value)
+
+    def log_cdf(self, value: Tensor) -> Tensor:
+        def function(k: Tensor) -> Tensor:
+            above = self._sf(k)
+            near = above < 0.5
+            return torch.where(
+                near, torch.log1p(-torch.where(near, above, 0.0)), self._mixed(_log_cdf(self.law, k.unsqueeze(-2)))
+            )
+
+        return self._by_steps(value, function, below=-math.inf, above=0.0)
+
+    def log_sf(self, value: Tensor) -> Tensor:
+        def function(k: Tensor) -> Tensor:
+            below = self._cdf(k)
+            near = below < 0.5
+            return torch.where(
+                near, torch.log1p(-torch.where(near, below, 0.0)), self._mixed(_log_sf(self.law, k.unsqueeze(-2)))
+            )
+
+        return self._by_steps(value, function, below=0.0, above=-math.inf)
+
+    def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
+        return self.log_between(centre - half, centre + half)
+
+    def log_between(self, lower: Tensor, upper: Tensor) -> Tensor:
+        return self._mixed(log_between(self.law, lower.unsqueeze(-2), upper.unsqueeze(-2)))
+
+    def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("intervals of counts have no derivatives")
+
+    # Quantiles and intervals
+
+    @torch.no_grad()
+    def quantile(self, q: Tensor) -> Tensor:
+        level = q.double() * (1 - 4 * torch.finfo(q.dtype).eps)  # a level that a count reaches up to rounding
+        return self._search(q, lambda double, k: double._cdf(k) >= level, never=q >= 1)
+
+    @torch.no_grad()
+    def upper_quantile(self, q: Tensor) -> Tensor:
+        level = q.double() * (1 + 4 * torch.finfo(q.dtype).eps)
+        return self._search(q, lambda double, k: double._sf(k) <= level, never=q <= 0)
+
+    @torch.no_grad()
+    def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        r"""Compare intervals from each count up to the quantile of ``outside``; in two rounds if these are many.
+
+        Among the shortest ones, the first of those that hold most is taken.
+        """
+        like = self.law.mean()[..., 0, :]
+        shape = torch.broadcast_shapes(self.logits.shape[:-1], like.shape[:-1])
+        last = self.quantile(like.new_full((*shape, like.shape[-1]), outside))
+        first, reach = torch.zeros_like(last), last.amax().item()
+        step = float(max(1, math.ceil(reach / _STARTS)))
+        low, high = self._best_start(first, last, step, outside)
+        if step > 1:
+            low, high = self._best_start((low - step).clamp(min=0), torch.minimum(low + step, last), 1.0, outside)
+        return self._cdf(low - 1), self._sf(high), low, high
+
+    def _best_start(self, first: Tensor, last: Tensor, step: float, outside: float) -> tuple[Tensor, Tensor]:
+        count = int(((last - first).amax() / step).item()) + 1
+        steps = step * torch.arange(count, dtype=first.dtype, device=first.device)
+        starts = torch.minimum(first + steps.reshape(-1, *(1,) * first.ndim), last)
+        below = self._cdf(starts - 1)
+        ends = self.upper_quantile((outside - below).clamp(min=0))
+        missed = below + self._sf(ends)
+        best = (ends - starts + missed).argmin(0, keepdim=True)  # a probability decides among intervals of equal length
+        return starts.gather(0, best).squeeze(0), ends.gather(0, best).squeeze(0)
+
+    def _search(self, q: Tensor, reached: Callable[[CountMarginals, Tensor], Tensor], never: Tensor) -> Tensor:
+        """Find the smallest count that satisfies a condition in double precision; infinity where none does."""
+        double = CountMarginals(self.logits.double(), self.law.map(lambda t, n: t.double()))
+        guess = (double.law.mean() + 6 * double.law.variance().sqrt() + 4).amax(-2)
+        guess = guess.expand(torch.broadcast_shapes(guess.shape, q.shape))
+        found = smallest_count(lambda k: reached(double, k) | never | q.isnan(), guess)
+        return torch.where(q.isnan(), q, found.to(self.logits.dtype).masked_fill(never, math.inf))
+
+    # Partial moments, and the ranked probability score
+
+    def expected_below(self, value: Tensor) -> Tensor:
+        k = value.clamp(min=-1).floor()
+        part = self._weights() * self.law.mean_up_to(k.unsqueeze(-2))
+        return torch.where(value > 0, value * self._cdf(k) - part.sum(-2), 0.0)
+
+    def expected_above(self, value: Tensor) -> Tensor:
+        k = value.clamp(min=-1).floor()
+        part = self._weights() * self.law.mean_beyond(k.unsqueeze(-2))
+        return part.sum(-2) - value * self._sf(k)
+
+    def crps(self, value: Tensor) -> Tensor:
+        r"""Ranked probability score :math:`\sum_k (F(k) - 1\{y \le k\})^2`, differentiable.
+
+        The sum ends where less than 1e-12 is left above. It takes time and memory in proportion to the largest count.
+
+        References:
+            Epstein (1969), A scoring system for probability forecasts of ranked categories.
+        """
+        rates = self.law.mean()
+        with torch.no_grad():
+            rest = rates.new_full(
+                torch.broadcast_shapes(self.logits.shape[:-1], rates.shape[:-2]) + rates.shape[-1:], _REST
+            )
+            size = int(self.upper_quantile(rest).amax().item()) + 1
+        total = (value - size).clamp(min=0) + (-value).clamp(min=0)
+        below = torch.zeros_like(rest)
+        numbers = torch.arange(size, dtype=rates.dtype, device=rates.device)
+        for part in numbers.split(max(1, _TERMS // max(1, rates.numel()))):
+            counts = part.reshape(-1, *(1,) * rates.ndim)
+            cdf = below + self._mixed(self.law.log_prob(counts)).exp().cumsum(0)
+            below = cdf[-1]
+            cdf = cdf.reshape(len(part), *(1,) * (value.ndim - below.ndim), *below.shape)
+            passed = (value - part.reshape(-1, *(1,) * value.ndim)).clamp(0, 1)  # share of the step below y
+            total = total + (passed * cdf.square() + (1 - passed) * (1 - cdf).square()).sum(0)
+        return total
+
+    # Parts
+
+    def _weights(self) -> Tensor:
+        return self.logits.exp().unsqueeze(-1)
+
+    def _mixed(self, terms: Tensor) -> Tensor:
+        """Logarithm of the mean over components of the exponentials of terms ``(*sample, *batch, K, D)``."""
+        return log_sum_exp((self.logits.unsqueeze(-1) + terms).movedim(-2, 0))
+
+    def _cdf(self, k: Tensor) -> Tensor:
+        return (self._weights() * self.law.cdf(k.unsqueeze(-2))).sum(-2).clamp(max=1)
+
+    def _sf(self, k: Tensor) -> Tensor:
+        return (self._weights() * self.law.sf(k.unsqueeze(-2))).sum(-2).clamp(max=1)
+
+    @staticmethod
+    def _by_steps(value: Tensor, function: Callable[[Tensor], Tensor], *, below: float, above: float) -> Tensor:
+        """Apply a function of counts to the largest one up to each value; NaN stays NaN."""
+        inside = (value >= 0) & value.isfinite()
+        ends = torch.where(value < 0, below, above).to(value)
+        result = torch.where(inside, function(torch.where(inside, value, 0.0).floor()), ends)
+        return torch.where(value.isnan(), value, result)
+
+
+def log_between(law: CountLaw, lower: Tensor, upper: Tensor) -> Tensor:
+    """Log-probability of counts from ``lower`` to ``upper``, both included, of which either may be infinite."""
+    first, last = lower.ceil().clamp(min=0), upper.floor()
+    ends = last.isinf() & (last > 0)
+    single, possible = first == last, (first <= last) & first.isfinite()
+    first, last = torch.where(possible, first, 0.0), torch.where(possible & ~ends, last, 0.0)
+    last = torch.maximum(first, last)
+    beyond = _log_sf(law, first - 1)
+    below = law.cdf(last)
+    difference = torch.where(below < 0.5, below - law.cdf(first - 1), law.sf(first - 1) - law.sf(last))
+    known = ~single & ~ends & (difference > 0)
+    between = torch.where(known, difference, 1.0).log().masked_fill(~known, -math.inf)
+    result = torch.where(single, law.log_prob(first), torch.where(ends, beyond, between))
+    return result.masked_fill(~possible, -math.inf)
+
+
+def _log_sf(law: CountLaw, k: Tensor) -> Tensor:
+    """Logarithm of the probability above k; where that underflows, of the first counts above it, as if geometric."""
+    sf = law.sf(k)
+    far = sf < 4 * torch.finfo(sf.dtype).tiny
+    k = torch.where(far, k.broadcast_to(sf.shape), 0.0)
+    first = law.log_prob(k + 1)
+    ratio = (law.log_prob(k + 2) - first).clamp(max=-1e-3).exp()
+    return torch.where(far, first - torch.log1p(-ratio), torch.where(far, 1.0, sf).log())
+
+
+def _log_cdf(law: CountLaw, k: Tensor) -> Tensor:
+    """Logarithm of the probability of k or fewer; where that underflows, as :func:`_log_sf`."""
+    cdf = law.cdf(k)
+    far = cdf < 4 * torch.finfo(cdf.dtype).tiny
+    k = torch.where(far, k.broadcast_to(cdf.shape), 1.0)
+    first = law.log_prob(k)
+    ratio = (law.log_prob((k - 1).clamp(min=0)) - first).clamp(max=-1e-3).exp()
+    return torch.where(far, first - torch.log1p(-ratio), torch.where(far, 1.0, cdf).log())

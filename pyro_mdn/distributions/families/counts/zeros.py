@@ -1,0 +1,191 @@
+r"""Families of counts with more zeros than a law has, or fewer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from pyro_mdn.distributions.covariance.noise_models import NoiseModel
+from pyro_mdn.distributions.families.counts.count_families import CountFamily, NegativeBinomial
+from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.distributions.families.family import Block, Family
+from pyro_mdn.support.checks import shown
+from pyro_mdn.tensors.tensor_batch import nested, stored
+
+__all__ = ["Hurdle", "HurdleLaw", "InflatedLaw", "ZeroInflated"]
+
+
+@dataclass(frozen=True, eq=False)
+class _ZeroLaw(CountLaw):
+    """Base of laws that put a probability on zero beside another law.
+
+    Args:
+        base: The other law.
+        logit: Logit of the probability, in the shape of the parameters of the law.
+    """
+
+    base: CountLaw = nested()
+    logit: Tensor = stored(1)
+
+    @abstractmethod
+    def _rest(self) -> Tensor:
+        """Probability of the positive counts, over that under the other law."""
+
+    def mean(self) -> Tensor:
+        return self._rest() * self.base.mean()
+
+    def variance(self) -> Tensor:
+        mean = self.base.mean()
+        square = self.base.variance() + mean.square()
+        return self._rest() * square - (self._rest() * mean).square()
+
+    def cdf(self, k: Tensor) -> Tensor:
+        positive = self._rest() * (self.base.cdf(k) - self.base.cdf(torch.zeros_like(k)))
+        return torch.where(k < 0, 0.0, self.log_prob(torch.zeros_like(k)).exp() + positive)
+
+    def sf(self, k: Tensor) -> Tensor:
+        return torch.where(k < 0, 1.0, self._rest() * self.base.sf(k))
+
+    def mean_up_to(self, k: Tensor) -> Tensor:
+        return self._rest() * self.base.mean_up_to(k)
+
+    def mean_beyond(self, k: Tensor) -> Tensor:
+        return self._rest() * self.base.mean_beyond(k)
+
+    def validate(self) -> None:
+        self.base.validate()
+        if not bool(self.logit.isfinite().all()):
+            raise ValueError("law: expected finite logits of the probability of zero")
+
+
+@dataclass(frozen=True, eq=False)
+class InflatedLaw(_ZeroLaw):
+    """Law that is zero with a probability, and follows another law, which may be zero too, otherwise."""
+
+    def _rest(self) -> Tensor:
+        return (-self.logit).sigmoid()
+
+    def log_prob(self, k: Tensor) -> Tensor:
+        counted = logsigmoid(-self.logit) + self.base.log_prob(k)
+        return torch.where(k > 0, counted, torch.logaddexp(logsigmoid(self.logit), counted))
+
+    def draw(self) -> Tensor:
+        draws = self.base.draw()
+        return torch.where(torch.rand_like(draws) < self.logit.detach().sigmoid(), 0.0, draws)
+
+
+@dataclass(frozen=True, eq=False)
+class HurdleLaw(_ZeroLaw):
+    """Law that is zero with a probability, and otherwise follows another law given that this is not zero."""
+
+    def _rest(self) -> Tensor:
+        return (logsigmoid(-self.logit) - self._log_positive()).exp()
+
+    def log_prob(self, k: Tensor) -> Tensor:
+        some = k > 0
+        counted = self.base.log_prob(torch.where(some, k, 1.0)) - self._log_positive() + logsigmoid(-self.logit)
+        return torch.where(some, counted, logsigmoid(self.logit))
+
+    @torch.no_grad()
+    def draw(self) -> Tensor:
+        shape = torch.broadcast_shapes(self.base.mean().shape, self.logit.shape)
+        base, positive = self.base.map(lambda t, n: t.double()), self._log_positive().double().exp()
+        above = positive * torch.rand(shape, dtype=positive.dtype, device=positive.device)
+        guess = (base.mean() + 6 * base.variance().sqrt() + 4).expand(shape)
+        draws = smallest_count(lambda k: base.sf(k) <= above, guess).clamp(min=1).to(self.logit.dtype)
+        return torch.where(torch.rand_like(draws) < self.logit.sigmoid(), 0.0, draws)
+
+    def _log_positive(self) -> Tensor:
+        """Logarithm of the probability that the other law gives to positive counts."""
+        log_zero = self.base.log_prob(torch.zeros_like(self.base.mean()))
+        return (-torch.expm1(log_zero)).clamp(min=torch.finfo(log_zero.dtype).tiny).log()
+
+
+@dataclass(frozen=True)
+class _WithZeros(CountFamily):
+    """Base of families with a probability of zero that the network predicts for each component and output."""
+
+    noise: NoiseModel = field(init=False, repr=False)
+    family: Family | str = NegativeBinomial()
+
+    _law: ClassVar[type[_ZeroLaw]]
+
+    def __post_init__(self) -> None:
+        given = self.family
+        base = Family.named(given)() if isinstance(given, str) else given
+        if not isinstance(base, CountFamily) or isinstance(base, _WithZeros):
+            raise ValueError(f"family: expected a family of counts, such as 'poisson', got {shown(given)}")
+        object.__setattr__(self, "family", base)
+        object.__setattr__(self, "noise", base.noise)
+
+    @property
+    def base(self) -> CountFamily:
+        """The family of the other counts."""
+        family: Any = self.family
+        return family
+
+    def blocks(self, dim: int) -> list[Block]:
+        return [*self.base.blocks(dim), Block(dim, tied=False, homoscedastic=False)]
+
+    def start(self, scale: Tensor) -> list[Tensor]:
+        return [*self.base.start(scale), torch.full_like(scale, _START)]
+
+    def law(self, rate: Tensor, blocks: Sequence[Tensor]) -> CountLaw:
+        *rest, logit = blocks
+        return self._law(self.base.law(rate, rest), logit)
+
+    @classmethod
+    def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        return {**settings, "family": Family.from_config(settings.get("family"))}
+
+
+_START = -2.0
+"""Logit of the probability of zero at the start."""
+
+
+@dataclass(frozen=True)
+class ZeroInflated(_WithZeros):
+    r"""Counts that are zero for two reasons, such as claims of people who may not be insured at all.
+
+    .. math:: P_k(0) = \pi_k + (1 - \pi_k) \, q_k(0), \qquad P_k(y) = (1 - \pi_k) \, q_k(y) \; \text{for} \; y > 0
+
+    The network predicts the probability π for each component and output.
+
+    Args:
+        family: Family q of the counts, or its name.
+
+    Raises:
+        ValueError: If it is no family of counts.
+
+    References:
+        Lambert (1992), Zero-inflated Poisson regression.
+    """
+
+    _law: ClassVar[type[_ZeroLaw]] = InflatedLaw
+
+
+@dataclass(frozen=True)
+class Hurdle(_WithZeros):
+    r"""Counts of which zero has its own probability, larger or smaller than that of a law of counts.
+
+    .. math:: P_k(0) = \pi_k, \qquad P_k(y) = \frac{1 - \pi_k}{1 - q_k(0)} \, q_k(y) \; \text{for} \; y > 0
+
+    The network predicts the probability π for each component and output.
+
+    Args:
+        family: Family q of the counts, or its name.
+
+    Raises:
+        ValueError: If it is no family of counts.
+
+    References:
+        Mullahy (1986), Specification and testing of some modified count data models.
+    """
+
+    _law: ClassVar[type[_ZeroLaw]] = HurdleLaw
