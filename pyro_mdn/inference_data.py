@@ -120,7 +120,7 @@ def to_inference_data(
             groups["sample_stats"] = labels.dataset(_unnamed(source.stats))
         if prior is not None:
             groups["prior_predictive"] = labels.of_outputs(_prior_draws(prior, targets.shape), targets)
-        groups["observed_data"] = labels.of_outputs(targets, targets)
+        groups["observed_data"] = labels.of_outputs(_whole(targets, mixture), targets)
         if x is not None:
             groups["constant_data"] = labels.inputs(as_array(x, "x"), len(targets))
         if predictions is not None:
@@ -169,8 +169,13 @@ def _unnamed(values: Mapping[str, Array]) -> dict[str, tuple[Array, None]]:
 def _draws(source: Source, mixture: Mixture, num_samples: int | None) -> Array:
     """Draws of y, ``(chains, draws, N, D)``."""
     if source.is_posterior:
-        return by_chain(to_numpy(mixture.sample()), source.chains)
-    return to_numpy(mixture.pool(0).sample((num_samples or 1000,)))[None]
+        return by_chain(_whole(to_numpy(mixture.sample()), mixture), source.chains)
+    return _whole(to_numpy(mixture.pool(0).sample((num_samples or 1000,))), mixture)[None]
+
+
+def _whole(values: Array, mixture: Mixture) -> Array:
+    """Counts as integers, which ArviZ draws as bars, unless some are missing."""
+    return values.astype(np.int64) if mixture.support.is_discrete and not np.isnan(values).any() else values
 
 
 def _log_likelihood(mixture: Mixture, y: Array, chains: int, labels: Labels) -> Dataset:
@@ -186,7 +191,7 @@ def _log_likelihood(mixture: Mixture, y: Array, chains: int, labels: Labels) -> 
 
 
 def _prior_draws(prior: Any, shape: tuple[int, ...]) -> Array:
-    drawn = to_numpy(prior.sample()) if isinstance(prior, Mixture) else as_array(prior, "prior")
+    drawn = _whole(to_numpy(prior.sample()), prior) if isinstance(prior, Mixture) else as_array(prior, "prior")
     if drawn.ndim != 3 or drawn.shape[1:] != shape:
         raise ValueError(f"prior: expected draws of y {('S', *shape)}, got {drawn.shape}")
     return drawn[None]

@@ -348,6 +348,56 @@ def test_missing_and_censored_entries(family):
     assert_close(mixture.log_prob(Targets.interval(lower, upper))[5], mixture.log_prob(y)[5])
 
 
+@pytest.mark.parametrize("family", ["poisson", "negative_binomial", "tied", "inflated"])
+def test_components_are_distributions_of_pyro(family):
+    mixture = make_mixture(FAMILIES[family], (5,), dim=2)
+    y = mixture.sample()
+    got = (mixture.logits + mixture.component_distribution.log_prob(y.unsqueeze(-2))).logsumexp(-1)
+    assert_close(got, mixture.log_prob(y), rtol=1e-6, atol=1e-6)  # Pyro's gate is rounded to the precision of logits
+
+
+def test_hurdles_are_none_of_pyro():
+    with pytest.raises(
+        NotImplementedError, match="component_distribution: no Pyro distribution is known for HurdleLaw"
+    ):
+        _ = make_mixture(Hurdle()).component_distribution
+
+
+def test_figures(claims):
+    pytest.importorskip("matplotlib")
+    from pyro_mdn import plots
+
+    mixture, x = make_mixture(NegativeBinomial(), (40,)), claims[0][:40, 0]
+    y = mixture.sample()
+    for ax in (
+        plots.plot_components(mixture, x),
+        plots.plot_predictive_intervals(mixture, x, y),
+        plots.plot_calibration(mixture, y),
+        plots.plot_pit(scores.pit(mixture, y)),
+        plots.plot_conditional_density(make_mixture(Poisson(), (), dim=2)),
+    ):
+        ax.figure.canvas.draw()
+    ax = plots.plot_conditional_density(mixture, x, y)
+    (mesh,) = [part for part in ax.collections if type(part).__name__ == "QuadMesh"]
+    heights = mesh.get_coordinates()[:, 0, 1]
+    assert_close(torch.from_numpy(np.diff(heights)), torch.ones(len(heights) - 1, dtype=torch.float64))  # a row a count
+    assert mesh.get_array().max() <= 1
+
+
+def test_counts_are_integers_in_arviz(claims):
+    pytest.importorskip("arviz")
+    from pyro_mdn import to_inference_data
+
+    mixture, x = make_mixture(NegativeBinomial(), (2, 30)), claims[0][:30]
+    y = mixture.sample()[0]
+    data = to_inference_data(mixture, x=x, y=y, prior=mixture.expand((2, 30)))
+    for group in ("posterior_predictive", "prior_predictive", "observed_data"):
+        assert data[group]["y"].dtype == np.int64
+    assert_close(torch.from_numpy(data["log_likelihood"]["y"].values[0]), mixture.log_prob(y))
+    y[3] = torch.nan
+    assert np.isnan(to_inference_data(mixture, x=x, y=y)["observed_data"]["y"].values[3])
+
+
 @every_family
 def test_conditionals(family):
     mixture = make_mixture(family, (5,), dim=3)

@@ -11,9 +11,20 @@ import pyarrow as pa
 import pytest
 import torch
 from cases import make_mixture
+from numpy.testing import assert_allclose
 from scipy import integrate
 
-from pyro_mdn import Diagonal, DiagonalCovariance, FitResult, Full, GaussianMixture, plots, scores, uncertainty
+from pyro_mdn import (
+    Diagonal,
+    DiagonalCovariance,
+    FitResult,
+    Full,
+    GaussianMixture,
+    MixtureDensityNetwork,
+    plots,
+    scores,
+    uncertainty,
+)
 from pyro_mdn.adapters import density_grids
 from pyro_mdn.calibration import ecdf_band, uniformity_p_value
 
@@ -137,6 +148,17 @@ def test_training_is_readable_in_grey():
     assert [list(line.get_ydata()) for line in ax.lines[:2]] == [
         [r[n] for r in rows] for n in ("loss", "validation_loss")
     ]
+
+
+@pytest.mark.parametrize("settings", [{"family": "student_t"}, {"family": "gumbel"}, {"target_transform": "log"}])
+def test_components_of_every_family(settings):
+    """Their means and standard deviations in the units of y, which are not locations and scales."""
+    network = MixtureDensityNetwork(1, 1, 2, **settings)
+    x = torch.linspace(-1, 1, 20).unsqueeze(-1)
+    mixture = network(x)
+    ax = plots.plot_components(mixture, x)
+    drawn = np.stack([line.get_ydata() for line in ax.lines])
+    assert_allclose(drawn, mixture.components.mean()[..., 0].T.detach(), rtol=1e-5)
 
 
 def test_each_component_looks_different():

@@ -85,10 +85,14 @@ def pooled(mixture: Mixture) -> Mixture:
 def grid_of(mixture: Mixture, output: int = 0, *, most: int = _MOST) -> Tensor:
     """Choose points that cover 99.9 % of each distribution of one output, at most ``most``.
 
-    There are two points for each standard deviation of the narrowest component that matters.
+    There are two points for each standard deviation of the narrowest component that matters. Those of counts are
+    counts.
     """
     single = mixture.marginal(output)
     low, high = float(single.icdf(0.0005).min()), float(single.icdf(0.9995).max())
+    if mixture.support.is_discrete:
+        step = max(1, math.ceil((high - low + 1) / most))
+        return torch.arange(low, high + 1, step, device="cpu").to(mixture.locs)
     count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
     margin = 0.05 * (high - low)
     return torch.linspace(low - margin, high + margin, count, device="cpu").to(mixture.locs)
@@ -103,7 +107,7 @@ def _finest(mixture: Mixture) -> Tensor:
 
 def cell_density(mixture: Mixture, grid: Tensor) -> Tensor:
     """Compute the mean density within half a step of each point, ``(points, N)``, which sees the narrowest modes."""
-    step = grid[1] - grid[0]
+    step = grid[1] - grid[0] if len(grid) > 1 else grid.new_ones(())
     ends = torch.cat([grid - step / 2, grid[-1:] + step / 2])
     return in_parts(mixture.cdf, ends[:, None, None], mixture).diff(dim=0).squeeze(-1) / step
 

@@ -64,8 +64,10 @@ def plot_conditional_density(
     ax = axes_of(ax)
     grid = grid_of(single, most=PIXELS)  # with more rows than pixels, narrow modes could be left out
     density = to_numpy(cell_density(single, grid))
-    shown = ax.pcolormesh(x, to_numpy(grid), density, cmap="Blues", vmin=0, shading="gouraud", rasterized=True)
-    ax.figure.colorbar(shown, ax=ax, label="density")
+    counts = single.support.is_discrete
+    shading = "nearest" if counts else "gouraud"
+    shown = ax.pcolormesh(x, to_numpy(grid), density, cmap="Blues", vmin=0, shading=shading, rasterized=True)
+    ax.figure.colorbar(shown, ax=ax, label="probability" if counts else "density")
     if observed is not None:
         scatter(ax, x, observed[order, output])
     ax.set(xlabel=label, ylabel=names[output])

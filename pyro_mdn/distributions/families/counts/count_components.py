@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
@@ -113,6 +114,9 @@ class CountComponents(Components):
     def condition(self, values: Tensor) -> Self:
         shape = torch.broadcast_shapes(values.shape[:-1], self.batch_shape[:-1])
         return self.marginal(range(values.shape[-1], self.dim)).over_batch(shape)
+
+    def as_pyro(self) -> dist.TorchDistribution:
+        return self.law.as_pyro().to_event(1)
 
     # What counts do not have
 

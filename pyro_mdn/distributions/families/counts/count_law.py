@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -54,6 +55,10 @@ class CountLaw(TensorBatch):
     @abstractmethod
     def draw(self) -> Tensor:
         """Independent draws in the shape of the parameters; without gradients."""
+
+    def as_pyro(self) -> dist.TorchDistribution:
+        """Law as a distribution of Pyro's own."""
+        raise NotImplementedError(f"component_distribution: no Pyro distribution is known for {type(self).__name__}")
 
     def validate(self) -> None:
         """Raise ``ValueError`` unless every parameter is in its range."""
@@ -122,6 +127,9 @@ class PoissonLaw(CountLaw):
     def draw(self) -> Tensor:
         return torch.poisson(self.rate.detach())
 
+    def as_pyro(self) -> dist.TorchDistribution:
+        return dist.Poisson(self.rate)
+
 
 @dataclass(frozen=True, eq=False)
 class NegativeBinomialLaw(CountLaw):
@@ -173,6 +181,9 @@ class NegativeBinomialLaw(CountLaw):
     def draw(self) -> Tensor:
         shape, rate = torch.broadcast_tensors(self.shape.detach(), self.rate.detach())
         return torch.poisson(rate * torch.distributions.Gamma(shape, shape, validate_args=False).sample())
+
+    def as_pyro(self) -> dist.TorchDistribution:
+        return dist.NegativeBinomial(self.shape, logits=(self.rate / self.shape).log())
 
     def _weighted(self) -> NegativeBinomialLaw:
         """Law of Y - 1 if counts are weighted by Y, which is negative binomial again."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -78,6 +79,9 @@ class InflatedLaw(_ZeroLaw):
     def draw(self) -> Tensor:
         draws = self.base.draw()
         return torch.where(torch.rand_like(draws) < self.logit.detach().sigmoid(), 0.0, draws)
+
+    def as_pyro(self) -> dist.TorchDistribution:
+        return dist.ZeroInflatedDistribution(self.base.as_pyro(), gate_logits=self.logit)
 
 
 @dataclass(frozen=True, eq=False)
