@@ -45,7 +45,7 @@ from pyro_mdn.posteriors.posterior_samples import ConvergenceWarning, PosteriorS
 from pyro_mdn.posteriors.predictive import posterior_predictive
 from pyro_mdn.posteriors.priors import bayesianize, starting_weights
 from pyro_mdn.tensors.univariate import Law, SymmetricLaw
-from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, fit
+from pyro_mdn.training.fit import CollapseWarning, MissingTargetsWarning, TargetHint, fit
 from pyro_mdn.training.objectives import ContinuousRankedProbability, NegativeElbo, NegativeLogLikelihood, WeightedSum
 from pyro_mdn.training.result import FitResult
 from pyro_mdn.training.settings import (
@@ -122,6 +122,7 @@ __all__ = [
     "StudentT",
     "StudentTComponents",
     "SymmetricLaw",
+    "TargetHint",
     "TargetTransform",
     "Targets",
     "TrainingLoop",

@@ -29,6 +29,7 @@ from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import is_count, require_counts, require_range, shown
 from pyro_mdn.support.process_state import seeded
 from pyro_mdn.support.settings import given_settings
+from pyro_mdn.training.batches.kinds_of_targets import warn_of_kinds
 from pyro_mdn.training.fit import fit
 from pyro_mdn.training.result import FitResult
 from pyro_mdn.training.schedules import LEARNING_RATE
@@ -193,6 +194,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         dtype = _DTYPES[self.dtype]
         for values, shift, name in zip((rows, numbers), shifts, ("X", "y"), strict=True):
             require_range(values - shift, name, dtype)
+        warn_of_kinds(numbers, network.architecture.head)
         outputs: Any = shifted(targets, shifts[1]).to(dtype)
         self.result_ = fit(
             network,

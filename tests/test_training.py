@@ -2,6 +2,7 @@ import contextlib
 import copy
 import logging
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -31,6 +32,7 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     NegativeElbo,
     NegativeLogLikelihood,
+    TargetHint,
     bayesianize,
     fit,
 )
@@ -1021,3 +1023,53 @@ def test_skipped_batches_leave_no_trace_in_buffers():
     result = fit(trained, *fork(), validation=0, skip_bad_batches=True, **QUICK)
     assert result.skipped_batches == 1
     assert all(buffer.isfinite().all() for buffer in trained.buffers())
+
+
+# Kinds of targets
+
+
+def kinds(size=400):
+    rng = np.random.default_rng(0)
+    return {
+        "small counts": rng.poisson(2.0, size),
+        "between 0 and 1": rng.uniform(size=size),
+        "positive, and skewed": rng.lognormal(0, 1, size),
+    }, {
+        "normal": rng.normal(size=size),
+        "positive": 5 + rng.normal(size=size),
+        "exponential": -rng.lognormal(0, 1, size),
+        "binary": rng.integers(0, 2, size),
+        "large counts": rng.poisson(500.0, size),
+        "grades": rng.integers(3, 8, size),
+        "with zeros": rng.lognormal(0, 1, size) * rng.integers(0, 2, size),
+        "few": rng.lognormal(0, 1, 30),
+        "small shares": 0.1 * rng.uniform(size=size),
+    }
+
+
+def hinted(y, **settings):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        network = MixtureDensityNetwork(1, y.shape[-1], 1, hidden_dim=2, **settings)
+        fit(network, np.zeros((len(y), 1)), y, max_epochs=1, progress=False)
+    return [str(w.message) for w in caught if issubclass(w.category, TargetHint)]
+
+
+def test_hints_are_given_for_the_kinds_that_have_an_argument():
+    suited, others = kinds()
+    arguments = {
+        "small counts": "family",
+        "between 0 and 1": "target_transform",
+        "positive, and skewed": "target_transform",
+    }
+    for name, y in suited.items():
+        (message,) = hinted(y[:, None].astype(float))
+        assert name in message
+        argument, value = re.search(r'(\w+)="(\w+)"', message).groups()
+        assert argument == arguments[name]
+        assert hinted(y[:, None].astype(float), **{argument: value}) == []  # it can be given, and ends the hints
+    for y in others.values():
+        assert hinted(y[:, None].astype(float)) == []
+    columns = np.stack([suited["small counts"], others["normal"], suited["small counts"]], 1).astype(float)
+    columns[3] = np.nan
+    assert [message[:32] for message in hinted(columns)] == ["y: all targets of column 0, 2 ar"]

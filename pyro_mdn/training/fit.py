@@ -14,7 +14,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 
-from pyro_mdn.distributions.observations.targets import is_complete
+from pyro_mdn.distributions.observations.targets import Targets, is_complete
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
@@ -24,6 +24,7 @@ from pyro_mdn.support.fingerprint import described
 from pyro_mdn.support.process_state import isolated, require_owned, seeded
 from pyro_mdn.support.settings import collected, takes
 from pyro_mdn.training.batches.in_memory import InMemory
+from pyro_mdn.training.batches.kinds_of_targets import TargetHint, warn_of_kinds
 from pyro_mdn.training.batches.missing_targets import MissingTargetsWarning, few_missing
 from pyro_mdn.training.batches.preparation import Batches
 from pyro_mdn.training.batches.streams import Streamed
@@ -36,7 +37,7 @@ from pyro_mdn.training.schedules import INPUT_NOISE, STEPS, TARGET_NOISE, blur, 
 from pyro_mdn.training.settings import FitArguments, LoopSettings
 from pyro_mdn.training.trainee import CollapseWarning, Trainee, put_back_if_refused, require_trainable, trainee_of
 
-__all__ = ["CollapseWarning", "MissingTargetsWarning", "fit", "warn_if_compiling_is_slow"]
+__all__ = ["CollapseWarning", "MissingTargetsWarning", "TargetHint", "fit", "warn_if_compiling_is_slow"]
 
 # Of 10 ms each: the fifth of them that compiling may save comes to what compiling takes.
 _STEPS_TO_COMPILE = 10_000
@@ -102,6 +103,8 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
         CollapseWarning: If components died: they explain less than a thousandth of the rows each.
         UserWarning: If the checkpoint does not tell whether some part is the same; the warning names the part.
         UserWarning: If there are fewer than 10 000 steps to compile for.
+        TargetHint: If all targets are small counts, or positive and skewed, or within (0, 1), and neither a family nor
+            a target transform was chosen for them. Nothing is changed.
         MissingTargetsWarning: If so few entries of an output are NaN, less than one in twenty, that an operation may
             have made them by accident. Padding of sequences does not count, nor do targets that came with a mask, of
             ``numpy.ma`` or ``torch.masked`` (as batches of a loader may, of the latter). ``FitResult.unobserved`` has
@@ -135,6 +138,8 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             checkpoint.restore(loop)
         trainee.network.input_names = names_of_columns(x)
         _warn_of_missing_targets(batches)
+        targets = trainee.targets(rows)
+        warn_of_kinds(targets.exact_points() if isinstance(targets, Targets) else targets, trainee.network.head)
         if given.compile:
             warn_if_compiling_is_slow(loop.steps)
         training = CheckpointedTraining(checkpoint, given.callbacks, progress=given.progress)
