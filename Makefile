@@ -48,6 +48,7 @@ speed: install
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/diabetes.py
 	$(BIN)/python benchmarks/survival.py
+	$(BIN)/python benchmarks/counts.py
 	$(BIN)/python benchmarks/log_prob.py
 	$(BIN)/python benchmarks/channels.py
 	$(BIN)/python benchmarks/kinds.py

@@ -11,7 +11,6 @@ from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.distributions.families.counts.count_families import NegativeBinomial, Poisson
-from pyro_mdn.distributions.families.counts.zeros import Hurdle, ZeroInflated
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.laws.gumbel import Gumbel
 from pyro_mdn.distributions.families.laws.laplace import Laplace
@@ -19,6 +18,7 @@ from pyro_mdn.distributions.families.laws.logistic import Logistic
 from pyro_mdn.distributions.families.location_scale import IndependentComponents, LocationScale
 from pyro_mdn.distributions.families.normal import Normal, NormalComponents
 from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponents
+from pyro_mdn.distributions.families.zeros.zero_families import Hurdle, ZeroInflated
 from pyro_mdn.distributions.gaussian.divergence import kl_monte_carlo, kl_variational_approximation
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture

@@ -32,7 +32,7 @@ from pyro_mdn import (
 )
 from pyro_mdn.distributions.families.counts.count_components import CountComponents
 from pyro_mdn.distributions.families.counts.count_law import NegativeBinomialLaw, PoissonLaw, smallest_count
-from pyro_mdn.distributions.families.counts.zeros import HurdleLaw, InflatedLaw
+from pyro_mdn.distributions.families.zeros.zero_laws import HurdleLaw, InflatedLaw
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.sklearn import MDNRegressor
 

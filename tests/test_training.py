@@ -1041,7 +1041,6 @@ def kinds(size=400):
         "binary": rng.integers(0, 2, size),
         "large counts": rng.poisson(500.0, size),
         "grades": rng.integers(3, 8, size),
-        "with zeros": rng.lognormal(0, 1, size) * rng.integers(0, 2, size),
         "few": rng.lognormal(0, 1, 30),
         "small shares": 0.1 * rng.uniform(size=size),
     }
@@ -1070,6 +1069,8 @@ def test_hints_are_given_for_the_kinds_that_have_an_argument():
         assert hinted(y[:, None].astype(float), **{argument: value}) == []  # it can be given, and ends the hints
     for y in others.values():
         assert hinted(y[:, None].astype(float)) == []
+    (message,) = hinted(suited["positive, and skewed"][:, None] * (np.arange(400) % 3 > 0)[:, None])
+    assert 'ZeroInflated("normal")' in message
     columns = np.stack([suited["small counts"], others["normal"], suited["small counts"]], 1).astype(float)
     columns[3] = np.nan
     assert [message[:32] for message in hinted(columns)] == ["y: all targets of column 0, 2 ar"]

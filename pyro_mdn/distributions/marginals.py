@@ -14,7 +14,7 @@ from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.shortest_intervals import shortest_intervals
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
-__all__ = ["LocationScaleMarginals", "Marginals"]
+__all__ = ["LocationScaleMarginals", "Marginals", "shortest_by_search"]
 
 
 class Marginals(ABC):
@@ -151,3 +151,28 @@ class LocationScaleMarginals(Marginals):
 
     def crps(self, value: Tensor) -> Tensor:
         return distance_to(self.mixture, value) - half_mean_difference(self.mixture)
+
+
+_REFINEMENTS = ((4, 97), (2, 33), (1, 17), (1, 17), (1, 17), (1, 17))
+"""Neighbours of the best probability on each side, and probabilities between them, of each round of refinement."""
+
+
+def shortest_by_search(marginals: Marginals, tails: Tensor, outside: Tensor | float) -> Tensor:
+    """Search for the probabilities below shortest intervals, and refine the best ones between their neighbours.
+
+    Args:
+        marginals: The distributions.
+        tails: Probabilities to begin with, in ascending order, from 0 to ``outside``, ``(T, *batch, D)``.
+        outside: Probability outside of the intervals, one number or ``(*batch, D)``.
+    """
+
+    def width(tails: Tensor) -> Tensor:
+        ends = marginals.upper_quantile((outside - tails).clamp(min=0)) - marginals.quantile(tails)
+        return ends.nan_to_num(math.inf, math.inf, math.inf)
+
+    for reach, count in _REFINEMENTS:
+        best = width(tails).argmin(0, keepdim=True)
+        low, high = (tails.gather(0, (best + step).clamp(0, len(tails) - 1)) for step in (-reach, reach))
+        shares = torch.linspace(0, 1, count, dtype=low.dtype, device=low.device)
+        tails = low + (high - low) * shares.reshape(-1, *(1,) * (low.ndim - 1))
+    return tails.gather(0, width(tails).argmin(0, keepdim=True)).squeeze(0)

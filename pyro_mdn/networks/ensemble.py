@@ -244,7 +244,7 @@ class DeepEnsemble(Predictor):
             return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), *tensor.shape[1:])
 
         head = self.stacked.head
-        return head.transform.units({name: aligned(tensors[f"head.{name}"]) for name, _ in head.named_buffers()})
+        return head.units_of({name: aligned(tensors[f"head.{name}"]) for name, _ in head.named_buffers()})
 
     def units(self, batch_dim: int) -> Units:
         """Map to the units of y of each member, for a batch ``(M, ...)`` with so many dimensions."""

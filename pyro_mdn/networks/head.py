@@ -97,7 +97,7 @@ class MixtureHead(nn.Module):
                 raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
         self.family = as_family(family, noise, dim_out, Normal)
-        self.transform = transform_for(self.family, target_transform)
+        self.transform = transform_for(self.family, target_transform, dim_out)
         self.noise: NoiseModel = self.family.noise
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
         widths = {True: 0, False: 0}  # of blocks, by whether they are homoscedastic
@@ -129,13 +129,16 @@ class MixtureHead(nn.Module):
     @property
     def units(self) -> Units:
         """Map to the units of y."""
-        return self.transform.units(getattr(self, _BUFFERS))
+        return self.units_of(getattr(self, _BUFFERS))
+
+    def units_of(self, tensors: Mapping[str, Any]) -> Units:
+        """Map to the units of y that tensors by name define; they may have leading batch dimensions."""
+        units = self.transform.units(tensors)
+        return units.with_lower_ends() if self.family.has_atom else units
 
     def units_in(self, dtype: torch.dtype) -> Units:
         """Map to the units of y, computed in another precision."""
-        return self.transform.units(
-            {name: b if b is None else b.to(dtype) for name, b in getattr(self, _BUFFERS).items()}
-        )
+        return self.units_of({name: b if b is None else b.to(dtype) for name, b in getattr(self, _BUFFERS).items()})
 
     def reset_parameters(self) -> None:
         """Draw the weights anew."""
@@ -161,9 +164,7 @@ class MixtureHead(nn.Module):
         if self.raw_noise is not None or self.family.kernel is None:
             return self.mixture(self.raw(features), self.units)
         # Clones, because the mixture stays as it is when the units change.
-        units = self.transform.units(
-            {name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()}
-        )
+        units = self.units_of({name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()})
         predicted = self._predicted(features, units)
         if is_traced(predicted.channels):
             return predicted.mixture()
@@ -252,6 +253,8 @@ class MixtureHead(nn.Module):
         if bool(y.isinf().any() | y.isnan().all(0).any()):
             raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
         self.units.require_inside(y, "y")
+        y = self.units.above(y)
+        assert isinstance(y, Tensor)
         fitted = self.transform.fit(y.cpu(), common_unit=self.noise.common_unit, warp=warp)
         for name, tensor in fitted.items():
             getattr(self, name).copy_(tensor)

@@ -44,6 +44,8 @@ class RawParameters(NamedTuple):
     def log_prob(self, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
         logits, locs, *blocks = self.raw
+        if self.family.has_atom:  # which has no place on the real line
+            return self.mixture(validate_args=False).log_prob(y)
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)
         value = self.units.standardize(y).to(locs.dtype)

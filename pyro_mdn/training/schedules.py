@@ -98,5 +98,11 @@ def blur_targets(
         inside = units.inside(limit)
         return torch.where(inside, moved(torch.where(inside, limit, units.from_line(torch.zeros_like(limit)))), limit)
 
-    result: Any = y.limits(moved_inside) if isinstance(y, Targets) else moved(y)
+    result: Any = y.limits(moved_inside) if isinstance(y, Targets) else _unless_at_an_end(moved(y), y, units)
     return result
+
+
+def _unless_at_an_end(moved: Tensor, y: Tensor, units: Units) -> Tensor:
+    """Leave targets at the lower end of the support where they are, if that is allowed."""
+    others: Any = units.above(y)
+    return moved if others is y else torch.where(others.isnan(), y, moved)

@@ -2,8 +2,9 @@ r"""Components of a mixture: what every family of distributions has to provide."
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn, Self
 
@@ -72,6 +73,15 @@ class Components(TensorBatch):
             ``(*sample, *batch)``; ``None`` for nothing.
         """
         return self, value, None
+
+    @property
+    def lowest(self) -> Tensor:
+        """Lower ends of the support, which broadcast with :attr:`locs`."""
+        return torch.full_like(self.locs[..., :1, :], -math.inf)
+
+    def mapped(self, function: Callable[[Components], Components]) -> Components:
+        """Apply a function to the components that have a density; others have a point mass besides."""
+        return function(self)
 
     def over_batch(self, batch_shape: Sequence[int]) -> Self:
         """Expand the locations, and so the components, to a batch ``(*batch)`` without copying."""
@@ -206,7 +216,11 @@ class Components(TensorBatch):
 
     def marginals(self, logits: Tensor) -> Marginals:
         """Marginal mixtures of all outputs, ``(*batch, D)``, for log-weights ``(*batch, K)``."""
-        return LocationScaleMarginals(UnivariateMixture(logits.unsqueeze(-2), *self.univariate()))
+        return self.output_marginals(logits.unsqueeze(-2))
+
+    def output_marginals(self, logits: Tensor) -> Marginals:
+        """Marginal mixtures of all outputs, ``(*batch, D)``, each with its own log-weights ``(*batch, D | 1, K)``."""
+        return LocationScaleMarginals(UnivariateMixture(logits, *self.univariate()))
 
 
 def folded(tensor: Tensor, dim: int, n: int) -> Tensor:

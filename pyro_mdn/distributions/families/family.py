@@ -91,6 +91,11 @@ class Family(Specification, ABC):
         return None
 
     @property
+    def has_atom(self) -> bool:
+        """Whether components have a point mass at the lower end of the support."""
+        return False
+
+    @property
     def kernel(self) -> Kernel | None:
         """Kernel for log-densities from raw channels with gradients by hand; ``None`` leaves gradients to autograd."""
         return None
@@ -132,7 +137,7 @@ def as_family(
 
 
 def transform_for(
-    family: Family, given: TargetTransform | str | Sequence[TargetTransform | str] | None
+    family: Family, given: TargetTransform | str | Sequence[TargetTransform | str] | None, dim: int
 ) -> TargetTransform:
     """Return the transform that the argument ``target_transform`` of a constructor stands for beside a family.
 
@@ -143,6 +148,9 @@ def transform_for(
     if own is None:
         if isinstance(transform, Counts):
             raise ValueError(f"target_transform: expected one for real numbers beside {family}, got {transform}")
+        if family.has_atom and bool(transform.inside(torch.full((1, dim), -1e30, device="cpu")).any()):
+            expected = f"one with a lower end, such as 'log', for each output beside {family}"
+            raise ValueError(f"target_transform: expected {expected}, got {transform}")
         return transform
     if given is not None and transform != own:
         raise ValueError(f"target_transform: expected None beside {family}, which has {own}, got {shown(given)}")

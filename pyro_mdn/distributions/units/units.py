@@ -74,6 +74,14 @@ class Units(ABC):
         """Derivative of :meth:`to_line` at y."""
         return 1.0
 
+    def with_lower_ends(self) -> Units:
+        """Return the same map for targets that may also be at the lower end of the support."""
+        return self
+
+    def above(self, y: TargetsOrTensor) -> TargetsOrTensor:
+        """Leave out targets at the lower end of the support, as missing ones, if these are allowed."""
+        return y
+
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         """Raise a ``ValueError`` that names the first target outside of the support, if targets are known."""
         return  # the real line is the support of an affine map

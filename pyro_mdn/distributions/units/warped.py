@@ -57,6 +57,11 @@ class WarpedComponents(Components):
     def has_independent_outputs(self) -> bool:
         return self.base.has_independent_outputs
 
+    @property
+    def lowest(self) -> Tensor:
+        low, _ = self.warp.limits(self.base.locs[..., :1, :])
+        return torch.broadcast_to(low, torch.broadcast_shapes(low.shape, self.base.locs.shape[-1:]))
+
     # The space of the base
 
     @property
@@ -121,6 +126,24 @@ class WarpedComponents(Components):
         assert log_slope is not None
         return base.log_prob(image) + log_slope.unsqueeze(-1)
 
+    def output_log_prob(self, value: Tensor) -> Tensor:
+        warp = self.warp.of_values()
+        inside = warp.contains(value)
+        points = warp.some_inside(value, inside)
+        log_slope = warp.log_slope(points).masked_fill(~inside, -torch.inf)
+        return self.base.output_log_prob(warp.forward(points)) + log_slope.unsqueeze(-1)
+
+    def output_log_interval(self, lower: Tensor, upper: Tensor) -> Tensor:
+        warp = self.warp.of_values()
+        lower, upper = warp.clamped(lower), warp.clamped(upper)
+        possible = (lower < upper) & ~(lower.isinf() & upper.isinf())
+        # An interval over the whole support is certain, and one outside of it is impossible.
+        mass = self.base.output_log_interval(
+            torch.where(possible, lower, -torch.inf), torch.where(possible, upper, 0.0)
+        )
+        everything = torch.where(lower < upper, 0.0, -torch.inf).to(mass).unsqueeze(-1)
+        return torch.where(possible.unsqueeze(-1), mass, everything)
+
     def draw(self) -> Tensor:
         return self.warp.within(self.warp.inverse(self.base.draw()))
 
@@ -166,8 +189,8 @@ class WarpedComponents(Components):
     def marginal(self, dims: Sequence[int]) -> Self:
         return replace(self, base=self.base.marginal(dims), warp=self.warp.marginal(dims))
 
-    def marginals(self, logits: Tensor) -> Marginals:
-        return WarpedMarginals(self.base.marginals(logits), self.warp.of_values())
+    def output_marginals(self, logits: Tensor) -> Marginals:
+        return WarpedMarginals(self.base.output_marginals(logits), self.warp.of_values())
 
     def univariate(self) -> tuple[Tensor, Tensor, Law]:
         not_closed("univariate", self, "marginals are; or inner.univariate, before the warp")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals
+from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals, shortest_by_search
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
@@ -104,17 +104,8 @@ class WarpedMarginals(Marginals):
         even = 0.5 * outside * torch.cat([even, 2 - even])
         even = even.reshape(-1, *(1,) * (below.ndim - 1)).expand(-1, *below.shape[1:])
         tails = torch.cat([below, below - (1 - outside), even]).clamp(0, outside).sort(0).values
-        for reach, count in _REFINEMENTS:
-            best = self._width(tails, outside).argmin(0, keepdim=True)
-            low, high = (tails.gather(0, (best + step).clamp(0, len(tails) - 1)) for step in (-reach, reach))
-            shares = torch.linspace(0, 1, count, dtype=low.dtype, device=low.device)
-            tails = low + (high - low) * shares.reshape(-1, *(1,) * (low.ndim - 1))
-        left = tails.gather(0, self._width(tails, outside).argmin(0, keepdim=True)).squeeze(0)
+        left = shortest_by_search(self, tails, outside)
         return left, outside - left, self.quantile(left), self.upper_quantile(outside - left)
-
-    def _width(self, tails: Tensor, outside: float) -> Tensor:
-        width = self.upper_quantile((outside - tails).clamp(min=0)) - self.quantile(tails)
-        return width.nan_to_num(math.inf, math.inf, math.inf)
 
     # Partial moments, and the continuous ranked probability score
 
@@ -136,8 +127,6 @@ class WarpedMarginals(Marginals):
 
 
 _EVEN = 33
-_REFINEMENTS = ((4, 97), (2, 33), (1, 17), (1, 17), (1, 17), (1, 17))
-"""Neighbours of the best probability on each side, and probabilities between them, of each round of refinement."""
 
 
 def _grid(mixture: UnivariateMixture) -> Tensor:

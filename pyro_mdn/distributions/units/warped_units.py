@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped import WarpedComponents, require_inside
 from pyro_mdn.distributions.units.warps import Warp
@@ -48,7 +49,8 @@ class WarpedUnits(Units):
 
     def push(self, mixture: Mixture) -> Mixture:
         line = self.standard.push(mixture)
-        return line.of_any_family(WarpedComponents(line.components, self.warp.of_components()))
+        warp = self.warp.of_components()
+        return line.of_any_family(line.components.mapped(lambda components: WarpedComponents(components, warp)))
 
     @property
     def unit(self) -> Tensor:
@@ -71,3 +73,21 @@ class WarpedUnits(Units):
 
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         require_inside(self.warp, y, name, given)
+
+    def with_lower_ends(self) -> WarpedUnits:
+        return _ClosedUnits(self.standard, self.warp)
+
+
+class _ClosedUnits(WarpedUnits):
+    """The same for targets that may be at the lower end of the support, where components have a point mass."""
+
+    __slots__ = ()
+
+    def above(self, y: TargetsOrTensor) -> TargetsOrTensor:
+        if isinstance(y, Targets):
+            ends = (y.kinds() == EXACT) & (y.lower == self.warp.limits(y.lower)[0])
+            return Targets(y.lower.masked_fill(ends, -torch.inf), y.upper.masked_fill(ends, torch.inf))
+        return y.masked_fill(y == self.warp.limits(y)[0], torch.nan)
+
+    def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
+        super().require_inside(self.above(y), name, given)

@@ -22,6 +22,9 @@ _FEWEST = 50
 _COUNTED = 20.0
 """Mean of counts up to which a family of counts is recommended: above, a density is as good."""
 
+_ZEROS = 0.02
+"""Share of zeros from which on they are recommended a probability of their own."""
+
 _SKEWED = 1.0
 
 
@@ -56,7 +59,11 @@ def _hint(values: Tensor) -> str | None:
     if bool((values == values.floor()).all()):
         few = mean < _COUNTED and variance > 0.8 * mean and len(values.unique()) > 2
         return f'are small counts: family="negative_binomial" may suit them better; {compare}' if few else None
-    if not bool((values > 0).all()):
+    positive = values[values > 0]
+    if _ZEROS <= 1 - len(positive) / len(values) and len(positive) >= _FEWEST:
+        arguments = 'family=ZeroInflated("normal") and target_transform="log"'
+        return f"are positive or zero: {arguments} give zeros their probability; {compare}"
+    if len(positive) < len(values):
         return None
     if bool((values < 1).all()):
         wide = values.amin() < 0.25 and values.amax() > 0.75

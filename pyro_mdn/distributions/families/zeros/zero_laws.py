@@ -1,29 +1,23 @@
-r"""Families of counts with more zeros than a law has, or fewer."""
+r"""Laws of counts with more zeros than another law has, or fewer."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_mdn.distributions.covariance.noise_models import NoiseModel
-from pyro_mdn.distributions.families.counts.count_families import CountFamily, NegativeBinomial
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
-from pyro_mdn.distributions.families.family import Block, Family
-from pyro_mdn.support.checks import shown
 from pyro_mdn.tensors.tensor_batch import nested, stored
 
-__all__ = ["Hurdle", "HurdleLaw", "InflatedLaw", "ZeroInflated"]
+__all__ = ["HurdleLaw", "InflatedLaw", "ZeroLaw"]
 
 
 @dataclass(frozen=True, eq=False)
-class _ZeroLaw(CountLaw):
+class ZeroLaw(CountLaw):
     """Base of laws that put a probability on zero beside another law.
 
     Args:
@@ -66,7 +60,7 @@ class _ZeroLaw(CountLaw):
 
 
 @dataclass(frozen=True, eq=False)
-class InflatedLaw(_ZeroLaw):
+class InflatedLaw(ZeroLaw):
     """Law that is zero with a probability, and follows another law, which may be zero too, otherwise."""
 
     def _rest(self) -> Tensor:
@@ -85,7 +79,7 @@ class InflatedLaw(_ZeroLaw):
 
 
 @dataclass(frozen=True, eq=False)
-class HurdleLaw(_ZeroLaw):
+class HurdleLaw(ZeroLaw):
     """Law that is zero with a probability, and otherwise follows another law given that this is not zero."""
 
     def _rest(self) -> Tensor:
@@ -109,87 +103,3 @@ class HurdleLaw(_ZeroLaw):
         """Logarithm of the probability that the other law gives to positive counts."""
         log_zero = self.base.log_prob(torch.zeros_like(self.base.mean()))
         return (-torch.expm1(log_zero)).clamp(min=torch.finfo(log_zero.dtype).tiny).log()
-
-
-@dataclass(frozen=True)
-class _WithZeros(CountFamily):
-    """Base of families with a probability of zero that the network predicts for each component and output."""
-
-    noise: NoiseModel = field(init=False, repr=False)
-    family: Family | str = NegativeBinomial()
-
-    _law: ClassVar[type[_ZeroLaw]]
-
-    def __post_init__(self) -> None:
-        given = self.family
-        base = Family.named(given)() if isinstance(given, str) else given
-        if not isinstance(base, CountFamily) or isinstance(base, _WithZeros):
-            raise ValueError(f"family: expected a family of counts, such as 'poisson', got {shown(given)}")
-        object.__setattr__(self, "family", base)
-        object.__setattr__(self, "noise", base.noise)
-
-    @property
-    def base(self) -> CountFamily:
-        """The family of the other counts."""
-        family: Any = self.family
-        return family
-
-    def blocks(self, dim: int) -> list[Block]:
-        return [*self.base.blocks(dim), Block(dim, tied=False, homoscedastic=False)]
-
-    def start(self, scale: Tensor) -> list[Tensor]:
-        return [*self.base.start(scale), torch.full_like(scale, _START)]
-
-    def law(self, rate: Tensor, blocks: Sequence[Tensor]) -> CountLaw:
-        *rest, logit = blocks
-        return self._law(self.base.law(rate, rest), logit)
-
-    @classmethod
-    def _built(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        return {**settings, "family": Family.from_config(settings.get("family"))}
-
-
-_START = -2.0
-"""Logit of the probability of zero at the start."""
-
-
-@dataclass(frozen=True)
-class ZeroInflated(_WithZeros):
-    r"""Counts that are zero for two reasons, such as claims of people who may not be insured at all.
-
-    .. math:: P_k(0) = \pi_k + (1 - \pi_k) \, q_k(0), \qquad P_k(y) = (1 - \pi_k) \, q_k(y) \; \text{for} \; y > 0
-
-    The network predicts the probability π for each component and output.
-
-    Args:
-        family: Family q of the counts, or its name.
-
-    Raises:
-        ValueError: If it is no family of counts.
-
-    References:
-        Lambert (1992), Zero-inflated Poisson regression.
-    """
-
-    _law: ClassVar[type[_ZeroLaw]] = InflatedLaw
-
-
-@dataclass(frozen=True)
-class Hurdle(_WithZeros):
-    r"""Counts of which zero has its own probability, larger or smaller than that of a law of counts.
-
-    .. math:: P_k(0) = \pi_k, \qquad P_k(y) = \frac{1 - \pi_k}{1 - q_k(0)} \, q_k(y) \; \text{for} \; y > 0
-
-    The network predicts the probability π for each component and output.
-
-    Args:
-        family: Family q of the counts, or its name.
-
-    Raises:
-        ValueError: If it is no family of counts.
-
-    References:
-        Mullahy (1986), Specification and testing of some modified count data models.
-    """
-
-    _law: ClassVar[type[_ZeroLaw]] = HurdleLaw

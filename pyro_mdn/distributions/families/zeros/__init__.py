@@ -1,0 +1,1 @@
+"""Families with a probability of their own for zero."""

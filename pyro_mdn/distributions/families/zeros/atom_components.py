@@ -1,0 +1,187 @@
+r"""Components with a point mass at the lower end of the support of each output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from pyro.distributions.util import is_validation_enabled
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
+
+from pyro_mdn.distributions.families.components import Components, OutputsInOrder, folded, not_closed
+from pyro_mdn.distributions.families.zeros.atom_marginals import AtomMarginals
+from pyro_mdn.distributions.marginals import Marginals
+from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
+from pyro_mdn.tensors.tensor_batch import nested, stored, take_component
+from pyro_mdn.tensors.univariate import Law
+
+__all__ = ["AtomComponents"]
+
+
+@dataclass(frozen=True, eq=False)
+class AtomComponents(Components):
+    r"""Components whose outputs are at the lower end of their support with a probability, and else follow others.
+
+    .. math:: p_{kd}(l) = \pi_{kd}, \qquad p_{kd}(y) = (1 - \pi_{kd}) \, q_{kd}(y) \; \text{for} \; y > l
+
+    On the real line, the lower end is minus infinity; a warp takes it to where the support begins. Outputs of a
+    component are independent.
+
+    Args:
+        base: Components q of the other values, with independent outputs.
+        logit: Logits of the probabilities π, ``(*batch, K, D)``.
+    """
+
+    base: Components = nested()
+    logit: Tensor = stored(1)
+
+    @property
+    def locs(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Locations of the other values, ``(*batch, K, D)``."""
+        return self.base.locs
+
+    @property
+    def dim(self) -> int:
+        return self.base.dim
+
+    @property
+    def support(self) -> constraints.Constraint:
+        low = self.base.lowest
+        return constraints.independent(constraints.greater_than_eq(low.squeeze(-2) if low.ndim > 1 else low), 1)
+
+    @property
+    def lowest(self) -> Tensor:
+        return self.base.lowest
+
+    @property
+    def has_independent_outputs(self) -> bool:
+        return True
+
+    @property
+    def has_pathwise_draws(self) -> bool:
+        return False
+
+    def mapped(self, function: Callable[[Components], Components]) -> Self:
+        return replace(self, base=function(self.base))
+
+    def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
+        if is_validation_enabled():
+            low = self._low()
+            if isinstance(value, Targets):
+                ends = (value.kinds() == EXACT) & (value.lower == low)
+                others: TargetsOrTensor = Targets(
+                    value.lower.masked_fill(ends, -torch.inf), value.upper.masked_fill(ends, torch.inf)
+                )
+            else:
+                others = value.masked_fill(value == low, torch.nan)
+            self.base.pulled_back(others)  # raises an error for values outside of the support
+        return self, value, None
+
+    # Batches
+
+    def over_batch(self, batch_shape: Sequence[int]) -> Self:
+        return replace(self, base=self.base.over_batch(batch_shape))
+
+    def expand(self, batch_shape: Sequence[int]) -> Self:
+        return replace(
+            self, base=self.base.expand(batch_shape), logit=self.logit.expand(*batch_shape, self.logit.shape[-1])
+        )
+
+    def pooled(self, full: torch.Size, dim: int) -> Self:
+        logit = folded(self.logit.expand(*full, self.logit.shape[-1]), dim, len(full) - 1)
+        return replace(self, base=self.base.pooled(full, dim), logit=logit)
+
+    def select(self, component: Tensor) -> Self:
+        return replace(self, base=self.base.select(component), logit=take_component(self.logit, component, 1))
+
+    # Density and draws
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.output_log_prob(value).sum(-2)
+
+    def output_log_prob(self, value: Tensor) -> Tensor:
+        at_end = (value == self._low()).unsqueeze(-1)
+        return torch.where(
+            at_end, logsigmoid(self.logit).mT, logsigmoid(-self.logit).mT + self.base.output_log_prob(value)
+        )
+
+    def output_log_interval(self, lower: Tensor, upper: Tensor) -> Tensor:
+        low = self._low()
+        others = logsigmoid(-self.logit).mT + self.base.output_log_interval(lower, upper)
+        inside = ((lower <= low) & (upper >= low)).unsqueeze(-1)
+        return torch.where(inside, torch.logaddexp(others, logsigmoid(self.logit).mT), others)
+
+    def draw(self) -> Tensor:
+        draws = self.base.draw()
+        return torch.where(torch.rand_like(draws) < self.logit.sigmoid(), self.base.lowest, draws)
+
+    # Moments
+
+    def mean(self) -> Tensor:
+        share = self.logit.sigmoid()
+        return share * self.base.lowest + (1 - share) * self.base.mean()
+
+    def variance(self) -> Tensor:
+        share, distance = self.logit.sigmoid(), self.base.mean() - self.base.lowest
+        return (1 - share) * (self.base.variance() + share * distance.square())
+
+    def stddev(self) -> Tensor:
+        return self.variance().sqrt()
+
+    def narrowest(self) -> Tensor:
+        return self.base.narrowest()
+
+    # What has again an atom
+
+    def marginal(self, dims: Sequence[int]) -> Self:
+        return replace(self, base=self.base.marginal(dims), logit=self.logit[..., list(dims)])
+
+    def marginals(self, logits: Tensor) -> Marginals:
+        joint = logits.unsqueeze(-2)
+        zero = (joint + logsigmoid(self.logit).mT).logsumexp(-1)
+        others = joint + logsigmoid(-self.logit).mT
+        rest = others.logsumexp(-1)
+        return AtomMarginals(self.base.output_marginals(others - rest.unsqueeze(-1)), zero, rest, self._low())
+
+    def condition(self, values: Tensor) -> Self:
+        shape = torch.broadcast_shapes(values.shape[:-1], self.locs.shape[:-2])
+        return self.marginal(range(values.shape[-1], self.dim)).over_batch(shape)
+
+    def affine(self, shift: Tensor, scale: Tensor) -> Self:
+        return replace(self, base=self.base.affine(shift, scale))
+
+    def widen(self, factor: Tensor) -> Self:
+        return replace(self, base=self.base.widen(factor))
+
+    # What is not closed
+
+    def univariate(self) -> tuple[Tensor, Tensor, Law]:
+        not_closed("a location and a scale", self, "marginals are")
+
+    def in_order(self) -> OutputsInOrder:
+        not_closed("transport", self, "scores.pit draws uniform numbers where an output may be zero")
+
+    # Checks
+
+    def validate(self) -> None:
+        self.base.validate()
+        if not bool(self.logit.isfinite().all()):
+            raise ValueError("logit: expected finite logits of the probability of zero")
+
+    def require_components(self, count: int) -> None:
+        self.base.require_components(count)
+
+    def of_dim(self, dim: int) -> Self:
+        return replace(self, base=self.base.of_dim(dim))
+
+    def describe(self) -> str:
+        return f"{self.base.describe()}, zeros"
+
+    def _low(self) -> Tensor:
+        """Lower ends for values without a component axis."""
+        low = self.base.lowest
+        return low.squeeze(-2) if low.ndim > 1 else low
