@@ -60,7 +60,7 @@ def _hint(values: Tensor) -> str | None:
         few = mean < _COUNTED and variance > 0.8 * mean and len(values.unique()) > 2
         return f'are small counts: family="negative_binomial" may suit them better; {compare}' if few else None
     positive = values[values > 0]
-    if _ZEROS <= 1 - len(positive) / len(values) and len(positive) >= _FEWEST:
+    if 1 - len(positive) / len(values) >= _ZEROS and len(positive) >= _FEWEST:
         arguments = 'family=ZeroInflated("normal") and target_transform="log"'
         return f"are positive or zero: {arguments} give zeros their probability; {compare}"
     if len(positive) < len(values):
