@@ -215,7 +215,7 @@ def test_functions_of_mixtures_are_sums(family, batch_shape):
     for value in (y, y + 0.25, y - 3):
         expected = (cdf.unsqueeze(1) - (value <= k.unsqueeze(1)).double()).square() if False else None
         del expected
-        assert_close(scores.crps(mixture, value), crps_by_integral(cdf, value), rtol=1e-8, atol=1e-8)
+        assert_close(scores.crps(mixture, value), crps_by_integral(cdf, value), rtol=1e-6, atol=1e-6)
     distance = (value := y + 0.5).unsqueeze(0) - k.unsqueeze(1)
     assert_close(decisions.expected_below(mixture, value), (distance.clamp(min=0) * p.unsqueeze(1)).sum(0))
     assert_close(
@@ -296,6 +296,20 @@ def test_rare_counts_have_logarithms(family):
     terms = exact.log_prob(torch.arange(3001.0, 9000, dtype=torch.float64).reshape(-1, 1, 1, 1))
     expected = (mixture.double().logits.unsqueeze(-1) + terms).logsumexp((0, 2))
     assert_close(mixture.log_sf(y).double(), expected, rtol=1e-3, atol=0)
+
+
+def test_crps_of_hardly_any_mass_far_out():
+    """A component of weight 1e-3 reaches counts of 1e5; its sum over all of them is the answer."""
+    rate = torch.tensor([8.0, 2.0], dtype=torch.float64).reshape(1, 2, 1)
+    shape = torch.tensor([5.0, 1e-4], dtype=torch.float64).reshape(1, 2, 1)
+    weights = torch.tensor([[1 - 1e-3, 1e-3]], dtype=torch.float64)
+    mixture = Mixture(weights.log(), CountComponents(NegativeBinomialLaw(rate, shape)))
+    k = np.arange(400_000)
+    parts = [scipy.stats.nbinom(r, r / (r + m)) for m, r in ((8.0, 5.0), (2.0, 1e-4))]
+    cdf = sum(w * part.cdf(k) for w, part in zip((1 - 1e-3, 1e-3), parts, strict=True))
+    for y in (0.0, 9.0, 3000.0):
+        got = scores.crps(mixture, torch.tensor([[y]], dtype=torch.float64)).item()
+        assert got == pytest.approx(((cdf - (y <= k)) ** 2).sum(), rel=1e-6, abs=1e-6)
 
 
 @every_family
