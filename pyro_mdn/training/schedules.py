@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
 from pyro_mdn.distributions.units.units import Units
 
 T = TypeVar("T", bound=TargetsOrTensor)
@@ -99,4 +100,6 @@ def blur_targets(
         return torch.where(inside, moved(torch.where(inside, limit, units.from_line(torch.zeros_like(limit)))), limit)
 
     result: Any = y.limits(moved_inside) if isinstance(y, Targets) else moved(y)
+    if isinstance(units, AngleUnits) and isinstance(y, Targets):
+        return units.steady(result, y)
     return result
