@@ -50,12 +50,15 @@ class AngleUnits(Units):
         """Convert targets ``(*sample, *batch, D)`` to their images in standardised units, ``(images, ..., D)``."""
         offsets = self.circles.offsets(y)
         offsets = offsets.reshape(len(offsets), *(1,) * (y.ndim - 1), -1)
-        return self.standardize(y) + offsets / self.unit
+        if is_validation_enabled():
+            self.require_inside(y, "y")
+        return self.line.standardize(y) + offsets / self.unit
 
     def nearest(self, locs: Tensor) -> Tensor:
-        """Move standardised locations ``(*batch, K, D)`` of angles by whole turns to within half a turn of 0."""
-        unit = self.unit.unsqueeze(-2).to(locs)
-        return self.circles.around(locs, torch.zeros_like(unit), self.circles.periods(locs) / unit)
+        """Move standardised locations ``(*batch, K, D)`` of angles by whole turns into their periods."""
+        shift, unit = self.standard.shift.unsqueeze(-2).to(locs), self.unit.unsqueeze(-2).to(locs)
+        centres = (self.circles.centres(locs) - shift) / unit
+        return self.circles.around(locs, centres, self.circles.periods(locs) / unit)
 
     def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
         return self.line.log_volume(y, observed=observed)

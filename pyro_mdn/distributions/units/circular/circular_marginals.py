@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals, follow_shortest
+from pyro_mdn.distributions.units.circular.arcs import level_of_shortest_arc
 from pyro_mdn.distributions.units.circular.circles import TURNS, Circle, wrapped_into
 from pyro_mdn.distributions.units.circular.directions import direction_and_spread
-from pyro_mdn.distributions.units.circular.panels import arc_probability, density, edges_between, integrals
+from pyro_mdn.distributions.units.circular.panels import CircularMixture, integrals
 from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.univariate import UnivariateMixture
@@ -20,12 +21,6 @@ if TYPE_CHECKING:
     from pyro_mdn.distributions.families.components import Components
 
 __all__ = ["CircularMarginals"]
-
-_EVEN = 65
-"""Starts of arcs at equal distances in probability, beside those that follow the components."""
-
-_REFINEMENTS = ((4, 97), (2, 33), (1, 17), (1, 17), (1, 17), (1, 17))
-"""Neighbours of the best start on each side, and starts between them, of each round of refinement."""
 
 
 class CircularMarginals(Marginals):
@@ -44,21 +39,13 @@ class CircularMarginals(Marginals):
     def __init__(
         self, mixture: UnivariateMixture, circle: Circle, components: Components, *, start: Tensor | None = None
     ) -> None:
-        logits, locs, scale, law = mixture
         self.circle, self.components, self.period = circle, components, circle.period
-        size = torch.broadcast_shapes(logits.shape[:-1], locs.shape[:-1], scale.shape[:-1])
-        self.start = locs.new_full(size, circle.start) if start is None else start
-        locs = wrapped_into(locs, self.start.unsqueeze(-1), self.period)
-        self.mixture = UnivariateMixture(logits, locs, scale, law)
-        self.total = self._probability(self.start, self.end)
-
-    @property
-    def end(self) -> Tensor:
-        """Where distribution functions end, a turn after their start."""
-        return self.start + self.period
+        self.wrapped = CircularMixture.wrapped(mixture, circle.period, circle.start if start is None else start)
+        self.start, self.end = self.wrapped.start, self.wrapped.end
+        self.total = self.wrapped.probability(self.start, self.end)
 
     def is_differentiated(self) -> bool:
-        return self.mixture.is_differentiated()
+        return self.wrapped.line.is_differentiated()
 
     # Distribution functions
 
@@ -112,7 +99,7 @@ class CircularMarginals(Marginals):
 
     def _images(self) -> UnivariateMixture:
         """Mixture on the line with a component for each image."""
-        logits, locs, scale, law = self.mixture
+        logits, locs, scale, law = self.wrapped.line
         turns = self.period * torch.arange(-TURNS, TURNS + 1, dtype=locs.dtype, device=locs.device)
         count = len(turns)
         moved = (locs.unsqueeze(-2) + turns.unsqueeze(-1)).flatten(-2)
@@ -122,9 +109,6 @@ class CircularMarginals(Marginals):
             return tensor.expand(*tensor.shape[:-1], *shape).repeat(*(1,) * (tensor.ndim - 1), count)
 
         return UnivariateMixture(repeated(logits), moved, repeated(scale), law.map(lambda t, n: repeated(t)))
-
-    def _probability(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return arc_probability(self.mixture, lower, upper, self.period)
 
     # Quantiles
 
@@ -148,7 +132,7 @@ class CircularMarginals(Marginals):
         def tail_and_density(way: Tensor) -> tuple[Tensor, Tensor]:
             point = point_at(way)
             ends = torch.where(from_end, point, self.start), torch.where(from_end, self.end, point)
-            return self._probability(*ends) / self.total, density(self.mixture, point, self.period) / self.total
+            return self.wrapped.probability(*ends) / self.total, self.wrapped.density(point) / self.total
 
         with torch.no_grad():
             none = torch.zeros_like(known)
@@ -170,30 +154,25 @@ class CircularMarginals(Marginals):
 
     def central_interval(self, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Ends of arcs with probability ``tail`` on each side, between them and the angle opposite to the mean."""
-        cut = direction_and_spread(self.mixture, self.circle)[0] - 0.5 * self.period
-        opened = CircularMarginals(self.mixture, self.circle, self.components, start=cut)
+        cut = direction_and_spread(self.wrapped.line, self.circle)[0] - 0.5 * self.period
+        opened = CircularMarginals(self.wrapped.line, self.circle, self.components, start=cut)
         return self._begun(opened.quantile(tail), opened.upper_quantile(tail))
 
     @torch.no_grad()
     def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""Search for the shortest arcs, by the probability between the start of the period and theirs.
-
-        Arcs are compared that have one end at a point of a grid that follows every component, and some more. The best
-        one is refined between its neighbours.
-        """
+        """Search for the shortest arcs, by the probability between the start of the period and theirs."""
         mass = 1 - outside
-        below = self._probability(self.start, edges_between(self.mixture, self.start, self.period)) / self.total
-        even = torch.linspace(0, 1, _EVEN, dtype=below.dtype, device=below.device)
-        even = even.reshape(-1, *(1,) * (below.ndim - 1)).expand(-1, *below.shape[1:])
-        levels = torch.cat([below, below - mass, even]).remainder(1.0).sort(0).values
-        for reach, count in _REFINEMENTS:
-            best = self._width(levels, mass).argmin(0, keepdim=True)
-            # The neighbours of the first and the last one are beyond the start of the period.
-            low, high = (self._neighbour(levels, best + step) for step in (-reach, reach))
-            shares = torch.linspace(0, 1, count, dtype=low.dtype, device=low.device)
-            levels = low + (high - low) * shares.reshape(-1, *(1,) * (low.ndim - 1))
-        left = levels.gather(0, self._width(levels, mass).argmin(0, keepdim=True)).squeeze(0)
+        left = self._polished(level_of_shortest_arc(self.wrapped, self.total, mass), mass)
         return left, outside - left, *self._begun(self._turning(left), self._turning(left + mass))
+
+    def _polished(self, left: Tensor, mass: float) -> Tensor:
+        """Make the densities at both ends equal by Newton's method, where that is a step of rounding errors."""
+        for _ in range(2):
+            ends = self._turning(left), self._turning(left + mass)
+            (low, bend_low), (high, bend_high) = (self.log_density_by_level(end) for end in ends)
+            step = (low - high) / (bend_low - bend_high)
+            left = torch.where((step.abs() < 1e-3) & (bend_low > bend_high), left - step, left)
+        return left
 
     def shortest_interval(self, outside: float) -> tuple[Tensor, Tensor]:
         left, _, *ends = self.shortest(outside)
@@ -203,18 +182,10 @@ class CircularMarginals(Marginals):
         left = follow_shortest(self, left, lambda level: (self._turning(level), self._turning(level + mass)))
         return self._begun(self._turning(left), self._turning(left + mass))
 
-    @staticmethod
-    def _neighbour(levels: Tensor, index: Tensor) -> Tensor:
-        return levels.gather(0, index % len(levels)) + index.div(len(levels), rounding_mode="floor")
-
     def _turning(self, level: Tensor) -> Tensor:
         """Quantile at any level: each whole number is a turn."""
         turns = level.detach().floor()
         return self.quantile(level - turns) + turns * self.period
-
-    def _width(self, level: Tensor, mass: float) -> Tensor:
-        width = self._turning(level + mass) - self._turning(level)
-        return width.nan_to_num(math.inf, math.inf, math.inf)
 
     def _begun(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Move arcs by whole turns, so that they begin in the period."""
@@ -250,15 +221,14 @@ class CircularMarginals(Marginals):
             Grimit, Gneiting, Berrocal & Johnson (2006), The continuous ranked probability score for circular variables.
         """
         half = 0.5 * self.period
-        edges = edges_between(self.mixture, self.start, half)
-        elements = edges[0].numel() * self.mixture.logits.shape[-1]
+        edges = self.wrapped.edges(half)
 
         def squares(point: Tensor) -> Tensor:
             """Squared probabilities of being outside of half circles, and inside."""
-            inside = self._probability(point, point + half) / self.total
+            inside = self.wrapped.probability(point, point + half) / self.total
             return torch.stack([(1 - inside).square(), inside.square()])
 
-        panels = integrals(squares, edges[:-1], edges[1:], elements)
+        panels = integrals(squares, edges[:-1], edges[1:], self.wrapped.size)
         sums = torch.cat([torch.zeros_like(panels[:, :1]), panels.cumsum(1)], 1)
         place = wrapped_into(value, self.start, self.period)
         second = place >= self.start + half
@@ -268,7 +238,7 @@ class CircularMarginals(Marginals):
         edges, sums = _aligned(edges, shape, 0), _aligned(sums, shape, 1)
         near = ((edges <= place).sum(0) - 1).clamp(0, len(edges) - 2).unsqueeze(0)
         start = edges.gather(0, near)
-        rest = integrals(squares, start, place.unsqueeze(0), place.numel() * self.mixture.logits.shape[-1])
+        rest = integrals(squares, start, place.unsqueeze(0), 1)
         before = sums.gather(1, near.expand(2, *near.shape)).squeeze(1) + rest.squeeze(1)
         after = sums[:, -1] - before
         score = torch.where(second, before[1] + after[0], before[0] + after[1])

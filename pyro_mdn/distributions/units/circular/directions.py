@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.units.circular.circles import Circle, wrapped_into
-from pyro_mdn.distributions.units.circular.panels import density, edges_between, integral
+from pyro_mdn.distributions.units.circular.panels import CircularMixture, integral
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
 __all__ = ["direction_and_spread"]
@@ -49,19 +49,17 @@ def direction_and_spread(mixture: UnivariateMixture, circle: Circle) -> tuple[Te
 def _by_quadrature(mixture: UnivariateMixture, circle: Circle) -> tuple[Tensor, Tensor]:
     """Direction in radians, and 1 - R."""
     rate = 2 * math.pi / circle.period
-    start = torch.full_like(mixture.locs[..., 0], circle.start)
-    edges = edges_between(mixture, start, circle.period)
-    elements = edges[0].numel() * mixture.logits.shape[-1]
+    wrapped = CircularMixture.wrapped(mixture, circle.period, circle.start)
+    edges = wrapped.edges(circle.period)
 
     def moments(y: Tensor) -> Tensor:
-        return density(mixture, y, circle.period) * torch.stack(
-            [(rate * y).cos(), (rate * y).sin(), torch.ones_like(y)]
-        )
+        return wrapped.density(y) * torch.stack([(rate * y).cos(), (rate * y).sin(), torch.ones_like(y)])
 
-    cosine, sine, total = integral(moments, edges, elements)
+    cosine, sine, total = integral(moments, edges, wrapped.size)
     direction = torch.atan2(sine, cosine)
     known = direction.detach()
-    lost = integral(
-        lambda y: 2 * (0.5 * (rate * y - known)).sin().square() * density(mixture, y, circle.period), edges, elements
-    )
-    return direction, lost / total
+
+    def versine(y: Tensor) -> Tensor:
+        return 2 * (0.5 * (rate * y - known)).sin().square() * wrapped.density(y)
+
+    return direction, integral(versine, edges, wrapped.size) / total

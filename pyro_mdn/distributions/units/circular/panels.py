@@ -2,18 +2,21 @@ r"""Probabilities and integrals over a circle, by quadrature between points that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.units.circular.circles import TURNS
+from pyro_mdn.distributions.units.circular.circles import TURNS, wrapped_into
+from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
-__all__ = ["arc_probability", "density", "edges_between", "integral", "integrals"]
+__all__ = ["CircularMixture", "integral", "integrals"]
 
-_LEGENDRE = np.polynomial.legendre.leggauss(10)
+_LEGENDRE = np.polynomial.legendre.leggauss(7)
 _NODES, _WEIGHTS = (0.5 * (_LEGENDRE[0] + 1)).tolist(), (0.5 * _LEGENDRE[1]).tolist()
 
 _EVEN = 24
@@ -22,56 +25,89 @@ _EVEN = 24
 _MOST = 600
 """Largest number of panels."""
 
-_ELEMENTS = 2**22
+_ELEMENTS = 2**20
 """Numbers of a part of a sum over panels."""
 
 
-def arc_probability(mixture: UnivariateMixture, lower: Tensor, upper: Tensor, period: float) -> Tensor:
-    """Probability of the arcs between two angles, by differences of distribution functions.
+class CircularMixture(NamedTuple):
+    """A univariate mixture, wrapped around a circle. Values have the shape ``(*sample, *batch)``.
 
-    Args:
-        mixture: Mixture on the line, with parameters ``(*batch, K)`` and locations in one period.
-        lower: Start of each arc, ``(*sample, *batch)``.
-        upper: End of each arc, not before its start and at most a turn after it.
+    Attributes:
+        line: Mixture on the line, with parameters ``(*batch, K)`` and locations in the period.
         period: Length of a turn.
+        start: Start of the period, ``(*batch)``.
+        turns: Turns to each side at which an image has a probability.
     """
-    logits, locs, scale, law = mixture
-    total = torch.zeros((), dtype=locs.dtype, device=locs.device)
-    for turns in range(-TURNS, TURNS + 1):
-        start, end = (((t + turns * period).unsqueeze(-1) - locs) / scale for t in (lower, upper))
-        total = total + (logits.exp() * (law.cdf(end) - law.cdf(start))).sum(-1)
-    return total
 
+    line: UnivariateMixture
+    period: float
+    start: Tensor
+    turns: int
 
-def density(mixture: UnivariateMixture, value: Tensor, period: float) -> Tensor:
-    """Density of the angles ``(*sample, *batch)``, for arguments as in :func:`arc_probability`."""
-    logits, locs, scale, law = mixture
-    total = torch.zeros((), dtype=locs.dtype, device=locs.device)
-    for turns in range(-TURNS, TURNS + 1):
-        z = ((value + turns * period).unsqueeze(-1) - locs) / scale
-        total = total + ((logits + law.log_density(z)).exp() / scale).sum(-1)
-    return total
+    @classmethod
+    def wrapped(cls, line: UnivariateMixture, period: float, start: Tensor | float) -> CircularMixture:
+        """Wrap a mixture with any locations.
 
+        Args:
+            line: Mixture on the line.
+            period: Length of a turn.
+            start: Start of the period, a number or ``(*batch)``.
+        """
+        logits, locs, scale, law = line
+        shape = torch.broadcast_shapes(logits.shape, locs.shape, scale.shape)[:-1]
+        begun = start if isinstance(start, Tensor) else locs.new_full(shape, start)
+        locs = wrapped_into(locs, begun.unsqueeze(-1), period)
+        turns = TURNS
+        if is_known(scale) and scale.numel():
+            reach = (scale.detach().unsqueeze(-1) * law.grid(locs).detach().abs()).amax().item() / period
+            turns = min(TURNS, max(1, math.ceil(reach))) if math.isfinite(reach) else TURNS
+        return cls(UnivariateMixture(logits, locs, scale, law), period, begun, turns)
 
-@torch.no_grad()
-def edges_between(mixture: UnivariateMixture, start: Tensor, length: float) -> Tensor:
-    """Points ``(P, *batch)`` in ascending order from a start ``(*batch)`` over a length, dense where components bend.
+    @property
+    def end(self) -> Tensor:
+        """End of the period."""
+        return self.start + self.period
 
-    The points around each component are moved into the range by multiples of its length.
-    """
-    logits, locs, scale, law = mixture
-    points = locs.unsqueeze(-1) + scale.unsqueeze(-1) * law.grid(locs)
-    shape = torch.broadcast_shapes(logits.shape, locs.shape, scale.shape)
-    points = points.expand(*shape, points.shape[-1]).flatten(-2)
-    start = start.unsqueeze(-1)
-    even = start + length * torch.linspace(0, 1, _EVEN + 1, dtype=locs.dtype, device=locs.device)
-    points = start + torch.remainder(points - start, length)
-    points = torch.cat([points, even.expand(*points.shape[:-1], -1)], -1)
-    points = torch.maximum(torch.minimum(points, start + length), start).sort(-1).values
-    if points.shape[-1] > _MOST + 1:
-        kept = torch.linspace(0, points.shape[-1] - 1, _MOST + 1, device=points.device).round().long()
-        points = points[..., kept]
-    return points.movedim(-1, 0)
+    @property
+    def size(self) -> int:
+        """Numbers that one value of each mixture of the batch needs."""
+        return self.start.numel() * self.line.logits.shape[-1] * (2 * self.turns + 1)
+
+    def probability(self, lower: Tensor, upper: Tensor) -> Tensor:
+        """Probability of arcs between two angles of the period, by differences of distribution functions."""
+        start, end = (self._images(t) for t in torch.broadcast_tensors(lower, upper))
+        return (self.line.logits.exp() * (self.line.law.cdf(end) - self.line.law.cdf(start))).sum((0, -1))
+
+    def density(self, value: Tensor) -> Tensor:
+        """Density of angles of the period."""
+        logits, _, scale, law = self.line
+        return ((logits + law.log_density(self._images(value))).exp() / scale).sum((0, -1))
+
+    def _images(self, value: Tensor) -> Tensor:
+        """Standardised images of angles for each component, ``(images, *sample, *batch, K)``."""
+        turns = self.period * torch.arange(-self.turns, self.turns + 1, dtype=value.dtype, device=value.device)
+        images = value + turns.reshape(-1, *(1,) * value.ndim)
+        return (images.unsqueeze(-1) - self.line.locs) / self.line.scale
+
+    @torch.no_grad()
+    def edges(self, length: float) -> Tensor:
+        """Points ``(P, *batch)`` in ascending order from the start over a length, dense where components bend.
+
+        The points around each component are moved into the range by multiples of its length.
+        """
+        logits, locs, scale, law = self.line
+        points = locs.unsqueeze(-1) + scale.unsqueeze(-1) * law.grid(locs)
+        shape = torch.broadcast_shapes(logits.shape, locs.shape, scale.shape)
+        points = points.expand(*shape, points.shape[-1]).flatten(-2)
+        start = self.start.unsqueeze(-1)
+        even = start + length * torch.linspace(0, 1, _EVEN + 1, dtype=locs.dtype, device=locs.device)
+        points = start + torch.remainder(points - start, length)
+        points = torch.cat([points, even.expand(*points.shape[:-1], -1)], -1)
+        points = torch.maximum(torch.minimum(points, start + length), start).sort(-1).values
+        if points.shape[-1] > _MOST + 1:
+            kept = torch.linspace(0, points.shape[-1] - 1, _MOST + 1, device=points.device).round().long()
+            points = points[..., kept]
+        return points.movedim(-1, 0)
 
 
 def integrals(function: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, elements: int) -> Tensor:
