@@ -9,7 +9,7 @@ from pyro_mdn.distributions.units.circular.panels import CircularMixture
 
 __all__ = ["level_of_shortest_arc"]
 
-_PARTS = 4
+_PARTS = 3
 """Parts of the panels between the points of a grid."""
 
 _ROUNDS, _POINTS = 4, 33
@@ -38,10 +38,13 @@ def level_of_shortest_arc(wrapped: CircularMixture, total: Tensor, mass: float) 
     parts = (edges[:-1] + shares * edges.diff(dim=0)).transpose(0, 1).flatten(0, 1)
     turn = wrapped.period
     starts = torch.cat([parts, edges[-1:]])
-    ends = torch.cat([parts, parts + turn, edges[-1:] + turn])
-    level = starts[0]
-    for _ in range(_ROUNDS):
-        below, until = (_ascending(levels_at(points)) for points in (starts, ends))
+    ends = torch.cat([parts, starts + turn])
+    below = levels_at(parts)
+    below = torch.cat([below, torch.ones_like(below[:1])]).cummax(0).values
+    until, level = torch.cat([below[:-1], 1 + below]), below[0]
+    for i in range(_ROUNDS):
+        if i:
+            below, until = (levels_at(points).cummax(0).values for points in (starts, ends))  # rounded, they may fall
         candidates = torch.cat([below, until - mass]).sort(0).values
         low, high = torch.maximum(below[:1], until[:1] - mass), torch.minimum(below[-1:], until[-1:] - mass)
         candidates = torch.maximum(torch.minimum(candidates, high), low)
@@ -60,10 +63,6 @@ def level_of_shortest_arc(wrapped: CircularMixture, total: Tensor, mass: float) 
 
 def _between(low: Tensor, high: Tensor, share: Tensor) -> Tensor:
     return low + share * (high - low)
-
-
-def _ascending(levels: Tensor) -> Tensor:
-    return levels.cummax(0).values  # up to rounding they are
 
 
 def _at(levels: Tensor, points: Tensor, level: Tensor, *, right: bool) -> Tensor:

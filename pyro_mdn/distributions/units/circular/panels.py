@@ -75,7 +75,8 @@ class CircularMixture(NamedTuple):
 
     def probability(self, lower: Tensor, upper: Tensor) -> Tensor:
         """Probability of arcs between two angles of the period, by differences of distribution functions."""
-        start, end = (self._images(t) for t in torch.broadcast_tensors(lower, upper))
+        ndim = max(lower.ndim, upper.ndim)
+        start, end = (self._images(t.reshape(*(1,) * (ndim - t.ndim), *t.shape)) for t in (lower, upper))
         return (self.line.logits.exp() * (self.line.law.cdf(end) - self.line.law.cdf(start))).sum((0, -1))
 
     def density(self, value: Tensor) -> Tensor:
