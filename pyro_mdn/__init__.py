@@ -24,6 +24,7 @@ from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.predictions import Prediction
+from pyro_mdn.distributions.units.circular.angles import Angle
 from pyro_mdn.distributions.units.compound_transforms import Chain, PerOutput
 from pyro_mdn.distributions.units.target_transforms import (
     Asinh,
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Angle",
     "Asinh",
     "Chain",
     "Checkpointing",

@@ -83,7 +83,7 @@ def coverage_table(
     rows = []
     for mass in masses:
         lower, upper = mixture.interval(mass, kind=kind)
-        inside = ((lower <= y) & (y <= upper)).to(lower).masked_fill(y.isnan(), torch.nan)
+        inside = (mixture.univariate().missed(y, lower, upper) <= 0).to(lower).masked_fill(y.isnan(), torch.nan)
         rows.append((*observed_mean(inside), (upper - lower).mean(0)))
     coverage, error, width = (torch.stack(parts) for parts in zip(*rows, strict=True))
     return CoverageTable(coverage.new_tensor(masses), coverage, error, width)

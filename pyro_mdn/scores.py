@@ -135,7 +135,8 @@ def crps(mixture: Mixture, y: Any) -> Tensor:
               = \sum_k w_k A(y - \mu_k, \sigma_k)
               - \tfrac12 \sum_{kl} w_k w_l A(\mu_k - \mu_l, \sqrt{\sigma_k^2 + \sigma_l^2})
 
-    with :math:`A(m, s) = E|m + s Z| = 2 s \varphi(m / s) + m (2 \Phi(m / s) - 1)`.
+    with :math:`A(m, s) = E|m + s Z| = 2 s \varphi(m / s) + m (2 \Phi(m / s) - 1)`. Distances of angles are angular
+    ones, the shorter way round, and their score is computed by quadrature.
 
     References:
         Grimit, Gneiting, Berrocal & Johnson (2006), The continuous ranked probability score for circular variables.
@@ -164,6 +165,7 @@ def energy_score(mixture: Mixture, y: Any, *, num_samples: int = 1000) -> Estima
     if mixture.dim == 1:
         value = crps(mixture, y).squeeze(-1)
         return Estimate(value, torch.zeros_like(value))
+    mixture.components.require_line("energy_score", "crps is a score of each output")
     y = mixture.as_points(y, "y")
     if num_samples < 2:
         raise ValueError(f"num_samples: expected 2 at least, got {num_samples}")
@@ -183,6 +185,7 @@ def pinball(mixture: Mixture, y: Any, q: float) -> Tensor:
     """
     if not 0 < q < 1:
         raise ValueError(f"q: expected a probability in (0, 1), got {q}")
+    mixture.components.require_line("pinball", "crps is a score of angles")
     y = mixture.as_points(y, "y")
     error = y - mixture.icdf(q)
     return torch.maximum(q * error, (q - 1) * error)
@@ -198,7 +201,7 @@ def interval_score(
     """
     y = mixture.as_points(y, "y")
     lower, upper = mixture.interval(mass, kind=kind)
-    missed = (lower - y).clamp(min=0) + (y - upper).clamp(min=0)
+    missed = mixture.univariate().missed(y, lower, upper)
     return upper - lower + 2 / (1 - mass) * missed
 
 
@@ -207,7 +210,8 @@ def coverage(mixture: Mixture, y: Any, mass: float, *, kind: Literal["central", 
     """Whether each output lies in its interval of probability ``mass``: 1 or 0, to be averaged; NaN if missing."""
     y = mixture.as_points(y, "y")
     lower, upper = mixture.interval(mass, kind=kind)
-    return ((lower <= y) & (y <= upper)).to(mixture.dtype).masked_fill(y.isnan(), torch.nan)
+    inside = mixture.univariate().missed(y, lower, upper) <= 0
+    return inside.to(mixture.dtype).masked_fill(y.isnan(), torch.nan)
 
 
 @in_widest_precision

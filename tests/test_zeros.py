@@ -287,6 +287,7 @@ def test_settings_are_checked():
     for settings, message in (
         ({"family": ZeroInflated("normal")}, "target_transform: expected one with a lower end, such as 'log'"),
         ({"family": ZeroInflated("normal"), "target_transform": ["log", "asinh"]}, "expected one with a lower end"),
+        ({"family": ZeroInflated("normal"), "target_transform": ["log", "angle"]}, "expected one with a lower end"),
     ):
         with pytest.raises(ValueError, match=message):
             MixtureHead(3, 2, 1, **settings)

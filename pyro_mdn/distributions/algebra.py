@@ -61,23 +61,38 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
     values = own_points(known, values, "values")
     if has_missing(values):
         return _condition_on_observed(mixture, values, dims, free)
+    if (given := ordered.components.given_images(ordered.logits, values)) is not None:
+        return mixture.reweighted(*given)
     logits = known.relative_joint_log_prob(values)
     return mixture.reweighted(logits, ordered.components.condition(values))
 
 
 def _condition_on_observed(mixture: M, values: Tensor, dims: list[int], free: list[int]) -> M:
     form: Components = mixture.marginal(free).components
+    count = mixture.components.num_given(dims, mixture.n_components)
 
     def given(rows: M, pattern: Pattern) -> tuple[Tensor, ...]:
         nonlocal form
         observed = pattern.exact
         rest = rows.marginal([*(dims[i] for i in observed), *free])
         rest = rest.condition(pattern.points, range(len(observed))) if observed else rest
+        rest = _with_absent(rest, count)
         form = rest.components
         return rest.logits, *form.expand((*rest.batch_shape, rest.n_components)).tensors()
 
     logits, *tensors = by_pattern(mixture, values, given)
     return mixture.reweighted(logits, form.with_tensors(tensors))
+
+
+def _with_absent(mixture: M, count: int) -> M:
+    """Append components of weight zero until there are ``count``, a multiple of those that there are."""
+    n = mixture.n_components
+    if n == count:
+        return mixture
+    logits = torch.cat([mixture.logits, mixture.logits.new_full((*mixture.batch_shape, count - n), -math.inf)], -1)
+    whole = mixture.components.expand((*mixture.batch_shape, n))
+    components = whole.map(lambda t, k: torch.cat([t] * (count // n), t.ndim - k - 1))
+    return mixture.derived(logits, components)
 
 
 @in_widest_precision

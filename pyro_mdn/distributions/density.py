@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.full import FullCovariance
+from pyro_mdn.distributions.families.components import total_stddev
 from pyro_mdn.distributions.observations.likelihood import (
     by_pattern,
     component_log_likelihood,
@@ -24,7 +25,7 @@ from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import is_known, is_mapped, sample_shape_of, unwrapped
 from pyro_mdn.support.torch_compat import assert_async, functional_assert_async, transforms_active
 from pyro_mdn.tensors.channels import channels_first, channels_last
-from pyro_mdn.tensors.numerics import norm, shares
+from pyro_mdn.tensors.numerics import log_sum_exp, shares
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
@@ -119,7 +120,8 @@ def _log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
         result = by_pattern(inner, value, log_likelihood)[0]
     else:
         result = inner.components.mixture_log_prob(inner.logits, complete_when_run(value))
-    return result if log_slope is None else result + log_slope
+    result = result if log_slope is None else result + log_slope
+    return log_sum_exp(result) if mixture.components.has_angles else result
 
 
 def _pulled_back(mixture: Mixture, value: TargetsOrTensor) -> tuple[Mixture, TargetsOrTensor, Tensor | None]:
@@ -137,7 +139,8 @@ def component_log_prob(mixture: Mixture, value: Any) -> Tensor:
         result = by_pattern(inner, value, component_log_likelihood)[0]
     else:
         result = inner.components.log_prob(value)
-    return result if log_slope is None else result + log_slope.unsqueeze(-1)
+    result = result if log_slope is None else result + log_slope.unsqueeze(-1)
+    return log_sum_exp(result) if mixture.components.has_angles else result
 
 
 @in_widest_precision
@@ -155,6 +158,8 @@ def responsibilities(mixture: Mixture, value: Any) -> Tensor:
 @in_widest_precision
 def relative_joint_log_prob(mixture: Mixture, value: Any) -> Tensor:
     """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
+    if mixture.components.has_angles:  # a constant of each image would change its share of the sum
+        return mixture.logits + component_log_prob(mixture, value)
     inner, value, _ = _pulled_back(mixture, as_observations(mixture, value).to(mixture.dtype))
     if isinstance(value, Targets) or has_missing(value):
         return by_pattern(inner, value, relative_joint_log_likelihood)[0]
@@ -212,23 +217,32 @@ def sample(mixture: Mixture, sample_shape: Sequence[int] = ()) -> Tensor:
 
 @in_widest_precision
 def mean(mixture: Mixture) -> Tensor:
-    r""":math:`\sum_k w_k \mu_k`, shape ``(*batch, D)``."""
+    r""":math:`\sum_k w_k \mu_k`, shape ``(*batch, D)``; the mean direction of an angle."""
+    own = mixture.components.mixture_moments(mixture.logits)
+    if own is not None:
+        return own[0]
     return _average(mixture, mixture.components.mean())
 
 
 @in_widest_precision
 def variance(mixture: Mixture) -> Tensor:
-    r"""Variance of each output, shape ``(*batch, D)``, by the law of total variance."""
+    r"""Variance of each output, shape ``(*batch, D)``, by the law of total variance; see :meth:`stddev` for angles."""
+    own = mixture.components.mixture_moments(mixture.logits)
+    if own is not None:
+        return own[1].square()
     return _average(mixture, mixture.components.variance() + _deviation(mixture).square())
 
 
 @in_widest_precision
 def stddev(mixture: Mixture) -> Tensor:
-    """Standard deviation of each output, shape ``(*batch, D)``, also where the variance over- or underflows."""
-    deviation = _deviation(mixture)
-    parts = torch.stack([mixture.components.stddev().expand(deviation.shape), deviation], -1)
-    weighted = (0.5 * mixture.logits).exp()[..., None, None] * parts
-    return norm(weighted.movedim(-3, -2).flatten(-2))
+    r"""Standard deviation of each output, shape ``(*batch, D)``, also where the variance over- or underflows.
+
+    That of an angle is the circular one, :math:`\sqrt{-2 \log R}` radians for a mean resultant length R.
+    """
+    own = mixture.components.mixture_moments(mixture.logits)
+    if own is not None:
+        return own[1]
+    return total_stddev(mixture.logits, mixture.components.stddev(), _deviation(mixture))
 
 
 @in_widest_precision
@@ -237,6 +251,10 @@ def covariance_matrix(mixture: Mixture) -> Tensor:
 
     .. math:: \sum_k w_k \left( \Sigma_k + (\mu_k - \bar\mu)(\mu_k - \bar\mu)^\top \right)
     """
+    if mixture.components.has_angles:
+        if mixture.dim > 1:
+            mixture.components.require_line("covariance_matrix", "variance is, of each output; or use draws")
+        return variance(mixture).unsqueeze(-1)
     weight, deviation = mixture.logits.exp()[..., None, None], _deviation(mixture)
     between = deviation.unsqueeze(-1) * deviation.unsqueeze(-2)
     return (weight * (mixture.components.covariance_matrix() + between)).sum(-3)
@@ -245,6 +263,7 @@ def covariance_matrix(mixture: Mixture) -> Tensor:
 @in_widest_precision
 def as_gaussian(mixture: Mixture) -> FullCovariance:
     """Covariance of the mixture as one operator, component axis 1; accurate also where the matrix is not."""
+    mixture.components.require_line("as_gaussian", "mean and stddev are those of directions")
     root = mixture.components.covariance_root()
     root = root.expand(*mixture.batch_shape, mixture.n_components, *root.shape[-2:])
     stacked = torch.cat([root, _deviation(mixture).unsqueeze(-1)], -1) * (0.5 * mixture.logits).exp()[..., None, None]
@@ -265,6 +284,7 @@ def split_variance(mixture: Mixture, dim: int = 0) -> VarianceSplit:
     .. math:: \mathrm{Cov}(y) = \underbrace{E_s[\mathrm{Cov}(y \mid s)]}_{\text{aleatoric}} +
               \underbrace{\mathrm{Cov}_s(E[y \mid s])}_{\text{epistemic}}
     """
+    mixture.components.require_line("split_variance", "pool has the stddev of all mixtures together")
     dim = batch_dim(dim, len(mixture.batch_shape))
     deviation = mixture.mean - mixture.mean.mean(dim, keepdim=True)
     epistemic = (deviation.unsqueeze(-1) * deviation.unsqueeze(-2)).mean(dim)

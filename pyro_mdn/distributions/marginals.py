@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from torch import Tensor
 from pyro_mdn.distributions.observations.boxes import log_interval_probability
 from pyro_mdn.tensors.expected_distances import distance_to, half_mean_difference
 from pyro_mdn.tensors.numerics import log_sum_exp
+from pyro_mdn.tensors.roots import follow_root
 from pyro_mdn.tensors.shortest_intervals import shortest_intervals
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
-__all__ = ["LocationScaleMarginals", "Marginals", "shortest_by_search"]
+__all__ = ["LocationScaleMarginals", "Marginals", "follow_shortest", "shortest_by_search"]
 
 
 class Marginals(ABC):
@@ -77,6 +79,22 @@ class Marginals(ABC):
             Probabilities below and above them, and their lower and upper ends, ``(*batch, D)`` each.
         """
 
+    def central_interval(self, tail: Tensor) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends of intervals with a probability ``(*batch, D)`` on each side."""
+        return self.quantile(tail), self.upper_quantile(tail)
+
+    def shortest_interval(self, outside: float) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends of the shortest intervals of probability ``1 - outside``, with their derivatives."""
+        left, right, *ends = self.shortest(outside)
+        if not self.is_differentiated():
+            return ends[0], ends[1]
+        left = follow_shortest(self, left, lambda tail: (self.quantile(tail), self.upper_quantile(outside - tail)))
+        return self.quantile(left), self.upper_quantile(right + (left.detach() - left))
+
+    def missed(self, value: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+        """How far values lie outside of intervals; 0 inside of them."""
+        return (lower - value).clamp(min=0) + (value - upper).clamp(min=0)
+
     @abstractmethod
     def expected_below(self, value: Tensor) -> Tensor:
         r"""Compute :math:`E[(y - Y)^+]`, how far the variable falls short of a value on average."""
@@ -88,6 +106,24 @@ class Marginals(ABC):
     @abstractmethod
     def crps(self, value: Tensor) -> Tensor:
         """Continuous ranked probability score of a value, in its units."""
+
+
+def follow_shortest(marginals: Marginals, left: Tensor, ends: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Give the probabilities below shortest intervals their derivatives, from the equality of densities at the ends.
+
+    Args:
+        marginals: The distributions.
+        left: The probabilities, without a graph.
+        ends: Lower and upper ends of the intervals that have these probabilities below them.
+    """
+
+    def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
+        (low, bend_low), (high, bend_high) = (marginals.log_density_by_level(end) for end in ends(tail))
+        slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
+        # Where two shortest intervals merge into one, there are no derivatives.
+        return low - high, slope.masked_fill(~(slope > 1e-3 * terms), math.inf)
+
+    return follow_root(left, equation)
 
 
 class LocationScaleMarginals(Marginals):

@@ -217,8 +217,8 @@ class Mixture(dist.MixtureSameFamily):
 
     @property
     def has_rsample(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether draws have pathwise gradients; no if outputs are counts."""
-        return self._origin is not None or self.components.has_pathwise_draws
+        """Whether draws have pathwise gradients; no if outputs are counts or angles."""
+        return (self._origin or self.components).has_pathwise_draws
 
     @property
     def support(self) -> constraints.Constraint:

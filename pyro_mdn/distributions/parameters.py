@@ -52,6 +52,11 @@ class Origin(Protocol):
         """Precision of the parameters."""
         ...
 
+    @property
+    def has_pathwise_draws(self) -> bool:
+        """Whether draws can be differentiated with respect to the parameters."""
+        ...
+
     def parameters(self) -> tuple[Tensor, Components]:
         """Build normalised log-weights and components."""
         ...

@@ -2,7 +2,6 @@ r"""Distribution functions, quantiles and intervals of single outputs, and regio
 
 from __future__ import annotations
 
-import math
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +13,6 @@ from pyro_mdn.distributions.parameters import as_probabilities
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import require_unmapped, shown
-from pyro_mdn.tensors.roots import follow_root
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
@@ -122,7 +120,8 @@ def interval(
         mass: Probability inside, in (0, 1).
         kind: ``"central"`` leaves equal probabilities on both sides. ``"shortest"`` is the shortest single interval,
             for which all local minima of the width are compared. If there is one mode, that interval contains the
-            points of highest density.
+            points of highest density. Intervals of angles are arcs: they begin in the period and may go on beyond its
+            end, and central ones leave equal probabilities between them and the angle opposite to the mean.
 
     Raises:
         ValueError: If the mass is not in (0, 1) or the kind is unknown.
@@ -130,29 +129,11 @@ def interval(
     _check_mass(mass)
     if kind not in ("central", "shortest"):
         raise ValueError(f"kind: expected 'central' or 'shortest', got {shown(kind)}")
-    outside, marginals = 1 - mass, univariate(mixture)
-    left = right = mixture.components.like.new_full((*mixture.batch_shape, mixture.dim), outside / 2)
-    if kind == "shortest":
-        require_unmapped("interval", mixture.logits, *mixture.components.tensors())
-        left, right, *ends = marginals.shortest(outside)
-        if not marginals.is_differentiated():
-            return ends[0], ends[1]
-        left = _follow_shortest(marginals, left, right)
-        right = right + (left.detach() - left)
-    return marginals.quantile(left), marginals.upper_quantile(right)
-
-
-def _follow_shortest(marginals: Marginals, left: Tensor, right: Tensor) -> Tensor:
-    """Give the probabilities below shortest intervals their derivatives, from the equality of densities at the ends."""
-
-    def equation(tail: Tensor) -> tuple[Tensor, Tensor]:
-        ends = marginals.quantile(tail), marginals.upper_quantile(right + (left - tail))
-        (low, bend_low), (high, bend_high) = (marginals.log_density_by_level(end) for end in ends)
-        slope, terms = bend_low - bend_high, bend_low.abs() + bend_high.abs()
-        # Where two shortest intervals merge into one, there are no derivatives.
-        return low - high, slope.masked_fill(~(slope > 1e-3 * terms), math.inf)
-
-    return follow_root(left, equation)
+    if kind == "central":
+        tail = mixture.components.like.new_full((*mixture.batch_shape, mixture.dim), (1 - mass) / 2)
+        return univariate(mixture).central_interval(tail)
+    require_unmapped("interval", mixture.logits, *mixture.components.tensors())
+    return univariate(mixture).shortest_interval(1 - mass)
 
 
 @in_widest_precision

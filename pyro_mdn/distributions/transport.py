@@ -53,6 +53,7 @@ def inverse_rosenblatt(mixture: Mixture, value: Any) -> Tensor:
     Values of 0 and 1 give -inf and +inf. The outputs after such a value are NaN, because they have no conditional
     distribution.
     """
+    mixture.components.require_line("inverse_rosenblatt", "icdf is, of each output")
     points = own_points(mixture, value)
     levels = as_probabilities(points, (*mixture.batch_shape, mixture.dim))
     points = _walk(mixture, lambda d, conditional: conditional.quantile(levels[..., d]))

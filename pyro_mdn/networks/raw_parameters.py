@@ -16,11 +16,13 @@ from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
+from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.support.checks import bounds
 from pyro_mdn.tensors.channel_density import channel_log_density
 from pyro_mdn.tensors.channels import channels_last
 from pyro_mdn.tensors.mixture_density import mixture_log_density
+from pyro_mdn.tensors.numerics import log_sum_exp
 
 __all__ = ["ChannelParameters", "Raw", "RawParameters", "mixture_class", "raw_from_channels"]
 
@@ -43,17 +45,23 @@ class RawParameters(NamedTuple):
 
     def log_prob(self, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
-        logits, locs, *blocks = self.raw
         if self.family.has_atom:  # which has no place on the real line
             return self.mixture(validate_args=False).log_prob(y)
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)
-        value = self.units.standardize(y).to(locs.dtype)
-        if (kernel := self.family.kernel) is not None:
-            density = mixture_log_density(kernel, logits, locs, value, *blocks)
+        if isinstance(self.units, AngleUnits):
+            nearest = self._replace(raw=(self.raw[0], self.units.nearest(self.raw[1]), *self.raw[2:]))
+            density = log_sum_exp(nearest._standardized_density(self.units.images(y)))
         else:
-            density = self._components().mixture_log_prob(logits, value, normalize=True)
+            density = self._standardized_density(self.units.standardize(y))
         return density - self.units.log_volume(y)
+
+    def _standardized_density(self, value: Tensor) -> Tensor:
+        logits, locs, *blocks = self.raw
+        value = value.to(locs.dtype)
+        if (kernel := self.family.kernel) is not None:
+            return mixture_log_density(kernel, logits, locs, value, *blocks)
+        return self._components().mixture_log_prob(logits, value, normalize=True)
 
     def _log_likelihood(self, y: TargetsOrTensor) -> Tensor:
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""
@@ -62,7 +70,11 @@ class RawParameters(NamedTuple):
             y = y.double() if y.has_cells() and y.device.type != "mps" else y
             if is_validation_enabled():
                 self.units.require_inside(y, "y")
+            if self.units.has_angles:
+                return self.mixture(validate_args=False).log_prob(y)
             value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)
+        elif self.units.has_angles:
+            return self.mixture(validate_args=False).log_prob(y)
         else:
             value, volume = self.units.standardize(y).to(self.raw[1].dtype), self._log_volume(y, ~y.isnan())
         return self._standardized(validate_args=False).log_prob(value) - volume
@@ -110,10 +122,17 @@ class ChannelParameters(NamedTuple):
         """Precision of the parameters."""
         return self.channels.dtype
 
+    @property
+    def has_pathwise_draws(self) -> bool:
+        """Whether draws can be differentiated with respect to the parameters; those of angles cannot."""
+        return not self.units.has_angles
+
     def log_prob(self, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
         kernel = self.family.kernel
-        if isinstance(y, Targets) or kernel is None or y.shape[:-1] != self.batch_shape or has_missing(y):
+        if isinstance(y, Targets) or kernel is None or y.shape[:-1] != self.batch_shape or self.units.has_angles:
+            return self._raw().log_prob(y)
+        if has_missing(y):
             return self._raw().log_prob(y)
         layout = layout_of(self.family, self.dim, self.n_components)
         density = channel_log_density(kernel, layout, self.channels, self.units.standardize(y).to(self.dtype))

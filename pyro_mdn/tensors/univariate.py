@@ -66,6 +66,10 @@ class Law(TensorBatch):
         """Return the standard deviation, which moments of mixtures are made of."""
         raise NotImplementedError(f"stddev: {type(self).__name__} does not say its standard deviation")
 
+    def mean_versine(self, rate: Tensor) -> Tensor | None:
+        r"""Compute :math:`1 - E[e^{i t Z}]` at rates t for a symmetric law; ``None`` if there is no closed form."""
+        return None
+
     def log_cdf(self, z: Tensor) -> Tensor:
         """Logarithm of :meth:`cdf`; where that underflows, to first order, by density over logarithmic slope."""
         cdf, least = self.cdf(z), 4 * torch.finfo(z.dtype).tiny

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
 from pyro_mdn.distributions.units.units import Units
 
 T = TypeVar("T", bound=TargetsOrTensor)
@@ -98,7 +99,11 @@ def blur_targets(
         inside = units.inside(limit)
         return torch.where(inside, moved(torch.where(inside, limit, units.from_line(torch.zeros_like(limit)))), limit)
 
-    result: Any = y.limits(moved_inside) if isinstance(y, Targets) else _unless_at_an_end(moved(y), y, units)
+    if not isinstance(y, Targets):
+        return _unless_at_an_end(moved(y), y, units)
+    result: Any = y.limits(moved_inside)
+    if isinstance(units, AngleUnits):
+        return units.steady(result, y)
     return result
 
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn, Self
+from typing import ClassVar, NoReturn, Self
 
 import pyro.distributions as dist
 import torch
@@ -17,11 +17,11 @@ from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals
 from pyro_mdn.distributions.observations.boxes import log_interval_probability
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.tensors.channels import channels_first
-from pyro_mdn.tensors.numerics import log_sum_exp
+from pyro_mdn.tensors.numerics import log_sum_exp, norm
 from pyro_mdn.tensors.tensor_batch import TensorBatch, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "OutputsInOrder", "folded", "not_closed"]
+__all__ = ["Components", "OutputsInOrder", "folded", "not_closed", "total_stddev"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -41,6 +41,9 @@ class Components(TensorBatch):
     """
 
     locs: Tensor
+
+    has_angles: ClassVar[bool] = False
+    """Whether an output is an angle: values have several images, and means are no averages over components."""
 
     @property
     def dim(self) -> int:
@@ -70,7 +73,8 @@ class Components(TensorBatch):
 
         Returns:
             Components of that space, the values there, and what the change adds to log-densities
-            ``(*sample, *batch)``; ``None`` for nothing.
+            ``(*sample, *batch)``; ``None`` for nothing. If there are angles, values have a first dimension of images,
+            over which densities are to be summed.
         """
         return self, value, None
 
@@ -147,6 +151,28 @@ class Components(TensorBatch):
         """Fold batch dimension ``dim`` into the component axis, for components of shape ``(*batch, K)``, ``full``."""
         return self.expand(full).map(lambda t, n: folded(t, dim, len(full) - 1))
 
+    def mixture_moments(self, logits: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Means and standard deviations of outputs of the mixture, ``(*batch, D)``; ``None`` if they are averages."""
+        return None
+
+    def given_images(self, logits: Tensor, values: Tensor) -> tuple[Tensor, Components] | None:
+        """Log-weights and components of the other outputs given the first ones, of which some are angles.
+
+        Each image of the values has components of its own. ``None`` if there is one image.
+
+        Args:
+            logits: Log-weights ``(*batch, K)``.
+            values: Known values ``(*sample, *batch, n)``.
+        """
+        return None
+
+    def num_given(self, dims: Sequence[int], count: int) -> int:
+        """Return how many of ``count`` components there are given the outputs ``dims``; more if these have images."""
+        return count
+
+    def require_line(self, operation: str, instead: str) -> None:
+        """Raise ``NotImplementedError`` for an operation that has no meaning for angles, if an output is one."""
+
     def variance(self) -> Tensor:
         """Variances of outputs, shape ``(*batch, K, D)``."""
         return self.stddev().square()
@@ -221,6 +247,19 @@ class Components(TensorBatch):
     def output_marginals(self, logits: Tensor) -> Marginals:
         """Marginal mixtures of all outputs, ``(*batch, D)``, each with its own log-weights ``(*batch, D | 1, K)``."""
         return LocationScaleMarginals(UnivariateMixture(logits, *self.univariate()))
+
+
+def total_stddev(logits: Tensor, stddev: Tensor, deviation: Tensor) -> Tensor:
+    """Standard deviations ``(*batch, D)`` of a mixture, also where variances over- or underflow.
+
+    Args:
+        logits: Normalised log-weights ``(*batch, K)``.
+        stddev: Standard deviations of the components, ``(*batch, K, D)``.
+        deviation: Differences of their means from that of the mixture, likewise.
+    """
+    parts = torch.stack([stddev.expand(deviation.shape), deviation], -1)
+    weighted = (0.5 * logits).exp()[..., None, None] * parts
+    return norm(weighted.movedim(-3, -2).flatten(-2))
 
 
 def folded(tensor: Tensor, dim: int, n: int) -> Tensor:

@@ -148,7 +148,8 @@ def transform_for(
     if own is None:
         if isinstance(transform, Counts):
             raise ValueError(f"target_transform: expected one for real numbers beside {family}, got {transform}")
-        if family.has_atom and bool(transform.inside(torch.full((1, dim), -1e30, device="cpu")).any()):
+        low = torch.full((1, dim), -1e30, device="cpu")
+        if family.has_atom and (transform.circles(dim) is not None or bool(transform.inside(low).any())):
             expected = f"one with a lower end, such as 'log', for each output beside {family}"
             raise ValueError(f"target_transform: expected {expected}, got {transform}")
         return transform

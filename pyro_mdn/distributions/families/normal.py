@@ -141,6 +141,9 @@ class NormalLaw(SymmetricLaw):
     def slope(self, z: Tensor) -> Tensor:
         return -z
 
+    def mean_versine(self, rate: Tensor) -> Tensor:
+        return -torch.expm1(-0.5 * rate.square())
+
     def mean_distance(self, z: Tensor) -> Tensor:
         return 2 * exp(-0.5 * z.square()) / math.sqrt(2 * math.pi) + z * erf(math.sqrt(0.5) * z)
 

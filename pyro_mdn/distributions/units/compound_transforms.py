@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
+from pyro_mdn.distributions.units.circular.circles import Circles
 from pyro_mdn.distributions.units.compound_warps import Chained, SideBySide
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
+from pyro_mdn.distributions.units.units import Units
+from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.support.checks import shown
 
@@ -51,11 +57,14 @@ class Chain(_Compound):
         parts: Transforms or their names, that of y first.
 
     Raises:
-        ValueError: If there is none, or if one after the first does not take every number.
+        ValueError: If there is none, if one after the first does not take every number, or if one is of angles.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for part in self.transforms:
+            if _has_angles(part):
+                raise ValueError(f"Chain: expected transforms of numbers that are no angles, got {part}")
         for before, part in pairwise(self.transforms):
             if not part.takes_any_number:
                 raise ValueError(f"Chain: expected a transform of any number after {before}, got {part}")
@@ -94,7 +103,46 @@ class PerOutput(_Compound):
     def identity(self, dim: int, *, common_unit: bool) -> dict[str, Tensor]:
         if dim != len(self.parts):
             raise ValueError(f"target_transform: expected {dim} transforms, one for each output, got {len(self.parts)}")
-        return super().identity(dim, common_unit=common_unit)
+        tensors = super().identity(dim, common_unit=False)
+        starts = [part.identity(1, common_unit=False) for part in self.transforms]
+        return self._with_angles(tensors, starts, common_unit=common_unit)
+
+    def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        if self.circles(len(self.parts)) is None:
+            return super().fit(y, common_unit=common_unit, warp=warp)
+        tensors = super().fit(y, common_unit=False, warp=warp)
+        columns = zip(self.transforms, y.split(1, -1), strict=True)
+        fitted = [part.fit(column, common_unit=False) if _has_angles(part) else {} for part, column in columns]
+        return self._with_angles(tensors, fitted, common_unit=common_unit)
+
+    def _with_angles(
+        self, tensors: dict[str, Tensor], own: Sequence[Mapping[str, Tensor]], *, common_unit: bool
+    ) -> dict[str, Tensor]:
+        """Put shift and scale of the outputs that are angles into those of all outputs."""
+        shift, scale = tensors["shift"].clone(), tensors["scale"].clone()
+        for d, (part, tensors_of_part) in enumerate(zip(self.transforms, own, strict=True)):
+            if _has_angles(part):
+                shift[d], scale[d] = tensors_of_part["shift"][0], tensors_of_part["scale"][0]
+        scale = scale.square().mean().sqrt().reshape(1) if common_unit else scale
+        return {**tensors, "shift": shift, "scale": scale}
+
+    def units(self, tensors: Mapping[str, Any]) -> Units:
+        units, circles = super().units(tensors), self.circles(len(self.parts))
+        if circles is None:
+            return units
+        assert isinstance(units, WarpedUnits)
+        return AngleUnits(units, circles)
+
+    def circles(self, dim: int) -> Circles | None:
+        return _circles_of(self.transforms)
+
+    def inside(self, y: Tensor) -> Tensor:
+        columns = zip(self.transforms, y.split(1, -1), strict=True)
+        return torch.cat([part.inside(column) for part, column in columns], -1)
+
+    def inward(self, moved: Tensor, y: Tensor) -> Tensor:
+        columns = zip(self.transforms, moved.split(1, -1), y.split(1, -1), strict=True)
+        return torch.cat([part.inward(*pair) for part, *pair in columns], -1)
 
     def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
         columns = enumerate(zip(self.transforms, y.split(1, -1), strict=True))
@@ -102,6 +150,19 @@ class PerOutput(_Compound):
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
         return SideBySide(tuple(part.warp(self._of_part(tensors, i)) for i, part in enumerate(self.transforms)))
+
+
+@lru_cache
+def _circles_of(transforms: tuple[TargetTransform, ...]) -> Circles | None:
+    """Circles of outputs with one transform each; heads ask for them in each call."""
+    every = [part.circles(1) for part in transforms]
+    if not any(every):
+        return None
+    return Circles(tuple(None if circles is None else circles.of_outputs[0] for circles in every))
+
+
+def _has_angles(transform: TargetTransform) -> bool:
+    return transform.circles(1) is not None
 
 
 def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str] | None) -> TargetTransform:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.units.circular.circles import Circles
 from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import (
@@ -88,6 +89,14 @@ class TargetTransform(Specification):
     def inside(self, y: Tensor) -> Tensor:
         """Check which targets ``(..., D)`` lie inside of the support, which no tensor of the transform decides."""
         return self.warp({name: tensor.to(y) for name, tensor in self.start(y.shape[-1]).items()}).contains(y)
+
+    def inward(self, moved: Tensor, y: Tensor) -> Tensor:
+        """Mirror points that have left the support at the targets, inside of it, from which they were moved."""
+        return torch.where(self.inside(moved), moved, 2 * y - moved)
+
+    def circles(self, dim: int) -> Circles | None:
+        """Circles of ``dim`` outputs of which some are angles; ``None`` if none is."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,9 @@ class Units(ABC):
     is_affine: ClassVar[bool] = True
     """Whether the map is affine, so that mixtures of a family stay mixtures of this family."""
 
+    has_angles: ClassVar[bool] = False
+    """Whether an output is an angle, so that densities are sums over images."""
+
     keeps_targets: ClassVar[bool] = False
     """Whether training leaves targets as they are, without noise on them."""
 

@@ -25,6 +25,7 @@ __all__ = [
     "PowerWarp",
     "SoftplusWarp",
     "Warp",
+    "support_between",
 ]
 
 
@@ -96,11 +97,14 @@ class Warp(TensorBatch):
 
     def support(self, like: Tensor) -> constraints.Constraint:
         """Support of values ``(..., D)`` as torch names it."""
-        low, high = (
-            torch.broadcast_to(end, torch.broadcast_shapes(end.shape, like.shape[-1:])) for end in self.limits(like)
-        )
-        single = [_interval(*ends) for ends in zip(low.unbind(-1), high.unbind(-1), strict=True)]
-        return constraints.stack(single, -1) if len(single) > 1 else constraints.independent(_interval(low, high), 1)
+        return support_between(*self.limits(like), like)
+
+
+def support_between(low: Tensor, high: Tensor, like: Tensor) -> constraints.Constraint:
+    """Support of values ``(..., D)`` between ends that broadcast with them, as torch names it."""
+    low, high = (torch.broadcast_to(end, torch.broadcast_shapes(end.shape, like.shape[-1:])) for end in (low, high))
+    single = [_interval(*ends) for ends in zip(low.unbind(-1), high.unbind(-1), strict=True)]
+    return constraints.stack(single, -1) if len(single) > 1 else constraints.independent(_interval(low, high), 1)
 
 
 def _interval(low: Tensor, high: Tensor) -> constraints.Constraint:

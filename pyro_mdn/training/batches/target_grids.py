@@ -67,7 +67,7 @@ def points_in_cells(y: TargetsOrTensor, cell: Tensor, num_points: int, *, anew: 
 
 
 def kept_inside(moved: TargetsOrTensor, y: TargetsOrTensor, transform: TargetTransform) -> TargetsOrTensor:
-    """Mirror points that have left the support of a transform at the exact targets from which they were moved.
+    """Move points that have left the support of a transform back, by a mirror at the exact targets or by whole turns.
 
     Each training step does this for targets on a grid: nothing is computed where every number is a target.
 
@@ -82,10 +82,10 @@ def kept_inside(moved: TargetsOrTensor, y: TargetsOrTensor, transform: TargetTra
         of: Any = y
         exact = of.kinds() == EXACT
         ends = (moved.lower, of.lower), (moved.upper, of.upper)
-        return Targets(*(_mirrored(*pair, transform, exact) for pair in ends))
+        return Targets(*(_inward(*pair, transform, exact) for pair in ends))
     assert isinstance(y, Tensor)
-    return _mirrored(moved, y, transform)
+    return transform.inward(moved, y)
 
 
-def _mirrored(moved: Tensor, y: Tensor, transform: TargetTransform, exact: Tensor | bool = True) -> Tensor:
-    return torch.where(~transform.inside(moved) & exact, 2 * y - moved, moved)
+def _inward(moved: Tensor, y: Tensor, transform: TargetTransform, exact: Tensor) -> Tensor:
+    return torch.where(exact, transform.inward(moved, y), moved)

@@ -1,0 +1,1 @@
+"""Angles: circles on which outputs live, components wrapped around them, and what single angles are asked for."""
