@@ -34,6 +34,7 @@ from pyro_mdn import (
     fit,
     posterior_predictive,
     scores,
+    uncertainty,
 )
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
@@ -666,6 +667,8 @@ def test_settings_are_checked():
         lambda m, y: m.as_gaussian(),
         lambda m, y: m.covariance_matrix,
         lambda m, y: m.split_variance(),
+        lambda m, y: uncertainty.aleatoric_variance(m),
+        lambda m, y: uncertainty.epistemic_variance(m),
         lambda m, y: scores.energy_score(m, y),
         lambda m, y: scores.pinball(m, y, 0.3),
         lambda m, y: scores.dawid_sebastiani(m, y),
