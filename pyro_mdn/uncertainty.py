@@ -29,6 +29,8 @@ M = TypeVar("M", bound=Mixture)
 _ELEMENTS = 2**20
 """Numbers in the largest tensor at a time, unless a single row of the batch needs more."""
 
+_OF_ANGLES = "variances of directions do not add up; mutual_information estimates what weights and y share"
+
 
 def aleatoric_variance(mixture: Mixture) -> Tensor:
     r"""Compute the variance of each output that remains if the weights are known, shape ``(*batch, D)``.
@@ -55,6 +57,7 @@ def aleatoric_variance(mixture: Mixture) -> Tensor:
     (tensor([9.]), tensor([1.]), tensor([10.]))
     """
     _check_draws(mixture)
+    mixture.components.require_line("aleatoric_variance", _OF_ANGLES)
     return mixture.variance.mean(0)
 
 
@@ -76,6 +79,7 @@ def epistemic_variance(mixture: Mixture) -> Tensor:
         for efficient and risk-sensitive learning.
     """
     _check_draws(mixture)
+    mixture.components.require_line("epistemic_variance", _OF_ANGLES)
     return mixture.mean.var(0, correction=0)
 
 

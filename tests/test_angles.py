@@ -34,6 +34,7 @@ from pyro_mdn import (
     fit,
     posterior_predictive,
     scores,
+    uncertainty,
 )
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
@@ -42,6 +43,14 @@ from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents, wra
 TURN = 2 * math.pi
 FAMILIES = {"normal": Normal(), "student_t": StudentT(df=30.0), "laplace": Laplace()}
 TRANSFORMS = {"radians": Angle(), "degrees": Angle(360.0, 0.0), "hours": Angle(24.0, -3.0)}
+CASES = {
+    "radians": (Angle(), Normal()),
+    "degrees": (Angle(360.0, 0.0), Normal()),
+    "hours": (Angle(24.0, -3.0), Normal()),
+    "student_t": (Angle(), StudentT(df=30.0)),
+    "laplace": (Angle(24.0, 0.0), Laplace()),
+}
+every_case = pytest.mark.parametrize(("transform", "family"), CASES.values(), ids=CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 every_circle = pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 
@@ -115,8 +124,7 @@ def test_density_is_accurate_up_to_scales_of_three_radians():
     assert bool(((mixture.log_prob(y).exp() - uniform).abs() < 0.023 * uniform).all())
 
 
-@every_family
-@every_circle
+@every_case
 def test_density_integrates_to_one_and_closes(transform, family):
     mixture = make_mixture(transform, (4,), family=family)
     y, step = grid(mixture, 20_001)
@@ -167,7 +175,7 @@ def test_gradients(noise):
 # Several outputs
 
 
-def brute_force(mixture, angles, rest, reach=12):
+def brute_force(mixture, angles, rest, reach=6):
     """Joint density of angles and other outputs on the line, from scipy's normal distribution and many images."""
     base = mixture.components.base
     base = getattr(base, "base", base)
@@ -256,8 +264,7 @@ def test_an_angle_given_the_other_one():
 # Distribution functions
 
 
-@every_family
-@every_circle
+@every_case
 def test_distribution_functions_are_integrals(transform, family):
     mixture = make_mixture(transform, (2,), family=family)
     circle, y = transform.circles(1).of_outputs[0], random_angles(transform, 3, 2, 1)
@@ -294,36 +301,40 @@ def test_narrow_components_have_accurate_tails():
 
 @pytest.mark.parametrize("dims", [1, 2])
 def test_quantiles_have_derivatives(dims):
-    head, features = make_head(["angle", "log"][:dims], dims), torch.randn(2, 4, dtype=torch.float64)
-    q = torch.tensor([0.2, 0.9], dtype=torch.float64).reshape(-1, 1).expand(2, dims).clone().requires_grad_()
+    head, features = make_head(["angle", "log"][:dims], dims, 2), torch.randn(3 - dims, 4, dtype=torch.float64)
+    q = (
+        torch.tensor([0.2, 0.9], dtype=torch.float64)
+        .reshape(-1, 1)[: 3 - dims]
+        .expand(-1, dims)
+        .clone()
+        .requires_grad_()
+    )
     bias = head.linear.bias.detach().requires_grad_()
 
     def mixture(bias):
         return torch.func.functional_call(head, {"linear.bias": bias}, features)
 
-    assert torch.autograd.gradcheck(lambda b, q: mixture(b).icdf(q), (bias, q))
-    assert torch.autograd.gradcheck(lambda b: mixture(b).interval(0.8), bias)
+    assert torch.autograd.gradcheck(lambda b, q: mixture(b).icdf(q), (bias, q), fast_mode=True)
+    assert torch.autograd.gradcheck(lambda b: mixture(b).interval(0.8), bias, fast_mode=True)
     assert torch.autograd.gradcheck(lambda b: (mixture(b).mean, mixture(b).stddev), bias)
 
 
-@every_family
-@every_circle
+@every_case
 def test_draws_follow_the_distribution_function(transform, family):
     mixture = make_mixture(transform, (), family=family)
     torch.manual_seed(3)
-    y = mixture.sample((20_000,))
+    y = mixture.sample((10_000,))
     circle = transform.circles(1).of_outputs[0]
     assert bool(((y >= circle.start) & (y < circle.end)).all())
     assert bool(mixture.support.check(y).all())
     assert scipy.stats.kstest(mixture.cdf(y)[:, 0].numpy(), "uniform").pvalue > 1e-3
-    assert scipy.stats.kstest(scores.pit(mixture, y)[:, 0].numpy(), "uniform").pvalue > 1e-3
+    assert_close(scores.pit(mixture, y), mixture.cdf(y))
 
 
 # Moments and arcs
 
 
-@every_family
-@every_circle
+@every_case
 def test_directions_are_those_of_the_density(transform, family):
     mixture = make_mixture(transform, (2, 3), family=family)
     y, step = grid(mixture, 20_001)
@@ -411,17 +422,16 @@ def angular(a, b, period):
     return torch.minimum(distance, period - distance)
 
 
-@every_family
-@every_circle
+@every_case
 def test_crps_is_the_expected_angular_distance(transform, family):
     mixture = make_mixture(transform, (2,), family=family)
     period, value = transform.period, random_angles(transform, 5, 2, 1)
-    y, step = grid(mixture, 3000)
+    y, step = grid(mixture, 1500)
     weight = step * mixture.log_prob(y).exp().unsqueeze(-1)
     to_value = (weight.unsqueeze(1) * angular(y.unsqueeze(1), value, period)).sum(0)
     between = [(w * w.mT * angular(p, p.mT, period)).sum() for w, p in zip(weight.unbind(1), y.unbind(1), strict=True)]
     expected = to_value - 0.5 * torch.stack(between).unsqueeze(-1)
-    assert_close(scores.crps(mixture, value), expected, rtol=1e-5, atol=2e-6 * period)
+    assert_close(scores.crps(mixture, value), expected, rtol=1e-5, atol=4e-6 * period)
     value[0] = torch.nan
     assert scores.crps(mixture, value)[0].isnan().all()
 
@@ -657,6 +667,8 @@ def test_settings_are_checked():
         lambda m, y: m.as_gaussian(),
         lambda m, y: m.covariance_matrix,
         lambda m, y: m.split_variance(),
+        lambda m, y: uncertainty.aleatoric_variance(m),
+        lambda m, y: uncertainty.epistemic_variance(m),
         lambda m, y: scores.energy_score(m, y),
         lambda m, y: scores.pinball(m, y, 0.3),
         lambda m, y: scores.dawid_sebastiani(m, y),
