@@ -334,6 +334,13 @@ def test_moments_that_do_not_exist_are_infinite():
     assert scores.crps(mixture, torch.ones(5, 1, dtype=torch.float64)).isinf().all()
 
 
+def test_moments_beyond_all_numbers_are_infinite():
+    mixture = log_normal([0.5, 0.5], [0.0, 800.0], [1.0, 1.0])
+    assert mixture.mean.isinf().all()
+    assert mixture.stddev.isinf().all()
+    assert mixture.variance.isinf().all()
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 2.5])
 def test_crps_of_a_log_normal_against_scoringrules(scale):
     mixture = log_normal([1.0], [0.7], [scale])

@@ -18,6 +18,7 @@ from pyro_mdn import (
     Laplace,
     Log,
     Logit,
+    Mixture,
     MixtureDensityNetwork,
     MixtureHead,
     Normal,
@@ -32,6 +33,7 @@ from pyro_mdn import (
     scores,
     to_inference_data,
 )
+from pyro_mdn.distributions.families.zeros.atom_components import AtomComponents
 from pyro_mdn.sklearn import MDNRegressor
 
 FAMILIES = {
@@ -293,5 +295,8 @@ def test_settings_are_checked():
             MixtureHead(3, 2, 1, **settings)
     with pytest.raises(ValueError, match="noise: expected a noise model without correlations"):
         ZeroInflated(Normal(Full()))
+    dependent = MixtureHead(4, 2, 1, noise=Full()).double()(torch.zeros(4, dtype=torch.float64)).components
+    with pytest.raises(ValueError, match="base: expected components with independent outputs"):
+        Mixture(torch.zeros(1, dtype=torch.float64), AtomComponents(dependent, torch.zeros(1, 2, dtype=torch.float64)))
     with pytest.raises(NotImplementedError, match=r"transport: not closed for AtomComponents .*scores.pit"):
         make_mixture().rosenblatt(torch.ones(5, 1))

@@ -297,4 +297,5 @@ def _average(mixture: Mixture, values: Tensor) -> Tensor:
 
 def _deviation(mixture: Mixture) -> Tensor:
     means = mixture.components.mean()
-    return means - _average(mixture, means).unsqueeze(-2)
+    centre = _average(mixture, means).unsqueeze(-2)
+    return torch.where(centre.isinf(), math.inf, means - centre)

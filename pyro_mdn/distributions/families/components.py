@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NoReturn, Self
 
 import pyro.distributions as dist
@@ -18,10 +18,10 @@ from pyro_mdn.distributions.observations.boxes import log_interval_probability
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.tensors.channels import channels_first
 from pyro_mdn.tensors.numerics import log_sum_exp, norm
-from pyro_mdn.tensors.tensor_batch import TensorBatch, take_component
+from pyro_mdn.tensors.tensor_batch import TensorBatch, nested, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "OutputsInOrder", "folded", "not_closed", "total_stddev"]
+__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "folded", "not_closed", "total_stddev"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -260,6 +260,51 @@ def total_stddev(logits: Tensor, stddev: Tensor, deviation: Tensor) -> Tensor:
     parts = torch.stack([stddev.expand(deviation.shape), deviation], -1)
     weighted = (0.5 * logits).exp()[..., None, None] * parts
     return norm(weighted.movedim(-3, -2).flatten(-2))
+
+
+@dataclass(frozen=True, eq=False)
+class DerivedComponents(Components):
+    """Base of components that are made of others, and have their size, their batch and their checks.
+
+    Args:
+        base: The other components.
+    """
+
+    base: Components = nested()
+
+    @property
+    def locs(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Locations of the other components, ``(*batch, K, D)``."""
+        return self.base.locs
+
+    @property
+    def dim(self) -> int:
+        return self.base.dim
+
+    @property
+    def has_independent_outputs(self) -> bool:
+        return self.base.has_independent_outputs
+
+    def over_batch(self, batch_shape: Sequence[int]) -> Self:
+        return replace(self, base=self.base.over_batch(batch_shape))
+
+    def select(self, component: Tensor) -> Self:
+        return replace(self, base=self.base.select(component))
+
+    def narrowest(self) -> Tensor:
+        return self.base.narrowest()
+
+    def widen(self, factor: Tensor) -> Self:
+        return replace(self, base=self.base.widen(factor))
+
+    def validate(self) -> None:
+        self.base.validate()
+
+    def require_components(self, count: int) -> None:
+        self.base.require_components(count)
+
+    def of_dim(self, dim: int) -> Self:
+        return replace(self, base=self.base.of_dim(dim))
 
 
 def folded(tensor: Tensor, dim: int, n: int) -> Tensor:

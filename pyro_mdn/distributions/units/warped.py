@@ -11,7 +11,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_mdn.distributions.families.components import Components, OutputsInOrder, not_closed
+from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, not_closed
 from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.compound_warps import Rescaled
@@ -27,7 +27,7 @@ __all__ = ["WarpedComponents", "require_inside"]
 
 
 @dataclass(frozen=True, eq=False)
-class WarpedComponents(Components):
+class WarpedComponents(DerivedComponents):
     r"""Components of :math:`y = w^{-1}(z)`, for components of z on the whole real line and a warp w.
 
     .. math:: p_k(y) = q_k(w(y)) \prod_d w_d'(y_d)
@@ -37,7 +37,6 @@ class WarpedComponents(Components):
         warp: The warp.
     """
 
-    base: Components = nested()
     warp: Warp = nested()
 
     @property
@@ -46,16 +45,8 @@ class WarpedComponents(Components):
         return self.warp.inverse(self.base.locs)
 
     @property
-    def dim(self) -> int:
-        return self.base.dim
-
-    @property
     def support(self) -> constraints.Constraint:
         return self.warp.of_values().support(self.base.locs[..., 0, :])
-
-    @property
-    def has_independent_outputs(self) -> bool:
-        return self.base.has_independent_outputs
 
     @property
     def lowest(self) -> Tensor:
@@ -95,9 +86,6 @@ class WarpedComponents(Components):
         slopes = warp.log_slope(warp.some_inside(value, exact & possible)).masked_fill(~exact, 0.0)
         return slopes.masked_fill(~possible & (exact | ~value.isnan()), -torch.inf).sum(-1)
 
-    def over_batch(self, batch_shape: Sequence[int]) -> Self:
-        return replace(self, base=self.base.over_batch(batch_shape))
-
     def expand(self, batch_shape: Sequence[int]) -> Self:
         warp = self.warp.map(lambda t, n: t.expand(*batch_shape[:-1], *t.shape[-2:]))
         return replace(self, base=self.base.expand(batch_shape), warp=warp)
@@ -114,9 +102,6 @@ class WarpedComponents(Components):
             return first.squeeze(place)
 
         return replace(self, base=self.base.pooled(full, dim), warp=self.warp.map(shared))
-
-    def select(self, component: Tensor) -> Self:
-        return replace(self, base=self.base.select(component))
 
     # Density and draws
 
@@ -154,7 +139,8 @@ class WarpedComponents(Components):
 
     def variance(self) -> Tensor:
         mean = self.mean()
-        return self._expectation(lambda y: (y - mean).square())
+        spread = self._expectation(lambda y: (y - mean).square())
+        return torch.where(mean.isfinite(), spread, mean.abs())
 
     def stddev(self) -> Tensor:
         return self.variance().sqrt()
@@ -209,20 +195,6 @@ class WarpedComponents(Components):
         if is_known(scale) and bool((scale <= 0).any()):
             raise ValueError("scale: expected positive numbers for outputs with a warp, which is increasing")
         return replace(self, warp=Rescaled(shift, scale, self.warp))
-
-    def widen(self, factor: Tensor) -> Self:
-        return replace(self, base=self.base.widen(factor))
-
-    # Checks
-
-    def validate(self) -> None:
-        self.base.validate()
-
-    def require_components(self, count: int) -> None:
-        self.base.require_components(count)
-
-    def of_dim(self, dim: int) -> Self:
-        return replace(self, base=self.base.of_dim(dim))
 
     def describe(self) -> str:
         return f"{self.base.describe()}, warp={self.warp.describe()}"

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_mdn.distributions.families.components import Components, OutputsInOrder, folded, not_closed
+from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, folded, not_closed
 from pyro_mdn.distributions.families.zeros.atom_marginals import AtomMarginals
 from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
-from pyro_mdn.tensors.tensor_batch import nested, stored, take_component
+from pyro_mdn.tensors.tensor_batch import stored, take_component
 from pyro_mdn.tensors.univariate import Law
 
 __all__ = ["AtomComponents"]
 
 
 @dataclass(frozen=True, eq=False)
-class AtomComponents(Components):
+class AtomComponents(DerivedComponents):
     r"""Components whose outputs are at the lower end of their support with a probability, and else follow others.
 
     .. math:: p_{kd}(l) = \pi_{kd}, \qquad p_{kd}(y) = (1 - \pi_{kd}) \, q_{kd}(y) \; \text{for} \; y > l
@@ -36,17 +36,7 @@ class AtomComponents(Components):
         logit: Logits of the probabilities π, ``(*batch, K, D)``.
     """
 
-    base: Components = nested()
     logit: Tensor = stored(1)
-
-    @property
-    def locs(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Locations of the other values, ``(*batch, K, D)``."""
-        return self.base.locs
-
-    @property
-    def dim(self) -> int:
-        return self.base.dim
 
     @property
     def support(self) -> constraints.Constraint:
@@ -56,10 +46,6 @@ class AtomComponents(Components):
     @property
     def lowest(self) -> Tensor:
         return self.base.lowest
-
-    @property
-    def has_independent_outputs(self) -> bool:
-        return True
 
     @property
     def has_pathwise_draws(self) -> bool:
@@ -82,9 +68,6 @@ class AtomComponents(Components):
         return self, value, None
 
     # Batches
-
-    def over_batch(self, batch_shape: Sequence[int]) -> Self:
-        return replace(self, base=self.base.over_batch(batch_shape))
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
         return replace(
@@ -132,9 +115,6 @@ class AtomComponents(Components):
     def stddev(self) -> Tensor:
         return self.variance().sqrt()
 
-    def narrowest(self) -> Tensor:
-        return self.base.narrowest()
-
     # What has again an atom
 
     def marginal(self, dims: Sequence[int]) -> Self:
@@ -154,9 +134,6 @@ class AtomComponents(Components):
     def affine(self, shift: Tensor, scale: Tensor) -> Self:
         return replace(self, base=self.base.affine(shift, scale))
 
-    def widen(self, factor: Tensor) -> Self:
-        return replace(self, base=self.base.widen(factor))
-
     # What is not closed
 
     def univariate(self) -> tuple[Tensor, Tensor, Law]:
@@ -168,15 +145,11 @@ class AtomComponents(Components):
     # Checks
 
     def validate(self) -> None:
-        self.base.validate()
+        super().validate()
+        if not self.base.has_independent_outputs:
+            raise ValueError("base: expected components with independent outputs")
         if not bool(self.logit.isfinite().all()):
             raise ValueError("logit: expected finite logits of the probability of zero")
-
-    def require_components(self, count: int) -> None:
-        self.base.require_components(count)
-
-    def of_dim(self, dim: int) -> Self:
-        return replace(self, base=self.base.of_dim(dim))
 
     def describe(self) -> str:
         return f"{self.base.describe()}, zeros"

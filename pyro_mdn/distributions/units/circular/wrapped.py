@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from pyro_mdn.distributions.families.components import (
     Components,
+    DerivedComponents,
     OutputsInOrder,
     folded,
     not_closed,
@@ -34,7 +35,7 @@ __all__ = ["WrappedComponents", "wrapped_components"]
 
 
 @dataclass(frozen=True, eq=False)
-class WrappedComponents(Components):
+class WrappedComponents(DerivedComponents):
     r"""Components of :math:`y = z \bmod P`, for components of z on the real line and a period P; also of some outputs.
 
     .. math:: p_k(y) = \sum_{m=-3}^3 q_k(y + m P)
@@ -53,17 +54,7 @@ class WrappedComponents(Components):
 
     has_angles: ClassVar[bool] = True
 
-    base: Components = nested()
     circles: Circles = nested()
-
-    @property
-    def locs(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Locations, ``(*batch, K, D)``; those of angles are mean directions for symmetric components."""
-        return self.base.locs
-
-    @property
-    def dim(self) -> int:
-        return self.base.dim
 
     @property
     def support(self) -> constraints.Constraint:
@@ -74,10 +65,6 @@ class WrappedComponents(Components):
         )
         half, centres, angle = 0.5 * self.circles.periods(like), self.circles.centres(like), self.circles.is_angle(like)
         return support_between(torch.where(angle, centres - half, low), torch.where(angle, centres + half, high), like)
-
-    @property
-    def has_independent_outputs(self) -> bool:
-        return self.base.has_independent_outputs
 
     @property
     def has_pathwise_draws(self) -> bool:
@@ -104,17 +91,11 @@ class WrappedComponents(Components):
         base, images, log_slope = self.base.pulled_back(self.circles.images(closed))
         return base, images, share if log_slope is None else share + log_slope
 
-    def over_batch(self, batch_shape: Sequence[int]) -> Self:
-        return replace(self, base=self.base.over_batch(batch_shape))
-
     def expand(self, batch_shape: Sequence[int]) -> Self:
         return replace(self, base=self.base.expand(batch_shape))
 
     def pooled(self, full: torch.Size, dim: int) -> Self:
         return replace(self, base=self.base.pooled(full, dim))
-
-    def select(self, component: Tensor) -> Self:
-        return replace(self, base=self.base.select(component))
 
     # Density and draws
 
@@ -170,9 +151,6 @@ class WrappedComponents(Components):
             not_closed("covariance_matrix", self, "variance is, of each output; or estimate it from draws")
         return super().covariance_matrix()
 
-    def narrowest(self) -> Tensor:
-        return self.base.narrowest()
-
     def require_line(self, operation: str, instead: str) -> None:
         not_closed(operation, self, instead)
 
@@ -224,20 +202,6 @@ class WrappedComponents(Components):
 
     def affine(self, shift: Tensor, scale: Tensor) -> Self:
         not_closed("affine", self, "Angle(period, low) takes other units; or map draws")
-
-    def widen(self, factor: Tensor) -> Self:
-        return replace(self, base=self.base.widen(factor))
-
-    # Checks
-
-    def validate(self) -> None:
-        self.base.validate()
-
-    def require_components(self, count: int) -> None:
-        self.base.require_components(count)
-
-    def of_dim(self, dim: int) -> Self:
-        return replace(self, base=self.base.of_dim(dim))
 
     def describe(self) -> str:
         return f"{self.base.describe()}, {self.circles.describe()}"
