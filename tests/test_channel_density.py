@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureHead
 from pyro_mdn.distributions.families.family import layout_of
 from pyro_mdn.distributions.families.normal import Normal
-from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels
+from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels, layer_log_density
 
 K, D, H, N = 3, 4, 5, 7
 NOISE = [Full(min_scale=1e-2), LowRank(2), Diagonal(), Isotropic()]
@@ -25,9 +25,15 @@ def arguments(noise, n=N):
     return (Normal(noise).kernel, layout), [t.double().requires_grad_() for t in tensors]
 
 
-def density_of(kernel, layout, weight, bias, features, value):
-    """From a layer and its features on."""
+def of_layer(kernel, layout, weight, bias, features, value):
+    return layer_log_density(kernel, layout, bias, weight, features, value)
+
+
+def of_channels(kernel, layout, weight, bias, features, value):
     return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value)
+
+
+either_way = pytest.mark.parametrize("density_of", [of_layer, of_channels])
 
 
 @pytest.mark.parametrize("rows", [H - 2, H + 20])
@@ -50,7 +56,8 @@ def test_channels_are_those_of_a_linear_layer(rows):
 
 
 @every_noise
-def test_a_graph_that_is_kept_gives_the_same_again(noise):
+@either_way
+def test_a_graph_that_is_kept_gives_the_same_again(noise, density_of):
     settings, tensors = arguments(noise)
     loss = density_of(*settings, *tensors).square().sum()
     first, second = (torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(2))
@@ -59,7 +66,17 @@ def test_a_graph_that_is_kept_gives_the_same_again(noise):
 
 
 @every_noise
-def test_second_derivatives(noise):
+def test_the_layer_gives_the_density_of_its_channels(noise):
+    settings, tensors = arguments(noise)
+    results = [
+        [d := f(*settings, *tensors), *torch.autograd.grad(d.square().sum(), tensors)] for f in (of_layer, of_channels)
+    ]
+    assert_close(*results)
+
+
+@every_noise
+@either_way
+def test_second_derivatives(noise, density_of):
     settings, tensors = arguments(noise, n=4)
 
     def density(*tensors):
@@ -70,7 +87,8 @@ def test_second_derivatives(noise):
 
 
 @every_noise
-def test_batched_gradients(noise):
+@either_way
+def test_batched_gradients(noise, density_of):
     settings, tensors = arguments(noise)
     density = density_of(*settings, *tensors)
     cotangents = torch.eye(N, dtype=torch.float64)
@@ -88,7 +106,8 @@ def test_batched_gradients_of_channels(rows):
 
 
 @pytest.mark.parametrize("wanted", range(4), ids=["weight", "bias", "features", "value"])
-def test_only_what_is_wanted_is_differentiated(wanted):
+@either_way
+def test_only_what_is_wanted_is_differentiated(wanted, density_of):
     settings, tensors = arguments(Full())
     (expected,) = torch.autograd.grad(density_of(*settings, *tensors).sum(), tensors[wanted])
     alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
@@ -101,7 +120,7 @@ def test_only_what_is_wanted_is_differentiated(wanted):
 @pytest.mark.parametrize("of", ["channels", "layer"])
 def test_compiled_as_one_graph(noise, of):
     settings, tensors = arguments(noise)
-    function = density_of
+    function = of_layer
     if of == "channels":
         weight, bias, features, value = tensors
         tensors = [(weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()]
@@ -128,7 +147,8 @@ def test_second_derivatives_of_compiled_densities_are_refused(noise):
 
 @pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=repr)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_transforms(noise, compiled):
+@either_way
+def test_transforms(noise, compiled, density_of):
     settings, (weight, bias, *rows) = arguments(noise)
     rows = [t.detach() for t in rows]
 

@@ -19,7 +19,15 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
 from pyro_mdn.distributions.units.units import Units
-from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
+from pyro_mdn.networks.raw_parameters import (
+    ChannelParameters,
+    LayerParameters,
+    Raw,
+    RawParameters,
+    accumulated,
+    mixture_class,
+    raw_from_channels,
+)
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
 from pyro_mdn.support.torch_compat import REGISTERED, own_buffers
 from pyro_mdn.tensors.channel_density import layer_channels
@@ -186,6 +194,10 @@ class MixtureHead(nn.Module):
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
         if self.raw_noise is not None:
             return self.log_density(self.raw(features), y, self.units)
+        if features.ndim == 2 and _is_affine(linear := self.linear):
+            self._require_width(features)
+            layer = linear.bias, linear.weight, features
+            return LayerParameters(self.family, self.n_components, self.dim_out, *layer, self.units).log_prob(y)
         return self._predicted(features, self.units).log_prob(y)
 
     def log_density(self, raw: Raw, y: TargetsOrTensor, units: Units) -> Tensor:
@@ -210,8 +222,7 @@ class MixtureHead(nn.Module):
 
     def channels(self, features: Tensor) -> Tensor:
         """What the linear layer gives, channel-first, ``(C, *batch)``, in float32 at least."""
-        if features.ndim < 1 or features.shape[-1] != self.in_features:
-            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
+        self._require_width(features)
         flat = features if features.ndim == 2 else features.reshape(-1, self.in_features)
         if _is_affine(linear := self.linear):
             # The bias first: guides and files of draws have latent weights in the order in which they are looked up.
@@ -220,7 +231,11 @@ class MixtureHead(nn.Module):
             channels = linear(flat).T.contiguous()
         if features.ndim != 2:
             channels = channels.reshape(channels.shape[0], *features.shape[:-1])
-        return _accumulated(channels)
+        return accumulated(channels)
+
+    def _require_width(self, features: Tensor) -> None:
+        if features.ndim < 1 or features.shape[-1] != self.in_features:
+            raise ValueError(f"features: expected shape (*batch, {self.in_features}), got {tuple(features.shape)}")
 
     def split(self, channels: Tensor, raw_noise: Tensor | None) -> Raw:
         """Raw parameters as :meth:`raw` gives them, from channels ``(C, *batch)`` of the linear layer.
@@ -229,8 +244,8 @@ class MixtureHead(nn.Module):
             channels: What the layer gives.
             raw_noise: Channels ``(C', *batch)`` (broadcast) of the blocks that do not depend on the features, if any.
         """
-        own = None if raw_noise is None else _accumulated(raw_noise)
-        return raw_from_channels(self.family, self.n_components, self.dim_out, _accumulated(channels), own)
+        own = None if raw_noise is None else accumulated(raw_noise)
+        return raw_from_channels(self.family, self.n_components, self.dim_out, accumulated(channels), own)
 
     @torch.no_grad()
     def initialize_(self, y: TargetsOrTensor, *, warp: Mapping[str, Tensor] | None = None) -> None:
@@ -293,11 +308,6 @@ def exact_buffers(module: nn.Module, *names: str) -> Iterator[None]:
         converted = own_buffers(module)[name]
         if exact is not None and converted is not None and converted.dtype.itemsize < 4:
             own_buffers(module)[name] = exact.to(converted.device, torch.float32)
-
-
-def _accumulated(channels: Tensor) -> Tensor:
-    """Single precision at least, whatever autocast made of the layer."""
-    return channels.to(single_at_least(channels.dtype))
 
 
 def starting_value(module: nn.Module, name: str) -> Any:

@@ -1,8 +1,10 @@
 r"""Log-density of a mixture, computed directly from the channels of a linear layer, as every training step does.
 
 The result is that of :func:`pyro_mdn.tensors.mixture_density.mixture_log_density` for views of one tensor of channels.
-All gradients are written into one buffer of the size of the channels. ``benchmarks/channels.py`` measures what a whole
-training step gains by that: a sixth with 8 outputs, 10 components and 2048 rows, and less with fewer.
+All gradients are written into one buffer of the size of the channels. A density from the layer itself writes them in
+place of the channels, because the system clears each fresh buffer of megabytes, which takes as long as filling it.
+``benchmarks/channels.py`` measures what a whole training step gains by that: a third with 8 outputs, 10 full
+covariances and 2048 rows, and little with fewer.
 """
 
 import math
@@ -26,7 +28,7 @@ from pyro_mdn.tensors.mixture_density import (
 )
 from pyro_mdn.tensors.numerics import negligible
 
-__all__ = ["channel_log_density", "layer_channels"]
+__all__ = ["channel_log_density", "layer_channels", "layer_log_density"]
 
 
 def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor) -> Tensor:
@@ -43,6 +45,24 @@ def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value:
     if is_traced(channels, value):
         return _by_autograd(kernel, layout, channels, value)
     return _ChannelLogDensity.apply(kernel, layout, channels, value)
+
+
+def layer_log_density(
+    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+) -> Tensor:
+    """Compute the log-density of a mixture whose channels a linear layer gives, shape ``(N,)``.
+
+    Args:
+        kernel: Kernel of the components, whose factors are raw channels.
+        layout: Positions of the parameters among the channels.
+        bias: Bias of the layer, ``(C,)``.
+        weight: Weight of the layer, ``(C, H)``.
+        features: What the layer is applied to, ``(N, H)``; all three of the same dtype.
+        value: Points y, ``(N, D)``.
+    """
+    if torch.compiler.is_compiling() or is_traced(bias, weight, features, value):
+        return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value)
+    return _LayerLogDensity.apply(kernel, layout, bias, weight, features, value)
 
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
@@ -65,6 +85,55 @@ def _compilable(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor)
     if banded or value.requires_grad:
         return _by_autograd(kernel, layout, channels, value)
     return _LogDensityWithGradient.apply(kernel, layout, channels, value)
+
+
+def _layer_by_autograd(
+    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+) -> Tensor:
+    return _by_autograd(kernel, layout, layer_channels(bias, weight, features), value)
+
+
+class _LayerLogDensity(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+    ) -> Tensor:
+        ctx.settings = kernel, layout
+        ctx.save_for_backward(bias, weight, features, value)
+        log_density, ctx.once = _layer_forward(kernel, layout, bias, weight, features, value)
+        return log_density
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        bias, weight, features, value = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        if is_gradient_traced(grad):
+            again = _layer_by_autograd, ctx.settings, (bias, weight, features, value)
+            return None, None, *differentiable_gradients(*again, needed, grad)
+        kernel, layout = ctx.settings
+        # Gradients take the memory of the channels, which another backward pass then has to compute anew.
+        gradient, saved = ctx.once or _layer_forward(kernel, layout, bias, weight, features, value)[1]
+        ctx.once = None
+        grad_locs = _write_gradients(kernel, layout, grad, saved, gradient)
+        return (
+            None,
+            None,
+            gradient.sum(1) if needed[0] else None,
+            gradient @ features if needed[1] else None,
+            gradient.T @ weight if needed[2] else None,
+            channels_last(-grad_locs.sum(1), 1) if needed[3] else None,
+        )
+
+
+def _layer_forward(
+    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
+    """Compute the log-density; and the channels, with what :func:`_write_gradients` takes beside them."""
+    channels = layer_channels(bias, weight, features)
+    logits, locs, factors = layout.split(channels)
+    log_density, sums, kept = density_forward(kernel, True, logits, locs, _points(value), *factors)
+    return log_density, (channels, [*sums, *kept])
 
 
 class _ChannelLogDensity(torch.autograd.Function):
@@ -91,7 +160,7 @@ class _ChannelLogDensity(torch.autograd.Function):
 
 
 def _write_gradients(kernel: Kernel, layout: Layout, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
-    """Write the gradient with respect to the channels; return the gradient with respect to the locations."""
+    """Write the gradient with respect to the channels, also in their place; return that with respect to locations."""
     for_logits, for_locs, for_factors = layout.split(gradient)
     whole = bool(for_factors) and for_factors[0].shape[1] == layout.n_components
     out = (for_locs, for_factors[0]) if whole else None
