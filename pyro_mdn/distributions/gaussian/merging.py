@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_mdn.tensors.numerics import sum_logs
+
 __all__ = ["merge_components"]
 
 _ELEMENTS = 2**20
@@ -44,7 +46,9 @@ class _Parts(NamedTuple):
 
     def at(self, index: Tensor) -> _Parts:
         """Return component ``index[n]`` of each row n, ``(1, N)``."""
-        return _Parts(self.table.gather(1, index.expand(len(self.table), 1, -1)), self.dim)
+        n = self.table.shape[-1]
+        places = index * n + torch.arange(n, device=index.device)
+        return _Parts(self.table.flatten(1).index_select(1, places).unsqueeze(1), self.dim)  # quicker than ``gather``
 
     def span(self, start: int, stop: int) -> _Parts:
         return _Parts(self.table[:, start:stop], self.dim)
@@ -107,7 +111,7 @@ def _merge_rows(weights: Tensor, locs: Tensor, matrices: Tensor, count: int) -> 
         pairs = _Pairs.of(merged, parts.span(0, left))
         # One of the pairs is the merged component with itself, which has the log-determinant of that component.
         merged.log_det.copy_(pairs.log_det.gather(0, i.unsqueeze(0)))
-        parts.put(i, merged)
+        parts.log_det.scatter_(0, i.unsqueeze(0), merged.log_det)
         new = pairs.cost(merged, parts.span(0, left))
         new[i, rows] = torch.inf
         now[i, rows] = new.T
@@ -184,13 +188,16 @@ class _Pairs(NamedTuple):
 def _all_costs(parts: _Parts) -> Tensor:
     """Compute the cost of merging each pair, ``(K, N, K)``; it is infinite for a component with itself."""
     k, n = parts.weights.shape
-    cost = parts.table.new_full((k, n, k), torch.inf)
+    steps = k // 2
     around = _Parts(torch.cat([parts.table, parts.table], 1), parts.dim)
-    first = torch.arange(k, device=cost.device)
-    for step in range(1, k // 2 + 1):  # by distance of the indices, so that each operation is on many pairs
-        second, other = (first + step) % k, around.span(step, step + k)
-        cost[first, :, second] = cost[second, :, first] = _Pairs.of(parts, other).cost(parts, other)
-    return cost
+    by_distance = parts.table.new_full((steps + 1, k, n), torch.inf)
+    for step in range(1, steps + 1):  # by distance of the indices, so that each operation is on many pairs
+        other = around.span(step, step + k)
+        by_distance[step] = _Pairs.of(parts, other).cost(parts, other)
+    one = torch.arange(k, device=parts.table.device)
+    ahead = (one - one.unsqueeze(1)) % k  # from the first component of a pair to the second
+    first = torch.where(ahead <= steps, one.unsqueeze(1), one)
+    return by_distance[torch.minimum(ahead, (k - ahead) % k), first].transpose(1, 2).contiguous()
 
 
 def _eliminate(columns: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,8 +210,8 @@ def _eliminate(columns: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
     least = torch.finfo(columns.dtype).eps * torch.stack([column[0] for column in rest])
     for j, column in enumerate(rest):
         pivot = torch.maximum(column[0], least[j], out=pivots[j])
-        below = column[1:] / pivot
+        below = column[1:] * pivot.reciprocal()
         for i, other in enumerate(rest[j + 1 :]):
             other.addcmul_(below[i:], column[i + 1], value=-1)
         vector[j + 1 :].addcmul_(below, vector[j], value=-1)
-    return pivots.log().sum(0), (vector.square() / pivots).sum(0)
+    return sum_logs(pivots), (vector.square_().div_(pivots)).sum(0)
