@@ -137,6 +137,39 @@ def test_derivatives(name, function):
     for k in ([0.0, 0.0, 0.0], [1.0, 2.0, 30.0]):
         k = torch.tensor(k, dtype=torch.float64)
         assert torch.autograd.gradcheck(lambda *p, k=k: getattr(LAWS[name](*p), function)(k), parameters)
+        assert torch.autograd.gradgradcheck(lambda *p, k=k: getattr(LAWS[name](*p), function)(k), parameters)
+
+
+@pytest.mark.parametrize("function", ["cdf", "sf"])
+def test_derivatives_of_small_probabilities_keep_their_digits(function):
+    """Relative to the probability, a sum over the few counts that matter."""
+    shape = torch.tensor([2000.0, 3000.0], dtype=torch.float64, requires_grad=True)
+    rate, k = torch.tensor([90.0, 90.0], dtype=torch.float64), 15.0 if function == "cdf" else 240.0
+    law = NegativeBinomialLaw(rate, shape)
+    got = torch.autograd.grad(getattr(law, function)(torch.full((2,), k, dtype=torch.float64)).log().sum(), shape)[0]
+    counts = torch.arange(k + 1) if function == "cdf" else torch.arange(k + 1, k + 300)
+    terms = law.log_prob(counts.double().unsqueeze(-1)).logsumexp(0)
+    assert_close(got, torch.autograd.grad(terms.sum(), shape)[0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("function", ["cdf", "sf", "log_prob", "log_cdf", "log_sf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transforms_of_torch_func(function, dtype):
+    """Rows that ``torch.vmap`` maps, and their gradients, are those of a batch; the target may be shared by all."""
+    rate, shape = torch.rand(2, 4, 3, 1, dtype=torch.float64).add(0.5).to(dtype)
+    logits, y = torch.zeros(3, dtype=dtype), torch.tensor([2.0], dtype=dtype)
+
+    def row(rate, shape):
+        mixture = Mixture(logits, CountComponents(NegativeBinomialLaw(rate, shape)), validate_args=False)
+        return getattr(mixture, function)(y).sum()
+
+    together = [t.clone().requires_grad_() for t in (rate, shape)]
+    rows = torch.stack([row(*pair) for pair in zip(*together, strict=True)])
+    assert_close(torch.vmap(row)(rate, shape), rows.detach())
+    expected = torch.autograd.grad(rows.sum(), together)
+    assert_close(torch.vmap(torch.func.grad(row, (0, 1)))(rate, shape), expected)
+    _, along = torch.func.jvp(torch.vmap(row), (rate, shape), (rate, shape))
+    assert_close(along, sum((t * g).sum((1, 2)) for t, g in zip((rate, shape), expected, strict=True)))
 
 
 @pytest.mark.parametrize("name", LAWS)
