@@ -32,6 +32,7 @@ from pyro_mdn import (
 )
 from pyro_mdn.distributions.families.counts.count_components import CountComponents
 from pyro_mdn.distributions.families.counts.count_law import NegativeBinomialLaw, PoissonLaw, smallest_count
+from pyro_mdn.distributions.families.counts.count_marginals import log_between
 from pyro_mdn.distributions.families.zeros.zero_laws import HurdleLaw, InflatedLaw
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.sklearn import MDNRegressor
@@ -318,6 +319,52 @@ def test_shortest_intervals_of_large_counts():
         ends = part.ppf(np.minimum(0.9 + part.cdf(starts - 1), 1 - 1e-15))
         assert high - low <= (ends - starts).min() + 1
         assert part.cdf(high) - part.cdf(low - 1) >= 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAWS)
+def test_rare_intervals_have_logarithms(name, dtype):
+    """Far below and above the mean, where probabilities underflow, against sums over the counts."""
+    parameters = [torch.tensor(t, dtype=torch.float64) for t in (3000.0, 4000.0, -1500.0)]
+    exact = LAWS[name](*parameters)
+    law = LAWS[name](*(t.to(dtype).requires_grad_() for t in parameters))
+    for first, last in ((0, 0), (0, 1), (0, 3), (0, 40), (2, 9), (5, 5), (20_000, math.inf), (20_000, 20_003)):
+        counts = torch.arange(first, min(last, 30_000) + 1, dtype=torch.float64)
+        expected = exact.log_prob(counts).logsumexp(0)
+        assert expected < -700
+        got = log_between(law, torch.tensor(float(first), dtype=dtype), torch.tensor(float(last), dtype=dtype))
+        assert_close(got.double(), expected, rtol=1e-4, atol=0)
+        slopes = torch.autograd.grad(got, law.tensors())
+        assert all(bool(slope.isfinite()) for slope in slopes)
+        assert any(bool(slope != 0) for slope in slopes)
+        twice = torch.autograd.grad(log_between(law, counts[:1].to(dtype), counts[-1:].to(dtype)), law.tensors())
+        assert all(bool(slope.isfinite()) for slope in twice)
+
+
+def test_probabilities_of_no_events_are_exact():
+    """A sum of one term."""
+    mixture = Mixture(torch.zeros(1), CountComponents(PoissonLaw(torch.tensor([[300.0]]))))
+    assert_close(mixture.log_cdf(0.0), torch.tensor([-300.0]))
+    assert_close(mixture.log_cdf(1.0), torch.tensor([-300.0 + math.log(301)]))
+
+
+def test_networks_learn_from_counts_below_a_limit_far_from_their_start():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 1)).astype(np.float32)
+    y = rng.poisson(np.where(x < 0, 800, 20)).astype(np.float32)
+    seen = Targets.censored(np.maximum(y, 30), left=y < 30)
+    network = MixtureDensityNetwork(1, 1, 1, 8, family="poisson", seed=0)
+    fit(network, x, seen, max_epochs=30, seed=0, progress=False)
+    assert network.predict(x).mixture.log_prob(seen).mean() > -30
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 3.0, 200.0])
+def test_distribution_functions_of_hurdles_keep_their_digits(rate):
+    k = torch.tensor([0.0, 1.0, 2.0, 150.0])
+    single = HurdleLaw(PoissonLaw(torch.tensor(rate)), torch.tensor(-40.0))
+    double = single.map(lambda t, n: t.double())
+    expected = double.log_prob(torch.arange(151.0).double()).exp().cumsum(0)[k.long()]
+    assert_close(single.cdf(k).double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["negative_binomial", "hurdle"])

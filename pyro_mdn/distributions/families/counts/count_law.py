@@ -44,6 +44,30 @@ class CountLaw(TensorBatch):
     def sf(self, k: Tensor) -> Tensor:
         """Probability of more than k, with relative accuracy where it is small."""
 
+    def between(self, first: Tensor, last: Tensor) -> Tensor:
+        """Probability of counts from ``first`` to ``last``, from the tail that is smaller."""
+        below = self.cdf(last)
+        return torch.where(below < 0.5, below - self.cdf(first - 1), self.sf(first - 1) - self.sf(last))
+
+    def log_between(self, first: Tensor, last: Tensor) -> Tensor:
+        """Logarithm of :meth:`between`, also where that underflows, and for an infinite ``last``.
+
+        Far from the mean, probabilities fall nearly as those of a geometric law, whose sum is taken.
+        """
+        ends = last.isinf()
+        end = torch.where(ends, first, last)
+        mass = torch.where(ends, self.sf(first - 1), self.between(first, end))
+        number = end - first + 1
+        far = torch.where(ends, False, number == 1) | (mass < 4 * torch.finfo(mass.dtype).tiny)
+        heights = self.log_prob(first), self.log_prob(end)
+        up = heights[0] >= heights[1]
+        highest = torch.where(up, *heights)
+        # Rounding must not make probabilities rise.
+        least = 4096 * torch.finfo(mass.dtype).eps
+        log_ratio = (self.log_prob(torch.where(up, first + 1, end - 1).clamp(min=0)) - highest).clamp(max=-least)
+        sums = torch.where(ends, 0.0, torch.log(-torch.expm1(number * log_ratio))) - torch.log(-torch.expm1(log_ratio))
+        return torch.where(far, highest + sums, torch.where(far, 1.0, mass).log())
+
     @abstractmethod
     def mean_up_to(self, k: Tensor) -> Tensor:
         r"""Part :math:`E[Y \, 1\{Y \le k\}]` of the mean."""

@@ -64,21 +64,13 @@ class CountMarginals(Marginals):
 
     def log_cdf(self, value: Tensor) -> Tensor:
         def function(k: Tensor) -> Tensor:
-            above = self._sf(k)
-            near = above < 0.5
-            return torch.where(
-                near, torch.log1p(-torch.where(near, above, 0.0)), self._mixed(_log_cdf(self.law, k.unsqueeze(-2)))
-            )
+            return _log_of_tail(self.log_between(torch.zeros_like(k), k), self._sf(k))
 
         return self._by_steps(value, function, below=-math.inf, above=0.0)
 
     def log_sf(self, value: Tensor) -> Tensor:
         def function(k: Tensor) -> Tensor:
-            below = self._cdf(k)
-            near = below < 0.5
-            return torch.where(
-                near, torch.log1p(-torch.where(near, below, 0.0)), self._mixed(_log_sf(self.law, k.unsqueeze(-2)))
-            )
+            return _log_of_tail(self.log_between(k + 1, torch.full_like(k, math.inf)), self._cdf(k))
 
         return self._by_steps(value, function, below=0.0, above=-math.inf)
 
@@ -215,37 +207,15 @@ class CountMarginals(Marginals):
         return torch.where(value.isnan(), value, result)
 
 
+def _log_of_tail(log_tail: Tensor, other: Tensor) -> Tensor:
+    """Logarithm of a tail, from that of the other one where this is smaller."""
+    near = other < 0.5
+    return torch.where(near, torch.log1p(-torch.where(near, other, 0.0)), log_tail)
+
+
 def log_between(law: CountLaw, lower: Tensor, upper: Tensor) -> Tensor:
     """Log-probability of counts from ``lower`` to ``upper``, both included, of which either may be infinite."""
     first, last = lower.ceil().clamp(min=0), upper.floor()
-    ends = last.isinf() & (last > 0)
-    single, possible = first == last, (first <= last) & first.isfinite()
-    first, last = torch.where(possible, first, 0.0), torch.where(possible & ~ends, last, 0.0)
-    last = torch.maximum(first, last)
-    beyond = _log_sf(law, first - 1)
-    below = law.cdf(last)
-    difference = torch.where(below < 0.5, below - law.cdf(first - 1), law.sf(first - 1) - law.sf(last))
-    known = ~single & ~ends & (difference > 0)
-    between = torch.where(known, difference, 1.0).log().masked_fill(~known, -math.inf)
-    result = torch.where(single, law.log_prob(first), torch.where(ends, beyond, between))
-    return result.masked_fill(~possible, -math.inf)
-
-
-def _log_sf(law: CountLaw, k: Tensor) -> Tensor:
-    """Logarithm of the probability above k; where that underflows, of the first counts above it, as if geometric."""
-    sf = law.sf(k)
-    far = sf < 4 * torch.finfo(sf.dtype).tiny
-    k = torch.where(far, k.broadcast_to(sf.shape), 0.0)
-    first = law.log_prob(k + 1)
-    ratio = (law.log_prob(k + 2) - first).clamp(max=-1e-3).exp()
-    return torch.where(far, first - torch.log1p(-ratio), torch.where(far, 1.0, sf).log())
-
-
-def _log_cdf(law: CountLaw, k: Tensor) -> Tensor:
-    """Logarithm of the probability of k or fewer; where that underflows, as :func:`_log_sf`."""
-    cdf = law.cdf(k)
-    far = cdf < 4 * torch.finfo(cdf.dtype).tiny
-    k = torch.where(far, k.broadcast_to(cdf.shape), 1.0)
-    first = law.log_prob(k)
-    ratio = (law.log_prob((k - 1).clamp(min=0)) - first).clamp(max=-1e-3).exp()
-    return torch.where(far, first - torch.log1p(-ratio), torch.where(far, 1.0, cdf).log())
+    possible = (first <= last) & first.isfinite()
+    first, last = torch.where(possible, first, 0.0), torch.where(possible, last, 0.0)
+    return law.log_between(first, last).masked_fill(~possible, -math.inf)
