@@ -208,9 +208,18 @@ def test_hurdles_with_hardly_a_positive_count():
 
 
 def test_smallest_count():
-    limits = torch.tensor([0.0, 1, 2, 7, 1000, 12345])
-    for guess in (0.0, 3.0, 1e5):
+    limits = torch.tensor([0.0, 1, 2, 7, 1000, 12345, 2.0**60, 1e300, math.inf], dtype=torch.float64)
+    for guess in (0.0, 3.0, 1e5, 1e299):
         assert torch.equal(smallest_count(lambda k: k >= limits, torch.full_like(limits, guess)), limits)
+    assert smallest_count(lambda k: k < 0, torch.tensor([math.nan, 3.0]))[1].isinf()
+
+
+def test_quantiles_of_rates_beyond_all_integers_of_double_precision():
+    rate = torch.tensor([1e17, 1e25], dtype=torch.float64).reshape(2, 1, 1)
+    mixture = Mixture(torch.zeros(2, 1, dtype=torch.float64), CountComponents(PoissonLaw(rate)))
+    assert_close(mixture.icdf(0.5), rate[..., 0])
+    unknown = Mixture(torch.zeros(1), CountComponents(PoissonLaw(torch.tensor([[math.nan]]))), validate_args=False)
+    assert not unknown.icdf(0.5).isfinite()
 
 
 @every_family

@@ -95,18 +95,20 @@ def smallest_count(reached: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor
 
     Args:
         reached: The condition, for counts in the shape of the guess.
-        guess: Numbers to begin with, not negative.
+        guess: Numbers to begin with, not negative. For those that are NaN, and where no count satisfies the condition,
+            the result is NaN or infinite.
     """
     high = guess.ceil()
-    while not bool((done := reached(high)).all()):
+    while not bool((done := reached(high) | ~(high < torch.inf)).all()):
         high = torch.where(done, high, 2 * high + 1)
     low = torch.full_like(high, -1.0)
-    while bool(((high - low) > 1).any()):
+    while True:
         middle = ((low + high) / 2).floor().clamp(min=0)
+        between = (low < middle) & (middle < high)  # large floating-point numbers are further than 1 apart
+        if not bool(between.any()):
+            return high
         met = reached(middle)
-        low, high = torch.where(met, low, middle), torch.where(met, middle, high)
-        low = torch.where(met & (middle == 0), -1.0, low)
-    return high
+        low, high = torch.where(between & ~met, middle, low), torch.where(between & met, middle, high)
 
 
 @dataclass(frozen=True, eq=False)
