@@ -187,6 +187,57 @@ def test_left_censored_targets_may_be_zero():
         assert_close(got[i], mass.log()[0])
 
 
+@pytest.mark.parametrize("lower", [-math.inf, -3.0, 0.0])
+def test_targets_at_most_zero_are_zero(rain, lower):
+    """Censored at the lower end itself, where nothing but the point mass is left."""
+    mixture, y = make_mixture(), torch.zeros(5, 1, dtype=torch.float64)
+    got = mixture.log_prob(Targets.interval(torch.full_like(y, lower), y))
+    assert_close(got, mixture.log_cdf(y)[:, 0])
+    if lower < 0:
+        with pytest.raises(ValueError, match="value: expected numbers between 0 and inf"):
+            mixture.log_prob(Targets.interval(torch.full_like(y, lower), y - 1))
+    x, y, _ = rain
+    seen = Targets.interval(np.where(y > 0, y, lower), y)
+    network = MixtureDensityNetwork(1, 1, 1, 8, family=ZeroInflated("normal"), target_transform="log", seed=0)
+    fit(network, x, seen, max_epochs=2, seed=0, progress=False)
+    assert_close(network.predict(x).mixture.log_prob(seen), network.predict(x).mixture.log_prob(y))
+
+
+@pytest.mark.parametrize("transform", ["log", "softplus"])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_training_on_hardly_anything_but_zeros(ensemble, transform):
+    x = np.random.default_rng(0).normal(size=(60, 1)).astype("float32")
+    y = np.zeros((60, 2), dtype="float32")
+    y[:20, 1] = 3 + x[:20, 0] ** 2
+    network = MixtureDensityNetwork(1, 2, 2, 8, family=ZeroInflated("normal"), target_transform=transform, seed=0)
+    network = DeepEnsemble(network, 2) if ensemble else network
+    fit(network, x, y, max_epochs=5, seed=0, progress=False)
+    mixture = network.predict(x).mixture
+    assert bool(mixture.log_prob(y).isfinite().all())
+    assert bool((mixture.mean[:, 0] < mixture.mean[:, 1]).all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "lower"),
+    [
+        ({"target_transform": "log"}, -4.0),
+        ({"target_transform": ["log"]}, -math.inf),
+        ({"target_transform": "log", "family": ZeroInflated("normal")}, -4.0),
+        ({"family": "poisson"}, 2.0),
+    ],
+)
+def test_training_starts_inside_of_the_support(settings, lower):
+    """Also where the middle of an interval is outside, or no count."""
+    x = np.random.default_rng(0).normal(size=(60, 1)).astype("float32")
+    y = np.full((60, 1), 3.0, dtype="float32")
+    seen = Targets.interval(np.where(x > 0, lower, y), y)
+    network = MixtureDensityNetwork(1, 1, 2, 8, seed=0, **settings)
+    fit(network, x, seen, max_epochs=3, seed=0, progress=False)
+    assert bool(network.predict(x).mixture.log_prob(seen).isfinite().all())
+    fit(network, x, Targets.interval(np.full_like(y, lower), y), max_epochs=3, seed=0, progress=False)
+    assert bool(network.predict(x).mixture.log_prob(seen).isfinite().all())
+
+
 def test_draws_and_transforms():
     torch.manual_seed(0)
     mixture = make_mixture((4000,))

@@ -16,7 +16,7 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.families.family import Family, as_family, transform_for
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.raw_parameters import ChannelParameters, Raw, RawParameters, mixture_class, raw_from_channels
@@ -247,19 +247,28 @@ class MixtureHead(nn.Module):
         Raises:
             ValueError: If y is not ``(N, D)`` with N > 0, has an infinite entry, or no observed one in a column.
         """
-        y = y.points() if isinstance(y, Targets) else y
         if y.ndim != 2 or y.shape[1] != self.dim_out or len(y) == 0:
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
-        if bool(y.isinf().any() | y.isnan().all(0).any()):
-            raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
-        self.units.require_inside(y, "y")
-        y = self.units.above(y)
-        assert isinstance(y, Tensor)
-        fitted = self.transform.fit(y.cpu(), common_unit=self.noise.common_unit, warp=warp)
+        points = self.starting_points(y).cpu()
+        fitted = self.transform.fit(points, common_unit=self.noise.common_unit, warp=warp)
         for name, tensor in fitted.items():
             getattr(self, name).copy_(tensor)
-        standardized = self.transform.units(fitted).standardize(y.cpu())
+        standardized = self.transform.units(fitted).standardize(points)
         self._start(*_clusters(_filled(standardized), self.n_components))
+
+    def starting_points(self, y: TargetsOrTensor) -> Tensor:
+        """Return numbers above the lower end of the support for targets ``(N, D)``, some in each column, or NaN.
+
+        Raises:
+            ValueError: If a target is infinite or outside of the support, or a column has no observed one.
+        """
+        if bool((isinstance(y, Tensor) and y.isinf().any()) or missing(y).all(0).any()):
+            raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
+        units = self.units
+        units.require_inside(y, "y")
+        y = units.above(y)
+        points = units.points(y) if isinstance(y, Targets) else y
+        return torch.where(points.isnan().all(0), units.from_line(torch.zeros_like(points)), points)
 
     @torch.no_grad()
     def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:

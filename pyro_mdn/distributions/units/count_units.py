@@ -57,6 +57,9 @@ class CountUnits(Units):
     def inside(self, y: Tensor) -> Tensor:
         return are_counts(y)
 
+    def points(self, y: Targets) -> Tensor:
+        return y.points().floor().clamp(min=0)
+
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         require_counts(y, name, given)
 

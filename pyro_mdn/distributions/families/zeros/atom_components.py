@@ -15,7 +15,8 @@ from torch.nn.functional import logsigmoid
 from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, folded, not_closed
 from pyro_mdn.distributions.families.zeros.atom_marginals import AtomMarginals
 from pyro_mdn.distributions.marginals import Marginals
-from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+from pyro_mdn.distributions.units.units import without_ends
 from pyro_mdn.tensors.tensor_batch import stored, take_component
 from pyro_mdn.tensors.univariate import Law
 
@@ -56,15 +57,8 @@ class AtomComponents(DerivedComponents):
 
     def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
         if is_validation_enabled():
-            low = self._low()
-            if isinstance(value, Targets):
-                ends = (value.kinds() == EXACT) & (value.lower == low)
-                others: TargetsOrTensor = Targets(
-                    value.lower.masked_fill(ends, -torch.inf), value.upper.masked_fill(ends, torch.inf)
-                )
-            else:
-                others = value.masked_fill(value == low, torch.nan)
-            self.base.pulled_back(others)  # raises an error for values outside of the support
+            # An error for values outside of the support.
+            self.base.pulled_back(without_ends(value, self._low()))
         return self, value, None
 
     # Batches

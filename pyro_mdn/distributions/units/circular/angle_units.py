@@ -91,6 +91,9 @@ class AngleUnits(Units):
         kept = self.circles.is_angle(y.lower) & (y.kinds() == INTERVAL)
         return Targets(torch.where(kept, y.lower, moved.lower), torch.where(kept, y.upper, moved.upper))
 
+    def points(self, y: Targets) -> Tensor:
+        return self.line.points(y)
+
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         self.circles.require_inside(y, name, given)
         self.line.require_inside(y, name, given)
