@@ -106,6 +106,12 @@ def test_functions_of_single_outputs_by_quadrature(family, transform):
         if mixture.mean.isfinite().all():
             assert_close(difference, mixture.mean - y, rtol=1e-5, atol=1e-6)
             assert_close(scores.crps(mixture, y), crps_by_quadrature(mixture, y, low), rtol=1e-5, atol=1e-7)
+        else:
+            assert isinstance(family.base, Laplace)
+            infinite = decisions.expected_above(mixture, y).isinf()
+            assert infinite.any()
+            assert_close(scores.crps(mixture, y).isinf(), infinite)
+            assert not scores.crps(mixture, y).isnan().any()
     lower, upper = mixture.univariate().steps(torch.full((3, 1), low, dtype=torch.float64))
     assert_close((lower, upper), (torch.zeros_like(zero), zero))
 
@@ -265,6 +271,33 @@ def test_gradients(family):
 
     assert torch.autograd.gradcheck(quantities, head.linear.bias.detach().requires_grad_(), rtol=1e-3, atol=1e-6)
     assert_close(head.log_prob(features, y), head(features).log_prob(y))
+
+
+def test_quantiles_have_gradients():
+    head, features = make_head(n_components=2), torch.randn(2, 4, dtype=torch.float64)
+    q = torch.tensor([1e-3, 0.4, 0.9, 1 - 1e-6], dtype=torch.float64).reshape(4, 1, 1).expand(4, 2, 1)
+
+    def quantiles(bias, q):
+        mixture = torch.func.functional_call(head, {"linear.bias": bias}, features)
+        return mixture.icdf(q), mixture.univariate().upper_quantile(q)
+
+    bias = head.linear.bias.detach().requires_grad_()
+    assert_close(quantiles(bias, q)[0][0], torch.zeros(2, 1, dtype=torch.float64))
+    assert torch.autograd.gradcheck(quantiles, (bias, q.clone().requires_grad_()), eps=1e-8, rtol=1e-3, atol=1e-4)
+    certain = bias.detach().clone()
+    certain[-2:] = 800.0  # logits of zero, of which no other probability is left
+    for quantile in quantiles(certain.requires_grad_(), q):
+        assert not torch.autograd.grad(quantile.sum(), certain, retain_graph=True)[0].any()
+
+
+def test_moments_of_hardly_anything_but_zeros():
+    """The rest of a probability that rounds to 1."""
+    base = make_mixture(family=None, dim=2).float().components
+    logit = torch.full_like(base.locs, 20.0)
+    single = AtomComponents(base, logit)
+    double = single.map(lambda t, n: t.double())
+    for moment in ("mean", "variance", "stddev"):
+        assert_close(getattr(single, moment)().double(), getattr(double, moment)(), rtol=1e-4, atol=0)
 
 
 # Networks

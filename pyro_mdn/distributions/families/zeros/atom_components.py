@@ -99,12 +99,11 @@ class AtomComponents(DerivedComponents):
     # Moments
 
     def mean(self) -> Tensor:
-        share = self.logit.sigmoid()
-        return share * self.base.lowest + (1 - share) * self.base.mean()
+        return self.logit.sigmoid() * self.base.lowest + (-self.logit).sigmoid() * self.base.mean()
 
     def variance(self) -> Tensor:
-        share, distance = self.logit.sigmoid(), self.base.mean() - self.base.lowest
-        return (1 - share) * (self.base.variance() + share * distance.square())
+        distance = self.base.mean() - self.base.lowest
+        return (-self.logit).sigmoid() * (self.base.variance() + self.logit.sigmoid() * distance.square())
 
     def stddev(self) -> Tensor:
         return self.variance().sqrt()
