@@ -326,8 +326,42 @@ def test_shortest_intervals_of_large_counts():
         part = scipy.stats.poisson(rate)
         starts = np.arange(int(part.ppf(0.1)) + 1)
         ends = part.ppf(np.minimum(0.9 + part.cdf(starts - 1), 1 - 1e-15))
-        assert high - low <= (ends - starts).min() + 1
+        assert high - low == (ends - starts).min()
         assert part.cdf(high) - part.cdf(low - 1) >= 0.9
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.35, 0.6])
+def test_shortest_intervals_of_many_modes(mass):
+    """Narrow modes between others, also in single precision, against all intervals."""
+    rates = torch.tensor([[3.0, 400.0, 2000.0, 5000.0], [50.0, 4000.0, 4200.0, 9000.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.3, 0.2, 0.1, 0.4], [0.12, 0.4, 0.13, 0.35]], dtype=torch.float64)
+    law = NegativeBinomialLaw(rates.unsqueeze(-1), torch.tensor([2.0, 1e4, 1e6, 9.0]).double().expand(2, 4)[..., None])
+    mixture = Mixture(weights.log(), CountComponents(law))
+    low, high = mixture.interval(mass, kind="shortest")
+    k = torch.arange(60_000.0, dtype=torch.float64)
+    p = table(mixture, k)[..., 0].numpy()
+    for i in range(2):
+        cdf = np.concatenate([[0], p[:, i].cumsum()])
+        ends = np.searchsorted(cdf, cdf[:20_000] + mass * (1 - 1e-12)) - 1
+        starts = np.arange(20_000)[ends < 59_999]
+        width = (ends[starts] - starts).min()
+        assert high[i] - low[i] == width
+        held = cdf[ends[starts] + 1] - cdf[starts]
+        assert cdf[int(high[i]) + 1] - cdf[int(low[i])] == pytest.approx(held[ends[starts] - starts == width].max())
+    assert_close(mixture.float().interval(mass, kind="shortest")[1].double(), high)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), ZeroInflated("normal")], ids=str)
+def test_empty_batches(family):
+    transform = "log" if family.has_atom else None
+    head = MixtureHead(4, 2, 3, family=family, target_transform=transform)
+    mixture, y = head(torch.zeros(0, 4)), torch.zeros(0, 2)
+    ends = mixture.interval(0.8), mixture.interval(0.8, kind="shortest")
+    functions = mixture.cdf, mixture.log_sf, lambda y: scores.crps(mixture, y), lambda y: scores.pit(mixture, y)
+    for result in (*(end for pair in ends for end in pair), *(function(y) for function in functions)):
+        assert result.shape == (0, 2)
+    assert mixture.log_prob(y).shape == mixture.log_prob(Targets.interval(y, y + 1)).shape == (0,)
+    assert mixture.icdf(0.5).shape == mixture.mean.shape == mixture.sample().shape == (0, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.units.target_transforms import Standardize
 from pyro_mdn.networks.head import MixtureHead
+from pyro_mdn.tensors.numerics import in_double
 
 __all__ = ["TargetHint", "hints", "warn_of_kinds"]
 
@@ -42,7 +43,7 @@ def hints(y: Tensor, head: MixtureHead) -> list[str]:
     if not isinstance(head.transform, Standardize):
         return []
     found: dict[str, list[int]] = {}
-    for i, column in enumerate(y.detach().double().reshape(-1, y.shape[-1]).unbind(-1)):
+    for i, column in enumerate(in_double(y.detach()).reshape(-1, y.shape[-1]).unbind(-1)):
         hint = _hint(column[~column.isnan()])
         if hint is not None:
             found.setdefault(hint, []).append(i)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.distributions.families.counts.shortest_counts import shortest_counts
 from pyro_mdn.distributions.marginals import Marginals
-from pyro_mdn.tensors.numerics import log_sum_exp
+from pyro_mdn.tensors.numerics import as_before, in_double, log_sum_exp
 
 __all__ = ["CountMarginals", "log_between"]
 
@@ -23,9 +24,6 @@ _LEGENDRE = (0.5 * (_NODES + 1)).tolist(), (0.5 * _WEIGHTS).tolist()
 
 _TERMS = 2**20
 """Numbers of a part of a sum."""
-
-_STARTS = 256
-"""Starts of shortest intervals in one round."""
 
 
 class CountMarginals(Marginals):
@@ -87,47 +85,39 @@ class CountMarginals(Marginals):
 
     @torch.no_grad()
     def quantile(self, q: Tensor) -> Tensor:
-        level = q.double() * (1 - 4 * torch.finfo(q.dtype).eps)  # a level that a count reaches up to rounding
+        level = in_double(q) * (1 - 4 * torch.finfo(q.dtype).eps)  # a level that a count reaches up to rounding
         return self._search(q, lambda double, k: double._cdf(k) >= level, never=q >= 1)
 
     @torch.no_grad()
     def upper_quantile(self, q: Tensor) -> Tensor:
-        level = q.double() * (1 + 4 * torch.finfo(q.dtype).eps)
+        level = in_double(q) * (1 + 4 * torch.finfo(q.dtype).eps)
         return self._search(q, lambda double, k: double._sf(k) <= level, never=q <= 0)
 
     @torch.no_grad()
     def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""Compare intervals from each count up to the quantile of ``outside``; in two rounds if these are many.
-
-        Among the shortest ones, the first of those that hold most is taken.
-        """
-        like = self.law.mean()[..., 0, :]
-        shape = torch.broadcast_shapes(self.logits.shape[:-1], like.shape[:-1])
-        last = self.quantile(like.new_full((*shape, like.shape[-1]), outside))
-        first, reach = torch.zeros_like(last), last.amax().item()
-        step = float(max(1, math.ceil(reach / _STARTS)))
-        low, high = self._best_start(first, last, step, outside)
-        if step > 1:
-            low, high = self._best_start((low - step).clamp(min=0), torch.minimum(low + step, last), 1.0, outside)
+        law, logits = self.law, self.logits
+        batch = torch.broadcast_shapes(logits.shape[:-1], law.batch_shape[:-1])
+        shape = *batch, law.mean().shape[-1]
+        logits = in_double(logits).unsqueeze(-2).expand(*shape, -1).flatten(0, -2)
+        law = law.map(lambda t, n: in_double(t).mT.expand(*shape, t.shape[-2]).flatten(0, -2).unsqueeze(-1))
+        ends = shortest_counts(CountMarginals(logits, law), outside)
+        low, high = (as_before(end, self.logits).reshape(shape) for end in ends)
         return self._cdf(low - 1), self._sf(high), low, high
 
-    def _best_start(self, first: Tensor, last: Tensor, step: float, outside: float) -> tuple[Tensor, Tensor]:
-        count = int(((last - first).amax() / step).item()) + 1
-        steps = step * torch.arange(count, dtype=first.dtype, device=first.device)
-        starts = torch.minimum(first + steps.reshape(-1, *(1,) * first.ndim), last)
-        below = self._cdf(starts - 1)
-        ends = self.upper_quantile((outside - below).clamp(min=0))
-        missed = below + self._sf(ends)
-        best = (ends - starts + missed).argmin(0, keepdim=True)  # a probability decides among intervals of equal length
-        return starts.gather(0, best).squeeze(0), ends.gather(0, best).squeeze(0)
+    def rows(self, index: Tensor) -> CountMarginals:
+        """Distributions of some rows, for parameters ``(N, K, D)``."""
+        return CountMarginals(self.logits[index], self.law.map(lambda t, n: t[index]))
 
     def _search(self, q: Tensor, reached: Callable[[CountMarginals, Tensor], Tensor], never: Tensor) -> Tensor:
         """Find the smallest count that satisfies a condition in double precision; infinity where none does."""
-        double = CountMarginals(self.logits.double(), self.law.map(lambda t, n: t.double()))
+        double = CountMarginals(in_double(self.logits), self.law.map(lambda t, n: in_double(t)))
+        known = in_double(q)
+        never = never.to(known.device)
         guess = (double.law.mean() + 6 * double.law.variance().sqrt() + 4).amax(-2)
         guess = guess.expand(torch.broadcast_shapes(guess.shape, q.shape))
-        found = smallest_count(lambda k: reached(double, k) | never | q.isnan(), guess)
-        return torch.where(q.isnan(), q, found.to(self.logits.dtype).masked_fill(never, math.inf))
+        found = smallest_count(lambda k: reached(double, k) | never | known.isnan(), guess)
+        found = torch.where(known.isnan(), known, found.masked_fill(never, math.inf))
+        return as_before(found, self.logits)
 
     # Partial moments, and the ranked probability score
 

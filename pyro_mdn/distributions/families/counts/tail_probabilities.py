@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_mdn.distributions.families.counts.log_probabilities import log_negative_binomial, log_poisson
+from pyro_mdn.tensors.numerics import as_before, in_double
 
 __all__ = ["beta_tail", "gamma_tail"]
 
@@ -56,7 +57,7 @@ class _Tail(torch.autograd.Function):
         arrays = [tensor.detach().cpu().double().numpy() for tensor in tensors]
         with np.errstate(all="ignore"):
             result = np.asarray(function(*arrays, upper=upper))
-        return _as(tensors[-1], torch.from_numpy(result))
+        return as_before(torch.from_numpy(result), tensors[-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -89,10 +90,6 @@ class _Tail(torch.autograd.Function):
         return _Tail.apply(*given[:3], *aligned), 0
 
 
-def _as(like: Tensor, result: Tensor) -> Tensor:
-    return result.to(like.dtype).to(like.device)  # the dtype first: some devices have no double precision
-
-
 def _slopes_of_poisson(n: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor]:
     """Derivative of :func:`gamma_tail` by the rate."""
     slope = torch.where(n > 0, log_poisson(n - 1, rate).exp(), 0.0)
@@ -106,13 +103,13 @@ def _slopes_of_negative_binomial(n: Tensor, shape: Tensor, rate: Tensor, *, uppe
     """Derivatives of :func:`beta_tail` by the shape and the mean."""
     # Counts that are weighted by the rate of which they were drawn are negative binomial again.
     by_rate = torch.where(n > 0, log_negative_binomial(n - 1, shape + 1, rate * (1 + 1 / shape)).exp(), 0.0)
-    wide = [tensor.cpu().double() for tensor in (n, shape, rate)]
+    wide = [in_double(tensor) for tensor in (n, shape, rate)]
     total = torch.zeros_like(wide[1])
     for steps, coefficient in ((1, 8.0), (2, -1.0)):
         for sign in (1, -1):
             end = beta_tail(wide[0], wide[1] * (1 + sign * steps * _STEP), wide[2], upper=upper)
             total = total + sign * coefficient * end
-    return [_as(shape, total / (12 * _STEP * wide[1])), -by_rate if upper else by_rate]
+    return [as_before(total / (12 * _STEP * wide[1]), shape), -by_rate if upper else by_rate]
 
 
 def _poisson(n: Array, rate: Array, *, upper: bool) -> Array:

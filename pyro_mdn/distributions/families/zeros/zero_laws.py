@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.tensors.numerics import as_before, in_double
 from pyro_mdn.tensors.tensor_batch import nested, stored
 
 __all__ = ["HurdleLaw", "InflatedLaw", "ZeroLaw"]
@@ -103,10 +104,11 @@ class HurdleLaw(ZeroLaw):
     @torch.no_grad()
     def draw(self) -> Tensor:
         shape = torch.broadcast_shapes(self.base.mean().shape, self.logit.shape)
-        base, positive = self.base.map(lambda t, n: t.double()), self._log_positive().double().exp()
+        base, positive = self.base.map(lambda t, n: in_double(t)), in_double(self._log_positive()).exp()
         above = positive * torch.rand(shape, dtype=positive.dtype, device=positive.device)
         guess = (base.mean() + 6 * base.variance().sqrt() + 4).expand(shape)
-        draws = smallest_count(lambda k: base.sf(k) <= above, guess).clamp(min=1).to(self.logit.dtype)
+        draws = smallest_count(lambda k: base.sf(k) <= above, guess).clamp(min=1)
+        draws = as_before(draws, self.logit)
         return torch.where(torch.rand_like(draws) < self.logit.sigmoid(), 0.0, draws)
 
     def _log_positive(self) -> Tensor:
