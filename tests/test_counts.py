@@ -435,15 +435,53 @@ def test_crps_of_hardly_any_mass_far_out():
         assert got == pytest.approx(((cdf - (y <= k)) ** 2).sum(), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAWS)
+def test_crps_of_large_counts(name, dtype):
+    """Against sums over all counts, of components of very different sizes, and with a memory of few numbers."""
+    parameters = [torch.tensor(t, dtype=dtype) for t in ([2.0, 300.0, 4e4], [0.5, 900.0, 40.0], [-1.0, 0.3, 2.0])]
+    logits = torch.tensor([0.3, 0.3, 0.4], dtype=dtype).log()
+    parameters = [t.unsqueeze(-1).requires_grad_() for t in parameters]
+    mixture = Mixture(logits, CountComponents(LAWS[name](*parameters)))
+    k, y = torch.arange(150_000.0, dtype=torch.float64), torch.tensor([0.0, 7.5, 310.0, 9000.0, 39_990.0, 1e5])
+    exact = Mixture(logits.double(), CountComponents(LAWS[name](*(t.detach().double() for t in parameters))))
+    cdf = table(exact, k).cumsum(0)
+    squared = torch.cat([torch.zeros(1), cdf[:, 0].square().cumsum(0)])
+    rest = torch.cat([(1 - cdf[:, 0]).square().flip(0).cumsum(0).flip(0), torch.zeros(1)])
+    whole = y.floor().long()
+    expected = squared[whole] + rest[whole + 1] + (y - y.floor()) * cdf[whole, 0].square()
+    expected = expected + (1 - y + y.floor()) * (1 - cdf[whole, 0]).square()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        got = scores.crps(mixture, y.to(dtype).unsqueeze(-1))
+    assert_close(got[:, 0].double(), expected, rtol=1e-6 if dtype == torch.float64 else 1e-4, atol=0)
+    assert max(sizes) < 5000
+    assert all(bool(t.isfinite().all()) for t in torch.autograd.grad(got.sum(), mixture.components.law.tensors()))
+
+
+def test_crps_of_missing_counts_has_no_gradients():
+    rate = torch.tensor([[[3.0]], [[5.0]]], requires_grad=True)
+    mixture = Mixture(torch.zeros(2, 1), CountComponents(PoissonLaw(rate)))
+    got = scores.crps(mixture, torch.tensor([[torch.nan], [2.0]]))
+    assert_close(got[0], torch.tensor([torch.nan]), equal_nan=True)
+    slope = torch.autograd.grad(got[1].sum(), rate)[0].flatten()
+    assert slope[0] == 0
+    assert slope[1] > 0
+
+
+@pytest.mark.parametrize("large", [False, True])
 @every_family
-def test_crps_has_derivatives(family):
+def test_crps_has_derivatives(family, large):
     head, features = make_head(family), torch.randn(2, 4, dtype=torch.float64)
     y = torch.tensor([[0.0], [4.0]], dtype=torch.float64)
+    if large:
+        head.scale.fill_(3000.0)
+        y = 1000 * y
 
     def score(bias):
         return scores.crps(torch.func.functional_call(head, {"linear.bias": bias}, features), y)
 
-    assert torch.autograd.gradcheck(score, head.linear.bias.detach().requires_grad_(), rtol=1e-4)
+    assert torch.autograd.gradcheck(score, head.linear.bias.detach().requires_grad_(), rtol=1e-4, fast_mode=True)
 
 
 @pytest.mark.parametrize("family", ["poisson", "hurdle"])

@@ -44,6 +44,10 @@ class CountLaw(TensorBatch):
     def sf(self, k: Tensor) -> Tensor:
         """Probability of more than k, with relative accuracy where it is small."""
 
+    def bulk(self) -> tuple[Tensor, Tensor]:
+        """Centre and width of where most counts other than zero are."""
+        return self.mean(), self.variance().sqrt()
+
     def between(self, first: Tensor, last: Tensor) -> Tensor:
         """Probability of counts from ``first`` to ``last``, from the tail that is smaller."""
         below = self.cdf(last)

@@ -5,25 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
 from pyro_mdn.distributions.families.counts.shortest_counts import shortest_counts
+from pyro_mdn.distributions.families.counts.squared_tails import squared_tails
 from pyro_mdn.distributions.marginals import Marginals
+from pyro_mdn.support.checks import require_unmapped
 from pyro_mdn.tensors.numerics import as_before, in_double, log_sum_exp
 
 __all__ = ["CountMarginals", "log_between"]
-
-_REST, _NOTHING = 1e-3, 1e-9
-"""Probabilities above the last count of sums, and above the last one of integrals."""
-
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
-_LEGENDRE = (0.5 * (_NODES + 1)).tolist(), (0.5 * _WEIGHTS).tolist()
-
-_TERMS = 2**20
-"""Numbers of a part of a sum."""
 
 
 class CountMarginals(Marginals):
@@ -108,8 +100,17 @@ class CountMarginals(Marginals):
         """Distributions of some rows, for parameters ``(N, K, D)``."""
         return CountMarginals(self.logits[index], self.law.map(lambda t, n: t[index]))
 
+    def probability(self, k: Tensor) -> Tensor:
+        """Probability of counts."""
+        return self._mixed(self.law.log_prob(k.unsqueeze(-2))).exp()
+
+    def continued(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Smooth functions of real numbers k ≥ 0 that are the cdf and the survival function at counts."""
+        return self._cdf(k), self._sf(k)
+
     def _search(self, q: Tensor, reached: Callable[[CountMarginals, Tensor], Tensor], never: Tensor) -> Tensor:
         """Find the smallest count that satisfies a condition in double precision; infinity where none does."""
+        require_unmapped("icdf", q, *self.law.tensors(), self.logits)
         double = CountMarginals(in_double(self.logits), self.law.map(lambda t, n: in_double(t)))
         known = in_double(q)
         never = never.to(known.device)
@@ -134,44 +135,22 @@ class CountMarginals(Marginals):
     def crps(self, value: Tensor) -> Tensor:
         r"""Ranked probability score :math:`\sum_k (F(k) - 1\{y \le k\})^2`, differentiable.
 
-        The sum goes up to a count that is exceeded with a probability of 1e-3 at most. Beyond, where terms are small
-        and smooth, it is an integral. The error is below 1e-6.
+        .. math:: |y - m| + \sum_{k < m} F(k)^2 + \sum_{k \ge m} (1 - F(k))^2 - 2 \left| \int_m^y T(t) \, dt \right|
+
+        for the median m, with T the probability beyond t on its side of m.
 
         References:
             Epstein (1969), A scoring system for probability forecasts of ranked categories.
         """
         rates = self.law.mean()
+        require_unmapped("crps", value, self.logits, rates)
         shape = torch.broadcast_shapes(self.logits.shape[:-1], rates.shape[:-2])
-        with torch.no_grad():
-            rest = rates.new_full((*shape, rates.shape[-1]), _REST)
-            size = int(self.upper_quantile(rest).amax().item()) + 1
-        last = rates.new_full((), size)
-        # Beyond the sum, a count below y adds F squared, which is (1 - F) squared plus 2 F - 1.
-        beyond = torch.maximum(value, last)
-        missed = self.expected_above(last.expand(rest.shape)) - self.expected_above(beyond)
-        total = self._squared_tail(last) + beyond - last - 2 * missed + (-value).clamp(min=0)
-        below = torch.zeros_like(rest)
-        numbers = torch.arange(size, dtype=rates.dtype, device=rates.device)
-        for part in numbers.split(max(1, _TERMS // max(1, rates.numel()))):
-            counts = part.reshape(-1, *(1,) * rates.ndim)
-            cdf = below + self._mixed(self.law.log_prob(counts)).exp().cumsum(0)
-            below = cdf[-1]
-            cdf = cdf.reshape(len(part), *(1,) * (value.ndim - below.ndim), *below.shape)
-            passed = (value - part.reshape(-1, *(1,) * value.ndim)).clamp(0, 1)  # share of the step below y
-            total = total + (passed * cdf.square() + (1 - passed) * (1 - cdf).square()).sum(0)
-        return torch.where(value.isnan(), value, total)
-
-    def _squared_tail(self, first: Tensor) -> Tensor:
-        """Sum the squares of the probabilities above k, for k from ``first`` on, by an integral over logarithms."""
-        start = first - 0.5
-        with torch.no_grad():
-            rest = torch.full_like(self._weights()[..., 0, :] * self.law.mean()[..., 0, :], _NOTHING)
-            reach = ((self.upper_quantile(rest) + 1) / start).clamp(min=1).log()
-        total = torch.zeros_like(reach)
-        for node, weight in zip(*_LEGENDRE, strict=True):
-            point = start * (node * reach).exp()
-            total = total + weight * reach * point * self._sf(point).square()
-        return total
+        middle = self.quantile(rates.new_full((*shape, rates.shape[-1]), 0.5))
+        y = torch.where(value.isnan(), middle, value)
+        above = self.expected_above(middle) - self.expected_above(torch.maximum(y, middle))
+        below = self.expected_below(middle) - self.expected_below(torch.minimum(y, middle))
+        score = (y - middle).abs() + squared_tails(self, middle) - 2 * (above + below)
+        return torch.where(value.isnan(), value, score)
 
     # Parts
 

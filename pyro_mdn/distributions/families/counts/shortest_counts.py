@@ -51,7 +51,7 @@ def shortest_counts(marginals: CountMarginals, outside: float) -> tuple[Tensor, 
 
 
 def _children(row: Tensor, start: Tensor, block: Tensor, size: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide blocks of distributions ``row`` that begin at ``start`` into blocks of a size ``(N,)`` for each of them."""
+    """Divide blocks of distributions ``row`` that begin at ``start`` into blocks of the sizes ``(N,)``."""
     count = (block / size[row]).ceil().long()
     parent = torch.arange(len(row), device=row.device).repeat_interleave(count)
     place = torch.arange(len(parent), device=row.device) - (count.cumsum(0) - count)[parent]

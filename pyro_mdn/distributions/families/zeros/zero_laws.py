@@ -44,6 +44,9 @@ class ZeroLaw(CountLaw):
         square = self.base.variance() + mean.square()
         return self._rest() * square - (self._rest() * mean).square()
 
+    def bulk(self) -> tuple[Tensor, Tensor]:
+        return self.base.bulk()
+
     def cdf(self, k: Tensor) -> Tensor:
         zero = torch.zeros_like(k)
         positive = self._rest() * self.base.between(zero + 1, torch.maximum(k, zero))
