@@ -256,8 +256,6 @@ def test_functions_of_mixtures_are_sums(family, batch_shape):
     assert_close(mixture.mean, (k * p).sum(0))
     assert_close(mixture.variance, (k.square() * p).sum(0) - mixture.mean.square())
     for value in (y, y + 0.25, y - 3):
-        expected = (cdf.unsqueeze(1) - (value <= k.unsqueeze(1)).double()).square() if False else None
-        del expected
         assert_close(scores.crps(mixture, value), crps_by_integral(cdf, value), rtol=1e-6, atol=1e-6)
     distance = (value := y + 0.5).unsqueeze(0) - k.unsqueeze(1)
     assert_close(decisions.expected_below(mixture, value), (distance.clamp(min=0) * p.unsqueeze(1)).sum(0))
@@ -482,6 +480,23 @@ def test_crps_has_derivatives(family, large):
         return scores.crps(torch.func.functional_call(head, {"linear.bias": bias}, features), y)
 
     assert torch.autograd.gradcheck(score, head.linear.bias.detach().requires_grad_(), rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("crps", lambda mixture, y: scores.crps(mixture, y)),
+        ("icdf", lambda mixture, y: mixture.icdf(0.5)),
+        ("interval", lambda mixture, y: mixture.interval(0.5, kind="shortest")),
+        ("sample", lambda mixture, y: mixture.sample()),
+    ],
+)
+def test_searches_under_vmap_say_where_to_call_them(name, function):
+    def row(rate, y):
+        return function(Mixture(torch.zeros(1), CountComponents(HurdleLaw(PoissonLaw(rate), rate))), y)
+
+    with pytest.raises(ValueError, match=rf"{name}: expected numbers to look at, got those of torch.vmap"):
+        torch.vmap(row, randomness="different")(torch.ones(4, 1, 1), torch.ones(4, 1))
 
 
 @pytest.mark.parametrize("family", ["poisson", "hurdle"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.support.checks import require_unmapped
 from pyro_mdn.tensors.numerics import as_before, in_double
 from pyro_mdn.tensors.tensor_batch import nested, stored
 
@@ -106,6 +107,7 @@ class HurdleLaw(ZeroLaw):
 
     @torch.no_grad()
     def draw(self) -> Tensor:
+        require_unmapped("sample", *self.tensors())
         shape = torch.broadcast_shapes(self.base.mean().shape, self.logit.shape)
         base, positive = self.base.map(lambda t, n: in_double(t)), in_double(self._log_positive()).exp()
         above = positive * torch.rand(shape, dtype=positive.dtype, device=positive.device)
