@@ -379,6 +379,8 @@ def test_settings_are_checked():
             MixtureHead(3, 2, 1, **settings)
     with pytest.raises(ValueError, match="noise: expected a noise model without correlations"):
         ZeroInflated(Normal(Full()))
+    with pytest.raises(NotImplementedError, match=r"rsample: not closed for AtomComponents .*without gradients"):
+        make_head()(torch.zeros(2, 4, dtype=torch.float64)).rsample()
     dependent = MixtureHead(4, 2, 1, noise=Full()).double()(torch.zeros(4, dtype=torch.float64)).components
     with pytest.raises(ValueError, match="base: expected components with independent outputs"):
         Mixture(torch.zeros(1, dtype=torch.float64), AtomComponents(dependent, torch.zeros(1, 2, dtype=torch.float64)))

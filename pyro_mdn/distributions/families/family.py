@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class Family(Specification, ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.noise, NoiseModel):
             raise ValueError(f"noise: expected a NoiseModel, got {shown(self.noise)}")
+
+    @classmethod
+    def with_noise(cls, noise: NoiseModel) -> Self:
+        """Build the family with this noise model and default settings."""
+        return cls(noise)
 
     @abstractmethod
     def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> Components:
@@ -133,7 +138,7 @@ def as_family(
             raise ValueError(f"noise: expected None beside {family}, which has its noise model, got {shown(noise)}")
         return family
     kind = default if family is None else Family.named(family)
-    return kind(as_noise_model(noise, dim_out))
+    return kind.with_noise(as_noise_model(noise, dim_out))
 
 
 def transform_for(

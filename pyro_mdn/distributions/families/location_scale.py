@@ -112,7 +112,7 @@ class _InOrder(OutputsInOrder):
 
 
 @dataclass(frozen=True)
-class LocationScale(Family):
+class LocationScale(Family, by_name=False):
     """Base of families with independent outputs; a subclass says the :attr:`law` of one output.
 
     The noise model says whether scales are shared by components or outputs, and where they come from; it must not
