@@ -511,7 +511,7 @@ def test_operations_without_a_closed_form_say_what_to_use(family):
             operation()
     assert not mixture.has_rsample
     with pytest.raises(
-        NotImplementedError, match="rsample: not closed for CountComponents .*draws are without gradients"
+        NotImplementedError, match=r"rsample: not closed for CountComponents .*draws are without gradients"
     ):
         make_head(FAMILIES[family])(torch.zeros(2, 4, dtype=torch.float64)).rsample()
     draws = mixture.rsample((3,))  # without parameters that need gradients

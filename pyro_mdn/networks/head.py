@@ -70,6 +70,9 @@ class MixtureHead(nn.Module):
         "transform",
     )  # for fingerprints
 
+    has_defaults: bool = True
+    """Whether neither a family nor a target transform was chosen; a head from a file does not know of its defaults."""
+
     family: Family
     transform: TargetTransform
     in_features: int
@@ -95,6 +98,7 @@ class MixtureHead(nn.Module):
         for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
             if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
+        self.has_defaults = family is None and target_transform is None
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
         self.family = as_family(family, noise, dim_out, Normal)
         self.transform = transform_for(self.family, target_transform, dim_out)
