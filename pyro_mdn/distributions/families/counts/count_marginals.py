@@ -64,6 +64,9 @@ class CountMarginals(Marginals):
 
         return self._by_steps(value, function, below=0.0, above=-math.inf)
 
+    def log_sf_from(self, value: Tensor) -> Tensor:
+        return self.log_sf(value.ceil() - 1)
+
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         return self.log_between(centre - half, centre + half)
 

@@ -47,13 +47,16 @@ class AtomMarginals(Marginals):
 
     def log_cdf(self, value: Tensor) -> Tensor:
         level = torch.logaddexp(self.log_zero, self.log_rest + self.inner.log_cdf(value))
-        above = torch.log1p(-self.sf(value).clamp(max=0.5))
-        level = torch.where(self.sf(value) < 0.5, above, level)
+        above = self.sf(value)
+        level = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), level)
         return torch.where(value < self.low, -math.inf, torch.where(value.isnan(), value, level))
 
     def log_sf(self, value: Tensor) -> Tensor:
         level = torch.where(value < self.low, 0.0, self.log_rest + self.inner.log_sf(value))
         return torch.where(value.isnan(), value, level)
+
+    def log_sf_from(self, value: Tensor) -> Tensor:
+        return torch.where(value <= self.low, 0.0, self.log_sf(value))
 
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         return self.log_between(centre - half, centre + half)
