@@ -68,11 +68,6 @@ class IndependentComponents(Components):
     def widen(self, factor: Tensor) -> Self:
         return replace(self, scale=self.scale * factor)
 
-    def condition(self, values: Tensor) -> Self:
-        shape = torch.broadcast_shapes(values.shape[:-1], self.locs.shape[:-2])
-        rest = self.marginal(range(values.shape[-1], self.dim))
-        return replace(rest, locs=rest.locs.expand(*shape, *rest.locs.shape[-2:]))
-
     def in_order(self) -> OutputsInOrder:
         return _InOrder(self)
 

@@ -41,8 +41,7 @@ class AtomComponents(DerivedComponents):
 
     @property
     def support(self) -> constraints.Constraint:
-        low = self.base.lowest
-        return constraints.independent(constraints.greater_than_eq(low.squeeze(-2) if low.ndim > 1 else low), 1)
+        return constraints.independent(constraints.greater_than_eq(self._low()), 1)
 
     @property
     def lowest(self) -> Tensor:
@@ -119,10 +118,6 @@ class AtomComponents(DerivedComponents):
         others = joint + logsigmoid(-self.logit).mT
         rest = others.logsumexp(-1)
         return AtomMarginals(self.base.output_marginals(others - rest.unsqueeze(-1)), zero, rest, self._low())
-
-    def condition(self, values: Tensor) -> Self:
-        shape = torch.broadcast_shapes(values.shape[:-1], self.locs.shape[:-2])
-        return self.marginal(range(values.shape[-1], self.dim)).over_batch(shape)
 
     def affine(self, shift: Tensor, scale: Tensor) -> Self:
         return replace(self, base=self.base.affine(shift, scale))
