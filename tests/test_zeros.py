@@ -363,6 +363,8 @@ def test_targets_below_the_lower_end_are_named(rain, bad):
     message = rf"y: expected numbers between 0 and inf, got {bad:g} in row 7, column 0"
     with pytest.raises(ValueError, match=message):
         fit(network, x, y, max_epochs=1, progress=False)
+    with pytest.raises(ValueError, match=message):
+        network.loss(torch.from_numpy(x), torch.from_numpy(y))
     with pytest.raises(ValueError, match=message.replace("y:", "value:")):
         network(torch.from_numpy(x)).log_prob(torch.from_numpy(y))
     with pyro.validation_enabled(False):

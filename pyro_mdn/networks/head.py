@@ -59,16 +59,8 @@ class MixtureHead(nn.Module):
     GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
     """
 
-    _settings = (
-        "noise",
-        "in_features",
-        "dim_out",
-        "n_components",
-        "sizes",
-        "raw_noise",
-        "family",
-        "transform",
-    )  # for fingerprints
+    # For fingerprints.
+    _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise", "family", "transform")
 
     has_defaults: bool = True
     """Whether neither a family nor a target transform was chosen; a head from a file does not know of its defaults."""

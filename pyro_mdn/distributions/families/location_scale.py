@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ class LocationScale(Family, by_name=False):
 
     law: ClassVar[Law]
 
-    def __init_subclass__(cls, **settings: object) -> None:
+    def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if not isinstance(getattr(cls, "law", None), Law):
             raise TypeError(f"{cls.__name__}: expected a class attribute law with the Law of one output")

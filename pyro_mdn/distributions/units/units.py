@@ -21,7 +21,7 @@ class Units(ABC):
 
     @abstractmethod
     def standardize(self, y: Tensor) -> Tensor:
-        """Convert targets ``(*sample, *batch, D)`` to standardised units."""
+        """Convert targets ``(*sample, *batch, D)``, which :meth:`require_inside` has checked, to standardised units."""
 
     @abstractmethod
     def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
