@@ -32,15 +32,15 @@ __all__ = [
 
 @in_widest_precision
 def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
-    r"""Compute :math:`P(a \le y \le b)`, accurate also where it is small or the range narrow.
+    r"""Compute :math:`P(a \le y \le b)`, accurate also where it is small or the range narrow; NaN where an end is.
 
     Args:
         mixture: The mixture.
         low: Lower end a; minus infinity for none.
-        high: Upper end b, above the lower one; infinity for none.
+        high: Upper end b, not below the lower one; infinity for none.
 
     Raises:
-        ValueError: If a lower end is not below its upper end, or the shapes do not fit.
+        ValueError: If a lower end is above its upper end, or the shapes do not fit.
 
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
@@ -48,9 +48,12 @@ def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
     tensor([0.6827])
     """
     start, end = thresholds(mixture, low), thresholds(mixture, high)
-    if is_known(start, end) and not bool((start < end).all()):
+    start, end = torch.broadcast_tensors(start, end)
+    if is_known(start, end) and bool((start > end).any()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
-    return mixture.univariate().log_between(start, end).exp()
+    missing = start.isnan() | end.isnan()
+    log_mass = mixture.univariate().log_between(start.masked_fill(missing, 0.0), end.masked_fill(missing, 0.0))
+    return torch.where(missing, math.nan, log_mass.exp())
 
 
 @in_widest_precision
@@ -116,8 +119,11 @@ def restricted_mean(mixture: Mixture, value: Any) -> Tensor:
     >>> restricted_mean(normal, 0.0)
     tensor([-0.3989])
     """
-    c = thresholds(mixture, value)
-    return torch.where(c == math.inf, mixture.mean, c - expected_below(mixture, c))
+    c, mean = thresholds(mixture, value), mixture.mean
+    above = expected_above(mixture, c)
+    # For a large c, the difference of c and what falls short of it has no digits left.
+    large = (c == math.inf) | (mean.abs() + above < c.abs())
+    return torch.where(large, mean - above, c - expected_below(mixture, c))
 
 
 def expected_improvement(mixture: Mixture, value: Any, *, minimize: bool = True) -> Tensor:
@@ -156,7 +162,7 @@ def newsvendor_cost(mixture: Mixture, value: Any, *, under: float, over: float) 
         over: Cost o of a unit that is left.
 
     Raises:
-        ValueError: If a cost is negative, or the shape does not fit.
+        ValueError: If a cost is negative or infinite, or the shape does not fit.
 
     References:
         Arrow, Harris & Marschak (1951), Optimal inventory policy.
@@ -166,26 +172,34 @@ def newsvendor_cost(mixture: Mixture, value: Any, *, under: float, over: float) 
     >>> newsvendor_cost(normal, normal.icdf(0.75), under=3.0, over=1.0)
     tensor([1.2711])
     """
-    if not (plain_number(under) >= 0 and plain_number(over) >= 0):
-        raise ValueError(f"under, over: expected costs that are not negative, got {shown(under)} and {shown(over)}")
-    return under * expected_above(mixture, value) + over * expected_below(mixture, value)
+    costs = plain_number(under), plain_number(over)
+    if not all(0 <= cost < math.inf for cost in costs):
+        expected = "expected costs that are finite and not negative"
+        raise ValueError(f"under, over: {expected}, got {shown(under)} and {shown(over)}")
+    moments = expected_above(mixture, value), expected_below(mixture, value)
+    # What costs nothing does not count, also where there is no limit to it.
+    parts = [cost * moment if cost else torch.zeros_like(moment) for cost, moment in zip(costs, moments, strict=True)]
+    return parts[0] + parts[1]
 
 
 def conditional_value_at_risk(mixture: Mixture, level: float, *, tail: Literal["upper", "lower"] = "upper") -> Tensor:
-    r"""Compute the mean of y beyond its quantile, also called expected shortfall, of shape ``(*batch, D)``.
+    r"""Compute the mean of the quantiles of y beyond one, also called expected shortfall, of shape ``(*batch, D)``.
 
-    .. math:: E[y \mid y \ge F^{-1}(p)] = F^{-1}(p) + \frac{E[(y - F^{-1}(p))^+]}{1 - p}
+    .. math:: \frac{1}{1 - p} \int_p^1 F^{-1}(u) \, du = F^{-1}(p) + \frac{E[(y - F^{-1}(p))^+]}{1 - p}
+
+    This is :math:`E[y \mid y \ge F^{-1}(p)]` if y has a density. A single value with a probability, such as a count or
+    zero, may be the quantile of several levels: only the part of its probability that lies beyond p is in the mean.
 
     Args:
         mixture: The mixture.
         level: Probability p in (0, 1).
-        tail: ``"upper"``, or ``"lower"`` for the mean of y below the quantile.
+        tail: ``"upper"``, or ``"lower"`` for the mean of the quantiles below p.
 
     Raises:
         ValueError: If the level is not in (0, 1), or the tail is unknown.
 
     References:
-        Rockafellar & Uryasev (2000), Optimization of conditional value-at-risk.
+        Rockafellar & Uryasev (2002), Conditional value-at-risk for general loss distributions.
 
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
@@ -227,9 +241,10 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
 def hazard(mixture: Mixture, value: Any) -> Tensor:
     r"""Compute the hazard, the rate of the event at a time t given that it has not happened before.
 
-    .. math:: h(t) = \frac{p(t)}{P(y > t)}
+    .. math:: h(t) = \frac{p(t)}{P(y \ge t)}
 
-    It is NaN where survival is impossible, at the upper end of a bounded support and above it.
+    For counts, and at a point mass, p is a probability, and the hazard :math:`P(y = t \mid y \ge t)` one as well. It
+    is NaN where survival is impossible, at the upper end of a bounded support and above it.
 
     Args:
         mixture: The mixture.
@@ -247,4 +262,4 @@ def hazard(mixture: Mixture, value: Any) -> Tensor:
     tensor([0.7979])
     """
     t, marginals = thresholds(mixture, value), mixture.univariate()
-    return (marginals.log_prob(t) - marginals.log_sf(t)).exp()
+    return (marginals.log_prob(t) - marginals.log_sf_from(t)).exp()

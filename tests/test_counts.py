@@ -32,6 +32,7 @@ from pyro_mdn import (
 )
 from pyro_mdn.distributions.families.counts.count_components import CountComponents
 from pyro_mdn.distributions.families.counts.count_law import NegativeBinomialLaw, PoissonLaw, smallest_count
+from pyro_mdn.distributions.families.counts.count_marginals import log_between
 from pyro_mdn.distributions.families.zeros.zero_laws import HurdleLaw, InflatedLaw
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.sklearn import MDNRegressor
@@ -137,6 +138,39 @@ def test_derivatives(name, function):
     for k in ([0.0, 0.0, 0.0], [1.0, 2.0, 30.0]):
         k = torch.tensor(k, dtype=torch.float64)
         assert torch.autograd.gradcheck(lambda *p, k=k: getattr(LAWS[name](*p), function)(k), parameters)
+        assert torch.autograd.gradgradcheck(lambda *p, k=k: getattr(LAWS[name](*p), function)(k), parameters)
+
+
+@pytest.mark.parametrize("function", ["cdf", "sf"])
+def test_derivatives_of_small_probabilities_keep_their_digits(function):
+    """Relative to the probability, a sum over the few counts that matter."""
+    shape = torch.tensor([2000.0, 3000.0], dtype=torch.float64, requires_grad=True)
+    rate, k = torch.tensor([90.0, 90.0], dtype=torch.float64), 15.0 if function == "cdf" else 240.0
+    law = NegativeBinomialLaw(rate, shape)
+    got = torch.autograd.grad(getattr(law, function)(torch.full((2,), k, dtype=torch.float64)).log().sum(), shape)[0]
+    counts = torch.arange(k + 1) if function == "cdf" else torch.arange(k + 1, k + 300)
+    terms = law.log_prob(counts.double().unsqueeze(-1)).logsumexp(0)
+    assert_close(got, torch.autograd.grad(terms.sum(), shape)[0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("function", ["cdf", "sf", "log_prob", "log_cdf", "log_sf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_transforms_of_torch_func(function, dtype):
+    """Rows that ``torch.vmap`` maps, and their gradients, are those of a batch; the target may be shared by all."""
+    rate, shape = torch.rand(2, 4, 3, 1, dtype=torch.float64).add(0.5).to(dtype)
+    logits, y = torch.zeros(3, dtype=dtype), torch.tensor([2.0], dtype=dtype)
+
+    def row(rate, shape):
+        mixture = Mixture(logits, CountComponents(NegativeBinomialLaw(rate, shape)), validate_args=False)
+        return getattr(mixture, function)(y).sum()
+
+    together = [t.clone().requires_grad_() for t in (rate, shape)]
+    rows = torch.stack([row(*pair) for pair in zip(*together, strict=True)])
+    assert_close(torch.vmap(row)(rate, shape), rows.detach())
+    expected = torch.autograd.grad(rows.sum(), together)
+    assert_close(torch.vmap(torch.func.grad(row, (0, 1)))(rate, shape), expected)
+    _, along = torch.func.jvp(torch.vmap(row), (rate, shape), (rate, shape))
+    assert_close(along, sum((t * g).sum((1, 2)) for t, g in zip((rate, shape), expected, strict=True)))
 
 
 @pytest.mark.parametrize("name", LAWS)
@@ -174,9 +208,18 @@ def test_hurdles_with_hardly_a_positive_count():
 
 
 def test_smallest_count():
-    limits = torch.tensor([0.0, 1, 2, 7, 1000, 12345])
-    for guess in (0.0, 3.0, 1e5):
+    limits = torch.tensor([0.0, 1, 2, 7, 1000, 12345, 2.0**60, 1e300, math.inf], dtype=torch.float64)
+    for guess in (0.0, 3.0, 1e5, 1e299):
         assert torch.equal(smallest_count(lambda k: k >= limits, torch.full_like(limits, guess)), limits)
+    assert smallest_count(lambda k: k < 0, torch.tensor([math.nan, 3.0]))[1].isinf()
+
+
+def test_quantiles_of_rates_beyond_all_integers_of_double_precision():
+    rate = torch.tensor([1e17, 1e25], dtype=torch.float64).reshape(2, 1, 1)
+    mixture = Mixture(torch.zeros(2, 1, dtype=torch.float64), CountComponents(PoissonLaw(rate)))
+    assert_close(mixture.icdf(0.5), rate[..., 0])
+    unknown = Mixture(torch.zeros(1), CountComponents(PoissonLaw(torch.tensor([[math.nan]]))), validate_args=False)
+    assert not unknown.icdf(0.5).isfinite()
 
 
 @every_family
@@ -213,8 +256,6 @@ def test_functions_of_mixtures_are_sums(family, batch_shape):
     assert_close(mixture.mean, (k * p).sum(0))
     assert_close(mixture.variance, (k.square() * p).sum(0) - mixture.mean.square())
     for value in (y, y + 0.25, y - 3):
-        expected = (cdf.unsqueeze(1) - (value <= k.unsqueeze(1)).double()).square() if False else None
-        del expected
         assert_close(scores.crps(mixture, value), crps_by_integral(cdf, value), rtol=1e-6, atol=1e-6)
     distance = (value := y + 0.5).unsqueeze(0) - k.unsqueeze(1)
     assert_close(decisions.expected_below(mixture, value), (distance.clamp(min=0) * p.unsqueeze(1)).sum(0))
@@ -283,8 +324,88 @@ def test_shortest_intervals_of_large_counts():
         part = scipy.stats.poisson(rate)
         starts = np.arange(int(part.ppf(0.1)) + 1)
         ends = part.ppf(np.minimum(0.9 + part.cdf(starts - 1), 1 - 1e-15))
-        assert high - low <= (ends - starts).min() + 1
+        assert high - low == (ends - starts).min()
         assert part.cdf(high) - part.cdf(low - 1) >= 0.9
+
+
+@pytest.mark.parametrize("mass", [0.1, 0.35, 0.6])
+def test_shortest_intervals_of_many_modes(mass):
+    """Narrow modes between others, also in single precision, against all intervals."""
+    rates = torch.tensor([[3.0, 400.0, 2000.0, 5000.0], [50.0, 4000.0, 4200.0, 9000.0]], dtype=torch.float64)
+    weights = torch.tensor([[0.3, 0.2, 0.1, 0.4], [0.12, 0.4, 0.13, 0.35]], dtype=torch.float64)
+    law = NegativeBinomialLaw(rates.unsqueeze(-1), torch.tensor([2.0, 1e4, 1e6, 9.0]).double().expand(2, 4)[..., None])
+    mixture = Mixture(weights.log(), CountComponents(law))
+    low, high = mixture.interval(mass, kind="shortest")
+    k = torch.arange(60_000.0, dtype=torch.float64)
+    p = table(mixture, k)[..., 0].numpy()
+    for i in range(2):
+        cdf = np.concatenate([[0], p[:, i].cumsum()])
+        ends = np.searchsorted(cdf, cdf[:20_000] + mass * (1 - 1e-12)) - 1
+        starts = np.arange(20_000)[ends < 59_999]
+        width = (ends[starts] - starts).min()
+        assert high[i] - low[i] == width
+        held = cdf[ends[starts] + 1] - cdf[starts]
+        assert cdf[int(high[i]) + 1] - cdf[int(low[i])] == pytest.approx(held[ends[starts] - starts == width].max())
+    assert_close(mixture.float().interval(mass, kind="shortest")[1].double(), high)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES.values(), ZeroInflated("normal")], ids=str)
+def test_empty_batches(family):
+    transform = "log" if family.has_atom else None
+    head = MixtureHead(4, 2, 3, family=family, target_transform=transform)
+    mixture, y = head(torch.zeros(0, 4)), torch.zeros(0, 2)
+    ends = mixture.interval(0.8), mixture.interval(0.8, kind="shortest")
+    functions = mixture.cdf, mixture.log_sf, lambda y: scores.crps(mixture, y), lambda y: scores.pit(mixture, y)
+    for result in (*(end for pair in ends for end in pair), *(function(y) for function in functions)):
+        assert result.shape == (0, 2)
+    assert mixture.log_prob(y).shape == mixture.log_prob(Targets.interval(y, y + 1)).shape == (0,)
+    assert mixture.icdf(0.5).shape == mixture.mean.shape == mixture.sample().shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAWS)
+def test_rare_intervals_have_logarithms(name, dtype):
+    """Far below and above the mean, where probabilities underflow, against sums over the counts."""
+    parameters = [torch.tensor(t, dtype=torch.float64) for t in (3000.0, 4000.0, -1500.0)]
+    exact = LAWS[name](*parameters)
+    law = LAWS[name](*(t.to(dtype).requires_grad_() for t in parameters))
+    for first, last in ((0, 0), (0, 1), (0, 3), (0, 40), (2, 9), (5, 5), (20_000, math.inf), (20_000, 20_003)):
+        counts = torch.arange(first, min(last, 30_000) + 1, dtype=torch.float64)
+        expected = exact.log_prob(counts).logsumexp(0)
+        assert expected < -700
+        got = log_between(law, torch.tensor(float(first), dtype=dtype), torch.tensor(float(last), dtype=dtype))
+        assert_close(got.double(), expected, rtol=1e-4, atol=0)
+        slopes = torch.autograd.grad(got, law.tensors())
+        assert all(bool(slope.isfinite()) for slope in slopes)
+        assert any(bool(slope != 0) for slope in slopes)
+        twice = torch.autograd.grad(log_between(law, counts[:1].to(dtype), counts[-1:].to(dtype)), law.tensors())
+        assert all(bool(slope.isfinite()) for slope in twice)
+
+
+def test_probabilities_of_no_events_are_exact():
+    """A sum of one term."""
+    mixture = Mixture(torch.zeros(1), CountComponents(PoissonLaw(torch.tensor([[300.0]]))))
+    assert_close(mixture.log_cdf(0.0), torch.tensor([-300.0]))
+    assert_close(mixture.log_cdf(1.0), torch.tensor([-300.0 + math.log(301)]))
+
+
+def test_networks_learn_from_counts_below_a_limit_far_from_their_start():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 1)).astype(np.float32)
+    y = rng.poisson(np.where(x < 0, 800, 20)).astype(np.float32)
+    seen = Targets.censored(np.maximum(y, 30), left=y < 30)
+    network = MixtureDensityNetwork(1, 1, 1, 8, family="poisson", seed=0)
+    fit(network, x, seen, max_epochs=30, seed=0, progress=False)
+    assert network.predict(x).mixture.log_prob(seen).mean() > -30
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-3, 3.0, 200.0])
+def test_distribution_functions_of_hurdles_keep_their_digits(rate):
+    k = torch.tensor([0.0, 1.0, 2.0, 150.0])
+    single = HurdleLaw(PoissonLaw(torch.tensor(rate)), torch.tensor(-40.0))
+    double = single.map(lambda t, n: t.double())
+    expected = double.log_prob(torch.arange(151.0).double()).exp().cumsum(0)[k.long()]
+    assert_close(single.cdf(k).double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["negative_binomial", "hurdle"])
@@ -312,15 +433,70 @@ def test_crps_of_hardly_any_mass_far_out():
         assert got == pytest.approx(((cdf - (y <= k)) ** 2).sum(), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", LAWS)
+def test_crps_of_large_counts(name, dtype):
+    """Against sums over all counts, of components of very different sizes, and with a memory of few numbers."""
+    parameters = [torch.tensor(t, dtype=dtype) for t in ([2.0, 300.0, 4e4], [0.5, 900.0, 40.0], [-1.0, 0.3, 2.0])]
+    logits = torch.tensor([0.3, 0.3, 0.4], dtype=dtype).log()
+    parameters = [t.unsqueeze(-1).requires_grad_() for t in parameters]
+    mixture = Mixture(logits, CountComponents(LAWS[name](*parameters)))
+    k, y = torch.arange(150_000.0, dtype=torch.float64), torch.tensor([0.0, 7.5, 310.0, 9000.0, 39_990.0, 1e5])
+    exact = Mixture(logits.double(), CountComponents(LAWS[name](*(t.detach().double() for t in parameters))))
+    cdf = table(exact, k).cumsum(0)
+    squared = torch.cat([torch.zeros(1), cdf[:, 0].square().cumsum(0)])
+    rest = torch.cat([(1 - cdf[:, 0]).square().flip(0).cumsum(0).flip(0), torch.zeros(1)])
+    whole = y.floor().long()
+    expected = squared[whole] + rest[whole + 1] + (y - y.floor()) * cdf[whole, 0].square()
+    expected = expected + (1 - y + y.floor()) * (1 - cdf[whole, 0]).square()
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        got = scores.crps(mixture, y.to(dtype).unsqueeze(-1))
+    assert_close(got[:, 0].double(), expected, rtol=1e-6 if dtype == torch.float64 else 1e-4, atol=0)
+    assert max(sizes) < 5000
+    assert all(bool(t.isfinite().all()) for t in torch.autograd.grad(got.sum(), mixture.components.law.tensors()))
+
+
+def test_crps_of_missing_counts_has_no_gradients():
+    rate = torch.tensor([[[3.0]], [[5.0]]], requires_grad=True)
+    mixture = Mixture(torch.zeros(2, 1), CountComponents(PoissonLaw(rate)))
+    got = scores.crps(mixture, torch.tensor([[torch.nan], [2.0]]))
+    assert_close(got[0], torch.tensor([torch.nan]), equal_nan=True)
+    slope = torch.autograd.grad(got[1].sum(), rate)[0].flatten()
+    assert slope[0] == 0
+    assert slope[1] > 0
+
+
+@pytest.mark.parametrize("large", [False, True])
 @every_family
-def test_crps_has_derivatives(family):
+def test_crps_has_derivatives(family, large):
     head, features = make_head(family), torch.randn(2, 4, dtype=torch.float64)
     y = torch.tensor([[0.0], [4.0]], dtype=torch.float64)
+    if large:
+        head.scale.fill_(3000.0)
+        y = 1000 * y
 
     def score(bias):
         return scores.crps(torch.func.functional_call(head, {"linear.bias": bias}, features), y)
 
-    assert torch.autograd.gradcheck(score, head.linear.bias.detach().requires_grad_(), rtol=1e-4)
+    assert torch.autograd.gradcheck(score, head.linear.bias.detach().requires_grad_(), rtol=1e-4, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("crps", lambda mixture, y: scores.crps(mixture, y)),
+        ("icdf", lambda mixture, y: mixture.icdf(0.5)),
+        ("interval", lambda mixture, y: mixture.interval(0.5, kind="shortest")),
+        ("sample", lambda mixture, y: mixture.sample()),
+    ],
+)
+def test_searches_under_vmap_say_where_to_call_them(name, function):
+    def row(rate, y):
+        return function(Mixture(torch.zeros(1), CountComponents(HurdleLaw(PoissonLaw(rate), rate))), y)
+
+    with pytest.raises(ValueError, match=rf"{name}: expected numbers to look at, got those of torch.vmap"):
+        torch.vmap(row, randomness="different")(torch.ones(4, 1, 1), torch.ones(4, 1))
 
 
 @pytest.mark.parametrize("family", ["poisson", "hurdle"])
@@ -334,6 +510,10 @@ def test_operations_without_a_closed_form_say_what_to_use(family):
         with pytest.raises(NotImplementedError, match=message):
             operation()
     assert not mixture.has_rsample
+    with pytest.raises(
+        NotImplementedError, match=r"rsample: not closed for CountComponents .*draws are without gradients"
+    ):
+        make_head(FAMILIES[family])(torch.zeros(2, 4, dtype=torch.float64)).rsample()
     draws = mixture.rsample((3,))  # without parameters that need gradients
     assert_close(draws, draws.floor())
 

@@ -11,7 +11,18 @@ import torch
 from test_units import TRANSFORMS, log_normal, make_head, make_mixture
 from torch.testing import assert_close
 
-from pyro_mdn import DiagonalCovariance, GaussianMixture, Log, Mixture, MixtureHead, Standardize, StudentT, decisions
+from pyro_mdn import (
+    DiagonalCovariance,
+    GaussianMixture,
+    Hurdle,
+    Log,
+    Mixture,
+    MixtureHead,
+    Standardize,
+    StudentT,
+    ZeroInflated,
+    decisions,
+)
 
 FAMILIES = {
     "normal": None,
@@ -234,6 +245,34 @@ def test_probabilities_of_ranges(dtype):
     assert_close(decisions.probability_between(prices, -5.0, 2.0), prices.cdf(2.0))
 
 
+@pytest.mark.parametrize("name", [*KINDS, "angle"])
+def test_ranges_of_one_point_and_unknown_ends(name):
+    mixture = make_mixture(KINDS.get(name, "angle"), (3,), dim=2)
+    y = mixture.sample()
+    assert_close(decisions.probability_between(mixture, y, y), torch.zeros_like(y))
+    known = decisions.probability_between(mixture, y, y + 0.1)
+    y[1, 0] = torch.nan
+    for got in (decisions.probability_between(mixture, y, y + 0.1), decisions.probability_between(mixture, y - 0.1, y)):
+        assert_close(got.isnan(), y.isnan())
+    got = decisions.probability_between(mixture, y, y + 0.1)
+    assert_close(got[~y.isnan()], known[~y.isnan()])
+
+
+def test_costs_of_nothing_are_zero():
+    mixture = make_mixture(Log(), family=StudentT(df=3.0))
+    assert decisions.newsvendor_cost(mixture, 2.0, under=1.0, over=0.0).isinf().all()
+    got = decisions.newsvendor_cost(mixture, 2.0, under=0.0, over=2.0)
+    assert_close(got, 2 * decisions.expected_below(mixture, 2.0))
+    assert_close(decisions.newsvendor_cost(mixture, math.inf, under=1.0, over=0.0), torch.zeros_like(got))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_means_within_a_far_limit_keep_their_digits(dtype):
+    mixture = normal(0.3, 0.01).to(dtype)
+    for limit in (1e3, 1e9, 1e15):
+        assert_close(decisions.restricted_mean(mixture, limit), torch.tensor([0.3], dtype=dtype))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", KINDS)
 def test_probabilities_of_narrow_ranges_are_densities(name, family):
@@ -274,13 +313,84 @@ def test_cauchy_components_have_no_partial_moments():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: decisions.probability_between(m, 1.0, 1.0), "low, high: expected ends in ascending order"),
+        (lambda m: decisions.probability_between(m, 1.0, 0.9), "low, high: expected ends in ascending order"),
         (lambda m: decisions.conditional_value_at_risk(m, 1.0), "level: expected a probability in"),
         (lambda m: decisions.conditional_value_at_risk(m, 0.5, tail="left"), "tail: expected 'upper' or 'lower'"),
         (lambda m: decisions.newsvendor_cost(m, 1.0, under=-1.0, over=1.0), "under, over: expected costs"),
+        (lambda m: decisions.newsvendor_cost(m, 1.0, under=1.0, over=math.inf), "under, over: expected costs"),
         (lambda m: decisions.expected_below(m, torch.zeros(2, 3)), "value: expected shape"),
     ],
 )
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call(make_mixture(Log()))
+
+
+# Counts, and targets that may be zero
+
+
+COUNT_FAMILIES = {"poisson": "poisson", "inflated": ZeroInflated(), "hurdle": Hurdle("poisson")}
+
+
+def with_point_mass():
+    """Positive numbers that may be zero, and the probability that they are."""
+    mixture = make_mixture(Log(), (3,), family=ZeroInflated("normal"))
+    return mixture, mixture.log_prob(torch.zeros(3, 1, dtype=torch.float64)).exp().unsqueeze(-1)
+
+
+@pytest.mark.parametrize("family", COUNT_FAMILIES)
+def test_decisions_on_counts_are_sums(family):
+    head = make_head(None, family=COUNT_FAMILIES[family])
+    with torch.no_grad():
+        head.scale.fill_(4.0)
+        mixture = head(torch.randn(3, 6, dtype=torch.float64))
+    k = torch.arange(3000, dtype=torch.float64).reshape(-1, 1, 1)
+    p = mixture.univariate().log_prob(k.expand(-1, 3, 1)).exp()
+    assert_close(p.sum(0), torch.ones(3, 1, dtype=torch.float64))
+    for t in (0.0, 1.0, 4.0, 7.5):
+        assert_close(decisions.probability_between(mixture, t, t + 3), (p * ((k >= t) & (k <= t + 3))).sum(0))
+        assert_close(decisions.probability_between(mixture, t, t), (p * (k == t)).sum(0))
+        below, above = ((t - k).clamp(min=0) * p).sum(0), ((k - t).clamp(min=0) * p).sum(0)
+        assert_close(decisions.expected_below(mixture, t), below)
+        assert_close(decisions.expected_above(mixture, t), above)
+        assert_close(decisions.newsvendor_cost(mixture, t, under=3.0, over=0.5), 3 * above + 0.5 * below)
+        assert_close(decisions.expected_improvement(mixture, t), below)
+        assert_close(decisions.restricted_mean(mixture, t), (k.clamp(max=t) * p).sum(0))
+        assert_close(decisions.cumulative_hazard(mixture, t), -(p * (k > t)).sum(0).log())
+        assert_close(decisions.hazard(mixture, t), (p * (k == t)).sum(0) / (p * (k >= t)).sum(0))
+    for level in (0.05, 0.5, 0.93):
+        cdf = p.cumsum(0)
+        # The part of the probability of each count that lies above the level.
+        beyond = torch.minimum(p, (cdf - level).clamp(min=0))
+        got = decisions.conditional_value_at_risk(mixture, level)
+        assert_close(got, (k * beyond).sum(0) / (1 - level))
+        got = decisions.conditional_value_at_risk(mixture, level, tail="lower")
+        assert_close(got, (k * (p - beyond)).sum(0) / level, rtol=1e-6, atol=1e-9)
+    # Survival is the product of what is left at each count.
+    hazards = torch.stack([decisions.hazard(mixture, float(t)) for t in range(6)])
+    assert_close((1 - hazards).log().sum(0), -decisions.cumulative_hazard(mixture, 5.0))
+
+
+def test_decisions_beside_a_point_mass_are_averages():
+    mixture, zero = with_point_mass()
+    above = mixture.of_any_family(mixture.components.base)
+    logits = mixture.logits + torch.nn.functional.logsigmoid(-mixture.components.logit[..., 0])
+    above = above.reweighted(logits, mixture.components.base)
+    for t in (0.0, 0.3, 2.0):
+        inside = decisions.probability_between(above, 0.0, t)
+        assert_close(decisions.probability_between(mixture, 0.0, t), zero + (1 - zero) * inside)
+        for moment, own in (
+            (decisions.expected_below, t),
+            (decisions.expected_above, 0.0),
+            (decisions.restricted_mean, 0.0),
+            (decisions.expected_improvement, t),
+        ):
+            assert_close(moment(mixture, t), zero * own + (1 - zero) * moment(above, t))
+        assert_close(decisions.cumulative_hazard(mixture, t), -(mixture.sf(t)).log())
+    assert_close(decisions.hazard(mixture, 0.0), zero)
+    assert_close(decisions.hazard(mixture, 2.0), decisions.hazard(above, 2.0))
+    level = 0.5 * zero.amin().item()  # within the point mass
+    got = decisions.conditional_value_at_risk(mixture, level)
+    assert_close(got, mixture.mean / (1 - level), rtol=1e-5, atol=1e-6)
+    lower = decisions.conditional_value_at_risk(mixture, level, tail="lower")
+    assert_close(lower, torch.zeros_like(lower))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 
 import mpmath
@@ -15,6 +16,7 @@ from torch.testing import assert_close
 
 from pyro_mdn import (
     DeepEnsemble,
+    Family,
     Fixed,
     Full,
     Gumbel,
@@ -31,6 +33,7 @@ from pyro_mdn import (
     StudentT,
     SymmetricLaw,
     Targets,
+    ZeroInflated,
     fit,
     scores,
 )
@@ -504,6 +507,25 @@ def test_files_have_the_family(tmp_path, name):
         ensemble = DeepEnsemble(network, 2)
         ensemble.save(tmp_path / "ensemble")
         assert torch.equal(DeepEnsemble.load(tmp_path / "ensemble")(x).log_prob(x), ensemble(x).log_prob(x))
+
+
+@pytest.mark.parametrize("noise", [None, "isotropic"])
+def test_every_name_that_errors_list_can_be_given(noise):
+    with pytest.raises(ValueError, match="family: expected a Family or one of") as refused:
+        MixtureHead(2, 1, 1, family="binomial")
+    names = re.findall(r"'(\w+)'", str(refused.value).split(", got")[0])
+    assert {"zero_inflated", "hurdle", "poisson", "normal"} <= set(names)
+    for name in names:
+        kind = Family.known["".join(word.title() for word in name.split("_"))]
+        if kind.__module__.startswith("pyro_mdn") and (noise is None or name != "poisson"):
+            head = MixtureHead(2, 1, 1, family=name, noise=noise)
+            assert type(head.family) is kind
+            assert noise is None or head.noise == Isotropic()
+    assert ZeroInflated() == MixtureHead(2, 1, 1, family="zero_inflated").family
+    with pytest.raises(ValueError, match="target_transform: expected a TargetTransform or one of") as refused:
+        MixtureHead(2, 1, 1, target_transform="cube")
+    for name in re.findall(r"'(\w+)'", str(refused.value).split(", got")[0]):
+        MixtureHead(2, 1, 1, target_transform=name, family="poisson" if name == "counts" else None)
 
 
 def test_names_of_this_library_are_taken():

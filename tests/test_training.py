@@ -20,6 +20,7 @@ from torch.masked import masked_tensor
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+import pyro_mdn
 from pyro_mdn import (
     CollapseWarning,
     DeepEnsemble,
@@ -33,9 +34,11 @@ from pyro_mdn import (
     NegativeElbo,
     NegativeLogLikelihood,
     TargetHint,
+    ZeroInflated,
     bayesianize,
     fit,
 )
+from pyro_mdn.sklearn import MDNRegressor
 from pyro_mdn.support.process_state import unvalidated
 from pyro_mdn.training.fit import warn_if_compiling_is_slow
 from pyro_mdn.training.loop import copied
@@ -1071,6 +1074,54 @@ def test_hints_are_given_for_the_kinds_that_have_an_argument():
         assert hinted(y[:, None].astype(float)) == []
     (message,) = hinted(suited["positive, and skewed"][:, None] * (np.arange(400) % 3 > 0)[:, None])
     assert 'ZeroInflated("normal")' in message
-    columns = np.stack([suited["small counts"], others["normal"], suited["small counts"]], 1).astype(float)
-    columns[3] = np.nan
-    assert [message[:32] for message in hinted(columns)] == ["y: all targets of column 0, 2 ar"]
+
+
+def advised(message):
+    """Arguments that a hint names."""
+    code = re.split(r" may | gives | keeps | in a network|, without", message.split(": ", 2)[2])[0]
+    return eval(f"dict({code.replace(' and target', ', target')})", vars(pyro_mdn))
+
+
+def test_what_hints_advise_can_be_done():
+    """For outputs of one kind and of several, beside each kind of noise."""
+    suited, others = kinds()
+    shares, counts, prices = (suited[name] for name in ("between 0 and 1", "small counts", "positive, and skewed"))
+    zeros = np.arange(400) % 3 > 0
+    for noise in (None, "isotropic", "full"):
+        of_noise = {} if noise is None else {"noise": noise}
+        for columns in ([counts, counts], [prices * zeros, prices * zeros], [shares * zeros], [shares, prices]):
+            y = np.stack(columns, 1).astype(float)
+            for message in hinted(y, **of_noise):
+                chosen = advised(message)
+                beside = {} if isinstance(chosen.get("family"), ZeroInflated) else of_noise
+                if "without noise= that correlates" in message:
+                    assert noise == "full"
+                    assert "family" in chosen
+                    beside = {}
+                assert hinted(y, **chosen, **beside) == []
+    y = np.stack([counts, others["normal"], counts, prices, shares, prices * zeros], 1).astype(float)
+    y[3] = np.nan
+    of_counts, positive, bounded, with_zeros = hinted(y)
+    assert of_counts.startswith("y: all targets of column 0, 2 are small counts: ")
+    for message, column in ((of_counts, 0), (with_zeros, 5)):
+        assert "in a network of their own" in message
+        assert hinted(y[:, [column]], **advised(message)) == []
+    assert advised(positive) == advised(bounded)
+    assert hinted(y, **advised(positive)) == []
+
+
+def test_hints_for_shares_keep_them_below_1():
+    shares = kinds()[0]["between 0 and 1"] * (np.arange(400) % 3 > 0)
+    (message,) = hinted(shares[:, None])
+    assert advised(message) == {"family": ZeroInflated("normal"), "target_transform": "logit"}
+    assert hinted(np.where(shares > 0.95, 1.0, shares)[:, None]) == []
+
+
+def test_whoever_has_chosen_is_left_alone():
+    for y in kinds()[0].values():
+        y = y[:, None].astype(float)
+        for settings in ({"family": "student_t"}, {"family": "normal"}, {"target_transform": "standardize"}):
+            assert hinted(y, **settings) == []
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", TargetHint)
+            MDNRegressor(target_transform="standardize", max_epochs=1, hidden_dim=2).fit(np.zeros((len(y), 1)), y)

@@ -106,6 +106,12 @@ def test_functions_of_single_outputs_by_quadrature(family, transform):
         if mixture.mean.isfinite().all():
             assert_close(difference, mixture.mean - y, rtol=1e-5, atol=1e-6)
             assert_close(scores.crps(mixture, y), crps_by_quadrature(mixture, y, low), rtol=1e-5, atol=1e-7)
+        else:
+            assert isinstance(family.base, Laplace)
+            infinite = decisions.expected_above(mixture, y).isinf()
+            assert infinite.any()
+            assert_close(scores.crps(mixture, y).isinf(), infinite)
+            assert not scores.crps(mixture, y).isnan().any()
     lower, upper = mixture.univariate().steps(torch.full((3, 1), low, dtype=torch.float64))
     assert_close((lower, upper), (torch.zeros_like(zero), zero))
 
@@ -187,6 +193,57 @@ def test_left_censored_targets_may_be_zero():
         assert_close(got[i], mass.log()[0])
 
 
+@pytest.mark.parametrize("lower", [-math.inf, -3.0, 0.0])
+def test_targets_at_most_zero_are_zero(rain, lower):
+    """Censored at the lower end itself, where nothing but the point mass is left."""
+    mixture, y = make_mixture(), torch.zeros(5, 1, dtype=torch.float64)
+    got = mixture.log_prob(Targets.interval(torch.full_like(y, lower), y))
+    assert_close(got, mixture.log_cdf(y)[:, 0])
+    if lower < 0:
+        with pytest.raises(ValueError, match="value: expected numbers between 0 and inf"):
+            mixture.log_prob(Targets.interval(torch.full_like(y, lower), y - 1))
+    x, y, _ = rain
+    seen = Targets.interval(np.where(y > 0, y, lower), y)
+    network = MixtureDensityNetwork(1, 1, 1, 8, family=ZeroInflated("normal"), target_transform="log", seed=0)
+    fit(network, x, seen, max_epochs=2, seed=0, progress=False)
+    assert_close(network.predict(x).mixture.log_prob(seen), network.predict(x).mixture.log_prob(y))
+
+
+@pytest.mark.parametrize("transform", ["log", "softplus"])
+@pytest.mark.parametrize("ensemble", [False, True])
+def test_training_on_hardly_anything_but_zeros(ensemble, transform):
+    x = np.random.default_rng(0).normal(size=(60, 1)).astype("float32")
+    y = np.zeros((60, 2), dtype="float32")
+    y[:20, 1] = 3 + x[:20, 0] ** 2
+    network = MixtureDensityNetwork(1, 2, 2, 8, family=ZeroInflated("normal"), target_transform=transform, seed=0)
+    network = DeepEnsemble(network, 2) if ensemble else network
+    fit(network, x, y, max_epochs=5, seed=0, progress=False)
+    mixture = network.predict(x).mixture
+    assert bool(mixture.log_prob(y).isfinite().all())
+    assert bool((mixture.mean[:, 0] < mixture.mean[:, 1]).all())
+
+
+@pytest.mark.parametrize(
+    ("settings", "lower"),
+    [
+        ({"target_transform": "log"}, -4.0),
+        ({"target_transform": ["log"]}, -math.inf),
+        ({"target_transform": "log", "family": ZeroInflated("normal")}, -4.0),
+        ({"family": "poisson"}, 2.0),
+    ],
+)
+def test_training_starts_inside_of_the_support(settings, lower):
+    """Also where the middle of an interval is outside, or no count."""
+    x = np.random.default_rng(0).normal(size=(60, 1)).astype("float32")
+    y = np.full((60, 1), 3.0, dtype="float32")
+    seen = Targets.interval(np.where(x > 0, lower, y), y)
+    network = MixtureDensityNetwork(1, 1, 2, 8, seed=0, **settings)
+    fit(network, x, seen, max_epochs=3, seed=0, progress=False)
+    assert bool(network.predict(x).mixture.log_prob(seen).isfinite().all())
+    fit(network, x, Targets.interval(np.full_like(y, lower), y), max_epochs=3, seed=0, progress=False)
+    assert bool(network.predict(x).mixture.log_prob(seen).isfinite().all())
+
+
 def test_draws_and_transforms():
     torch.manual_seed(0)
     mixture = make_mixture((4000,))
@@ -214,6 +271,33 @@ def test_gradients(family):
 
     assert torch.autograd.gradcheck(quantities, head.linear.bias.detach().requires_grad_(), rtol=1e-3, atol=1e-6)
     assert_close(head.log_prob(features, y), head(features).log_prob(y))
+
+
+def test_quantiles_have_gradients():
+    head, features = make_head(n_components=2), torch.randn(2, 4, dtype=torch.float64)
+    q = torch.tensor([1e-3, 0.4, 0.9, 1 - 1e-6], dtype=torch.float64).reshape(4, 1, 1).expand(4, 2, 1)
+
+    def quantiles(bias, q):
+        mixture = torch.func.functional_call(head, {"linear.bias": bias}, features)
+        return mixture.icdf(q), mixture.univariate().upper_quantile(q)
+
+    bias = head.linear.bias.detach().requires_grad_()
+    assert_close(quantiles(bias, q)[0][0], torch.zeros(2, 1, dtype=torch.float64))
+    assert torch.autograd.gradcheck(quantiles, (bias, q.clone().requires_grad_()), eps=1e-8, rtol=1e-3, atol=1e-4)
+    certain = bias.detach().clone()
+    certain[-2:] = 800.0  # logits of zero, of which no other probability is left
+    for quantile in quantiles(certain.requires_grad_(), q):
+        assert not torch.autograd.grad(quantile.sum(), certain, retain_graph=True)[0].any()
+
+
+def test_moments_of_hardly_anything_but_zeros():
+    """The rest of a probability that rounds to 1."""
+    base = make_mixture(family=None, dim=2).float().components
+    logit = torch.full_like(base.locs, 20.0)
+    single = AtomComponents(base, logit)
+    double = single.map(lambda t, n: t.double())
+    for moment in ("mean", "variance", "stddev"):
+        assert_close(getattr(single, moment)().double(), getattr(double, moment)(), rtol=1e-4, atol=0)
 
 
 # Networks
@@ -279,6 +363,8 @@ def test_targets_below_the_lower_end_are_named(rain, bad):
     message = rf"y: expected numbers between 0 and inf, got {bad:g} in row 7, column 0"
     with pytest.raises(ValueError, match=message):
         fit(network, x, y, max_epochs=1, progress=False)
+    with pytest.raises(ValueError, match=message):
+        network.loss(torch.from_numpy(x), torch.from_numpy(y))
     with pytest.raises(ValueError, match=message.replace("y:", "value:")):
         network(torch.from_numpy(x)).log_prob(torch.from_numpy(y))
     with pyro.validation_enabled(False):
@@ -295,6 +381,8 @@ def test_settings_are_checked():
             MixtureHead(3, 2, 1, **settings)
     with pytest.raises(ValueError, match="noise: expected a noise model without correlations"):
         ZeroInflated(Normal(Full()))
+    with pytest.raises(NotImplementedError, match=r"rsample: not closed for AtomComponents .*without gradients"):
+        make_head()(torch.zeros(2, 4, dtype=torch.float64)).rsample()
     dependent = MixtureHead(4, 2, 1, noise=Full()).double()(torch.zeros(4, dtype=torch.float64)).components
     with pytest.raises(ValueError, match="base: expected components with independent outputs"):
         Mixture(torch.zeros(1, dtype=torch.float64), AtomComponents(dependent, torch.zeros(1, 2, dtype=torch.float64)))

@@ -108,7 +108,7 @@ def log_prob(mixture: Mixture, value: Any) -> Tensor:
     """
     value = as_observations(mixture, value)
     origin = mixture.origin_for(value) if isinstance(value, Tensor) else None
-    return _log_prob(mixture, value) if origin is None else origin.log_prob(value)
+    return _log_prob(mixture, value) if origin is None else origin.log_prob(value, "value")
 
 
 @in_widest_precision

@@ -51,6 +51,10 @@ class Marginals(ABC):
     def log_sf(self, value: Tensor) -> Tensor:
         """Logarithm of :meth:`sf`, accurate in both tails."""
 
+    def log_sf_from(self, value: Tensor) -> Tensor:
+        """Log-probability of a value and all above it; that of :meth:`log_sf` for a distribution with a density."""
+        return self.log_sf(value)
+
     @abstractmethod
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         """Log-probability of the interval within ``half`` of a centre."""

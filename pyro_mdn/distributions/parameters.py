@@ -61,8 +61,8 @@ class Origin(Protocol):
         """Build normalised log-weights and components."""
         ...
 
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Compute the log-density of points; an entry that is NaN was not observed."""
+    def log_prob(self, y: Tensor, name: str) -> Tensor:
+        """Compute the log-density of points, called by a name in errors; an entry that is NaN was not observed."""
         ...
 
     def is_moderate(self) -> bool:

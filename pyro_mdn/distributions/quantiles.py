@@ -100,7 +100,7 @@ def icdf(mixture: Mixture, value: Any) -> Tensor:
 
     Args:
         mixture: The mixture.
-        value: Probabilities, broadcast against ``(*batch, D)``; 0 and 1 give -inf and +inf.
+        value: Probabilities, broadcast against ``(*batch, D)``; 0 and 1 give the ends of the support.
 
     Raises:
         ValueError: If a probability is outside [0, 1] or the shape does not fit.

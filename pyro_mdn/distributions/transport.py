@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.density import own_points, sample
+from pyro_mdn.distributions.families.components import not_closed
 from pyro_mdn.distributions.parameters import as_probabilities
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.checks import is_differentiated
@@ -71,10 +72,15 @@ def rsample(mixture: Mixture, sample_shape: Sequence[int] = ()) -> Tensor:
     References:
         Figurnov, Mohamed & Mnih (2018), Implicit reparameterization gradients.
         Graves (2016), Stochastic backpropagation through mixture density distributions.
+
+    Raises:
+        NotImplementedError: If a parameter needs a gradient, and outputs are counts, may be zero, or are angles.
     """
     draws = sample(mixture, sample_shape).detach()  # in forward mode, draws have the derivatives of their components
     if not is_differentiated(mixture.logits, *mixture.components.tensors()):
         return draws
+    if not mixture.components.has_pathwise_draws:
+        not_closed("rsample", mixture.components, "draws are without gradients: detach the mixture, or sample")
     points = mixture.components.to_inner(draws)
 
     def follow(d: int, conditional: UnivariateMixture) -> Tensor:

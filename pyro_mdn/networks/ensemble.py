@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, as_targets
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor, as_targets
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
 from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
@@ -174,8 +174,8 @@ class DeepEnsemble(Predictor):
             y: Targets ``(M, *batch, D)``, likewise.
         """
         # One warp for all members: otherwise their average would have one for each component.
-        every = (y.points() if isinstance(y, Targets) else y).reshape(-1, self.dim_out)
-        warp = self.stacked.head.transform.fit_warp(every.cpu().double())
+        every = y.reshape(-1, self.dim_out)
+        warp = self.stacked.head.transform.fit_warp(self.member(0).head.starting_points(every).cpu().double())
         for i in range(self.size):
             member = self.member(i)
             member.initialize_(x[i], y[i], warp=warp)

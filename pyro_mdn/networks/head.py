@@ -2,21 +2,18 @@ r"""The last layer: features in, mixture out."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
 
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.families.family import Family, as_family, transform_for
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.raw_parameters import (
@@ -28,6 +25,7 @@ from pyro_mdn.networks.raw_parameters import (
     mixture_class,
     raw_from_channels,
 )
+from pyro_mdn.networks.starting_point import clusters, filled
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
 from pyro_mdn.support.torch_compat import REGISTERED, own_buffers
 from pyro_mdn.tensors.channel_density import layer_channels
@@ -67,16 +65,11 @@ class MixtureHead(nn.Module):
     GaussianMixture(batch_shape=(5,), n_components=3, dim=2, covariance=DiagonalCovariance)
     """
 
-    _settings = (
-        "noise",
-        "in_features",
-        "dim_out",
-        "n_components",
-        "sizes",
-        "raw_noise",
-        "family",
-        "transform",
-    )  # for fingerprints
+    # For fingerprints.
+    _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise", "family", "transform")
+
+    has_defaults: bool = True
+    """Whether neither a family nor a target transform was chosen; a head from a file does not know of its defaults."""
 
     family: Family
     transform: TargetTransform
@@ -103,6 +96,7 @@ class MixtureHead(nn.Module):
         for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
             if not is_count(value):
                 raise ValueError(f"{name}: expected a positive integer, got {shown(value)}")
+        self.has_defaults = family is None and target_transform is None
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
         self.family = as_family(family, noise, dim_out, Normal)
         self.transform = transform_for(self.family, target_transform, dim_out)
@@ -262,19 +256,28 @@ class MixtureHead(nn.Module):
         Raises:
             ValueError: If y is not ``(N, D)`` with N > 0, has an infinite entry, or no observed one in a column.
         """
-        y = y.points() if isinstance(y, Targets) else y
         if y.ndim != 2 or y.shape[1] != self.dim_out or len(y) == 0:
             raise ValueError(f"y: expected shape (N, {self.dim_out}) with N > 0, got {tuple(y.shape)}")
-        if bool(y.isinf().any() | y.isnan().all(0).any()):
-            raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
-        self.units.require_inside(y, "y")
-        y = self.units.above(y)
-        assert isinstance(y, Tensor)
-        fitted = self.transform.fit(y.cpu(), common_unit=self.noise.common_unit, warp=warp)
+        points = self.starting_points(y).cpu()
+        fitted = self.transform.fit(points, common_unit=self.noise.common_unit, warp=warp)
         for name, tensor in fitted.items():
             getattr(self, name).copy_(tensor)
-        standardized = self.transform.units(fitted).standardize(y.cpu())
-        self._start(*_clusters(_filled(standardized), self.n_components))
+        standardized = self.transform.units(fitted).standardize(points)
+        self._start(*clusters(filled(standardized), self.n_components))
+
+    def starting_points(self, y: TargetsOrTensor) -> Tensor:
+        """Return numbers above the lower end of the support for targets ``(N, D)``, some in each column, or NaN.
+
+        Raises:
+            ValueError: If a target is infinite or outside of the support, or a column has no observed one.
+        """
+        if bool((isinstance(y, Tensor) and y.isinf().any()) or missing(y).all(0).any()):
+            raise ValueError("y: expected finite numbers, some in each column, or NaN for missing ones")
+        units = self.units
+        units.require_inside(y, "y")
+        y = units.above(y)
+        points = units.points(y) if isinstance(y, Targets) else y
+        return torch.where(points.isnan().all(0), units.from_line(torch.zeros_like(points)), points)
 
     @torch.no_grad()
     def _start(self, logits: Tensor, locs: Tensor, scale: Tensor) -> None:
@@ -314,37 +317,3 @@ def starting_value(module: nn.Module, name: str) -> Any:
     """Parameter of a module or, where it is latent, the buffer that inference starts from; ``None`` if neither is."""
     value = own_buffers(module).get(f"{name}_start")
     return getattr(module, name, None) if value is None else value
-
-
-def _filled(y: Tensor) -> Tensor:
-    """Put observed entries of the same column, drawn at random, in place of NaN."""
-    columns = []
-    for column in y.unbind(-1):
-        observed = column[~column.isnan()]
-        if len(observed) < len(column):
-            column = torch.where(
-                column.isnan(), observed[torch.randint(len(observed), column.shape, device="cpu")], column
-            )
-        columns.append(column)
-    return torch.stack(columns, -1)
-
-
-def _clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``."""
-    from scipy.cluster.vq import kmeans2  # it takes longer to import than all of this package
-
-    rows = y[torch.randperm(len(y), device="cpu")[:max_rows]]
-    distinct = rows.unique(dim=0)
-    if len(distinct) <= n_components:
-        extra = torch.randint(len(distinct), (n_components - len(distinct),), device="cpu")
-        centers = torch.cat([distinct, distinct[extra]])
-    else:
-        rng = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "One of the clusters is empty")
-            centers = torch.from_numpy(kmeans2(rows.numpy(), n_components, minit="++", rng=rng)[0])
-    member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
-    # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
-    count = member.sum(0) + 1
-    spread = member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1
-    return (count / count.sum()).log(), centers, (spread / count[:, None]).sqrt()

@@ -51,8 +51,14 @@ class RawParameters(NamedTuple):
     raw: Raw
     units: Units
 
-    def log_prob(self, y: TargetsOrTensor) -> Tensor:
-        """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
+    def log_prob(self, y: TargetsOrTensor, name: str = "y") -> Tensor:
+        """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture.
+
+        Args:
+            y: The targets.
+            name: What to call them in errors.
+        """
+        _require_inside(self.units, y, name)
         if self.family.has_atom:  # which has no place on the real line
             return self.mixture(validate_args=False).log_prob(y)
         if isinstance(y, Targets) or has_missing(y):
@@ -76,8 +82,6 @@ class RawParameters(NamedTuple):
         if isinstance(y, Targets):
             # In single precision the ends of a cell may become one number in standardised units.
             y = y.double() if y.has_cells() and y.device.type != "mps" else y
-            if is_validation_enabled():
-                self.units.require_inside(y, "y")
             if self.units.has_angles:
                 return self.mixture(validate_args=False).log_prob(y)
             value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)
@@ -135,12 +139,13 @@ class ChannelParameters(NamedTuple):
         """Whether draws can be differentiated with respect to the parameters; those of angles cannot."""
         return not self.units.has_angles
 
-    def log_prob(self, y: TargetsOrTensor) -> Tensor:
-        """Log-density of y ``(*sample, *batch, D)`` in nats and the units of y, without building the mixture."""
+    def log_prob(self, y: TargetsOrTensor, name: str = "y") -> Tensor:
+        """Log-density of y ``(*sample, *batch, D)`` as :meth:`RawParameters.log_prob` computes it."""
         kernel = _kernel_for(self.family, self.units, self.batch_shape, y)
         if kernel is None:
-            return self._raw().log_prob(y)
+            return self._raw().log_prob(y, name)
         assert isinstance(y, Tensor)
+        _require_inside(self.units, y, name)
         layout = layout_of(self.family, self.dim, self.n_components)
         density = channel_log_density(kernel, layout, self.channels, self.units.standardize(y).to(self.dtype))
         return density - self.units.log_volume(y)
@@ -166,6 +171,11 @@ class ChannelParameters(NamedTuple):
         return RawParameters(
             self.family, raw_from_channels(self.family, self.n_components, self.dim, self.channels), self.units
         )
+
+
+def _require_inside(units: Units, y: TargetsOrTensor, name: str) -> None:
+    if is_validation_enabled():
+        units.require_inside(y, name)
 
 
 class LayerParameters(NamedTuple):
@@ -197,6 +207,7 @@ class LayerParameters(NamedTuple):
             channels = accumulated(layer_channels(*layer))
             return ChannelParameters(self.family, self.n_components, self.dim, channels, self.units).log_prob(y)
         assert isinstance(y, Tensor)
+        _require_inside(self.units, y, "y")
         layout = layout_of(self.family, self.dim, self.n_components)
         density = layer_log_density(kernel, layout, *layer, self.units.standardize(y).to(self.features.dtype))
         return density - self.units.log_volume(y)

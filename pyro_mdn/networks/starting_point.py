@@ -1,18 +1,21 @@
-r"""Where a training starts: hidden layers with their initial weights, and weights that are drawn anew."""
+r"""Where a training starts: components at clusters, hidden layers with their initial weights, weights drawn anew."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from pyro_mdn.support.pyro_compat import latent_parameters
 from pyro_mdn.support.torch_compat import reset_of
 
-__all__ = ["FirstLinear", "draw_anew_", "hidden_layers"]
+__all__ = ["FirstLinear", "clusters", "draw_anew_", "filled", "hidden_layers"]
 
 
 class FirstLinear(nn.Linear):
@@ -79,3 +82,37 @@ def _reset(name: str, part: nn.Module) -> Callable[[], Any] | None:
         instead = "build a new network instead, or for an ensemble a sequence of them"
         raise ValueError(f"network: expected layers with reset_parameters, got {kind} without: {instead}")
     return reset
+
+
+def filled(y: Tensor) -> Tensor:
+    """Put observed entries of the same column, drawn at random, in place of NaN."""
+    columns = []
+    for column in y.unbind(-1):
+        observed = column[~column.isnan()]
+        if len(observed) < len(column):
+            column = torch.where(
+                column.isnan(), observed[torch.randint(len(observed), column.shape, device="cpu")], column
+            )
+        columns.append(column)
+    return torch.stack(columns, -1)
+
+
+def clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``."""
+    from scipy.cluster.vq import kmeans2  # it takes longer to import than all of this package
+
+    rows = y[torch.randperm(len(y), device="cpu")[:max_rows]]
+    distinct = rows.unique(dim=0)
+    if len(distinct) <= n_components:
+        extra = torch.randint(len(distinct), (n_components - len(distinct),), device="cpu")
+        centers = torch.cat([distinct, distinct[extra]])
+    else:
+        rng = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "One of the clusters is empty")
+            centers = torch.from_numpy(kmeans2(rows.numpy(), n_components, minit="++", rng=rng)[0])
+    member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
+    # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
+    count = member.sum(0) + 1
+    spread = member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1
+    return (count / count.sum()).log(), centers, (spread / count[:, None]).sqrt()

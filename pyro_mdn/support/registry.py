@@ -16,15 +16,18 @@ class Specification:
     """Base of frozen dataclasses of settings. A subclass is known by its name as soon as it is defined.
 
     The root of a kind, such as all noise models, says ``known = {}`` and what the ``kind`` is called in errors. Names
-    that begin with an underscore are not registered.
+    that begin with an underscore are not registered. ``by_name=False`` beside the bases of a class keeps its name from
+    constructors: it is itself a base, or has no default settings.
     """
 
     kind: ClassVar[str]
     known: ClassVar[dict[str, type[Any]]]
+    by_name: ClassVar[bool]
+    """Whether the name is enough for a constructor."""
 
-    def __init_subclass__(cls, **settings: Any) -> None:
+    def __init_subclass__(cls, *, by_name: bool = True, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        name = cls.__name__
+        name, cls.by_name = cls.__name__, by_name
         if "known" in vars(cls) or name.startswith("_"):
             return
         other = cls.known.get(name)
@@ -35,12 +38,12 @@ class Specification:
     @classmethod
     def names(cls) -> list[str]:
         """Names for constructors, such as ``"low_rank"`` for ``LowRank``."""
-        return sorted(snake_case(name) for name in cls.known)
+        return sorted(snake_case(name) for name, known in cls.known.items() if known.by_name)
 
     @classmethod
     def named(cls, value: Any) -> type[Self]:
         """Class that a name for constructors stands for; a ``ValueError`` if there is none."""
-        found = {snake_case(name): known for name, known in cls.known.items()}
+        found = {snake_case(name): known for name, known in cls.known.items() if known.by_name}
         if not isinstance(value, str) or value not in found:
             expected = f"{_article(cls.__name__)} or one of {cls.names()}"
             raise ValueError(f"{cls.kind}: expected {expected}, got {shown(value)}")

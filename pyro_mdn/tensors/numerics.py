@@ -10,8 +10,10 @@ from torch.nn.functional import softplus
 from pyro_mdn.support.checks import bounds, is_traced
 
 __all__ = [
+    "as_before",
     "constant",
     "exp",
+    "in_double",
     "location_and_scale",
     "log_sum_exp",
     "negligible",
@@ -52,6 +54,16 @@ def norm(rows: Tensor) -> Tensor:
     largest = rows.detach().abs().amax(-1, keepdim=True)
     unit = largest.masked_fill((largest == 0) | (largest == math.inf), 1.0)
     return unit.squeeze(-1) * (rows / unit).norm(dim=-1)
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """Convert to double precision, on the CPU where a device has none; :func:`as_before` converts back."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def as_before(tensor: Tensor, like: Tensor) -> Tensor:
+    """Convert to the precision and the device of another tensor, first the precision."""
+    return tensor.to(like.dtype).to(like.device)
 
 
 def location_and_scale(rows: Tensor, *, common_unit: bool = False) -> tuple[Tensor, Tensor]:

@@ -207,8 +207,11 @@ class Components(TensorBatch):
         return self.log_prob(value)
 
     def condition(self, values: Tensor) -> Components:
-        """Distribution of the other outputs given the first ones, ``(*sample, *batch, n)``."""
-        not_closed("condition", self, "marginals are; or draw, and weight the draws")
+        """Distribution of the other outputs given the first ones, ``(*sample, *batch, n)``; theirs if independent."""
+        if not self.has_independent_outputs:
+            not_closed("condition", self, "marginals are; or draw, and weight the draws")
+        shape = torch.broadcast_shapes(values.shape[:-1], self.batch_shape[:-1])
+        return self.marginal(range(values.shape[-1], self.dim)).over_batch(shape)
 
     def map_linearly(self, shift: Tensor, matrix: Tensor) -> Components:
         """Distribution of ``shift + matrix @ y``, for ``(*batch, 1, M)`` and ``(*batch, 1, M, D)``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.channels import Layout
 from pyro_mdn.tensors.mixture_density import Kernel
 
-__all__ = ["Block", "Family", "as_family", "layout_of", "require_uncorrelated", "transform_for"]
+__all__ = ["Block", "Family", "as_family", "is_uncorrelated", "layout_of", "require_uncorrelated", "transform_for"]
 
 
 class Block(NamedTuple):
@@ -55,6 +55,11 @@ class Family(Specification, ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.noise, NoiseModel):
             raise ValueError(f"noise: expected a NoiseModel, got {shown(self.noise)}")
+
+    @classmethod
+    def with_noise(cls, noise: NoiseModel) -> Self:
+        """Build the family with this noise model and default settings."""
+        return cls(noise)
 
     @abstractmethod
     def build(self, locs: Tensor, blocks: Sequence[Tensor], unit: Tensor) -> Components:
@@ -111,10 +116,15 @@ def layout_of(family: Family, dim: int, n_components: int) -> Layout:
     return Layout(n_components, dim, tuple((b.width, 1 if b.tied else n_components) for b in predicted))
 
 
+def is_uncorrelated(noise: NoiseModel) -> bool:
+    """Check that a noise model does not correlate outputs."""
+    dim = 2  # with which a correlation shows
+    return noise.build(torch.zeros(1, noise.num_params(dim)), dim, torch.ones(1)).is_diagonal
+
+
 def require_uncorrelated(noise: NoiseModel) -> None:
     """Raise a ``ValueError`` if a noise model correlates outputs."""
-    dim = 2  # with which a correlation shows
-    if not noise.build(torch.zeros(1, noise.num_params(dim)), dim, torch.ones(1)).is_diagonal:
+    if not is_uncorrelated(noise):
         expected = "a noise model without correlations, such as Diagonal or Isotropic"
         raise ValueError(f"noise: expected {expected}, for outputs that are independent, got {noise}")
 
@@ -133,7 +143,7 @@ def as_family(
             raise ValueError(f"noise: expected None beside {family}, which has its noise model, got {shown(noise)}")
         return family
     kind = default if family is None else Family.named(family)
-    return kind(as_noise_model(noise, dim_out))
+    return kind.with_noise(as_noise_model(noise, dim_out))
 
 
 def transform_for(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -68,11 +68,6 @@ class IndependentComponents(Components):
     def widen(self, factor: Tensor) -> Self:
         return replace(self, scale=self.scale * factor)
 
-    def condition(self, values: Tensor) -> Self:
-        shape = torch.broadcast_shapes(values.shape[:-1], self.locs.shape[:-2])
-        rest = self.marginal(range(values.shape[-1], self.dim))
-        return replace(rest, locs=rest.locs.expand(*shape, *rest.locs.shape[-2:]))
-
     def in_order(self) -> OutputsInOrder:
         return _InOrder(self)
 
@@ -112,7 +107,7 @@ class _InOrder(OutputsInOrder):
 
 
 @dataclass(frozen=True)
-class LocationScale(Family):
+class LocationScale(Family, by_name=False):
     """Base of families with independent outputs; a subclass says the :attr:`law` of one output.
 
     The noise model says whether scales are shared by components or outputs, and where they come from; it must not
@@ -128,7 +123,7 @@ class LocationScale(Family):
 
     law: ClassVar[Law]
 
-    def __init_subclass__(cls, **settings: object) -> None:
+    def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if not isinstance(getattr(cls, "law", None), Law):
             raise TypeError(f"{cls.__name__}: expected a class attribute law with the Law of one output")

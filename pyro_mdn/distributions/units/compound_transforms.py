@@ -50,7 +50,7 @@ class _Compound(TargetTransform):
 
 
 @dataclass(frozen=True)
-class Chain(_Compound):
+class Chain(_Compound, by_name=False):
     """Several transforms one after another, such as ``Chain([Log(), YeoJohnson()])``.
 
     Args:
@@ -86,7 +86,7 @@ class Chain(_Compound):
 
 
 @dataclass(frozen=True)
-class PerOutput(_Compound):
+class PerOutput(_Compound, by_name=False):
     """A transform for each output, such as ``PerOutput([Log(), Standardize()])``.
 
     Args:

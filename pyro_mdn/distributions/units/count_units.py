@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
@@ -34,8 +33,6 @@ class CountUnits(Units):
         self.mean = mean
 
     def standardize(self, y: Tensor) -> Tensor:
-        if is_validation_enabled():
-            require_counts(y, "y")
         return y
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
@@ -56,6 +53,9 @@ class CountUnits(Units):
 
     def inside(self, y: Tensor) -> Tensor:
         return are_counts(y)
+
+    def points(self, y: Targets) -> Tensor:
+        return y.points().floor().clamp(min=0)
 
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         require_counts(y, name, given)

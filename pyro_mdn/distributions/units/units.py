@@ -2,17 +2,18 @@ r"""Units of targets: maps between them and standardised units, in which compone
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
 
-__all__ = ["StandardUnits", "Units"]
+__all__ = ["StandardUnits", "Units", "without_ends"]
 
 
 class Units(ABC):
@@ -20,7 +21,7 @@ class Units(ABC):
 
     @abstractmethod
     def standardize(self, y: Tensor) -> Tensor:
-        """Convert targets ``(*sample, *batch, D)`` to standardised units."""
+        """Convert targets ``(*sample, *batch, D)``, which :meth:`require_inside` has checked, to standardised units."""
 
     @abstractmethod
     def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
@@ -85,6 +86,10 @@ class Units(ABC):
         """Leave out targets at the lower end of the support, as missing ones, if these are allowed."""
         return y
 
+    def points(self, y: Targets) -> Tensor:
+        """Return a number that each target may be, which training starts from; NaN for missing ones, or if unknown."""
+        return y.points()
+
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         """Raise a ``ValueError`` that names the first target outside of the support, if targets are known."""
         return  # the real line is the support of an affine map
@@ -117,3 +122,11 @@ class StandardUnits(Units):
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.shift]
+
+
+def without_ends(y: TargetsOrTensor, low: Tensor) -> TargetsOrTensor:
+    """Mark targets that can be these lower ends ``(D,)`` of the support, and nothing above them, as missing."""
+    if isinstance(y, Tensor):
+        return y.masked_fill(y == low, math.nan)
+    ends = y.upper == low
+    return type(y)(y.lower.masked_fill(ends, -math.inf), y.upper.masked_fill(ends, math.inf))

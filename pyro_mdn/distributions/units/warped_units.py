@@ -2,14 +2,13 @@ r"""Units of targets that go through a warp before they are standardised."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.units import StandardUnits, Units
+from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.units.units import StandardUnits, Units, without_ends
 from pyro_mdn.distributions.units.warped import WarpedComponents, require_inside
 from pyro_mdn.distributions.units.warps import Warp
 
@@ -34,8 +33,6 @@ class WarpedUnits(Units):
         self.standard, self.warp = standard, warp
 
     def standardize(self, y: Tensor) -> Tensor:
-        if is_validation_enabled():
-            require_inside(self.warp, y, "y")
         return self.standard.standardize(self.to_line(y))
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
@@ -74,6 +71,10 @@ class WarpedUnits(Units):
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         require_inside(self.warp, y, name, given)
 
+    def points(self, y: Targets) -> Tensor:
+        points = y.points()
+        return points.masked_fill(~self.inside(points), math.nan)
+
     def with_lower_ends(self) -> WarpedUnits:
         return _ClosedUnits(self.standard, self.warp)
 
@@ -84,10 +85,7 @@ class _ClosedUnits(WarpedUnits):
     __slots__ = ()
 
     def above(self, y: TargetsOrTensor) -> TargetsOrTensor:
-        if isinstance(y, Targets):
-            ends = (y.kinds() == EXACT) & (y.lower == self.warp.limits(y.lower)[0])
-            return Targets(y.lower.masked_fill(ends, -torch.inf), y.upper.masked_fill(ends, torch.inf))
-        return y.masked_fill(y == self.warp.limits(y)[0], torch.nan)
+        return without_ends(y, self.warp.limits(y.lower if isinstance(y, Targets) else y)[0])
 
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         super().require_inside(self.above(y), name, given)

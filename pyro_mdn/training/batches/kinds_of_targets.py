@@ -3,11 +3,14 @@ r"""Kinds of targets that another target transform or family suits better than t
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 from torch import Tensor
 
-from pyro_mdn.distributions.units.target_transforms import Standardize
+from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel
+from pyro_mdn.distributions.families.family import is_uncorrelated
 from pyro_mdn.networks.head import MixtureHead
+from pyro_mdn.tensors.numerics import in_double
 
 __all__ = ["TargetHint", "hints", "warn_of_kinds"]
 
@@ -34,44 +37,83 @@ def warn_of_kinds(y: Tensor, head: MixtureHead, stacklevel: int = 2) -> None:
         warnings.warn(hint, TargetHint, stacklevel=stacklevel + 1)
 
 
+class _Kind(NamedTuple):
+    """A kind of targets: what they are, the arguments that suit them, and why.
+
+    Attributes:
+        looks: What is seen of the targets.
+        family: The argument ``family`` as code, of all outputs together; ``None`` for the default.
+        transform: Name of a target transform of one output; ``None`` for the default.
+        gain: What the arguments do.
+    """
+
+    looks: str
+    family: str | None
+    transform: str | None
+    gain: str
+
+
+_FEW_COUNTS = _Kind("are small counts", '"negative_binomial"', None, "may suit them better")
+_WITH_ZEROS = _Kind("are positive or zero", "ZeroInflated({normal})", "log", "gives zeros their probability")
+_SHARES = _Kind("lie between 0 and 1", None, "logit", "keeps predictions there")
+_SHARES_WITH_ZEROS = _WITH_ZEROS._replace(looks="are shares or zero", transform="logit")
+_POSITIVE = _Kind("are positive, and skewed", None, "log", "keeps predictions positive")
+
+
 def hints(y: Tensor, head: MixtureHead) -> list[str]:
     """Describe kinds of targets, rows ``(..., D)``, for which there is an argument; none if one was given.
 
     Outputs of fewer than 50 targets are left alone.
     """
-    if not isinstance(head.transform, Standardize):
+    if not head.has_defaults:
         return []
-    found: dict[str, list[int]] = {}
-    for i, column in enumerate(y.detach().double().reshape(-1, y.shape[-1]).unbind(-1)):
-        hint = _hint(column[~column.isnan()])
-        if hint is not None:
-            found.setdefault(hint, []).append(i)
-    if y.shape[-1] == 1:
-        return [f"y: all targets {hint}" for hint in found]
-    return [f"y: all targets of column {', '.join(map(str, columns))} {hint}" for hint, columns in found.items()]
+    columns = in_double(y.detach()).reshape(-1, y.shape[-1]).unbind(-1)
+    kinds = [_kind(column[~column.isnan()]) for column in columns]
+    return [_hint(kind, kinds, head.noise) for kind in dict.fromkeys(kinds) if kind is not None]
 
 
-def _hint(values: Tensor) -> str | None:
-    compare = "compare held-out scores, and see 'Your kind of target' in the documentation"
+def _hint(kind: _Kind, kinds: list[_Kind | None], noise: NoiseModel) -> str:
+    """Advise on one of the kinds of the outputs: a family is that of all outputs, transforms may differ."""
+    columns = ", ".join(str(i) for i, other in enumerate(kinds) if other == kind)
+    mixed, arguments, beside = any(other != kind for other in kinds), [], ""
+    if kind.family is not None:
+        own = f"Normal({noise})" if noise != Diagonal() and is_uncorrelated(noise) else '"normal"'
+        arguments.append(f"family={kind.family.format(normal=own)}")
+        beside += ", without noise= that correlates outputs," if not is_uncorrelated(noise) else ""
+        beside += " in a network of their own" if mixed else ""
+    if kind.transform is not None:
+        several = mixed and kind.family is None
+        names = [f'"{_own_transform(other)}"' for other in kinds] if several else [f'"{kind.transform}"']
+        arguments.append(f"target_transform={'[' + ', '.join(names) + ']' if several else names[0]}")
+    where = f" of column {columns}" if len(kinds) > 1 else ""
+    return f"y: all targets{where} {kind.looks}: {' and '.join(arguments)}{beside} {kind.gain}; {_COMPARE}"
+
+
+def _own_transform(kind: _Kind | None) -> str:
+    return "standardize" if kind is None or kind.family or kind.transform is None else kind.transform
+
+
+_COMPARE = "compare held-out scores, and see 'Your kind of target' in the documentation"
+
+
+def _kind(values: Tensor) -> _Kind | None:
     if len(values) < _FEWEST or not bool(values.isfinite().all()) or not bool((values >= 0).all()):
         return None
     mean, variance = values.mean(), values.var()
     if bool((values == values.floor()).all()):
         few = mean < _COUNTED and variance > 0.8 * mean and len(values.unique()) > 2
-        return f'are small counts: family="negative_binomial" may suit them better; {compare}' if few else None
+        return _FEW_COUNTS if few else None
     positive = values[values > 0]
-    if 1 - len(positive) / len(values) >= _ZEROS and len(positive) >= _FEWEST:
-        arguments = 'family=ZeroInflated("normal") and target_transform="log"'
-        return f"are positive or zero: {arguments} give zeros their probability; {compare}"
+    shares = bool((positive < 1).all()) and bool(positive.amin() < 0.25) and bool(positive.amax() > 0.75)
     if len(positive) < len(values):
-        return None
+        enough = 1 - len(positive) / len(values) >= _ZEROS and len(positive) >= _FEWEST
+        if not enough or bool(positive.amax() == 1):  # 1 may be the upper end of shares, which no transform takes
+            return None
+        return _SHARES_WITH_ZEROS if shares else _WITH_ZEROS
     if bool((values < 1).all()):
-        wide = values.amin() < 0.25 and values.amax() > 0.75
-        return f'lie between 0 and 1: target_transform="logit" keeps predictions there; {compare}' if wide else None
+        return _SHARES if shares else None
     skew = _skewness(values)
-    if skew > _SKEWED and abs(_skewness(values.log())) < 0.5 * skew:
-        return f'are positive, and skewed: target_transform="log" keeps predictions positive; {compare}'
-    return None
+    return _POSITIVE if skew > _SKEWED and abs(_skewness(values.log())) < 0.5 * skew else None
 
 
 def _skewness(values: Tensor) -> float:

@@ -111,10 +111,6 @@ class CountComponents(Components):
     def marginals(self, logits: Tensor) -> Marginals:
         return CountMarginals(logits, self.law)
 
-    def condition(self, values: Tensor) -> Self:
-        shape = torch.broadcast_shapes(values.shape[:-1], self.batch_shape[:-1])
-        return self.marginal(range(values.shape[-1], self.dim)).over_batch(shape)
-
     def as_pyro(self) -> dist.TorchDistribution:
         return self.law.as_pyro().to_event(1)
 

@@ -29,7 +29,7 @@ _START = 0.5
 
 
 @dataclass(frozen=True)
-class CountFamily(Family):
+class CountFamily(Family, by_name=False):
     """Base of families of counts, with independent outputs; a subclass says the :meth:`law` of one output.
 
     Locations are logarithms of rates, relative to the mean of the training targets.

@@ -2,7 +2,6 @@ r"""Laws of counts: Poisson and negative binomial, accurate from rates of 1e-6 t
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.families.counts.log_probabilities import log_negative_binomial, log_poisson
 from pyro_mdn.distributions.families.counts.tail_probabilities import beta_tail, gamma_tail
 from pyro_mdn.tensors.tensor_batch import TensorBatch, stored
 
@@ -44,6 +44,34 @@ class CountLaw(TensorBatch):
     def sf(self, k: Tensor) -> Tensor:
         """Probability of more than k, with relative accuracy where it is small."""
 
+    def bulk(self) -> tuple[Tensor, Tensor]:
+        """Centre and width of where most counts other than zero are."""
+        return self.mean(), self.variance().sqrt()
+
+    def between(self, first: Tensor, last: Tensor) -> Tensor:
+        """Probability of counts from ``first`` to ``last``, from the tail that is smaller."""
+        below = self.cdf(last)
+        return torch.where(below < 0.5, below - self.cdf(first - 1), self.sf(first - 1) - self.sf(last))
+
+    def log_between(self, first: Tensor, last: Tensor) -> Tensor:
+        """Logarithm of :meth:`between`, also where that underflows, and for an infinite ``last``.
+
+        Far from the mean, probabilities fall nearly as those of a geometric law, whose sum is taken.
+        """
+        ends = last.isinf()
+        end = torch.where(ends, first, last)
+        mass = torch.where(ends, self.sf(first - 1), self.between(first, end))
+        number = end - first + 1
+        far = torch.where(ends, False, number == 1) | (mass < 4 * torch.finfo(mass.dtype).tiny)
+        heights = self.log_prob(first), self.log_prob(end)
+        up = heights[0] >= heights[1]
+        highest = torch.where(up, *heights)
+        # Rounding must not make probabilities rise.
+        least = 4096 * torch.finfo(mass.dtype).eps
+        log_ratio = (self.log_prob(torch.where(up, first + 1, end - 1).clamp(min=0)) - highest).clamp(max=-least)
+        sums = torch.where(ends, 0.0, torch.log(-torch.expm1(number * log_ratio))) - torch.log(-torch.expm1(log_ratio))
+        return torch.where(far, highest + sums, torch.where(far, 1.0, mass).log())
+
     @abstractmethod
     def mean_up_to(self, k: Tensor) -> Tensor:
         r"""Part :math:`E[Y \, 1\{Y \le k\}]` of the mean."""
@@ -71,31 +99,28 @@ def smallest_count(reached: Callable[[Tensor], Tensor], guess: Tensor) -> Tensor
 
     Args:
         reached: The condition, for counts in the shape of the guess.
-        guess: Numbers to begin with, not negative.
+        guess: Numbers to begin with, not negative. For those that are NaN, and where no count satisfies the condition,
+            the result is NaN or infinite.
     """
     high = guess.ceil()
-    while not bool((done := reached(high)).all()):
+    while not bool((done := reached(high) | ~(high < torch.inf)).all()):
         high = torch.where(done, high, 2 * high + 1)
     low = torch.full_like(high, -1.0)
-    while bool(((high - low) > 1).any()):
+    while True:
         middle = ((low + high) / 2).floor().clamp(min=0)
+        between = (low < middle) & (middle < high)  # large floating-point numbers are further than 1 apart
+        if not bool(between.any()):
+            return high
         met = reached(middle)
-        low, high = torch.where(met, low, middle), torch.where(met, middle, high)
-        low = torch.where(met & (middle == 0), -1.0, low)
-    return high
+        low, high = torch.where(between & ~met, middle, low), torch.where(between & met, middle, high)
 
 
 @dataclass(frozen=True, eq=False)
 class PoissonLaw(CountLaw):
     r"""Poisson law, :math:`P(k) = \lambda^k e^{-\lambda} / k!`.
 
-    The density is computed as the deviance from its largest value, in which no large numbers cancel.
-
     Args:
         rate: Rate λ, positive.
-
-    References:
-        Loader (2000), Fast and accurate computation of binomial probabilities.
     """
 
     rate: Tensor = stored(1)
@@ -107,10 +132,7 @@ class PoissonLaw(CountLaw):
         return self.rate
 
     def log_prob(self, k: Tensor) -> Tensor:
-        some = k > 0
-        n = torch.where(some, k, 1.0)
-        log_prob = -_stirling_error(n) - 0.5 * (2 * math.pi * n).log() - _deviance(n, self.rate)
-        return torch.where(some, log_prob, -self.rate)
+        return log_poisson(k, self.rate)
 
     def cdf(self, k: Tensor) -> Tensor:
         return gamma_tail(k + 1, self.rate, upper=True)
@@ -141,9 +163,6 @@ class NegativeBinomialLaw(CountLaw):
     Args:
         rate: Mean μ, positive.
         shape: Shape r of the rates, positive; the coefficient of variation of the rates is :math:`r^{-1/2}`.
-
-    References:
-        Loader (2000), Fast and accurate computation of binomial probabilities.
     """
 
     rate: Tensor = stored(1)
@@ -156,15 +175,7 @@ class NegativeBinomialLaw(CountLaw):
         return self.rate + self.rate.square() / self.shape
 
     def log_prob(self, k: Tensor) -> Tensor:
-        r, rate, some = self.shape, self.rate, k > 0
-        n = torch.where(some, k, 1.0)
-        total = n + r
-        # n and r against their expectations among n + r.
-        share = total / (r + rate)
-        deviances = _deviance(n, share * rate) + _deviance(r, share * r)
-        errors = _stirling_error(total) - _stirling_error(n) - _stirling_error(r)
-        log_prob = errors - deviances + 0.5 * (r / total / n).log() - 0.5 * math.log(2 * math.pi)
-        return torch.where(some, log_prob, -r * torch.log1p(rate / r))
+        return log_negative_binomial(k, self.shape, self.rate)
 
     def cdf(self, k: Tensor) -> Tensor:
         return beta_tail(k + 1, self.shape, self.rate, upper=True)
@@ -189,33 +200,3 @@ class NegativeBinomialLaw(CountLaw):
         """Law of Y - 1 if counts are weighted by Y, which is negative binomial again."""
         more = self.shape + 1
         return NegativeBinomialLaw(self.rate * more / self.shape, more)
-
-
-_FEW = 10.0
-"""Numbers from which on the asymptotic series of Stirling's error is used."""
-
-_SERIES = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
-
-
-def _stirling_error(n: Tensor) -> Tensor:
-    r"""Compute :math:`\log \Gamma(n + 1) - (n + \tfrac12) \log n + n - \tfrac12 \log 2 \pi` for n > 0."""
-    few = n < _FEW
-    small, large = torch.where(few, n, 1.0), torch.where(few, _FEW, n)
-    exact = torch.lgamma(small + 1) - (small + 0.5) * small.log() + small - 0.5 * math.log(2 * math.pi)
-    inverse, square = 1 / large, (1 / large).square()
-    total = torch.zeros_like(large)
-    for coefficient in reversed(_SERIES):
-        total = total * square + coefficient
-    return torch.where(few, exact, total * inverse)
-
-
-def _deviance(n: Tensor, expected: Tensor) -> Tensor:
-    r"""Compute :math:`n \log(n / m) + m - n`, of which the terms cancel for n near m."""
-    t = (n - expected) / expected
-    near = t.abs() < 0.1
-    close, far = torch.where(near, t, 0.0), torch.where(near, 2 * expected, n)
-    # (1 + t) log(1 + t) - t is the sum of (-t)^j / (j (j - 1)) from j = 2.
-    series = torch.zeros_like(close)
-    for j in range(18, 1, -1):
-        series = series * -close + 1 / (j * (j - 1))
-    return torch.where(near, expected * close.square() * series, far * (far.log() - expected.log()) + expected - far)

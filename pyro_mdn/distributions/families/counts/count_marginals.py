@@ -5,27 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.distributions.families.counts.shortest_counts import shortest_counts
+from pyro_mdn.distributions.families.counts.squared_tails import squared_tails
 from pyro_mdn.distributions.marginals import Marginals
-from pyro_mdn.tensors.numerics import log_sum_exp
+from pyro_mdn.support.checks import require_unmapped
+from pyro_mdn.tensors.numerics import as_before, in_double, log_sum_exp
 
 __all__ = ["CountMarginals", "log_between"]
-
-_REST, _NOTHING = 1e-3, 1e-9
-"""Probabilities above the last count of sums, and above the last one of integrals."""
-
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
-_LEGENDRE = (0.5 * (_NODES + 1)).tolist(), (0.5 * _WEIGHTS).tolist()
-
-_TERMS = 2**20
-"""Numbers of a part of a sum."""
-
-_STARTS = 256
-"""Starts of shortest intervals in one round."""
 
 
 class CountMarginals(Marginals):
@@ -64,23 +54,18 @@ class CountMarginals(Marginals):
 
     def log_cdf(self, value: Tensor) -> Tensor:
         def function(k: Tensor) -> Tensor:
-            above = self._sf(k)
-            near = above < 0.5
-            return torch.where(
-                near, torch.log1p(-torch.where(near, above, 0.0)), self._mixed(_log_cdf(self.law, k.unsqueeze(-2)))
-            )
+            return _log_of_tail(self.log_between(torch.zeros_like(k), k), self._sf(k))
 
         return self._by_steps(value, function, below=-math.inf, above=0.0)
 
     def log_sf(self, value: Tensor) -> Tensor:
         def function(k: Tensor) -> Tensor:
-            below = self._cdf(k)
-            near = below < 0.5
-            return torch.where(
-                near, torch.log1p(-torch.where(near, below, 0.0)), self._mixed(_log_sf(self.law, k.unsqueeze(-2)))
-            )
+            return _log_of_tail(self.log_between(k + 1, torch.full_like(k, math.inf)), self._cdf(k))
 
         return self._by_steps(value, function, below=0.0, above=-math.inf)
+
+    def log_sf_from(self, value: Tensor) -> Tensor:
+        return self.log_sf(value.ceil() - 1)
 
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         return self.log_between(centre - half, centre + half)
@@ -95,47 +80,48 @@ class CountMarginals(Marginals):
 
     @torch.no_grad()
     def quantile(self, q: Tensor) -> Tensor:
-        level = q.double() * (1 - 4 * torch.finfo(q.dtype).eps)  # a level that a count reaches up to rounding
+        level = in_double(q) * (1 - 4 * torch.finfo(q.dtype).eps)  # a level that a count reaches up to rounding
         return self._search(q, lambda double, k: double._cdf(k) >= level, never=q >= 1)
 
     @torch.no_grad()
     def upper_quantile(self, q: Tensor) -> Tensor:
-        level = q.double() * (1 + 4 * torch.finfo(q.dtype).eps)
+        level = in_double(q) * (1 + 4 * torch.finfo(q.dtype).eps)
         return self._search(q, lambda double, k: double._sf(k) <= level, never=q <= 0)
 
     @torch.no_grad()
     def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        r"""Compare intervals from each count up to the quantile of ``outside``; in two rounds if these are many.
-
-        Among the shortest ones, the first of those that hold most is taken.
-        """
-        like = self.law.mean()[..., 0, :]
-        shape = torch.broadcast_shapes(self.logits.shape[:-1], like.shape[:-1])
-        last = self.quantile(like.new_full((*shape, like.shape[-1]), outside))
-        first, reach = torch.zeros_like(last), last.amax().item()
-        step = float(max(1, math.ceil(reach / _STARTS)))
-        low, high = self._best_start(first, last, step, outside)
-        if step > 1:
-            low, high = self._best_start((low - step).clamp(min=0), torch.minimum(low + step, last), 1.0, outside)
+        law, logits = self.law, self.logits
+        batch = torch.broadcast_shapes(logits.shape[:-1], law.batch_shape[:-1])
+        shape = *batch, law.mean().shape[-1]
+        logits = in_double(logits).unsqueeze(-2).expand(*shape, -1).flatten(0, -2)
+        law = law.map(lambda t, n: in_double(t).mT.expand(*shape, t.shape[-2]).flatten(0, -2).unsqueeze(-1))
+        ends = shortest_counts(CountMarginals(logits, law), outside)
+        low, high = (as_before(end, self.logits).reshape(shape) for end in ends)
         return self._cdf(low - 1), self._sf(high), low, high
 
-    def _best_start(self, first: Tensor, last: Tensor, step: float, outside: float) -> tuple[Tensor, Tensor]:
-        count = int(((last - first).amax() / step).item()) + 1
-        steps = step * torch.arange(count, dtype=first.dtype, device=first.device)
-        starts = torch.minimum(first + steps.reshape(-1, *(1,) * first.ndim), last)
-        below = self._cdf(starts - 1)
-        ends = self.upper_quantile((outside - below).clamp(min=0))
-        missed = below + self._sf(ends)
-        best = (ends - starts + missed).argmin(0, keepdim=True)  # a probability decides among intervals of equal length
-        return starts.gather(0, best).squeeze(0), ends.gather(0, best).squeeze(0)
+    def rows(self, index: Tensor) -> CountMarginals:
+        """Distributions of some rows, for parameters ``(N, K, D)``."""
+        return CountMarginals(self.logits[index], self.law.map(lambda t, n: t[index]))
+
+    def probability(self, k: Tensor) -> Tensor:
+        """Probability of counts."""
+        return self._mixed(self.law.log_prob(k.unsqueeze(-2))).exp()
+
+    def continued(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Smooth functions of real numbers k ≥ 0 that are the cdf and the survival function at counts."""
+        return self._cdf(k), self._sf(k)
 
     def _search(self, q: Tensor, reached: Callable[[CountMarginals, Tensor], Tensor], never: Tensor) -> Tensor:
         """Find the smallest count that satisfies a condition in double precision; infinity where none does."""
-        double = CountMarginals(self.logits.double(), self.law.map(lambda t, n: t.double()))
+        require_unmapped("icdf", q, *self.law.tensors(), self.logits)
+        double = CountMarginals(in_double(self.logits), self.law.map(lambda t, n: in_double(t)))
+        known = in_double(q)
+        never = never.to(known.device)
         guess = (double.law.mean() + 6 * double.law.variance().sqrt() + 4).amax(-2)
         guess = guess.expand(torch.broadcast_shapes(guess.shape, q.shape))
-        found = smallest_count(lambda k: reached(double, k) | never | q.isnan(), guess)
-        return torch.where(q.isnan(), q, found.to(self.logits.dtype).masked_fill(never, math.inf))
+        found = smallest_count(lambda k: reached(double, k) | never | known.isnan(), guess)
+        found = torch.where(known.isnan(), known, found.masked_fill(never, math.inf))
+        return as_before(found, self.logits)
 
     # Partial moments, and the ranked probability score
 
@@ -152,44 +138,22 @@ class CountMarginals(Marginals):
     def crps(self, value: Tensor) -> Tensor:
         r"""Ranked probability score :math:`\sum_k (F(k) - 1\{y \le k\})^2`, differentiable.
 
-        The sum goes up to a count that is exceeded with a probability of 1e-3 at most. Beyond, where terms are small
-        and smooth, it is an integral. The error is below 1e-6.
+        .. math:: |y - m| + \sum_{k < m} F(k)^2 + \sum_{k \ge m} (1 - F(k))^2 - 2 \left| \int_m^y T(t) \, dt \right|
+
+        for the median m, with T the probability beyond t on its side of m.
 
         References:
             Epstein (1969), A scoring system for probability forecasts of ranked categories.
         """
         rates = self.law.mean()
+        require_unmapped("crps", value, self.logits, rates)
         shape = torch.broadcast_shapes(self.logits.shape[:-1], rates.shape[:-2])
-        with torch.no_grad():
-            rest = rates.new_full((*shape, rates.shape[-1]), _REST)
-            size = int(self.upper_quantile(rest).amax().item()) + 1
-        last = rates.new_full((), size)
-        # Beyond the sum, a count below y adds F squared, which is (1 - F) squared plus 2 F - 1.
-        beyond = torch.maximum(value, last)
-        missed = self.expected_above(last.expand(rest.shape)) - self.expected_above(beyond)
-        total = self._squared_tail(last) + beyond - last - 2 * missed + (-value).clamp(min=0)
-        below = torch.zeros_like(rest)
-        numbers = torch.arange(size, dtype=rates.dtype, device=rates.device)
-        for part in numbers.split(max(1, _TERMS // max(1, rates.numel()))):
-            counts = part.reshape(-1, *(1,) * rates.ndim)
-            cdf = below + self._mixed(self.law.log_prob(counts)).exp().cumsum(0)
-            below = cdf[-1]
-            cdf = cdf.reshape(len(part), *(1,) * (value.ndim - below.ndim), *below.shape)
-            passed = (value - part.reshape(-1, *(1,) * value.ndim)).clamp(0, 1)  # share of the step below y
-            total = total + (passed * cdf.square() + (1 - passed) * (1 - cdf).square()).sum(0)
-        return torch.where(value.isnan(), value, total)
-
-    def _squared_tail(self, first: Tensor) -> Tensor:
-        """Sum the squares of the probabilities above k, for k from ``first`` on, by an integral over logarithms."""
-        start = first - 0.5
-        with torch.no_grad():
-            rest = torch.full_like(self._weights()[..., 0, :] * self.law.mean()[..., 0, :], _NOTHING)
-            reach = ((self.upper_quantile(rest) + 1) / start).clamp(min=1).log()
-        total = torch.zeros_like(reach)
-        for node, weight in zip(*_LEGENDRE, strict=True):
-            point = start * (node * reach).exp()
-            total = total + weight * reach * point * self._sf(point).square()
-        return total
+        middle = self.quantile(rates.new_full((*shape, rates.shape[-1]), 0.5))
+        y = torch.where(value.isnan(), middle, value)
+        above = self.expected_above(middle) - self.expected_above(torch.maximum(y, middle))
+        below = self.expected_below(middle) - self.expected_below(torch.minimum(y, middle))
+        score = (y - middle).abs() + squared_tails(self, middle) - 2 * (above + below)
+        return torch.where(value.isnan(), value, score)
 
     # Parts
 
@@ -215,37 +179,15 @@ class CountMarginals(Marginals):
         return torch.where(value.isnan(), value, result)
 
 
+def _log_of_tail(log_tail: Tensor, other: Tensor) -> Tensor:
+    """Logarithm of a tail, from that of the other one where this is smaller."""
+    near = other < 0.5
+    return torch.where(near, torch.log1p(-torch.where(near, other, 0.0)), log_tail)
+
+
 def log_between(law: CountLaw, lower: Tensor, upper: Tensor) -> Tensor:
     """Log-probability of counts from ``lower`` to ``upper``, both included, of which either may be infinite."""
     first, last = lower.ceil().clamp(min=0), upper.floor()
-    ends = last.isinf() & (last > 0)
-    single, possible = first == last, (first <= last) & first.isfinite()
-    first, last = torch.where(possible, first, 0.0), torch.where(possible & ~ends, last, 0.0)
-    last = torch.maximum(first, last)
-    beyond = _log_sf(law, first - 1)
-    below = law.cdf(last)
-    difference = torch.where(below < 0.5, below - law.cdf(first - 1), law.sf(first - 1) - law.sf(last))
-    known = ~single & ~ends & (difference > 0)
-    between = torch.where(known, difference, 1.0).log().masked_fill(~known, -math.inf)
-    result = torch.where(single, law.log_prob(first), torch.where(ends, beyond, between))
-    return result.masked_fill(~possible, -math.inf)
-
-
-def _log_sf(law: CountLaw, k: Tensor) -> Tensor:
-    """Logarithm of the probability above k; where that underflows, of the first counts above it, as if geometric."""
-    sf = law.sf(k)
-    far = sf < 4 * torch.finfo(sf.dtype).tiny
-    k = torch.where(far, k.broadcast_to(sf.shape), 0.0)
-    first = law.log_prob(k + 1)
-    ratio = (law.log_prob(k + 2) - first).clamp(max=-1e-3).exp()
-    return torch.where(far, first - torch.log1p(-ratio), torch.where(far, 1.0, sf).log())
-
-
-def _log_cdf(law: CountLaw, k: Tensor) -> Tensor:
-    """Logarithm of the probability of k or fewer; where that underflows, as :func:`_log_sf`."""
-    cdf = law.cdf(k)
-    far = cdf < 4 * torch.finfo(cdf.dtype).tiny
-    k = torch.where(far, k.broadcast_to(cdf.shape), 1.0)
-    first = law.log_prob(k)
-    ratio = (law.log_prob((k - 1).clamp(min=0)) - first).clamp(max=-1e-3).exp()
-    return torch.where(far, first - torch.log1p(-ratio), torch.where(far, 1.0, cdf).log())
+    possible = (first <= last) & first.isfinite()
+    first, last = torch.where(possible, first, 0.0), torch.where(possible, last, 0.0)
+    return law.log_between(first, last).masked_fill(~possible, -math.inf)

@@ -5,14 +5,16 @@ Those of torch lose up to seven digits in double precision, and there is no inco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from pyro_mdn.distributions.families.counts.log_probabilities import log_negative_binomial, log_poisson
+from pyro_mdn.tensors.numerics import as_before, in_double
 
 __all__ = ["beta_tail", "gamma_tail"]
 
@@ -20,21 +22,22 @@ Array = NDArray[np.float64]
 
 
 def gamma_tail(n: Tensor, rate: Tensor, *, upper: bool) -> Tensor:
-    """Probability that a Poisson variable is less than n, or at least n, differentiable once in the rate.
+    """Probability that a Poisson variable is less than n, or at least n, differentiable in the rate.
 
     Args:
         n: Integers; at 0 and below, nothing is less.
         rate: Rates.
         upper: Whether to compute the probability of less than n, the upper tail of a gamma distribution.
     """
-    result: Any = _GammaTail.apply(n, rate, upper)
+    result: Any = _Tail.apply(_poisson, _slopes_of_poisson, upper, n, rate)
     return result
 
 
 def beta_tail(n: Tensor, shape: Tensor, rate: Tensor, *, upper: bool) -> Tensor:
-    """Probability that a negative binomial variable is less than n, or at least n, differentiable once.
+    """Probability that a negative binomial variable is less than n, or at least n, differentiable.
 
-    Derivatives with respect to the shape are central differences, of which about 10 digits are right.
+    Derivatives with respect to the shape are differences over a small step, of which about 11 digits are right, and of
+    second derivatives 7.
 
     Args:
         n: Integers; at 0 and below, nothing is less.
@@ -42,50 +45,71 @@ def beta_tail(n: Tensor, shape: Tensor, rate: Tensor, *, upper: bool) -> Tensor:
         rate: Means.
         upper: Whether to compute the probability of less than n, the upper tail of a beta distribution.
     """
-    result: Any = _BetaTail.apply(n, shape, rate, upper)
+    result: Any = _Tail.apply(_negative_binomial, _slopes_of_negative_binomial, upper, n, shape, rate)
     return result
 
 
-class _GammaTail(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, n: Tensor, rate: Tensor, upper: bool) -> Tensor:
-        ctx.save_for_backward(n, rate)
-        ctx.upper = upper
-        return _computed(lambda n, rate: _poisson(n, rate, upper=upper), n, rate)
+class _Tail(torch.autograd.Function):
+    """An elementwise function of arrays, in double precision, with derivatives in torch, for all of its transforms."""
 
     @staticmethod
-    @once_differentiable
+    def forward(function: Any, slopes: Any, upper: bool, *tensors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        arrays = [tensor.detach().cpu().double().numpy() for tensor in tensors]
+        with np.errstate(all="ignore"):
+            result = np.asarray(function(*arrays, upper=upper))
+        return as_before(torch.from_numpy(result), tensors[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, ctx.slopes, ctx.upper, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n, rate = ctx.saved_tensors
-        density = _computed(lambda n, rate: _poisson(n, rate, upper=True) - _poisson(n - 1, rate, upper=True), n, rate)
-        slope = -density if ctx.upper else density
-        return None, (grads[0] * slope).sum_to_size(rate.shape), None
-
-
-class _BetaTail(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, n: Tensor, shape: Tensor, rate: Tensor, upper: bool) -> Tensor:
-        ctx.save_for_backward(n, shape, rate)
-        ctx.upper = upper
-        return _computed(lambda n, shape, rate: _negative_binomial(n, shape, rate, upper=upper), n, shape, rate)
+        slopes, parameters = ctx.slopes(*ctx.saved_tensors, upper=ctx.upper), ctx.saved_tensors[1:]
+        found = [(grads[0] * slope).sum_to_size(p.shape) for slope, p in zip(slopes, parameters, strict=True)]
+        return None, None, None, None, *found
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n, shape, rate = ctx.saved_tensors
-        sign = -1.0 if ctx.upper else 1.0
-        by_rate = _computed(_slope_of_beta, n, shape, rate)
-        by_shape = _computed(_difference_of_beta, n, shape, rate)
-        of_shape, of_rate = (grads[0] * slope * sign for slope in (by_shape, by_rate))
-        return None, of_shape.sum_to_size(shape.shape), of_rate.sum_to_size(rate.shape), None
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        slopes = ctx.slopes(*ctx.saved_tensors, upper=ctx.upper)
+        total: Any = sum(s * t for s, t in zip(slopes, tangents[4:], strict=True) if t is not None)
+        return total
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *given: Any) -> tuple[Any, int]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        tensors = [t if dim is None else t.movedim(dim, 0) for t, dim in zip(given[3:], in_dims[3:], strict=True)]
+        mapped = [dim is not None for dim in in_dims[3:]]
+        # The mapped dimension stays in front where a tensor has fewer dimensions than others.
+        ndim = max(t.ndim + (not first) for t, first in zip(tensors, mapped, strict=True))
+        aligned = [
+            t.reshape(len(t), *(1,) * (ndim - t.ndim), *t.shape[1:]) if first else t
+            for t, first in zip(tensors, mapped, strict=True)
+        ]
+        return _Tail.apply(*given[:3], *aligned), 0
 
 
-def _computed(function: Callable[..., Array], *tensors: Tensor) -> Tensor:
-    """Apply a function of arrays in double precision, on the CPU."""
-    arrays = [tensor.detach().double().cpu().numpy() for tensor in tensors]
-    with np.errstate(all="ignore"):
-        result = np.asarray(function(*arrays))
-    return torch.from_numpy(result).to(tensors[-1])
+def _slopes_of_poisson(n: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor]:
+    """Derivative of :func:`gamma_tail` by the rate."""
+    slope = torch.where(n > 0, log_poisson(n - 1, rate).exp(), 0.0)
+    return [-slope if upper else slope]
+
+
+_STEP = 1e-4
+
+
+def _slopes_of_negative_binomial(n: Tensor, shape: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor]:
+    """Derivatives of :func:`beta_tail` by the shape and the mean."""
+    # Counts that are weighted by the rate of which they were drawn are negative binomial again.
+    by_rate = torch.where(n > 0, log_negative_binomial(n - 1, shape + 1, rate * (1 + 1 / shape)).exp(), 0.0)
+    wide = [in_double(tensor) for tensor in (n, shape, rate)]
+    total = torch.zeros_like(wide[1])
+    for steps, coefficient in ((1, 8.0), (2, -1.0)):
+        for sign in (1, -1):
+            end = beta_tail(wide[0], wide[1] * (1 + sign * steps * _STEP), wide[2], upper=upper)
+            total = total + sign * coefficient * end
+    return [as_before(total / (12 * _STEP * wide[1]), shape), -by_rate if upper else by_rate]
 
 
 def _poisson(n: Array, rate: Array, *, upper: bool) -> Array:
@@ -100,22 +124,3 @@ def _negative_binomial(n: Array, shape: Array, rate: Array, *, upper: bool) -> A
 
     function = special.betaincc if upper else special.betainc
     return np.where(n > 0, function(np.maximum(n, 1), shape, rate / (shape + rate)), 0.0 if upper else 1.0)
-
-
-def _slope_of_beta(n: Array, shape: Array, rate: Array) -> Array:
-    """Derivative of the probability of at least n by the mean."""
-    from scipy import special
-
-    m = np.maximum(n, 1)
-    share = rate / (shape + rate)
-    log_density = special.xlogy(m - 1, share) - (shape + 1) * np.log1p(rate / shape) - special.betaln(m, shape)
-    return np.where(n > 0, np.exp(log_density) / shape, 0.0)
-
-
-_STEP = 1e-5
-
-
-def _difference_of_beta(n: Array, shape: Array, rate: Array) -> Array:
-    """Derivative of the probability of at least n by the shape."""
-    ends = [_negative_binomial(n, shape * (1 + step), rate, upper=False) for step in (_STEP, -_STEP)]
-    return (ends[0] - ends[1]) / (2 * _STEP * shape)

@@ -15,7 +15,8 @@ from torch.nn.functional import logsigmoid
 from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, folded, not_closed
 from pyro_mdn.distributions.families.zeros.atom_marginals import AtomMarginals
 from pyro_mdn.distributions.marginals import Marginals
-from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
+from pyro_mdn.distributions.units.units import without_ends
 from pyro_mdn.tensors.tensor_batch import stored, take_component
 from pyro_mdn.tensors.univariate import Law
 
@@ -40,8 +41,7 @@ class AtomComponents(DerivedComponents):
 
     @property
     def support(self) -> constraints.Constraint:
-        low = self.base.lowest
-        return constraints.independent(constraints.greater_than_eq(low.squeeze(-2) if low.ndim > 1 else low), 1)
+        return constraints.independent(constraints.greater_than_eq(self._low()), 1)
 
     @property
     def lowest(self) -> Tensor:
@@ -56,15 +56,8 @@ class AtomComponents(DerivedComponents):
 
     def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
         if is_validation_enabled():
-            low = self._low()
-            if isinstance(value, Targets):
-                ends = (value.kinds() == EXACT) & (value.lower == low)
-                others: TargetsOrTensor = Targets(
-                    value.lower.masked_fill(ends, -torch.inf), value.upper.masked_fill(ends, torch.inf)
-                )
-            else:
-                others = value.masked_fill(value == low, torch.nan)
-            self.base.pulled_back(others)  # raises an error for values outside of the support
+            # An error for values outside of the support.
+            self.base.pulled_back(without_ends(value, self._low()))
         return self, value, None
 
     # Batches
@@ -105,12 +98,11 @@ class AtomComponents(DerivedComponents):
     # Moments
 
     def mean(self) -> Tensor:
-        share = self.logit.sigmoid()
-        return share * self.base.lowest + (1 - share) * self.base.mean()
+        return self.logit.sigmoid() * self.base.lowest + (-self.logit).sigmoid() * self.base.mean()
 
     def variance(self) -> Tensor:
-        share, distance = self.logit.sigmoid(), self.base.mean() - self.base.lowest
-        return (1 - share) * (self.base.variance() + share * distance.square())
+        distance = self.base.mean() - self.base.lowest
+        return (-self.logit).sigmoid() * (self.base.variance() + self.logit.sigmoid() * distance.square())
 
     def stddev(self) -> Tensor:
         return self.variance().sqrt()
@@ -126,10 +118,6 @@ class AtomComponents(DerivedComponents):
         others = joint + logsigmoid(-self.logit).mT
         rest = others.logsumexp(-1)
         return AtomMarginals(self.base.output_marginals(others - rest.unsqueeze(-1)), zero, rest, self._low())
-
-    def condition(self, values: Tensor) -> Self:
-        shape = torch.broadcast_shapes(values.shape[:-1], self.locs.shape[:-2])
-        return self.marginal(range(values.shape[-1], self.dim)).over_batch(shape)
 
     def affine(self, shift: Tensor, scale: Tensor) -> Self:
         return replace(self, base=self.base.affine(shift, scale))

@@ -47,13 +47,16 @@ class AtomMarginals(Marginals):
 
     def log_cdf(self, value: Tensor) -> Tensor:
         level = torch.logaddexp(self.log_zero, self.log_rest + self.inner.log_cdf(value))
-        above = torch.log1p(-self.sf(value).clamp(max=0.5))
-        level = torch.where(self.sf(value) < 0.5, above, level)
+        above = self.sf(value)
+        level = torch.where(above < 0.5, torch.log1p(-above.clamp(max=0.5)), level)
         return torch.where(value < self.low, -math.inf, torch.where(value.isnan(), value, level))
 
     def log_sf(self, value: Tensor) -> Tensor:
         level = torch.where(value < self.low, 0.0, self.log_rest + self.inner.log_sf(value))
         return torch.where(value.isnan(), value, level)
+
+    def log_sf_from(self, value: Tensor) -> Tensor:
+        return torch.where(value <= self.low, 0.0, self.log_sf(value))
 
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         return self.log_between(centre - half, centre + half)
@@ -64,14 +67,19 @@ class AtomMarginals(Marginals):
         return torch.where(inside, torch.logaddexp(others, self.log_zero), others)
 
     def quantile(self, q: Tensor) -> Tensor:
-        level, above = ((q - self._zero) / self._rest).clamp(0, 1), ((1 - q) / self._rest).clamp(max=1)
-        # The nearer tail has the digits.
-        other = torch.where(level < 0.5, self.inner.quantile(level), self.inner.upper_quantile(above))
-        return torch.where(q <= self._zero, self.low, other)
+        at_end = q <= self._zero
+        # Other numbers keep NaN out of the gradients of what is not used. The nearer tail has the digits.
+        rest = torch.where(at_end, 1.0, self._rest)
+        level, above = (q - self._zero) / rest, (1 - q) / rest
+        lower = level < 0.5
+        low = self.inner.quantile(torch.where(lower & ~at_end, level, 0.5))
+        high = self.inner.upper_quantile(torch.where(lower | at_end, 0.5, above))
+        return torch.where(at_end, self.low, torch.where(lower, low, high))
 
     def upper_quantile(self, q: Tensor) -> Tensor:
-        level = (q / self._rest).clamp(max=1)
-        return torch.where(q >= self._rest, self.low, self.inner.upper_quantile(level))
+        at_end = q >= self._rest
+        level = torch.where(at_end, 0.5, q) / torch.where(at_end, 1.0, self._rest)
+        return torch.where(at_end, self.low, self.inner.upper_quantile(level))
 
     def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("intervals beside a point mass have no derivatives")
@@ -108,14 +116,11 @@ class AtomMarginals(Marginals):
     def crps(self, value: Tensor) -> Tensor:
         r"""Score of a mixture of a point mass and a distribution above it.
 
-        .. math:: \pi |y - l| + (1 - \pi) E|X - y| - \pi (1 - \pi) E|X - l| - \tfrac12 (1 - \pi)^2 E|X - X'|
+        .. math:: \pi |y - l| + \pi (1 - \pi) \left( 2 E[(y - X)^+] - (y - l) \right) + (1 - \pi)^2 \mathrm{CRPS}_X(y)
         """
-        zero, rest, inner = self._zero, self._rest, self.inner
-        distance = inner.expected_below(value) + inner.expected_above(value)
-        half_difference = distance - inner.crps(value)
-        from_zero = inner.expected_above(self.low.expand(zero.shape))
-        score = zero * (value - self.low).abs() + rest * distance
-        return score - zero * rest * from_zero - rest.square() * half_difference
+        zero, rest, distance = self._zero, self._rest, value - self.low
+        beside = 2 * self.inner.expected_below(value) - distance  # how much further X is from y than from l
+        return zero * distance.abs() + zero * rest * beside + rest.square() * self.inner.crps(value)
 
     @property
     def _zero(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -45,6 +45,10 @@ class _WithZeros(Family):
         require_uncorrelated(base.noise)
         object.__setattr__(self, "family", base)
         object.__setattr__(self, "noise", base.noise)
+
+    @classmethod
+    def with_noise(cls, noise: NoiseModel) -> Self:
+        return cls(NegativeBinomial(noise))
 
     @property
     def base(self) -> Family:
@@ -106,17 +110,18 @@ class ZeroInflated(_WithZeros):
 
 @dataclass(frozen=True)
 class Hurdle(_WithZeros):
-    r"""Counts of which zero has its own probability, larger or smaller than that of a law of counts.
+    r"""Targets of which zero has its own probability, larger or smaller than that of a law of counts.
 
     .. math:: P_k(0) = \pi_k, \qquad P_k(y) = \frac{1 - \pi_k}{1 - q_k(0)} \, q_k(y) \; \text{for} \; y > 0
 
-    The network predicts the probability π for each component and output.
+    The network predicts the probability π for each component and output. With a family that is none of counts, q(0) is
+    0: this is then the same as :class:`ZeroInflated`, and needs a target transform with a lower end.
 
     Args:
-        family: Family q of the counts, or its name.
+        family: Family q, or its name: of counts, or with independent outputs.
 
     Raises:
-        ValueError: If it is no family of counts.
+        ValueError: If it is none of these.
 
     References:
         Mullahy (1986), Specification and testing of some modified count data models.

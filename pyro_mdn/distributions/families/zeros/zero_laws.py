@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyro_mdn.distributions.families.counts.count_law import CountLaw, smallest_count
+from pyro_mdn.support.checks import require_unmapped
+from pyro_mdn.tensors.numerics import as_before, in_double
 from pyro_mdn.tensors.tensor_batch import nested, stored
 
 __all__ = ["HurdleLaw", "InflatedLaw", "ZeroLaw"]
@@ -29,8 +31,11 @@ class ZeroLaw(CountLaw):
     logit: Tensor = stored(1)
 
     @abstractmethod
+    def _log_rest(self) -> Tensor:
+        """Logarithm of the probability of the positive counts, over that under the other law."""
+
     def _rest(self) -> Tensor:
-        """Probability of the positive counts, over that under the other law."""
+        return self._log_rest().exp()
 
     def mean(self) -> Tensor:
         return self._rest() * self.base.mean()
@@ -40,12 +45,22 @@ class ZeroLaw(CountLaw):
         square = self.base.variance() + mean.square()
         return self._rest() * square - (self._rest() * mean).square()
 
+    def bulk(self) -> tuple[Tensor, Tensor]:
+        return self.base.bulk()
+
     def cdf(self, k: Tensor) -> Tensor:
-        positive = self._rest() * (self.base.cdf(k) - self.base.cdf(torch.zeros_like(k)))
-        return torch.where(k < 0, 0.0, self.log_prob(torch.zeros_like(k)).exp() + positive)
+        zero = torch.zeros_like(k)
+        positive = self._rest() * self.base.between(zero + 1, torch.maximum(k, zero))
+        return torch.where(k < 0, 0.0, self.log_prob(zero).exp() + positive)
 
     def sf(self, k: Tensor) -> Tensor:
         return torch.where(k < 0, 1.0, self._rest() * self.base.sf(k))
+
+    def log_between(self, first: Tensor, last: Tensor) -> Tensor:
+        some, zero = last > 0, torch.zeros_like(first)
+        positive = self.base.log_between(first.clamp(min=1), torch.where(some, last, 1.0))
+        positive = (self._log_rest() + positive).masked_fill(~some, -torch.inf)
+        return torch.where(first > 0, positive, torch.logaddexp(positive, self.log_prob(zero)))
 
     def mean_up_to(self, k: Tensor) -> Tensor:
         return self._rest() * self.base.mean_up_to(k)
@@ -63,11 +78,11 @@ class ZeroLaw(CountLaw):
 class InflatedLaw(ZeroLaw):
     """Law that is zero with a probability, and follows another law, which may be zero too, otherwise."""
 
-    def _rest(self) -> Tensor:
-        return (-self.logit).sigmoid()
+    def _log_rest(self) -> Tensor:
+        return logsigmoid(-self.logit)
 
     def log_prob(self, k: Tensor) -> Tensor:
-        counted = logsigmoid(-self.logit) + self.base.log_prob(k)
+        counted = self._log_rest() + self.base.log_prob(k)
         return torch.where(k > 0, counted, torch.logaddexp(logsigmoid(self.logit), counted))
 
     def draw(self) -> Tensor:
@@ -82,21 +97,23 @@ class InflatedLaw(ZeroLaw):
 class HurdleLaw(ZeroLaw):
     """Law that is zero with a probability, and otherwise follows another law given that this is not zero."""
 
-    def _rest(self) -> Tensor:
-        return (logsigmoid(-self.logit) - self._log_positive()).exp()
+    def _log_rest(self) -> Tensor:
+        return logsigmoid(-self.logit) - self._log_positive()
 
     def log_prob(self, k: Tensor) -> Tensor:
         some = k > 0
-        counted = self.base.log_prob(torch.where(some, k, 1.0)) - self._log_positive() + logsigmoid(-self.logit)
+        counted = self._log_rest() + self.base.log_prob(torch.where(some, k, 1.0))
         return torch.where(some, counted, logsigmoid(self.logit))
 
     @torch.no_grad()
     def draw(self) -> Tensor:
+        require_unmapped("sample", *self.tensors())
         shape = torch.broadcast_shapes(self.base.mean().shape, self.logit.shape)
-        base, positive = self.base.map(lambda t, n: t.double()), self._log_positive().double().exp()
+        base, positive = self.base.map(lambda t, n: in_double(t)), in_double(self._log_positive()).exp()
         above = positive * torch.rand(shape, dtype=positive.dtype, device=positive.device)
         guess = (base.mean() + 6 * base.variance().sqrt() + 4).expand(shape)
-        draws = smallest_count(lambda k: base.sf(k) <= above, guess).clamp(min=1).to(self.logit.dtype)
+        draws = smallest_count(lambda k: base.sf(k) <= above, guess).clamp(min=1)
+        draws = as_before(draws, self.logit)
         return torch.where(torch.rand_like(draws) < self.logit.sigmoid(), 0.0, draws)
 
     def _log_positive(self) -> Tensor:

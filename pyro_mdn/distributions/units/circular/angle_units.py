@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import INTERVAL, Targets, TargetsOrTensor
@@ -42,16 +41,12 @@ class AngleUnits(Units):
 
     def standardize(self, y: Tensor) -> Tensor:
         """Convert targets to standardised units, angles to those within half a turn of 0."""
-        if is_validation_enabled():
-            self.require_inside(y, "y")
         return self.line.standardize(self.circles.around(y, self.standard.shift))
 
     def images(self, y: Tensor) -> Tensor:
         """Convert targets ``(*sample, *batch, D)`` to their images in standardised units, ``(images, ..., D)``."""
         offsets = self.circles.offsets(y)
         offsets = offsets.reshape(len(offsets), *(1,) * (y.ndim - 1), -1)
-        if is_validation_enabled():
-            self.require_inside(y, "y")
         return self.line.standardize(y) + offsets / self.unit
 
     def nearest(self, locs: Tensor) -> Tensor:
@@ -90,6 +85,9 @@ class AngleUnits(Units):
         """Put intervals of angles back after noise, which may have moved their ends to different turns."""
         kept = self.circles.is_angle(y.lower) & (y.kinds() == INTERVAL)
         return Targets(torch.where(kept, y.lower, moved.lower), torch.where(kept, y.upper, moved.upper))
+
+    def points(self, y: Targets) -> Tensor:
+        return self.line.points(y)
 
     def require_inside(self, y: TargetsOrTensor, name: str, given: Any = None) -> None:
         self.circles.require_inside(y, name, given)

@@ -77,7 +77,7 @@ class WrappedComponents(DerivedComponents):
         return self.base.inner
 
     def to_inner(self, value: Tensor) -> Tensor:
-        not_closed("transport to and from uniforms", self, "marginals have cdf and icdf; draws are without gradients")
+        not_closed("transport to and from uniforms", self, "marginals have cdf and icdf")
 
     def from_inner(self, value: Tensor) -> Tensor:
         return self.circles.wrap(self.base.from_inner(value))
