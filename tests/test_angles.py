@@ -172,6 +172,43 @@ def test_gradients(noise):
     assert_close(log_prob(bias, y), by_head(bias, y), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("size", [3, 7])  # as many mixtures as there are images, too
+@pytest.mark.parametrize("noise", [Full(), None], ids=["full", "diagonal"])
+def test_points_of_fewer_dimensions_than_the_batch(size, noise):
+    """Points ``(N, D)`` stand for all S mixtures of a batch ``(S, N)``: the images are no dimension of the batch."""
+    head, features = make_head(["angle", "log"], 2, noise=noise), torch.randn(size, 4, 4, dtype=torch.float64)
+    mixture = head(features)
+    y = mixture.sample()[0]
+    partial = y.clone()
+    partial[0, 0], partial[1, 1] = torch.nan, torch.nan
+    intervals = Targets.censored(y, left=y == y[2], right=y == y[3])
+    for value in (y, partial, intervals, y[0], partial[0]):
+        whole = value.expand(*mixture.batch_shape, 2)
+        for function in (
+            mixture.log_prob,
+            mixture.component_log_prob,
+            mixture.responsibilities,
+            lambda v: head.log_density(head.split(head.channels(features), None), v, head.units),
+        ):
+            assert_close(function(value), function(whole))
+    for dims in ([0], [1]):
+        for values in (y[:, dims], partial[:, dims], y[0, dims]):
+            short, whole = (mixture.condition(v, dims) for v in (values, values.expand(*mixture.batch_shape, 1)))
+            rest = y[:, [1 - dims[0]]]
+            assert_close(short.log_prob(rest), whole.log_prob(rest.expand(*mixture.batch_shape, 1)))
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_members_have_the_density_of_their_networks(size):
+    """The units of members have a dimension more than those of one network."""
+    x, y, _ = simulated(50)
+    x, rows = torch.from_numpy(x).float(), torch.from_numpy(np.concatenate([y, np.exp(x)], 1)).float()
+    ensemble = DeepEnsemble(MixtureDensityNetwork(1, 2, n_components=2, target_transform=["angle", "log"]), size=size)
+    fit(ensemble, x, rows, max_epochs=1, progress=False)
+    expected = torch.stack([ensemble.member(i)(x).log_prob(rows) for i in range(size)])
+    assert_close(ensemble.members(x).log_prob(rows), expected, rtol=1e-4, atol=1e-4)
+
+
 # Several outputs
 
 

@@ -9,7 +9,7 @@ from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import INTERVAL, Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.circular.circles import Circles
+from pyro_mdn.distributions.units.circular.circles import Circles, in_batch
 from pyro_mdn.distributions.units.circular.wrapped import wrapped_components
 from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
@@ -46,16 +46,12 @@ class AngleUnits(Units):
             self.require_inside(y, "y")
         return self.line.standardize(self.circles.around(y, self.standard.shift))
 
-    def images(self, y: Tensor) -> Tensor:
-        """Convert targets ``(*sample, *batch, D)`` to their images in standardised units, ``(images, ..., D)``."""
-        offsets = self.circles.offsets(y)
-        offsets = offsets.reshape(len(offsets), *(1,) * (y.ndim - 1), -1)
+    def images(self, y: Tensor, batch_dims: int) -> Tensor:
         if is_validation_enabled():
             self.require_inside(y, "y")
-        return self.line.standardize(y) + offsets / self.unit
+        return self.circles.images(self.line.standardize(in_batch(y, batch_dims)), self.unit)
 
     def nearest(self, locs: Tensor) -> Tensor:
-        """Move standardised locations ``(*batch, K, D)`` of angles by whole turns into their periods."""
         shift, unit = self.standard.shift.unsqueeze(-2).to(locs), self.unit.unsqueeze(-2).to(locs)
         centres = (self.circles.centres(locs) - shift) / unit
         return self.circles.around(locs, centres, self.circles.periods(locs) / unit)

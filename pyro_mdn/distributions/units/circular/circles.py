@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, Targets
 from pyro_mdn.support.arrays import refuse
 from pyro_mdn.support.checks import is_known
 
-__all__ = ["TURNS", "Circle", "Circles", "wrapped_into"]
+__all__ = ["TURNS", "Circle", "Circles", "in_batch", "wrapped_into"]
+
+V = TypeVar("V", Tensor, Targets)
 
 TURNS = 3
 """Whole turns to each side that images go to."""
@@ -122,11 +124,20 @@ class Circles:
             [[n * p for n, p in zip(turns, periods, strict=True)] for turns in itertools.product(*steps)]
         )
 
-    def images(self, value: TargetsOrTensor) -> TargetsOrTensor:
-        """Return the images of points, ``(images, ..., D)``."""
+    def images(self, value: V, unit: Tensor | float = 1.0) -> V:
+        """Return the images of points, ``(images, ..., D)``.
+
+        The points must have all dimensions of their batch of mixtures, as :func:`in_batch` gives them: otherwise the
+        dimension of images would be taken for one of the batch.
+
+        Args:
+            value: Points ``(..., D)``.
+            unit: Unit of the points, which broadcasts with them.
+        """
         offsets = self.offsets(value if isinstance(value, Tensor) else value.lower)
-        offsets = offsets.reshape(len(offsets), *(1,) * (value.ndim - 1), -1)
-        return value.limits(lambda t: t + offsets) if isinstance(value, Targets) else value + offsets
+        offsets = offsets.reshape(len(offsets), *(1,) * (value.ndim - 1), -1) / unit
+        result: Any = value.limits(lambda t: t + offsets) if isinstance(value, Targets) else value + offsets
+        return result
 
     def log_share(self, value: TargetsOrTensor) -> Tensor:
         """Say which images count: 0 for those that do, and otherwise minus infinity, ``(images, ...)``.
@@ -185,6 +196,13 @@ class Circles:
         single = torch.zeros_like(outside)
         single[..., d] = outside[..., d]
         refuse(shown, single, name, f"numbers between {circle.start:g} and {circle.end:g}", given)
+
+
+def in_batch(value: V, batch_dims: int) -> V:
+    """Give points ``(..., D)`` the dimensions of a batch, so that one of images before them is none of the batch."""
+    missing_dims = max(0, batch_dims - (value.ndim - 1))
+    result: Any = value.reshape(*(1,) * missing_dims, *value.shape)
+    return result
 
 
 def wrapped_into(value: Tensor, start: Tensor | float, period: float) -> Tensor:

@@ -21,7 +21,7 @@ from pyro_mdn.distributions.families.components import (
 )
 from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.circular.circles import Circles
+from pyro_mdn.distributions.units.circular.circles import Circles, in_batch
 from pyro_mdn.distributions.units.circular.circular_marginals import CircularMarginals
 from pyro_mdn.distributions.units.circular.columns import MarginalsByColumn
 from pyro_mdn.distributions.units.circular.directions import direction_and_spread
@@ -86,6 +86,7 @@ class WrappedComponents(DerivedComponents):
         """Change variables; values and what the change adds have a dimension of images first."""
         if is_validation_enabled():
             self.circles.require_inside(value, "value")
+        value = in_batch(value, self.base.locs.ndim - 2)
         share = self.circles.log_share(value)
         closed = self.circles.closed(value) if isinstance(value, Targets) else value
         base, images, log_slope = self.base.pulled_back(self.circles.images(closed))
@@ -187,6 +188,7 @@ class WrappedComponents(DerivedComponents):
         known = self.circles.marginal(range(n))
         if not known.angles or self.has_independent_outputs:
             return None
+        values = in_batch(values, self.base.locs.ndim - 2)
         base, images, log_share = self.marginal(range(n)).pulled_back(values)
         turned = known.images(values)
         assert isinstance(images, Tensor)
