@@ -18,7 +18,7 @@ from pyro_mdn.support.checks import is_known
 
 __all__ = ["TURNS", "Circle", "Circles", "in_batch", "wrapped_into"]
 
-V = TypeVar("V", Tensor, Targets)
+V = TypeVar("V", bound=TargetsOrTensor)
 
 TURNS = 3
 """Whole turns to each side that images go to."""

@@ -192,7 +192,6 @@ class WrappedComponents(DerivedComponents):
         base, images, log_share = self.marginal(range(n)).pulled_back(values)
         turned = known.images(values)
         assert isinstance(images, Tensor)
-        assert isinstance(turned, Tensor)
         assert log_share is not None
         joint = logits + base.log_prob(images) + log_share.unsqueeze(-1)
         rest = self.base.condition(turned).pooled(joint.shape, 0)
