@@ -22,6 +22,7 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets
+from pyro_mdn.distributions.quantiles import central_quantile
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -231,6 +232,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def predict_quantiles(self, X: Any, quantiles: Any = (0.05, 0.5, 0.95)) -> np.ndarray:
         """Predict quantiles of each output, ``(N, Q, D)``, or ``(N, D)`` if ``quantiles`` is a single number.
 
+        Those of angles are counted from the angle opposite to the mean direction.
+
         Args:
             X: Inputs ``(N, n_features)``.
             quantiles: Q probabilities in (0, 1), or a single one.
@@ -241,7 +244,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         levels = torch.tensor(np.asarray(quantiles, dtype=np.float64), device="cpu")
         if levels.ndim > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"quantiles: expected probabilities in (0, 1), one or a sequence, got {shown(quantiles)}")
-        points = self.predict_distribution(X).icdf(levels.reshape(-1, 1, 1)).movedim(0, 1)
+        points = central_quantile(self.predict_distribution(X), levels.reshape(-1, 1, 1)).movedim(0, 1)
         return self._shaped(points if levels.ndim else points.squeeze(1))
 
     def predict_interval(
@@ -291,8 +294,15 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return -self.score(X, y, sample_weight)
 
     def r2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Compute R² of the predicted means over the observed rows, as the mean over outputs."""
-        mean = self.predict_distribution(X).mean
+        """Compute R² of the predicted means over the observed rows, as the mean over outputs.
+
+        Raises:
+            NotImplementedError: If an output is an angle, of which means and squared differences depend on where the
+                period begins.
+        """
+        mixture = self.predict_distribution(X)
+        mixture.components.require_line("r2_score", "score and scores.crps judge angles")
+        mean = mixture.mean
         target = as_targets(y, *mean.shape)
         weight = None if sample_weight is None else as_weight(sample_weight, len(mean)).numpy()
         values = []

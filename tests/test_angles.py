@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -27,6 +28,7 @@ from pyro_mdn import (
     Normal,
     NormalComponents,
     PerOutput,
+    Prediction,
     StudentT,
     Targets,
     bayesianize,
@@ -39,6 +41,7 @@ from pyro_mdn import (
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
 from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents, wrapped_components
+from pyro_mdn.sklearn import MDNRegressor
 
 TURN = 2 * math.pi
 FAMILIES = {"normal": Normal(), "student_t": StudentT(df=30.0), "laplace": Laplace()}
@@ -438,6 +441,38 @@ def test_arcs_go_across_the_cut():
     opposite = lower - (lower - mixture.mean - math.pi) % TURN
     for ends in ((opposite, lower), (upper, opposite + TURN)):
         assert_close(decisions.probability_between(mixture, *ends).item(), 0.05)
+
+
+def test_quantiles_of_predictions_do_not_depend_on_the_cut():
+    """Quantiles that people read are counted from the angle opposite to the mean; those of lengths are the usual."""
+    mixture = make_mixture(["angle", "log"], (6,), dim=2, noise=Full())
+    locs = mixture.components.base.base.locs
+    turned = replace(mixture.components.base.base, locs=locs + torch.tensor([3.0, 0.0]).double())
+    base = replace(mixture.components.base, base=turned)
+    shifted = mixture.with_components(wrapped_components(base, mixture.components.circles))
+    levels = [0.05, 0.5, 0.95]
+    points, others = (Prediction(m).quantiles(levels) for m in (mixture, shifted))
+    assert_close(np.exp(1j * (points[..., 0] + 3.0)), np.exp(1j * others[..., 0]), rtol=0, atol=1e-8)
+    assert_close(points[..., 1], np.stack([mixture.icdf(q)[:, 1].numpy() for q in levels], 1))
+    assert np.abs(points[..., 0]).max() <= math.pi
+    lower, upper = (end.numpy() for end in mixture.interval(0.9))
+    assert_close(np.exp(1j * points[:, [0, 2], 0]), np.exp(1j * np.stack([lower[:, 0], upper[:, 0]], 1)))
+    half = torch.from_numpy(points[:, 1, :1])
+    opposite = mixture.mean[:, :1] - math.pi
+    to_median = decisions.probability_between(mixture.marginal(0), opposite, opposite + (half - opposite) % TURN)
+    assert_close(to_median, torch.full_like(half, 0.5))
+    frame = Prediction(mixture).to_frame(levels)
+    np.testing.assert_array_equal(frame["y0", "0.5"], points[:, 1, 0])
+
+
+def test_regressor_of_directions():
+    x, y, _ = simulated(200)
+    model = MDNRegressor(hidden_dim=(8,), target_transform="angle", max_epochs=5, random_state=0).fit(x, y)
+    mixture = model.predict_distribution(x)
+    assert_close(model.predict_quantiles(x, [0.1, 0.5]), Prediction(mixture).quantiles([0.1, 0.5]))
+    assert math.isfinite(model.score(x, y))
+    with pytest.raises(NotImplementedError, match="r2_score: not closed for WrappedComponents components; score"):
+        model.r2_score(x, y)
 
 
 def test_shortest_arcs_have_derivatives():

@@ -79,6 +79,10 @@ class Marginals(ABC):
             Probabilities below and above them, and their lower and upper ends, ``(*batch, D)`` each.
         """
 
+    def central_quantile(self, q: Tensor) -> Tensor:
+        """Quantile at probability q; that of an angle is counted from the angle opposite to its mean direction."""
+        return self.quantile(q)
+
     def central_interval(self, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Lower and upper ends of intervals with a probability ``(*batch, D)`` on each side."""
         return self.quantile(tail), self.upper_quantile(tail)

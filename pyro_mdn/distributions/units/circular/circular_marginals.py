@@ -152,11 +152,18 @@ class CircularMarginals(Marginals):
 
     # Arcs
 
+    def central_quantile(self, q: Tensor) -> Tensor:
+        return wrapped_into(self._opened().quantile(q), self.circle.start, self.period)
+
     def central_interval(self, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Ends of arcs with probability ``tail`` on each side, between them and the angle opposite to the mean."""
-        cut = direction_and_spread(self.wrapped.line, self.circle)[0] - 0.5 * self.period
-        opened = CircularMarginals(self.wrapped.line, self.circle, self.components, start=cut)
+        opened = self._opened()
         return self._begun(opened.quantile(tail), opened.upper_quantile(tail))
+
+    def _opened(self) -> CircularMarginals:
+        """The same with distribution functions that start opposite to the mean direction."""
+        cut = direction_and_spread(self.wrapped.line, self.circle)[0] - 0.5 * self.period
+        return CircularMarginals(self.wrapped.line, self.circle, self.components, start=cut)
 
     @torch.no_grad()
     def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

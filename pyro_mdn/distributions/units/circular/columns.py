@@ -53,6 +53,9 @@ class MarginalsByColumn(Marginals):
     def upper_quantile(self, q: Tensor) -> Tensor:
         return self._each("upper_quantile", q)
 
+    def central_quantile(self, q: Tensor) -> Tensor:
+        return self._each("central_quantile", q)
+
     def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
         return self._all("log_density_by_level", value)
 
