@@ -33,8 +33,10 @@ class Angle(TargetTransform):
     wider one is needed. Other families, of which some have heavier tails, lack the probability of more than three
     turns. At most two outputs of a network may be angles.
 
-    Targets are angles from ``low`` to ``low + period``; both ends are the same angle. Their unit in standardised
-    space is a radian, and their shift is the circular mean of the training targets.
+    Targets are angles from ``low`` to ``low + period``; both ends are the same angle. Intervals are arcs of one turn at
+    most, which may go on beyond an end of the period: from 350 to 370 degrees, say. The shift of angles in standardised
+    space is the circular mean of the training targets, and their unit is a radian. With isotropic noise all outputs
+    share one unit: the root mean square of a radian and of the standard deviations of the outputs that are no angles.
 
     Args:
         period: Length of a turn in the units of y: 2π by default, 360 for degrees, 24 for hours of the day.
