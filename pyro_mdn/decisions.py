@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.distributions.quantiles import thresholds
 from pyro_mdn.support.checks import is_known, plain_number, shown
@@ -29,10 +30,14 @@ __all__ = [
     "restricted_mean",
 ]
 
+_NO_TIME = "an angle comes round again and is no time to an event; probability_between is of arcs"
+
 
 @in_widest_precision
 def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
     r"""Compute :math:`P(a \le y \le b)`, accurate also where it is small or the range narrow.
+
+    Ranges of angles are arcs of one turn at most, which may go on beyond an end of the period.
 
     Args:
         mixture: The mixture.
@@ -40,7 +45,8 @@ def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
         high: Upper end b, above the lower one; infinity for none.
 
     Raises:
-        ValueError: If a lower end is not below its upper end, or the shapes do not fit.
+        ValueError: If a lower end is not below its upper end, the shapes do not fit, or the range of an angle is more
+            than a turn, or farther than a turn from the period.
 
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
@@ -50,6 +56,8 @@ def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
     start, end = thresholds(mixture, low), thresholds(mixture, high)
     if is_known(start, end) and not bool((start < end).all()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
+    if mixture.validates:
+        mixture.components.require_inside(Targets(*torch.broadcast_tensors(start, end)), "low, high")
     return mixture.univariate().log_between(start, end).exp()
 
 
@@ -211,6 +219,7 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
 
     Raises:
         ValueError: If the shape does not fit.
+        NotImplementedError: If an output is an angle.
 
     References:
         Nelson (1972), Theory and applications of hazard plotting for censored failure data.
@@ -220,6 +229,7 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
     >>> cumulative_hazard(normal, 0.0)
     tensor([0.6931])
     """
+    mixture.components.require_line("cumulative_hazard", _NO_TIME)
     return -mixture.log_sf(value)
 
 
@@ -237,6 +247,7 @@ def hazard(mixture: Mixture, value: Any) -> Tensor:
 
     Raises:
         ValueError: If the shape does not fit.
+        NotImplementedError: If an output is an angle.
 
     References:
         Cox (1972), Regression models and life-tables.
@@ -246,5 +257,6 @@ def hazard(mixture: Mixture, value: Any) -> Tensor:
     >>> hazard(normal, torch.tensor([0.0]))
     tensor([0.7979])
     """
+    mixture.components.require_line("hazard", _NO_TIME)
     t, marginals = thresholds(mixture, value), mixture.univariate()
     return (marginals.log_prob(t) - marginals.log_sf(t)).exp()

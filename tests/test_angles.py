@@ -38,6 +38,7 @@ from pyro_mdn import (
     scores,
     uncertainty,
 )
+from pyro_mdn.calibration import coverage_table
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
 from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents, wrapped_components
@@ -367,8 +368,67 @@ def test_draws_follow_the_distribution_function(transform, family):
     circle = transform.circles(1).of_outputs[0]
     assert bool(((y >= circle.start) & (y < circle.end)).all())
     assert bool(mixture.support.check(y).all())
-    assert scipy.stats.kstest(mixture.cdf(y)[:, 0].numpy(), "uniform").pvalue > 1e-3
-    assert_close(scores.pit(mixture, y), mixture.cdf(y))
+    u = scores.pit(mixture, y)[:, 0].numpy()
+    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
+    assert scipy.stats.spearmanr(u, y[:, 0].numpy()).statistic == pytest.approx(1)
+
+
+@every_circle
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_transforms_of_cells_are_uniform_at_the_cut(transform, offset):
+    """Angles rounded to a sixth of a turn, of which a cell goes on from the end of the period at its start."""
+    circle = transform.circles(1).of_outputs[0]
+    rate = circle.period / TURN
+    mixture = normal([1.0], [circle.start + 0.2 * rate], [0.5 * rate], circle)
+    torch.manual_seed(0)
+    y, cell = mixture.sample((4000,)), circle.period / 6
+    rounded = circle.start + cell * (((y - circle.start) / cell - offset).round() + offset)
+    rounded = circle.start + (rounded - circle.start) % circle.period
+    u = scores.pit(mixture, rounded, cell)[:, 0].numpy()
+    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
+    points = torch.tensor([0.05, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
+    got = scores.mean_pit(mixture.expand((4000,)), rounded, cell, points)
+    assert_close(got[:, 0], points, rtol=0, atol=0.03)
+    drawn = torch.tensor([(u <= point).mean() for point in points.tolist()], dtype=torch.float64)
+    assert_close(got[:, 0], drawn, rtol=0, atol=0.03)
+
+
+def test_arcs_any_number_of_turns_away():
+    mixture = make_mixture("angle", (3,))
+    marginals = mixture.univariate()
+    lower, upper = torch.full((3, 1), 2.0, dtype=torch.float64), torch.full((3, 1), 4.5, dtype=torch.float64)
+    expected = marginals.log_between(lower, upper)
+    for turns in (-40, -5, 4, 40):
+        moved = (end + turns * TURN for end in (lower, upper))
+        assert_close(marginals.log_between(*moved), expected)
+    assert_close(
+        scores.interval_log_score(mixture, torch.full((3, 1), 3.0).double(), 0.5).exp().reciprocal(),
+        decisions.probability_between(mixture, 2.75, 3.25),
+    )
+
+
+@every_case
+def test_derivatives_at_the_ends_of_the_period(transform, family):
+    """They are those of points beside the ends: the ends are the same angle, at which nothing special happens."""
+    mixture, circle = make_mixture(transform, (2,), family=family), transform.circles(1).of_outputs[0]
+    ends = torch.tensor([circle.start, circle.end], dtype=torch.float64).reshape(2, 1, 1).expand(2, 2, 1)
+    density = mixture.log_prob(ends).exp().unsqueeze(-1)
+
+    def slope(function, at):
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(function(at).sum(), at)[0]
+
+    assert_close(slope(mixture.cdf, ends), density, rtol=1e-4, atol=1e-6)
+    assert_close(slope(mixture.sf, ends), -density, rtol=1e-4, atol=1e-6)
+    assert_close(slope(mixture.log_cdf, ends)[1], density[1], rtol=1e-4, atol=1e-6)
+    assert_close(slope(mixture.log_sf, ends)[0], -density[0], rtol=1e-4, atol=1e-6)
+    levels = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1).expand(2, 2, 1)
+    assert_close(slope(mixture.icdf, levels), 1 / density, rtol=1e-4, atol=1e-6)
+    step = 1e-6 * circle.period
+    beside = torch.stack([ends[0] + step, ends[1] - step])
+    for score in (scores.crps, scores.log_score):
+        values = slope(lambda y, score=score: score(mixture, y), ends)
+        assert_close(values, slope(lambda y, score=score: score(mixture, y), beside), rtol=1e-3, atol=1e-3)
 
 
 # Moments and arcs
@@ -547,8 +607,41 @@ def test_intervals_of_angles(noise):
     given = mixture.condition(y[:, 1:], 1)
     expected = [given.cdf(0.5)[0] - given.cdf(-1.0)[0], given.cdf(0.5)[1], given.sf(-1.0)[2], torch.ones(1).double()]
     assert_close(got, mixture.marginal(1).log_prob(y[:, 1:]) + torch.cat(expected).log())
-    with pytest.raises(ValueError, match=r"value: expected numbers between -3.14159 and 3.14159, got 4 in row 1, colu"):
-        mixture.log_prob(Targets.interval(y, torch.where(torch.arange(8).reshape(4, 2) == 2, 4.0, y)))
+    for low, high, shown in ((2.0, 10.0, "10"), (-math.inf, 4.0, "4"), (4.0, math.inf, "4"), (-3.0, 3.5, "3.5")):
+        lower, upper = y.clone(), y.clone()
+        lower[1, 0], upper[1, 0] = low, high
+        arcs = "arcs of one turn at most, not farther than a turn from there"
+        expected = f"value: expected numbers between -3.14159 and 3.14159, or {arcs}, got {shown} in row 1, column 0"
+        with pytest.raises(ValueError, match=expected):
+            mixture.log_prob(Targets.interval(lower, upper))
+
+
+@pytest.mark.parametrize("noise", [Full(), None], ids=["full", "diagonal"])
+def test_arcs_across_the_cut_as_targets(noise):
+    """Arcs that go on beyond an end of the period are those to the end and from the start."""
+    transform = [Angle(360.0, 0.0), "log"]
+    head, features = make_head(transform, 2, noise=noise), torch.randn(3, 4, dtype=torch.float64)
+    mixture = head(features)
+    y = mixture.sample()
+
+    def probability(low, high):
+        lower, upper = y.clone(), y.clone()
+        lower[:, 0], upper[:, 0] = low, high
+        targets = Targets.interval(lower, upper)
+        result = mixture.log_prob(targets)
+        assert_close(head.log_prob(features, targets), result)
+        return (result - mixture.marginal(1).log_prob(y[:, 1:])).exp()
+
+    across = probability(300.0, 360.0) + probability(0.0, 25.0)
+    assert_close(probability(300.0, 385.0), across)
+    assert_close(probability(-60.0, 25.0), across)
+    assert_close(probability(60.0, 385.0), 1 - probability(25.0, 60.0))
+    assert_close(probability(100.0, 460.0), torch.ones(3, dtype=torch.float64))
+    cells = Targets.cells(torch.tensor([[358.0], [1.0], [180.0]], dtype=torch.float64), 10.0)
+    got = mixture.marginal(0).log_prob(cells).exp()
+    ends = [(353.0, 363.0), (-4.0, 6.0), (175.0, 185.0)]
+    pairs = zip(mixture.marginal(0), ends, strict=True)
+    assert_close(got, torch.cat([decisions.probability_between(one, *pair) for one, pair in pairs]))
 
 
 def test_boxes_across_outputs():
@@ -583,6 +676,36 @@ def test_degrees_for_radians_are_refused(values, named):
         assert network(x)[:2].log_prob(y).isinf().any()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        scores.crps,
+        scores.pit,
+        lambda m, y: scores.pit(m, y, 0.1),
+        lambda m, y: scores.mean_pit(m, y, 0.1),
+        lambda m, y: scores.coverage(m, y, 0.9),
+        lambda m, y: scores.interval_score(m, y, 0.9),
+        lambda m, y: scores.interval_log_score(m, y, 0.1),
+        lambda m, y: coverage_table(m, y, [0.9]),
+    ],
+)
+@pytest.mark.parametrize("transform", ["angle", ["log", "angle"]], ids=["alone", "beside"])
+def test_scores_refuse_degrees_for_radians(function, transform):
+    dims = 1 if transform == "angle" else 2
+    mixture = make_mixture(transform, (3,), dim=dims)
+    y = mixture.sample()
+    y[1, -1] = 350.0
+    expected = f"y: expected numbers between -3.14159 and 3.14159, got 350 in row 1, column {dims - 1}"
+    with pytest.raises(ValueError, match=expected):
+        function(mixture, y)
+
+
+@pytest.mark.parametrize("ends", [(350.0, 351.0), (-1.0, 10.0), (-3.0, 3.5), (-math.inf, 4.0)])
+def test_ranges_beyond_a_turn_are_refused(ends):
+    with pytest.raises(ValueError, match=r"low, high: expected numbers between .* or arcs of one turn at most"):
+        decisions.probability_between(make_mixture("angle", (3,)), *ends)
+
+
 def test_both_ends_are_angles_in_any_precision():
     for dtype in (torch.float32, torch.float64):
         network = MixtureDensityNetwork(1, 1, target_transform="angle").to(dtype)
@@ -591,6 +714,10 @@ def test_both_ends_are_angles_in_any_precision():
             one, other = network(torch.zeros(2, 1, dtype=dtype)).log_prob(y.to(dtype)).tolist()
             assert one == pytest.approx(other, rel=1e-4)
         assert network.sample(torch.zeros(20_000, 1, dtype=dtype)).abs().max() <= ends[1, 0]
+    mixture = make_mixture("angle", (2,))
+    single = ends.double()  # the angle π in single precision is more than π
+    assert bool(mixture.support.check(single).all())
+    assert_close(mixture.univariate().log_prob(single).squeeze(-1), mixture.log_prob(single))
 
 
 def test_single_precision_is_close_to_double():
@@ -747,6 +874,9 @@ def test_settings_are_checked():
         lambda m, y: decisions.expected_below(m, 0.0),
         lambda m, y: decisions.expected_above(m, 0.0),
         lambda m, y: decisions.conditional_value_at_risk(m, 0.9),
+        lambda m, y: decisions.restricted_mean(m, 1.0),
+        lambda m, y: decisions.hazard(m, 1.0),
+        lambda m, y: decisions.cumulative_hazard(m, 1.0),
         lambda m, y: m.modes(),
         lambda m, y: m.product(m),
     ],

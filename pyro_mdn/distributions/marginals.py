@@ -43,6 +43,10 @@ class Marginals(ABC):
         level = self.cdf(value)
         return level, level
 
+    def levels(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Cumulative distribution at both ends of intervals; angles beyond the end of the period count a turn more."""
+        return self.cdf(lower), self.cdf(upper)
+
     @abstractmethod
     def log_cdf(self, value: Tensor) -> Tensor:
         """Logarithm of :meth:`cdf`, accurate in both tails."""

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, Targets, TargetsOrTensor, missing
+from pyro_mdn.distributions.observations.targets import INTERVAL, MISSING, Targets, TargetsOrTensor, missing
 from pyro_mdn.support.arrays import refuse
 from pyro_mdn.support.checks import is_known
 
-__all__ = ["TURNS", "Circle", "Circles", "in_batch", "wrapped_into"]
+__all__ = ["ROUNDING", "TURNS", "Circle", "Circles", "in_batch", "wrapped_into"]
 
 V = TypeVar("V", bound=TargetsOrTensor)
 
@@ -25,7 +25,7 @@ TURNS = 3
 
 _MOST_ANGLES = 2
 
-_ROUNDING = 4 * torch.finfo(torch.float32).eps
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Share of a period by which values may lie beyond its ends, such as the angle π in single precision."""
 
 
@@ -152,27 +152,38 @@ class Circles:
 
     # Checks
 
-    def inside(self, y: Tensor) -> Tensor:
-        """Check which values are no angles, or lie in their periods, whose ends both belong to them."""
-        slack = _ROUNDING * self.periods(y)
-        far = (y - self.centres(y)).abs() <= 0.5 * self.periods(y) + slack
-        return far | ~self.is_angle(y)
+    def inside(self, y: Tensor, *, turns: int = 0) -> Tensor:
+        """Check which values are no angles, or lie in their periods, whose ends both belong to them.
+
+        Args:
+            y: Values.
+            turns: Turns to each side of the period that are allowed as well.
+        """
+        near = (y - self.centres(y)).abs() <= (0.5 + turns + ROUNDING) * self.periods(y)
+        return near | ~self.is_angle(y)
 
     def contains(self, value: TargetsOrTensor) -> Tensor:
-        """Check which values are inside or missing; the finite limits of an interval have to be inside."""
+        """Check which values are inside or missing; intervals have to be arcs of one turn at most.
+
+        An arc may go on beyond an end of its period, but not farther than a turn. One that is open on one side goes on
+        to the end of the period, which its limit must not lie beyond.
+        """
         if isinstance(value, Tensor):
             return self.inside(value) | value.isnan()
-        censored = value.kinds() != EXACT
-        return (self.inside(value.lower) | (censored & value.lower.isinf())) & (
-            self.inside(value.upper) | (censored & value.upper.isinf())
-        )
+        lower, upper, kinds = value.lower, value.upper, value.kinds()
+        arc = (kinds == INTERVAL) & lower.isfinite() & upper.isfinite()
+        short = upper - lower <= (1 + ROUNDING) * self.periods(lower)
+        ends = [torch.where(arc, self.inside(end, turns=1), self.inside(end) | end.isinf()) for end in (lower, upper)]
+        return (ends[0] & ends[1] & (short | ~arc | ~self.is_angle(lower))) | (kinds == MISSING)
 
     def closed(self, targets: Targets) -> Targets:
-        """Give intervals of angles that are open on one side the end of the period there."""
-        reach = self.is_angle(targets.lower) & (targets.kinds() == INTERVAL)
+        """Give intervals of angles that are open on one side the end of the period, and let all begin in the period."""
+        arcs = self.is_angle(targets.lower) & (targets.kinds() == INTERVAL)
         half, centres = 0.5 * self.periods(targets.lower), self.centres(targets.lower)
-        lower = torch.where(reach & targets.lower.isinf(), centres - half, targets.lower)
-        return Targets(lower, torch.where(reach & targets.upper.isinf(), centres + half, targets.upper))
+        lower = torch.where(arcs, torch.where(targets.lower.isinf(), centres - half, targets.lower), 0.0)
+        upper = torch.where(arcs, torch.where(targets.upper.isinf(), centres + half, targets.upper), 0.0)
+        moved = (self.wrap(lower) - lower).detach()
+        return Targets(torch.where(arcs, lower + moved, targets.lower), torch.where(arcs, upper + moved, targets.upper))
 
     def require_inside(self, value: TargetsOrTensor, name: str, given: object = None) -> None:
         """Raise a ``ValueError`` that names the first angle outside of its period, if values are known.
@@ -189,13 +200,14 @@ class Circles:
         if not bool(outside.any()):
             return
         if isinstance(value, Targets):
-            shown = torch.where(outside & self.inside(value.lower) | value.lower.isinf(), value.upper, value.lower)
+            shown = torch.where(self.inside(value.lower) | value.lower.isinf(), value.upper, value.lower)
         d = int(outside.reshape(-1, len(self.of_outputs)).any(0).nonzero()[0])
         circle = self.of_outputs[d]
         assert circle is not None
         single = torch.zeros_like(outside)
         single[..., d] = outside[..., d]
-        refuse(shown, single, name, f"numbers between {circle.start:g} and {circle.end:g}", given)
+        arcs = ", or arcs of one turn at most, not farther than a turn from there" if isinstance(value, Targets) else ""
+        refuse(shown, single, name, f"numbers between {circle.start:g} and {circle.end:g}{arcs}", given)
 
 
 def in_batch(value: V, batch_dims: int) -> V:

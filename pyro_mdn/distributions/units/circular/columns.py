@@ -35,6 +35,9 @@ class MarginalsByColumn(Marginals):
     def sf(self, value: Tensor) -> Tensor:
         return self._each("sf", value)
 
+    def levels(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        return self._all("levels", lower, upper)
+
     def log_cdf(self, value: Tensor) -> Tensor:
         return self._each("log_cdf", value)
 

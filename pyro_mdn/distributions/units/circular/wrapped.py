@@ -21,7 +21,7 @@ from pyro_mdn.distributions.families.components import (
 )
 from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.circular.circles import Circles, in_batch
+from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circles, in_batch
 from pyro_mdn.distributions.units.circular.circular_marginals import CircularMarginals
 from pyro_mdn.distributions.units.circular.columns import MarginalsByColumn
 from pyro_mdn.distributions.units.circular.directions import direction_and_spread
@@ -63,7 +63,8 @@ class WrappedComponents(DerivedComponents):
         low, high = (
             self.base.warp.of_values().limits(like) if isinstance(self.base, WarpedComponents) else (-line, line)
         )
-        half, centres, angle = 0.5 * self.circles.periods(like), self.circles.centres(like), self.circles.is_angle(like)
+        half = (0.5 + ROUNDING) * self.circles.periods(like)
+        centres, angle = self.circles.centres(like), self.circles.is_angle(like)
         return support_between(torch.where(angle, centres - half, low), torch.where(angle, centres + half, high), like)
 
     @property
@@ -85,7 +86,7 @@ class WrappedComponents(DerivedComponents):
     def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
         """Change variables; values and what the change adds have a dimension of images first."""
         if is_validation_enabled():
-            self.circles.require_inside(value, "value")
+            self.require_inside(value, "value")
         value = in_batch(value, self.base.locs.ndim - 2)
         share = self.circles.log_share(value)
         closed = self.circles.closed(value) if isinstance(value, Targets) else value
@@ -151,6 +152,9 @@ class WrappedComponents(DerivedComponents):
         if self.dim > 1:
             not_closed("covariance_matrix", self, "variance is, of each output; or estimate it from draws")
         return super().covariance_matrix()
+
+    def require_inside(self, value: TargetsOrTensor, name: str) -> None:
+        self.circles.require_inside(value, name)
 
     def require_line(self, operation: str, instead: str) -> None:
         not_closed(operation, self, instead)
