@@ -139,6 +139,28 @@ def test_density_integrates_to_one_and_closes(transform, family):
     assert_close(mixture.log_prob(ends[0]), mixture.log_prob(ends[1]), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("transform", ["angle", ["angle", "standardize"], [Angle(360.0), "angle"]], ids=str)
+def test_wide_components_integrate_to_one(transform):
+    """Scales of more than three radians, which tempering gives, have images at more turns."""
+    dim = 1 if transform == "angle" else 2
+    mixture = make_mixture(transform, (), dim=dim, n_components=2, noise=Full()).temper(60.0)
+    locs, scale, _ = mixture.components.inner.univariate()
+    periods = mixture.components.circles.periods(locs)
+    assert (scale.mT * TURN / periods)[..., 0].max() > 5
+    if dim == 1:
+        y, step = grid(mixture)
+        np.testing.assert_allclose(mixture.log_prob(y).exp().numpy(), by_images(mixture, y, 60), rtol=1e-8)
+    else:
+        second = (-math.pi, math.pi, 30) if transform[1] == "angle" else (-150.0, 150.0, 400)
+        ends = [(-0.5 * periods[0].item(), 0.5 * periods[0].item(), 30), second]
+        axes = [low + (high - low) * torch.arange(n, dtype=torch.float64) / n for low, high, n in ends]
+        y, step = torch.cartesian_prod(*axes), math.prod((high - low) / n for low, high, n in ends)
+    assert (step * mixture.log_prob(y).exp().sum(0)).item() == pytest.approx(1, abs=1e-8)
+    assert_close(mixture.univariate().log_prob(y[:5])[..., 0], mixture.marginal(0).log_prob(y[:5, :1]))
+    with pytest.raises(ValueError, match="temper: expected scales of angles up to 30 radians, got "):
+        mixture.temper(1e4)
+
+
 @every_family
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_head_has_the_density_of_its_mixture(family, dim):

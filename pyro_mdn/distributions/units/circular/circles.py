@@ -21,7 +21,9 @@ __all__ = ["ROUNDING", "TURNS", "Circle", "Circles", "in_batch", "wrapped_into"]
 V = TypeVar("V", bound=TargetsOrTensor)
 
 TURNS = 3
-"""Whole turns to each side that images go to."""
+"""Whole turns to each side that images go to: enough for scales of as many radians."""
+
+_MOST_TURNS = 30
 
 _MOST_ANGLES = 2
 
@@ -35,15 +37,27 @@ class Circle(NamedTuple):
     Attributes:
         period: Length of a turn.
         start: Smallest value.
+        turns: Whole turns to each side that images go to.
     """
 
     period: float
     start: float
+    turns: int = TURNS
 
     @property
     def end(self) -> float:
         """End of the period, which is the same angle as its start."""
         return self.start + self.period
+
+    def reaching(self, scale: float) -> Circle:
+        """Return the circle with as many turns as a scale has radians, and not fewer than it has."""
+        radians = 2 * math.pi * scale / self.period
+        if not radians <= _MOST_TURNS:
+            raise ValueError(
+                f"temper: expected scales of angles up to {_MOST_TURNS} radians, got {radians:.3g}; "
+                "a wrapped distribution is all but uniform from 3 radians on"
+            )
+        return Circle(self.period, self.start, max(self.turns, math.ceil(radians)))
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ class Circles:
     @property
     def num_images(self) -> int:
         """Number of images of a point."""
-        return (2 * TURNS + 1) ** len(self.angles)
+        return math.prod(2 * c.turns + 1 for c in self.of_outputs if c is not None)
 
     def marginal(self, dims: Sequence[int]) -> Circles:
         """Circles of the outputs ``dims``, in that order."""
@@ -118,7 +132,7 @@ class Circles:
 
     def offsets(self, like: Tensor) -> Tensor:
         """Return the differences of the images from a point, ``(images, D)``; 0 for outputs that are no angles."""
-        steps = [(0.0,) if c is None else range(-TURNS, TURNS + 1) for c in self.of_outputs]
+        steps = [(0.0,) if c is None else range(-c.turns, c.turns + 1) for c in self.of_outputs]
         periods = [0.0 if c is None else c.period for c in self.of_outputs]
         return like.new_tensor(
             [[n * p for n, p in zip(turns, periods, strict=True)] for turns in itertools.product(*steps)]

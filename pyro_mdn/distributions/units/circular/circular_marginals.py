@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals, follow_shortest
 from pyro_mdn.distributions.units.circular.arcs import level_of_shortest_arc
-from pyro_mdn.distributions.units.circular.circles import ROUNDING, TURNS, Circle, wrapped_into
+from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circle, wrapped_into
 from pyro_mdn.distributions.units.circular.directions import direction_and_spread
 from pyro_mdn.distributions.units.circular.panels import CircularMixture, integrals
 from pyro_mdn.support.checks import is_differentiated
@@ -40,7 +40,7 @@ class CircularMarginals(Marginals):
         self, mixture: UnivariateMixture, circle: Circle, components: Components, *, start: Tensor | None = None
     ) -> None:
         self.circle, self.components, self.period = circle, components, circle.period
-        self.wrapped = CircularMixture.wrapped(mixture, circle.period, circle.start if start is None else start)
+        self.wrapped = CircularMixture.wrapped(mixture, circle, start)
         self.start, self.end = self.wrapped.start, self.wrapped.end
         self.total = self.wrapped.probability(self.start, self.end)
 
@@ -120,7 +120,8 @@ class CircularMarginals(Marginals):
     def _images(self) -> UnivariateMixture:
         """Mixture on the line with a component for each image."""
         logits, locs, scale, law = self.wrapped.line
-        turns = self.period * torch.arange(-TURNS, TURNS + 1, dtype=locs.dtype, device=locs.device)
+        most = self.circle.turns
+        turns = self.period * torch.arange(-most, most + 1, dtype=locs.dtype, device=locs.device)
         count = len(turns)
         moved = (locs.unsqueeze(-2) + turns.unsqueeze(-1)).flatten(-2)
         shape = torch.broadcast_shapes(logits.shape, locs.shape, scale.shape)[-1:]

@@ -49,7 +49,7 @@ def direction_and_spread(mixture: UnivariateMixture, circle: Circle) -> tuple[Te
 def _by_quadrature(mixture: UnivariateMixture, circle: Circle) -> tuple[Tensor, Tensor]:
     """Direction in radians, and 1 - R."""
     rate = 2 * math.pi / circle.period
-    wrapped = CircularMixture.wrapped(mixture, circle.period, circle.start)
+    wrapped = CircularMixture.wrapped(mixture, circle)
     edges = wrapped.edges(circle.period)
 
     def moments(y: Tensor) -> Tensor:

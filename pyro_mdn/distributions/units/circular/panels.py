@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.units.circular.circles import TURNS, wrapped_into
+from pyro_mdn.distributions.units.circular.circles import Circle, wrapped_into
 from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
@@ -45,22 +45,21 @@ class CircularMixture(NamedTuple):
     turns: int
 
     @classmethod
-    def wrapped(cls, line: UnivariateMixture, period: float, start: Tensor | float) -> CircularMixture:
+    def wrapped(cls, line: UnivariateMixture, circle: Circle, start: Tensor | None = None) -> CircularMixture:
         """Wrap a mixture with any locations.
 
         Args:
             line: Mixture on the line.
-            period: Length of a turn.
-            start: Start of the period, a number or ``(*batch)``.
+            circle: The circle.
+            start: Another start of the period, ``(*batch)``.
         """
         logits, locs, scale, law = line
         shape = torch.broadcast_shapes(logits.shape, locs.shape, scale.shape)[:-1]
-        begun = start if isinstance(start, Tensor) else locs.new_full(shape, start)
-        locs = wrapped_into(locs, begun.unsqueeze(-1), period)
-        turns = TURNS
+        begun, period = locs.new_full(shape, circle.start) if start is None else start, circle.period
+        locs, turns = wrapped_into(locs, begun.unsqueeze(-1), period), circle.turns
         if is_known(scale) and scale.numel():
             reach = (scale.detach().unsqueeze(-1) * law.grid(locs).detach().abs()).amax().item() / period
-            turns = min(TURNS, max(1, math.ceil(reach))) if math.isfinite(reach) else TURNS
+            turns = min(turns, max(1, math.ceil(reach))) if math.isfinite(reach) else turns
         return cls(UnivariateMixture(logits, locs, scale, law), period, begun, turns)
 
     @property

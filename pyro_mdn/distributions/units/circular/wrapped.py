@@ -27,6 +27,7 @@ from pyro_mdn.distributions.units.circular.columns import MarginalsByColumn
 from pyro_mdn.distributions.units.circular.directions import direction_and_spread
 from pyro_mdn.distributions.units.warped import WarpedComponents
 from pyro_mdn.distributions.units.warps import support_between
+from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.tensor_batch import nested
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
@@ -42,7 +43,7 @@ class WrappedComponents(DerivedComponents):
 
     The sum goes over all combinations of the turns of two angles. It is exact to 1e-9 for normal components with scales
     of up to 3 radians, at which a wrapped normal is within 2 % of uniform. In general it lacks the probability of z
-    more than three periods from its location.
+    more than three periods from its location. Components that are made wider have more turns: see :meth:`widen`.
 
     Args:
         base: Components of z, with the locations of angles in their periods: see :func:`wrapped_components`.
@@ -92,6 +93,16 @@ class WrappedComponents(DerivedComponents):
         closed = self.circles.closed(value) if isinstance(value, Targets) else value
         base, images, log_slope = self.base.pulled_back(self.circles.images(closed))
         return base, images, share if log_slope is None else share + log_slope
+
+    def widen(self, factor: Tensor) -> Self:
+        """Multiply the scales, and add turns to images that wider components need."""
+        wide = replace(self, base=self.base.widen(factor))
+        circles = list(self.circles.of_outputs)
+        for d, circle in enumerate(circles):
+            if circle is not None:
+                _, scale, _ = wide.inner.marginal([d]).univariate()
+                circles[d] = circle.reaching(scale.amax().item()) if is_known(scale) and scale.numel() else circle
+        return replace(wide, circles=Circles(tuple(circles)))
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
         return replace(self, base=self.base.expand(batch_shape))
