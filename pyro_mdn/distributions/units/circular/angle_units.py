@@ -43,12 +43,12 @@ class AngleUnits(Units):
     def standardize(self, y: Tensor) -> Tensor:
         """Convert targets to standardised units, angles to those within half a turn of 0."""
         if is_validation_enabled():
-            self.require_inside(y, "y")
+            self.circles.require_inside(y, "y")  # the other outputs are checked by the map to the line
         return self.line.standardize(self.circles.around(y, self.standard.shift))
 
     def images(self, y: Tensor, batch_dims: int) -> Tensor:
         if is_validation_enabled():
-            self.require_inside(y, "y")
+            self.circles.require_inside(y, "y")  # the other outputs are checked by the map to the line
         return self.circles.images(self.line.standardize(in_batch(y, batch_dims)), self.unit)
 
     def nearest(self, locs: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class Circles:
         """
         period = self.periods(value) if period is None else period
         turns = ((value.detach() - centre.detach()) / period + 0.5).floor()
-        return value - (turns * period).masked_fill(~self.is_angle(value), 0.0)
+        return torch.where(self.is_angle(value), value - turns * period, value)
 
     def wrap(self, value: Tensor) -> Tensor:
         """Move angles by whole turns into their periods, whose ends do not belong to them."""
