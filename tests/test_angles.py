@@ -43,6 +43,8 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
 from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents, wrapped_components
 from pyro_mdn.sklearn import MDNRegressor
+from pyro_mdn.training.batches.target_grids import kept_inside, points_in_cells
+from pyro_mdn.training.schedules import blur_targets
 
 TURN = 2 * math.pi
 FAMILIES = {"normal": Normal(), "student_t": StudentT(df=30.0), "laplace": Laplace()}
@@ -609,8 +611,22 @@ def test_crps_gradients():
         return scores.crps(torch.func.functional_call(head, {"linear.bias": bias}, features), y)
 
     assert torch.autograd.gradcheck(score, (bias, y.requires_grad_()), atol=1e-4, rtol=1e-3)
-    network = MixtureDensityNetwork(1, 1, target_transform="angle")
-    assert ContinuousRankedProbability(network)(torch.randn(8, 1), torch.zeros(8, 1)).isfinite().all()
+    x, y, _ = simulated(600)
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=(16,), target_transform="angle")
+    rows = torch.from_numpy(x).float(), torch.from_numpy(y).float()
+    loss, unit = ContinuousRankedProbability(network), network.head.scale
+    assert_close(loss(*rows), scores.crps(network(rows[0]), rows[1]).squeeze(-1) / unit)
+    fit(network, x, y, objective=loss, max_epochs=20, seed=0, progress=False)
+    x, y, _ = simulated(1000, 1)
+    score = scores.crps(network.predict(x).mixture, y).mean().item()
+    x = torch.from_numpy(x)
+    locs = torch.stack([math.pi - 0.2 + 0.5 * x, math.pi + 1.0 - 0.3 * x], 1)
+    base = NormalComponents(locs, DiagonalCovariance(torch.tensor([[0.15], [0.3]], dtype=torch.float64).unsqueeze(0)))
+    weights = torch.tensor([0.6, 0.4], dtype=torch.float64).expand(1000, 2)
+    truth = Mixture(weights.log(), wrapped_components(base, Circles((RADIANS,))))
+    least = scores.crps(truth, y).mean().item()
+    assert 0.98 * least < score < 1.15 * least
 
 
 # Observations
@@ -816,17 +832,53 @@ def test_units_are_those_of_the_circle():
 
 
 def test_noise_and_cells_keep_targets_valid():
-    """Directions rounded to ten degrees, with intervals, noise and missing entries."""
+    """Noise and points in cells go around the circle, across the cut; missing entries and intervals stay."""
+    transform = Angle(360.0, 0.0)
+    units = MixtureHead(1, 1, 2, target_transform=transform).double().units
+    y = (
+        torch.tensor([0.0, 1.0, 359.0, 360.0, 180.0, math.nan], dtype=torch.float64)
+        .reshape(-1, 1, 1)
+        .repeat(1, 2000, 1)
+    )
+    torch.manual_seed(0)
+    moved = blur_targets(y, units, 0.2)
+    cells = points_in_cells(y, torch.full((1,), 10.0), 8, anew=True)
+    points = kept_inside(cells, y, transform)
+    for values in (moved, points):
+        assert_close(values.isnan(), y.isnan().expand_as(values))
+        observed = values[..., :-1, :, :]
+        assert bool(((observed >= 0) & (observed < 360)).all())
+    distance = (moved - y + 180) % 360 - 180
+    size = 0.2 * 180 / math.pi
+    assert_close(distance[:-1].std(1), torch.full((5, 1), size, dtype=torch.float64), rtol=0.06, atol=0)
+    assert distance[:-1].mean(1).abs().max() < 4 * size / math.sqrt(2000)
+    distance = (points - y + 180) % 360 - 180
+    assert distance[..., :-1, :, :].abs().max() <= 5 + 1e-9
+    assert_close(distance[..., :-1, :, :].mean((0, 2, 3)), torch.zeros(5, dtype=torch.float64), rtol=0, atol=0.1)
+    targets = Targets.interval(torch.tensor([[350.0], [20.0], [359.0]]), torch.tensor([[370.0], [30.0], [359.0]]))
+    blurred = blur_targets(targets, units, 0.2)
+    assert_close((blurred.lower[:2], blurred.upper[:2]), (targets.lower[:2].double(), targets.upper[:2].double()))
+    assert blurred.lower[2].item() == blurred.upper[2].item() != 359.0
+
+
+def test_training_on_rounded_directions():
+    """Of uniform directions, also rounded, in arcs or missing, the density is all but that of the uniform one."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 1)).astype(np.float32)
     y = (np.round(36 * rng.random((300, 1))) * 10).astype(np.float32) % 360
     y[3], y[:60:2] = 360.0, np.nan
-    network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=(8,), target_transform=Angle(360.0, 0.0))
-    fit(network, x, y, max_epochs=3, progress=False)
-    lower, upper = np.maximum(y - 5, 0), np.minimum(y + 5, 360)
+    lower, upper = y - 5, y + 5
     lower[:100], upper[:100] = y[:100], y[:100]
     lower[np.isnan(y)], upper[np.isnan(y)] = -np.inf, np.inf
-    fit(network, x, Targets.interval(lower, upper), max_epochs=3, progress=False)
+    angles = torch.arange(0.0, 360.0, 5.0).reshape(-1, 1, 1)
+    for targets in (y, Targets.interval(lower, upper)):
+        torch.manual_seed(0)
+        network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=(8,), target_transform=Angle(360.0, 0.0))
+        fit(network, x, targets, max_epochs=30, seed=0, progress=False)
+        with torch.no_grad():
+            density = 360 * network(torch.from_numpy(x)).log_prob(angles).exp()
+        assert density.mean().item() == pytest.approx(1, abs=1e-3)
+        assert 0.5 < density.mean(1).min() < density.mean(1).max() < 2
 
 
 def test_files_ensembles_and_batches(tmp_path):
