@@ -230,13 +230,11 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return (mean, self._shaped(mixture.stddev)) if return_std else mean
 
     def predict_quantiles(self, X: Any, quantiles: Any = (0.05, 0.5, 0.95)) -> np.ndarray:
-        """Predict quantiles of each output, ``(N, Q, D)``, or ``(N, D)`` if ``quantiles`` is a single number.
-
-        Those of angles are counted from the angle opposite to the mean direction.
+        """Predict quantiles of each output, those of angles counted from opposite to the mean direction.
 
         Args:
             X: Inputs ``(N, n_features)``.
-            quantiles: Q probabilities in (0, 1), or a single one.
+            quantiles: Q probabilities in (0, 1), for quantiles ``(N, Q, D)``, or a single one, for ``(N, D)``.
 
         Raises:
             ValueError: If a probability is not in (0, 1).
@@ -294,12 +292,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return -self.score(X, y, sample_weight)
 
     def r2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Compute R² of the predicted means over the observed rows, as the mean over outputs.
-
-        Raises:
-            NotImplementedError: If an output is an angle, of which means and squared differences depend on where the
-                period begins.
-        """
+        """Compute R² of the predicted means over the observed rows, as the mean over outputs; angles have none."""
         mixture = self.predict_distribution(X)
         mixture.components.require_line("r2_score", "score and scores.crps judge angles")
         mean = mixture.mean

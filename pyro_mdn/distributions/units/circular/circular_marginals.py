@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals, follow_shortest
-from pyro_mdn.distributions.units.circular.arcs import level_of_shortest_arc
 from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circle, wrapped_into
-from pyro_mdn.distributions.units.circular.directions import direction_and_spread
-from pyro_mdn.distributions.units.circular.panels import CircularMixture, integrals
+from pyro_mdn.distributions.units.circular.circular_mixture import (
+    CircularMixture,
+    direction_and_spread,
+    integrals,
+    level_of_shortest_arc,
+)
 from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.univariate import UnivariateMixture

@@ -19,12 +19,11 @@ from pyro_mdn.distributions.families.components import (
     not_closed,
     total_stddev,
 )
-from pyro_mdn.distributions.marginals import Marginals
+from pyro_mdn.distributions.marginals import Marginals, MarginalsByColumn
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circles, in_batch
 from pyro_mdn.distributions.units.circular.circular_marginals import CircularMarginals
-from pyro_mdn.distributions.units.circular.columns import MarginalsByColumn
-from pyro_mdn.distributions.units.circular.directions import direction_and_spread
+from pyro_mdn.distributions.units.circular.circular_mixture import direction_and_spread
 from pyro_mdn.distributions.units.warped import WarpedComponents
 from pyro_mdn.distributions.units.warps import support_between
 from pyro_mdn.support.checks import is_known
