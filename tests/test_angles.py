@@ -25,6 +25,7 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     MixtureHead,
+    NegativeLogLikelihood,
     Normal,
     NormalComponents,
     PerOutput,
@@ -235,6 +236,21 @@ def test_members_have_the_density_of_their_networks(size):
     fit(ensemble, x, rows, max_epochs=1, progress=False)
     expected = torch.stack([ensemble.member(i)(x).log_prob(rows) for i in range(size)])
     assert_close(ensemble.members(x).log_prob(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("transform", ["angle", ["log", "angle"]], ids=["alone", "beside"])
+def test_compiled_likelihood_is_one_graph(transform):
+    torch.compiler.reset()
+    dim = 1 if transform == "angle" else 2
+    network = MixtureDensityNetwork(1, dim, 2, (8,), target_transform=transform, noise=Full())
+    objective, x = NegativeLogLikelihood(network), torch.randn(16, 1)
+    y = network.sample(x)
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    losses = objective(x, y), compiled(x, y)
+    assert_close(*losses)
+    gradients = [torch.autograd.grad(loss.sum(), list(network.parameters())) for loss in losses]
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 # Several outputs

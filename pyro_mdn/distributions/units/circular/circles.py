@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -77,7 +76,7 @@ class Circles:
         if len(self.angles) > _MOST_ANGLES:
             raise ValueError(f"target_transform: expected {_MOST_ANGLES} angles at most, got {len(self.angles)}")
 
-    @cached_property
+    @property
     def angles(self) -> list[int]:
         """Indices of the outputs that are angles."""
         return [d for d, circle in enumerate(self.of_outputs) if circle is not None]
