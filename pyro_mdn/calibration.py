@@ -19,6 +19,7 @@ from scipy.special import gammaln
 from scipy.stats import binom
 from torch import Tensor
 
+from pyro_mdn.distributions.density import as_outcomes
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.scores import observed_mean
 from pyro_mdn.support.arrays import as_tensor, in_columns
@@ -205,4 +206,4 @@ def _as_rows(mixture: Mixture, y: Any) -> Tensor:
     if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
         expected = "a mixture of batch shape (N,) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
-    return y
+    return as_outcomes(mixture, y)

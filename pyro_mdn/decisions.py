@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.distributions.quantiles import thresholds
 from pyro_mdn.support.checks import is_known, plain_number, shown
@@ -29,10 +30,14 @@ __all__ = [
     "restricted_mean",
 ]
 
+_NO_TIME = "an angle comes round again and is no time to an event; probability_between is of arcs"
+
 
 @in_widest_precision
 def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
     r"""Compute :math:`P(a \le y \le b)`, accurate also where it is small or the range narrow; NaN where an end is.
+
+    Ranges of angles are arcs of one turn at most, which may go on beyond an end of the period.
 
     Args:
         mixture: The mixture.
@@ -40,7 +45,8 @@ def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
         high: Upper end b, not below the lower one; infinity for none.
 
     Raises:
-        ValueError: If a lower end is above its upper end, or the shapes do not fit.
+        ValueError: If a lower end is above its upper end, the shapes do not fit, or the range of an angle is more
+            than a turn, or farther than a turn from the period.
 
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
@@ -52,8 +58,10 @@ def probability_between(mixture: Mixture, low: Any, high: Any) -> Tensor:
     if is_known(start, end) and bool((start > end).any()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
     missing = start.isnan() | end.isnan()
-    log_mass = mixture.univariate().log_between(start.masked_fill(missing, 0.0), end.masked_fill(missing, 0.0))
-    return torch.where(missing, math.nan, log_mass.exp())
+    start, end = start.masked_fill(missing, -math.inf), end.masked_fill(missing, math.inf)
+    if mixture.validates:
+        mixture.components.require_inside(Targets(start, end), "low, high")
+    return torch.where(missing, math.nan, mixture.univariate().log_between(start, end).exp())
 
 
 @in_widest_precision
@@ -225,6 +233,7 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
 
     Raises:
         ValueError: If the shape does not fit.
+        NotImplementedError: If an output is an angle.
 
     References:
         Nelson (1972), Theory and applications of hazard plotting for censored failure data.
@@ -234,6 +243,7 @@ def cumulative_hazard(mixture: Mixture, value: Any) -> Tensor:
     >>> cumulative_hazard(normal, 0.0)
     tensor([0.6931])
     """
+    mixture.components.require_line("cumulative_hazard", _NO_TIME)
     return -mixture.log_sf(value)
 
 
@@ -252,6 +262,7 @@ def hazard(mixture: Mixture, value: Any) -> Tensor:
 
     Raises:
         ValueError: If the shape does not fit.
+        NotImplementedError: If an output is an angle.
 
     References:
         Cox (1972), Regression models and life-tables.
@@ -261,5 +272,6 @@ def hazard(mixture: Mixture, value: Any) -> Tensor:
     >>> hazard(normal, torch.tensor([0.0]))
     tensor([0.7979])
     """
+    mixture.components.require_line("hazard", _NO_TIME)
     t, marginals = thresholds(mixture, value), mixture.univariate()
     return (marginals.log_prob(t) - marginals.log_sf_from(t)).exp()

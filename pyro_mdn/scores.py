@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.density import as_observations
+from pyro_mdn.distributions.density import as_observations, as_outcomes
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import as_targets, missing
 from pyro_mdn.distributions.precision import in_widest_precision
@@ -146,7 +146,7 @@ def crps(mixture: Mixture, y: Any) -> Tensor:
     >>> crps(normal, torch.zeros(1))
     tensor([0.2337])
     """
-    y, marginals = mixture.as_points(y, "y"), mixture.univariate()
+    y, marginals = as_outcomes(mixture, y), mixture.univariate()
     return marginals.crps(y)
 
 
@@ -166,7 +166,7 @@ def energy_score(mixture: Mixture, y: Any, *, num_samples: int = 1000) -> Estima
         value = crps(mixture, y).squeeze(-1)
         return Estimate(value, torch.zeros_like(value))
     mixture.components.require_line("energy_score", "crps is a score of each output")
-    y = mixture.as_points(y, "y")
+    y = as_outcomes(mixture, y)
     if num_samples < 2:
         raise ValueError(f"num_samples: expected 2 at least, got {num_samples}")
     sample_shape = (num_samples, *(1,) * max(0, y.ndim - 1 - len(mixture.batch_shape)))
@@ -186,7 +186,7 @@ def pinball(mixture: Mixture, y: Any, q: float) -> Tensor:
     if not 0 < q < 1:
         raise ValueError(f"q: expected a probability in (0, 1), got {q}")
     mixture.components.require_line("pinball", "crps is a score of angles")
-    y = mixture.as_points(y, "y")
+    y = as_outcomes(mixture, y)
     error = y - mixture.icdf(q)
     return torch.maximum(q * error, (q - 1) * error)
 
@@ -199,7 +199,7 @@ def interval_score(
 
     .. math:: (u - l) + \tfrac{2}{\alpha} (l - y)_+ + \tfrac{2}{\alpha} (y - u)_+, \qquad \alpha = 1 - \text{mass}
     """
-    y = mixture.as_points(y, "y")
+    y = as_outcomes(mixture, y)
     lower, upper = mixture.interval(mass, kind=kind)
     missed = mixture.univariate().missed(y, lower, upper)
     return upper - lower + 2 / (1 - mass) * missed
@@ -208,7 +208,7 @@ def interval_score(
 @in_widest_precision
 def coverage(mixture: Mixture, y: Any, mass: float, *, kind: Literal["central", "shortest"] = "central") -> Tensor:
     """Whether each output lies in its interval of probability ``mass``: 1 or 0, to be averaged; NaN if missing."""
-    y = mixture.as_points(y, "y")
+    y = as_outcomes(mixture, y)
     lower, upper = mixture.interval(mass, kind=kind)
     inside = mixture.univariate().missed(y, lower, upper) <= 0
     return inside.to(mixture.dtype).masked_fill(y.isnan(), torch.nan)
@@ -245,7 +245,10 @@ def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
     True
     """
     lower, upper = _cell_ends(mixture, y, cell)
-    return lower if lower is upper else torch.lerp(lower, upper, torch.rand_like(lower))
+    if lower is upper:
+        return lower
+    u = torch.lerp(lower, upper, torch.rand_like(lower))
+    return torch.where(u > 1, u - 1, u)  # in a cell of angles that goes on at the start of the period
 
 
 @in_widest_precision
@@ -271,19 +274,26 @@ def mean_pit(mixture: Mixture, y: Any, cell: Any, points: Any = None) -> Tensor:
     levels = [q / 100 for q in range(1, 100)] if points is None else points
     points = as_tensor(levels, "points", mixture.device).to(lower)
     tiny = torch.finfo(lower.dtype).tiny
-    shares = [((u - lower) / (upper - lower).clamp(min=tiny)).clamp(0, 1).nanmean(0) for u in points]
-    return torch.stack(shares)
+
+    def share(u: Tensor | float) -> Tensor:
+        return ((u - lower) / (upper - lower).clamp(min=tiny)).clamp(0, 1)
+
+    # Cells of angles beyond the end of the period, where levels exceed 1, go on at its start.
+    return torch.stack([(share(u) + share(1 + u) - share(1.0)).nanmean(0) for u in points])
 
 
 def _cell_ends(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
-    """Distribution function at the ends of the cells around y; the same tensor twice if there are none."""
-    y = mixture.as_points(y, "y")
+    """Distribution function at the ends of the cells around y; the same tensor twice if there are none.
+
+    Where a cell of an angle goes on from the end of the period at its start, the upper level is more than 1.
+    """
+    y = as_outcomes(mixture, y)
     size = as_tensor(cell, "cell", mixture.device).to(mixture.components.like)
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
         raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {shown(cell)}")
     if not bool(size.any()):
         return mixture.univariate().steps(y)
-    return mixture.cdf(y - 0.5 * size), mixture.cdf(y + 0.5 * size)
+    return mixture.univariate().levels(y - 0.5 * size, y + 0.5 * size)
 
 
 @in_widest_precision
@@ -299,7 +309,7 @@ def interval_log_score(mixture: Mixture, y: Any, width: float) -> Tensor:
     """
     if not width > 0:
         raise ValueError(f"width: expected a positive number, got {width}")
-    y = mixture.as_points(y, "y")
+    y = as_outcomes(mixture, y)
     return -mixture.univariate().log_mass(y, 0.5 * width)
 
 
@@ -309,7 +319,7 @@ def dawid_sebastiani(mixture: Mixture, y: Any) -> Tensor:
 
     .. math:: \log\det\Sigma + (y - \mu)^\top \Sigma^{-1} (y - \mu)
     """
-    y = mixture.as_points(y, "y")
+    y = as_outcomes(mixture, y)
     gaussian = mixture.as_gaussian()
     whitened = gaussian.whiten((y - mixture.mean).unsqueeze(-2))
     return (2 * gaussian.half_log_det() + whitened.square().sum(-1)).squeeze(-1)

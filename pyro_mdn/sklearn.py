@@ -22,6 +22,7 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets
+from pyro_mdn.distributions.quantiles import central_quantile
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -229,11 +230,11 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return (mean, self._shaped(mixture.stddev)) if return_std else mean
 
     def predict_quantiles(self, X: Any, quantiles: Any = (0.05, 0.5, 0.95)) -> np.ndarray:
-        """Predict quantiles of each output, ``(N, Q, D)``, or ``(N, D)`` if ``quantiles`` is a single number.
+        """Predict quantiles of each output, those of angles counted from opposite to the mean direction.
 
         Args:
             X: Inputs ``(N, n_features)``.
-            quantiles: Q probabilities in (0, 1), or a single one.
+            quantiles: Q probabilities in (0, 1), for quantiles ``(N, Q, D)``, or a single one, for ``(N, D)``.
 
         Raises:
             ValueError: If a probability is not in (0, 1).
@@ -241,7 +242,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         levels = torch.tensor(np.asarray(quantiles, dtype=np.float64), device="cpu")
         if levels.ndim > 1 or levels.numel() == 0 or not bool(((levels > 0) & (levels < 1)).all()):
             raise ValueError(f"quantiles: expected probabilities in (0, 1), one or a sequence, got {shown(quantiles)}")
-        points = self.predict_distribution(X).icdf(levels.reshape(-1, 1, 1)).movedim(0, 1)
+        points = central_quantile(self.predict_distribution(X), levels.reshape(-1, 1, 1)).movedim(0, 1)
         return self._shaped(points if levels.ndim else points.squeeze(1))
 
     def predict_interval(
@@ -291,8 +292,10 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         return -self.score(X, y, sample_weight)
 
     def r2_score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Compute R² of the predicted means over the observed rows, as the mean over outputs."""
-        mean = self.predict_distribution(X).mean
+        """Compute R² of the predicted means over the observed rows, as the mean over outputs; angles have none."""
+        mixture = self.predict_distribution(X)
+        mixture.components.require_line("r2_score", "score and scores.crps judge angles")
+        mean = mixture.mean
         target = as_targets(y, *mean.shape)
         weight = None if sample_weight is None else as_weight(sample_weight, len(mean)).numpy()
         values = []

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pyro
@@ -24,9 +25,11 @@ from pyro_mdn import (
     LowRank,
     MixtureDensityNetwork,
     MixtureHead,
+    NegativeLogLikelihood,
     Normal,
     NormalComponents,
     PerOutput,
+    Prediction,
     StudentT,
     Targets,
     bayesianize,
@@ -36,9 +39,13 @@ from pyro_mdn import (
     scores,
     uncertainty,
 )
+from pyro_mdn.calibration import coverage_table
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
 from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents, wrapped_components
+from pyro_mdn.sklearn import MDNRegressor
+from pyro_mdn.training.batches.target_grids import kept_inside, points_in_cells
+from pyro_mdn.training.schedules import blur_targets
 
 TURN = 2 * math.pi
 FAMILIES = {"normal": Normal(), "student_t": StudentT(df=30.0), "laplace": Laplace()}
@@ -135,6 +142,28 @@ def test_density_integrates_to_one_and_closes(transform, family):
     assert_close(mixture.log_prob(ends[0]), mixture.log_prob(ends[1]), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("transform", ["angle", ["angle", "standardize"], [Angle(360.0), "angle"]], ids=str)
+def test_wide_components_integrate_to_one(transform):
+    """Scales of more than three radians, which tempering gives, have images at more turns."""
+    dim = 1 if transform == "angle" else 2
+    mixture = make_mixture(transform, (), dim=dim, n_components=2, noise=Full()).temper(60.0)
+    locs, scale, _ = mixture.components.inner.univariate()
+    periods = mixture.components.circles.periods(locs)
+    assert (scale.mT * TURN / periods)[..., 0].max() > 5
+    if dim == 1:
+        y, step = grid(mixture)
+        np.testing.assert_allclose(mixture.log_prob(y).exp().numpy(), by_images(mixture, y, 60), rtol=1e-8)
+    else:
+        second = (-math.pi, math.pi, 30) if transform[1] == "angle" else (-150.0, 150.0, 400)
+        ends = [(-0.5 * periods[0].item(), 0.5 * periods[0].item(), 30), second]
+        axes = [low + (high - low) * torch.arange(n, dtype=torch.float64) / n for low, high, n in ends]
+        y, step = torch.cartesian_prod(*axes), math.prod((high - low) / n for low, high, n in ends)
+    assert (step * mixture.log_prob(y).exp().sum(0)).item() == pytest.approx(1, abs=1e-8)
+    assert_close(mixture.univariate().log_prob(y[:5])[..., 0], mixture.marginal(0).log_prob(y[:5, :1]))
+    with pytest.raises(ValueError, match="temper: expected scales of angles up to 30 radians, got "):
+        mixture.temper(1e4)
+
+
 @every_family
 @pytest.mark.parametrize("dim", [1, 2])
 def test_a_head_has_the_density_of_its_mixture(family, dim):
@@ -170,6 +199,58 @@ def test_gradients(noise):
     assert torch.autograd.gradcheck(by_head, (bias, y))
     assert torch.autograd.gradcheck(log_prob, (bias, y))
     assert_close(log_prob(bias, y), by_head(bias, y), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [3, 7])  # as many mixtures as there are images, too
+@pytest.mark.parametrize("noise", [Full(), None], ids=["full", "diagonal"])
+def test_points_of_fewer_dimensions_than_the_batch(size, noise):
+    """Points ``(N, D)`` stand for all S mixtures of a batch ``(S, N)``: the images are no dimension of the batch."""
+    head, features = make_head(["angle", "log"], 2, noise=noise), torch.randn(size, 4, 4, dtype=torch.float64)
+    mixture = head(features)
+    y = mixture.sample()[0]
+    partial = y.clone()
+    partial[0, 0], partial[1, 1] = torch.nan, torch.nan
+    intervals = Targets.censored(y, left=y == y[2], right=y == y[3])
+    for value in (y, partial, intervals, y[0], partial[0]):
+        whole = value.expand(*mixture.batch_shape, 2)
+        for function in (
+            mixture.log_prob,
+            mixture.component_log_prob,
+            mixture.responsibilities,
+            lambda v: head.log_density(head.split(head.channels(features), None), v, head.units),
+        ):
+            assert_close(function(value), function(whole))
+    for dims in ([0], [1]):
+        for values in (y[:, dims], partial[:, dims], y[0, dims]):
+            short, whole = (mixture.condition(v, dims) for v in (values, values.expand(*mixture.batch_shape, 1)))
+            rest = y[:, [1 - dims[0]]]
+            assert_close(short.log_prob(rest), whole.log_prob(rest.expand(*mixture.batch_shape, 1)))
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_members_have_the_density_of_their_networks(size):
+    """The units of members have a dimension more than those of one network."""
+    x, y, _ = simulated(50)
+    x, rows = torch.from_numpy(x).float(), torch.from_numpy(np.concatenate([y, np.exp(x)], 1)).float()
+    ensemble = DeepEnsemble(MixtureDensityNetwork(1, 2, n_components=2, target_transform=["angle", "log"]), size=size)
+    fit(ensemble, x, rows, max_epochs=1, progress=False)
+    expected = torch.stack([ensemble.member(i)(x).log_prob(rows) for i in range(size)])
+    assert_close(ensemble.members(x).log_prob(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+@pytest.mark.parametrize("transform", ["angle", ["log", "angle"]], ids=["alone", "beside"])
+def test_compiled_likelihood_is_one_graph(transform):
+    torch.compiler.reset()
+    dim = 1 if transform == "angle" else 2
+    network = MixtureDensityNetwork(1, dim, 2, (8,), target_transform=transform, noise=Full())
+    objective, x = NegativeLogLikelihood(network), torch.randn(16, 1)
+    y = network.sample(x)
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    losses = objective(x, y), compiled(x, y)
+    assert_close(*losses)
+    gradients = [torch.autograd.grad(loss.sum(), list(network.parameters())) for loss in losses]
+    assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 # Several outputs
@@ -327,8 +408,67 @@ def test_draws_follow_the_distribution_function(transform, family):
     circle = transform.circles(1).of_outputs[0]
     assert bool(((y >= circle.start) & (y < circle.end)).all())
     assert bool(mixture.support.check(y).all())
-    assert scipy.stats.kstest(mixture.cdf(y)[:, 0].numpy(), "uniform").pvalue > 1e-3
-    assert_close(scores.pit(mixture, y), mixture.cdf(y))
+    u = scores.pit(mixture, y)[:, 0].numpy()
+    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
+    assert scipy.stats.spearmanr(u, y[:, 0].numpy()).statistic == pytest.approx(1)
+
+
+@every_circle
+@pytest.mark.parametrize("offset", [0.0, 0.3])
+def test_transforms_of_cells_are_uniform_at_the_cut(transform, offset):
+    """Angles rounded to a sixth of a turn, of which a cell goes on from the end of the period at its start."""
+    circle = transform.circles(1).of_outputs[0]
+    rate = circle.period / TURN
+    mixture = normal([1.0], [circle.start + 0.2 * rate], [0.5 * rate], circle)
+    torch.manual_seed(0)
+    y, cell = mixture.sample((4000,)), circle.period / 6
+    rounded = circle.start + cell * (((y - circle.start) / cell - offset).round() + offset)
+    rounded = circle.start + (rounded - circle.start) % circle.period
+    u = scores.pit(mixture, rounded, cell)[:, 0].numpy()
+    assert scipy.stats.kstest(u, "uniform").pvalue > 1e-3
+    points = torch.tensor([0.05, 0.3, 0.5, 0.9, 1.0], dtype=torch.float64)
+    got = scores.mean_pit(mixture.expand((4000,)), rounded, cell, points)
+    assert_close(got[:, 0], points, rtol=0, atol=0.03)
+    drawn = torch.tensor([(u <= point).mean() for point in points.tolist()], dtype=torch.float64)
+    assert_close(got[:, 0], drawn, rtol=0, atol=0.03)
+
+
+def test_arcs_any_number_of_turns_away():
+    mixture = make_mixture("angle", (3,))
+    marginals = mixture.univariate()
+    lower, upper = torch.full((3, 1), 2.0, dtype=torch.float64), torch.full((3, 1), 4.5, dtype=torch.float64)
+    expected = marginals.log_between(lower, upper)
+    for turns in (-40, -5, 4, 40):
+        moved = (end + turns * TURN for end in (lower, upper))
+        assert_close(marginals.log_between(*moved), expected)
+    assert_close(
+        scores.interval_log_score(mixture, torch.full((3, 1), 3.0).double(), 0.5).exp().reciprocal(),
+        decisions.probability_between(mixture, 2.75, 3.25),
+    )
+
+
+@every_case
+def test_derivatives_at_the_ends_of_the_period(transform, family):
+    """They are those of points beside the ends: the ends are the same angle, at which nothing special happens."""
+    mixture, circle = make_mixture(transform, (2,), family=family), transform.circles(1).of_outputs[0]
+    ends = torch.tensor([circle.start, circle.end], dtype=torch.float64).reshape(2, 1, 1).expand(2, 2, 1)
+    density = mixture.log_prob(ends).exp().unsqueeze(-1)
+
+    def slope(function, at):
+        at = at.clone().requires_grad_()
+        return torch.autograd.grad(function(at).sum(), at)[0]
+
+    assert_close(slope(mixture.cdf, ends), density, rtol=1e-4, atol=1e-6)
+    assert_close(slope(mixture.sf, ends), -density, rtol=1e-4, atol=1e-6)
+    assert_close(slope(mixture.log_cdf, ends)[1], density[1], rtol=1e-4, atol=1e-6)
+    assert_close(slope(mixture.log_sf, ends)[0], -density[0], rtol=1e-4, atol=1e-6)
+    levels = torch.tensor([0.0, 1.0], dtype=torch.float64).reshape(2, 1, 1).expand(2, 2, 1)
+    assert_close(slope(mixture.icdf, levels), 1 / density, rtol=1e-4, atol=1e-6)
+    step = 1e-6 * circle.period
+    beside = torch.stack([ends[0] + step, ends[1] - step])
+    for score in (scores.crps, scores.log_score):
+        values = slope(lambda y, score=score: score(mixture, y), ends)
+        assert_close(values, slope(lambda y, score=score: score(mixture, y), beside), rtol=1e-3, atol=1e-3)
 
 
 # Moments and arcs
@@ -403,6 +543,38 @@ def test_arcs_go_across_the_cut():
         assert_close(decisions.probability_between(mixture, *ends).item(), 0.05)
 
 
+def test_quantiles_of_predictions_do_not_depend_on_the_cut():
+    """Quantiles that people read are counted from the angle opposite to the mean; those of lengths are the usual."""
+    mixture = make_mixture(["angle", "log"], (6,), dim=2, noise=Full())
+    locs = mixture.components.base.base.locs
+    turned = replace(mixture.components.base.base, locs=locs + torch.tensor([3.0, 0.0]).double())
+    base = replace(mixture.components.base, base=turned)
+    shifted = mixture.with_components(wrapped_components(base, mixture.components.circles))
+    levels = [0.05, 0.5, 0.95]
+    points, others = (Prediction(m).quantiles(levels) for m in (mixture, shifted))
+    assert_close(np.exp(1j * (points[..., 0] + 3.0)), np.exp(1j * others[..., 0]), rtol=0, atol=1e-8)
+    assert_close(points[..., 1], np.stack([mixture.icdf(q)[:, 1].numpy() for q in levels], 1))
+    assert np.abs(points[..., 0]).max() <= math.pi
+    lower, upper = (end.numpy() for end in mixture.interval(0.9))
+    assert_close(np.exp(1j * points[:, [0, 2], 0]), np.exp(1j * np.stack([lower[:, 0], upper[:, 0]], 1)))
+    half = torch.from_numpy(points[:, 1, :1])
+    opposite = mixture.mean[:, :1] - math.pi
+    to_median = decisions.probability_between(mixture.marginal(0), opposite, opposite + (half - opposite) % TURN)
+    assert_close(to_median, torch.full_like(half, 0.5))
+    frame = Prediction(mixture).to_frame(levels)
+    np.testing.assert_array_equal(frame["y0", "0.5"], points[:, 1, 0])
+
+
+def test_regressor_of_directions():
+    x, y, _ = simulated(200)
+    model = MDNRegressor(hidden_dim=(8,), target_transform="angle", max_epochs=5, random_state=0).fit(x, y)
+    mixture = model.predict_distribution(x)
+    assert_close(model.predict_quantiles(x, [0.1, 0.5]), Prediction(mixture).quantiles([0.1, 0.5]))
+    assert math.isfinite(model.score(x, y))
+    with pytest.raises(NotImplementedError, match="r2_score: not closed for WrappedComponents components; score"):
+        model.r2_score(x, y)
+
+
 def test_shortest_arcs_have_derivatives():
     head, features = make_head("angle", 1, 2), torch.randn(2, 4, dtype=torch.float64)
 
@@ -455,8 +627,22 @@ def test_crps_gradients():
         return scores.crps(torch.func.functional_call(head, {"linear.bias": bias}, features), y)
 
     assert torch.autograd.gradcheck(score, (bias, y.requires_grad_()), atol=1e-4, rtol=1e-3)
-    network = MixtureDensityNetwork(1, 1, target_transform="angle")
-    assert ContinuousRankedProbability(network)(torch.randn(8, 1), torch.zeros(8, 1)).isfinite().all()
+    x, y, _ = simulated(600)
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=(16,), target_transform="angle")
+    rows = torch.from_numpy(x).float(), torch.from_numpy(y).float()
+    loss, unit = ContinuousRankedProbability(network), network.head.scale
+    assert_close(loss(*rows), scores.crps(network(rows[0]), rows[1]).squeeze(-1) / unit)
+    fit(network, x, y, objective=loss, max_epochs=20, seed=0, progress=False)
+    x, y, _ = simulated(1000, 1)
+    score = scores.crps(network.predict(x).mixture, y).mean().item()
+    x = torch.from_numpy(x)
+    locs = torch.stack([math.pi - 0.2 + 0.5 * x, math.pi + 1.0 - 0.3 * x], 1)
+    base = NormalComponents(locs, DiagonalCovariance(torch.tensor([[0.15], [0.3]], dtype=torch.float64).unsqueeze(0)))
+    weights = torch.tensor([0.6, 0.4], dtype=torch.float64).expand(1000, 2)
+    truth = Mixture(weights.log(), wrapped_components(base, Circles((RADIANS,))))
+    least = scores.crps(truth, y).mean().item()
+    assert 0.98 * least < score < 1.15 * least
 
 
 # Observations
@@ -475,8 +661,41 @@ def test_intervals_of_angles(noise):
     given = mixture.condition(y[:, 1:], 1)
     expected = [given.cdf(0.5)[0] - given.cdf(-1.0)[0], given.cdf(0.5)[1], given.sf(-1.0)[2], torch.ones(1).double()]
     assert_close(got, mixture.marginal(1).log_prob(y[:, 1:]) + torch.cat(expected).log())
-    with pytest.raises(ValueError, match=r"value: expected numbers between -3.14159 and 3.14159, got 4 in row 1, colu"):
-        mixture.log_prob(Targets.interval(y, torch.where(torch.arange(8).reshape(4, 2) == 2, 4.0, y)))
+    for low, high, shown in ((2.0, 10.0, "10"), (-math.inf, 4.0, "4"), (4.0, math.inf, "4"), (-3.0, 3.5, "3.5")):
+        lower, upper = y.clone(), y.clone()
+        lower[1, 0], upper[1, 0] = low, high
+        arcs = "arcs of one turn at most, not farther than a turn from there"
+        expected = f"value: expected numbers between -3.14159 and 3.14159, or {arcs}, got {shown} in row 1, column 0"
+        with pytest.raises(ValueError, match=expected):
+            mixture.log_prob(Targets.interval(lower, upper))
+
+
+@pytest.mark.parametrize("noise", [Full(), None], ids=["full", "diagonal"])
+def test_arcs_across_the_cut_as_targets(noise):
+    """Arcs that go on beyond an end of the period are those to the end and from the start."""
+    transform = [Angle(360.0, 0.0), "log"]
+    head, features = make_head(transform, 2, noise=noise), torch.randn(3, 4, dtype=torch.float64)
+    mixture = head(features)
+    y = mixture.sample()
+
+    def probability(low, high):
+        lower, upper = y.clone(), y.clone()
+        lower[:, 0], upper[:, 0] = low, high
+        targets = Targets.interval(lower, upper)
+        result = mixture.log_prob(targets)
+        assert_close(head.log_prob(features, targets), result)
+        return (result - mixture.marginal(1).log_prob(y[:, 1:])).exp()
+
+    across = probability(300.0, 360.0) + probability(0.0, 25.0)
+    assert_close(probability(300.0, 385.0), across)
+    assert_close(probability(-60.0, 25.0), across)
+    assert_close(probability(60.0, 385.0), 1 - probability(25.0, 60.0))
+    assert_close(probability(100.0, 460.0), torch.ones(3, dtype=torch.float64))
+    cells = Targets.cells(torch.tensor([[358.0], [1.0], [180.0]], dtype=torch.float64), 10.0)
+    got = mixture.marginal(0).log_prob(cells).exp()
+    ends = [(353.0, 363.0), (-4.0, 6.0), (175.0, 185.0)]
+    pairs = zip(mixture.marginal(0), ends, strict=True)
+    assert_close(got, torch.cat([decisions.probability_between(one, *pair) for one, pair in pairs]))
 
 
 def test_boxes_across_outputs():
@@ -511,6 +730,36 @@ def test_degrees_for_radians_are_refused(values, named):
         assert network(x)[:2].log_prob(y).isinf().any()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        scores.crps,
+        scores.pit,
+        lambda m, y: scores.pit(m, y, 0.1),
+        lambda m, y: scores.mean_pit(m, y, 0.1),
+        lambda m, y: scores.coverage(m, y, 0.9),
+        lambda m, y: scores.interval_score(m, y, 0.9),
+        lambda m, y: scores.interval_log_score(m, y, 0.1),
+        lambda m, y: coverage_table(m, y, [0.9]),
+    ],
+)
+@pytest.mark.parametrize("transform", ["angle", ["log", "angle"]], ids=["alone", "beside"])
+def test_scores_refuse_degrees_for_radians(function, transform):
+    dims = 1 if transform == "angle" else 2
+    mixture = make_mixture(transform, (3,), dim=dims)
+    y = mixture.sample()
+    y[1, -1] = 350.0
+    expected = f"y: expected numbers between -3.14159 and 3.14159, got 350 in row 1, column {dims - 1}"
+    with pytest.raises(ValueError, match=expected):
+        function(mixture, y)
+
+
+@pytest.mark.parametrize("ends", [(350.0, 351.0), (-1.0, 10.0), (-3.0, 3.5), (-math.inf, 4.0)])
+def test_ranges_beyond_a_turn_are_refused(ends):
+    with pytest.raises(ValueError, match=r"low, high: expected numbers between .* or arcs of one turn at most"):
+        decisions.probability_between(make_mixture("angle", (3,)), *ends)
+
+
 def test_both_ends_are_angles_in_any_precision():
     for dtype in (torch.float32, torch.float64):
         network = MixtureDensityNetwork(1, 1, target_transform="angle").to(dtype)
@@ -519,6 +768,10 @@ def test_both_ends_are_angles_in_any_precision():
             one, other = network(torch.zeros(2, 1, dtype=dtype)).log_prob(y.to(dtype)).tolist()
             assert one == pytest.approx(other, rel=1e-4)
         assert network.sample(torch.zeros(20_000, 1, dtype=dtype)).abs().max() <= ends[1, 0]
+    mixture = make_mixture("angle", (2,))
+    single = ends.double()  # the angle π in single precision is more than π
+    assert bool(mixture.support.check(single).all())
+    assert_close(mixture.univariate().log_prob(single).squeeze(-1), mixture.log_prob(single))
 
 
 def test_single_precision_is_close_to_double():
@@ -595,17 +848,53 @@ def test_units_are_those_of_the_circle():
 
 
 def test_noise_and_cells_keep_targets_valid():
-    """Directions rounded to ten degrees, with intervals, noise and missing entries."""
+    """Noise and points in cells go around the circle, across the cut; missing entries and intervals stay."""
+    transform = Angle(360.0, 0.0)
+    units = MixtureHead(1, 1, 2, target_transform=transform).double().units
+    y = (
+        torch.tensor([0.0, 1.0, 359.0, 360.0, 180.0, math.nan], dtype=torch.float64)
+        .reshape(-1, 1, 1)
+        .repeat(1, 2000, 1)
+    )
+    torch.manual_seed(0)
+    moved = blur_targets(y, units, 0.2)
+    cells = points_in_cells(y, torch.full((1,), 10.0), 8, anew=True)
+    points = kept_inside(cells, y, transform)
+    for values in (moved, points):
+        assert_close(values.isnan(), y.isnan().expand_as(values))
+        observed = values[..., :-1, :, :]
+        assert bool(((observed >= 0) & (observed < 360)).all())
+    distance = (moved - y + 180) % 360 - 180
+    size = 0.2 * 180 / math.pi
+    assert_close(distance[:-1].std(1), torch.full((5, 1), size, dtype=torch.float64), rtol=0.06, atol=0)
+    assert distance[:-1].mean(1).abs().max() < 4 * size / math.sqrt(2000)
+    distance = (points - y + 180) % 360 - 180
+    assert distance[..., :-1, :, :].abs().max() <= 5 + 1e-9
+    assert_close(distance[..., :-1, :, :].mean((0, 2, 3)), torch.zeros(5, dtype=torch.float64), rtol=0, atol=0.1)
+    targets = Targets.interval(torch.tensor([[350.0], [20.0], [359.0]]), torch.tensor([[370.0], [30.0], [359.0]]))
+    blurred = blur_targets(targets, units, 0.2)
+    assert_close((blurred.lower[:2], blurred.upper[:2]), (targets.lower[:2].double(), targets.upper[:2].double()))
+    assert blurred.lower[2].item() == blurred.upper[2].item() != 359.0
+
+
+def test_training_on_rounded_directions():
+    """Of uniform directions, also rounded, in arcs or missing, the density is all but that of the uniform one."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 1)).astype(np.float32)
     y = (np.round(36 * rng.random((300, 1))) * 10).astype(np.float32) % 360
     y[3], y[:60:2] = 360.0, np.nan
-    network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=(8,), target_transform=Angle(360.0, 0.0))
-    fit(network, x, y, max_epochs=3, progress=False)
-    lower, upper = np.maximum(y - 5, 0), np.minimum(y + 5, 360)
+    lower, upper = y - 5, y + 5
     lower[:100], upper[:100] = y[:100], y[:100]
     lower[np.isnan(y)], upper[np.isnan(y)] = -np.inf, np.inf
-    fit(network, x, Targets.interval(lower, upper), max_epochs=3, progress=False)
+    angles = torch.arange(0.0, 360.0, 5.0).reshape(-1, 1, 1)
+    for targets in (y, Targets.interval(lower, upper)):
+        torch.manual_seed(0)
+        network = MixtureDensityNetwork(1, 1, n_components=2, hidden_dim=(8,), target_transform=Angle(360.0, 0.0))
+        fit(network, x, targets, max_epochs=30, seed=0, progress=False)
+        with torch.no_grad():
+            density = 360 * network(torch.from_numpy(x)).log_prob(angles).exp()
+        assert density.mean().item() == pytest.approx(1, abs=1e-3)
+        assert 0.5 < density.mean(1).min() < density.mean(1).max() < 2
 
 
 def test_files_ensembles_and_batches(tmp_path):
@@ -675,6 +964,9 @@ def test_settings_are_checked():
         lambda m, y: decisions.expected_below(m, 0.0),
         lambda m, y: decisions.expected_above(m, 0.0),
         lambda m, y: decisions.conditional_value_at_risk(m, 0.9),
+        lambda m, y: decisions.restricted_mean(m, 1.0),
+        lambda m, y: decisions.hazard(m, 1.0),
+        lambda m, y: decisions.cumulative_hazard(m, 1.0),
         lambda m, y: m.modes(),
         lambda m, y: m.product(m),
     ],

@@ -21,12 +21,16 @@ from pyro_mdn import (
     Full,
     GaussianMixture,
     MixtureDensityNetwork,
+    NormalComponents,
     plots,
     scores,
     uncertainty,
 )
 from pyro_mdn.adapters import density_grids
 from pyro_mdn.calibration import ecdf_band, uniformity_p_value
+from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.units.circular.circles import Circle, Circles
+from pyro_mdn.distributions.units.circular.wrapped import wrapped_components
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -399,6 +403,61 @@ def test_moments_in_small_units():
         draws = [m.expand((3, ROWS)) for m in (one, other)]
         lines = [plots.plot_uncertainty_split(draw, x).lines[0].get_ydata() for draw in draws]
         assert np.allclose(lines[1] * 1e25, lines[0], rtol=1e-4)
+
+
+def directions(size=ROWS):
+    """Directions that turn once around the circle along x, and targets from them."""
+    x = torch.linspace(-1, 1, size, dtype=torch.float64)
+    locs = torch.stack([3.2 * x, 3.2 * x + 0.5], 1).unsqueeze(-1)
+    base = NormalComponents(locs, DiagonalCovariance(torch.full((1, 1, 1), 0.2).double()))
+    torch.manual_seed(0)
+    mixture = Mixture(
+        torch.zeros(size, 2).double(), wrapped_components(base, Circles((Circle(2 * math.pi, -math.pi),)))
+    )
+    return x, mixture, mixture.sample()
+
+
+@pytest.mark.parametrize("kind", ["central", "shortest", "highest density"])
+def test_intervals_of_directions_contain_targets_across_the_cut(kind):
+    x, mixture, _ = directions()
+    draws = mixture.sample((200,))[..., 0].numpy()
+    ax = plots.plot_predictive_intervals(mixture, x, masses=[0.9], kind=kind)
+    assert legend(ax) == (["90 %"] if kind == "highest density" else ["90 %", "median"])
+    assert ax.dataLim.ymin >= -math.pi - 1e-9
+    inside = np.zeros(draws.shape, dtype=bool)
+    for region in ax.collections:
+        for path in region.get_paths():
+            for polygon in path.to_polygons():
+                points = np.stack(np.broadcast_arrays(x.numpy(), draws), -1).reshape(-1, 2)
+                inside |= mpl.path.Path(polygon).contains_points(points, radius=1e-3).reshape(draws.shape)
+    assert inside.mean() == pytest.approx(0.9, abs=0.03)
+    assert inside[np.abs(draws) > 3].mean() > 0.8
+    for line in ax.lines:
+        assert np.nanmax(np.abs(np.diff(line.get_ydata()))) < 0.5  # no line across the figure
+    medians = np.array([line.get_ydata() for line in ax.lines]).reshape(-1, ROWS)
+    assert np.isfinite(medians).any(0).all() == (kind != "highest density")
+
+
+def test_figures_of_directions_and_positive_outputs_stay_in_the_support():
+    x, mixture, y = directions()
+    for function in (plots.plot_conditional_density, plots.plot_components):
+        ax = function(mixture, x)
+        assert -math.pi - 1e-6 <= ax.dataLim.ymin
+        assert function(mixture, x).has_data()
+    (mesh,) = [c for c in plots.plot_conditional_density(mixture, x, y).collections if type(c).__name__ == "QuadMesh"]
+    up = mesh.get_coordinates()[:, 0, 1]
+    shown = np.asarray(mesh.get_array()).reshape(len(up), ROWS)
+    assert np.allclose(shown.sum(0) * (up[1] - up[0]), 1, atol=1e-6)
+    for transform in ("log", "logit", ["angle", "log"]):
+        torch.manual_seed(0)
+        network = MixtureDensityNetwork(1, 2 if isinstance(transform, list) else 1, target_transform=transform)
+        mixture = network(x.float().unsqueeze(-1)).detach()
+        for output in range(mixture.dim):
+            ax = plots.plot_predictive_intervals(mixture, x, kind="highest density", output=output)
+            assert ax.has_data()
+            grid = density_grids.grid_of(mixture.marginal(output))
+            assert bool(mixture.marginal(output).support.check(grid[:, None, None]).all())
+    assert plots.plot_conditional_density(mixture[0]).has_data()
 
 
 # Axes and inputs

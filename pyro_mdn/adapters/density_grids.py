@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.units.circular.circles import Circle
+from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents
 from pyro_mdn.support.arrays import Array, as_array, columns_of, in_columns, to_numpy
 
 __all__ = [
     "ELEMENTS",
     "PIXELS",
     "along",
+    "bands",
     "cell_density",
     "grid_of",
     "in_parts",
+    "lines",
     "log_thresholds",
     "one_input",
     "pooled",
@@ -94,8 +98,49 @@ def grid_of(mixture: Mixture, output: int = 0, *, most: int = _MOST) -> Tensor:
         step = max(1, math.ceil((high - low + 1) / most))
         return torch.arange(low, high + 1, step, device="cpu").to(mixture.locs)
     count = min(max(PIXELS, round(2 * (high - low) / float(_finest(mixture).min()))), most)
-    margin = 0.05 * (high - low)
-    return torch.linspace(low - margin, high + margin, count, device="cpu").to(mixture.locs)
+    margin, first, last = 0.05 * (high - low), float(single.icdf(0.0).min()), float(single.icdf(1.0).max())
+    low, high = low - margin, high + margin
+    if first > low or last < high:  # middles of cells are inside of the support, also where cells reach its ends
+        low, high = max(low, first), min(high, last)
+        half = 0.5 * (high - low) / count
+        low, high = low + half, high - half
+    return torch.linspace(low, high, count, device="cpu").to(mixture.locs)
+
+
+def bands(mixture: Mixture, lower: Array, upper: Array) -> list[tuple[Array, Array]]:
+    """Split arcs along x into bands within the period, which go on at its start beyond its end.
+
+    Args:
+        mixture: Mixtures of one output. If it is no angle, there is one band, of the ends that are given.
+        lower: Lower ends in the order of x, ``(N,)``.
+        upper: Upper ends, likewise.
+    """
+    if (circle := _circle_of(mixture)) is None:
+        return [(lower, upper)]
+    ends = circle.start, circle.end
+    return [(np.clip(low, *ends), np.clip(high, *ends)) for low, high in _turns(circle, lower, upper)]
+
+
+def lines(mixture: Mixture, values: Array) -> list[Array]:
+    """Split a line of angles along x at the ends of the period, as :func:`bands` does."""
+    if (circle := _circle_of(mixture)) is None:
+        return [values]
+    turns = [line for line, _ in _turns(circle, values, values)]
+    return [np.where((line >= circle.start) & (line <= circle.end), line, np.nan) for line in turns]
+
+
+def _circle_of(mixture: Mixture) -> Circle | None:
+    components = mixture.components
+    return components.circles.of_outputs[0] if isinstance(components, WrappedComponents) else None
+
+
+def _turns(circle: Circle, lower: Array, upper: Array) -> list[tuple[Array, Array]]:
+    """Copies of arcs at all turns that meet the period, without a jump where an end passes that of the period."""
+    begun = np.unwrap(lower, period=circle.period)
+    ended = begun + np.minimum(upper - lower, circle.period)
+    first = math.ceil((circle.start - ended.max()) / circle.period)
+    last = math.floor((circle.end - begun.min()) / circle.period)
+    return [(begun + turn * circle.period, ended + turn * circle.period) for turn in range(first, last + 1)]
 
 
 def _finest(mixture: Mixture) -> Tensor:

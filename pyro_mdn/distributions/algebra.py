@@ -153,8 +153,8 @@ def temper(mixture: M, temperature: float) -> M:
         temperature: :math:`\tau > 0`; below 1 draws are more cautious, above 1 more adventurous.
 
     Raises:
-        ValueError: If the temperature is not positive and finite, or if its square root over- or underflows in the
-            dtype of the mixture.
+        ValueError: If the temperature is not positive and finite, if its square root over- or underflows in the dtype
+            of the mixture, or if the scale of an angle becomes larger than 30 radians.
 
     References:
         Ha & Schmidhuber (2018), World Models.

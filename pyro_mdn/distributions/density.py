@@ -36,6 +36,7 @@ __all__ = [
     "VarianceSplit",
     "as_gaussian",
     "as_observations",
+    "as_outcomes",
     "as_points",
     "complete_when_run",
     "component_log_prob",
@@ -69,6 +70,14 @@ def as_points(mixture: Mixture, value: Any, name: str = "value") -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         value = as_tensor(value, name, mixture.device)
     return _fitting(mixture, value, name)
+
+
+def as_outcomes(mixture: Mixture, value: Any, name: str = "y") -> Tensor:
+    """Convert what was observed as :func:`as_points` does, and refuse angles outside of their periods."""
+    value = as_points(mixture, value, name)
+    if mixture.validates:
+        mixture.components.require_inside(value, name)
+    return value
 
 
 def as_observations(mixture: Mixture, value: Any, name: str = "value") -> TargetsOrTensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import as_targets
+from pyro_mdn.distributions.quantiles import central_quantile
 from pyro_mdn.support.arrays import Array, as_tensor, require_finite, to_numpy
 from pyro_mdn.support.checks import describe, require_counts, shown
 
@@ -91,7 +92,7 @@ class Prediction:
         return self._joined(lambda part: part.stddev)
 
     def quantiles(self, probabilities: Any = (0.05, 0.5, 0.95)) -> Array:
-        """Compute quantiles of each output.
+        """Compute quantiles of each output; those of angles are counted from the angle opposite to the mean direction.
 
         Args:
             probabilities: A number in [0, 1], for quantiles ``(N, ..., D)``; or Q of them, for ``(N, Q, ..., D)``.
@@ -102,7 +103,9 @@ class Prediction:
         levels = as_tensor(probabilities, "probabilities")
         if levels.ndim > 1 or not levels.numel() or not bool(((levels >= 0) & (levels <= 1)).all()):
             raise ValueError(f"probabilities: expected one or several in [0, 1], got {shown(probabilities)}")
-        points = self._joined(lambda part: torch.stack([part.icdf(q.item()) for q in levels.reshape(-1)], 1))
+        points = self._joined(
+            lambda part: torch.stack([central_quantile(part, q.item()) for q in levels.reshape(-1)], 1)
+        )
         return points if levels.ndim else points[:, 0]
 
     def interval(self, mass: float = 0.9, *, kind: Literal["central", "shortest"] = "central") -> tuple[Array, Array]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "cdf",
+    "central_quantile",
     "highest_density_threshold",
     "icdf",
     "in_highest_density_region",
@@ -107,6 +108,20 @@ def icdf(mixture: Mixture, value: Any) -> Tensor:
     """
     q = as_tensor(value, "value", mixture.device).to(mixture.components.like)
     return univariate(mixture).quantile(as_probabilities(q, (*mixture.batch_shape, mixture.dim)))
+
+
+@in_widest_precision
+def central_quantile(mixture: Mixture, value: Any) -> Tensor:
+    """Compute quantiles as :func:`icdf` does, but those of angles from the angle opposite to their mean direction.
+
+    Where the period of an angle begins is a convention, which must not decide what is predicted. Counted like this, the
+    median and the ends of central intervals do not depend on it, and quantiles are angles of the period.
+
+    References:
+        Mardia & Jupp (2000), Directional statistics, on medians and quantiles of circular distributions.
+    """
+    q = as_tensor(value, "value", mixture.device).to(mixture.components.like)
+    return univariate(mixture).central_quantile(as_probabilities(q, (*mixture.batch_shape, mixture.dim)))
 
 
 @in_widest_precision

@@ -16,7 +16,6 @@ from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.support.checks import bounds
 from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels, layer_log_density
@@ -63,30 +62,25 @@ class RawParameters(NamedTuple):
             return self.mixture(validate_args=False).log_prob(y)
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)
-        if isinstance(self.units, AngleUnits):
-            nearest = self._replace(raw=(self.raw[0], self.units.nearest(self.raw[1]), *self.raw[2:]))
-            density = log_sum_exp(nearest._standardized_density(self.units.images(y)))
-        else:
-            density = self._standardized_density(self.units.standardize(y))
-        return density - self.units.log_volume(y)
-
-    def _standardized_density(self, value: Tensor) -> Tensor:
         logits, locs, *blocks = self.raw
-        value = value.to(locs.dtype)
+        images = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
+        locs = self.units.nearest(locs)
         if (kernel := self.family.kernel) is not None:
-            return mixture_log_density(kernel, logits, locs, value, *blocks)
-        return self._components().mixture_log_prob(logits, value, normalize=True)
+            density = mixture_log_density(kernel, logits, locs, images, *blocks)
+        else:
+            components = self.family.build(locs, blocks, self.units.unit)
+            density = components.mixture_log_prob(logits, images, normalize=True)
+        return (log_sum_exp(density) if self.units.has_angles else density) - self.units.log_volume(y)
 
     def _log_likelihood(self, y: TargetsOrTensor) -> Tensor:
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""
         if isinstance(y, Targets):
             # In single precision the ends of a cell may become one number in standardised units.
             y = y.double() if y.has_cells() and y.device.type != "mps" else y
-            if self.units.has_angles:
-                return self.mixture(validate_args=False).log_prob(y)
-            value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)
-        elif self.units.has_angles:
+        if self.units.has_angles:  # which have no place on the real line
             return self.mixture(validate_args=False).log_prob(y)
+        if isinstance(y, Targets):
+            value, volume = y.limits(self.units.standardize_limits), self._log_volume(y.lower, y.kinds() == EXACT)
         else:
             value, volume = self.units.standardize(y).to(self.raw[1].dtype), self._log_volume(y, ~y.isnan())
         return self._standardized(validate_args=False).log_prob(value) - volume

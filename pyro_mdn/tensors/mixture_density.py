@@ -211,5 +211,8 @@ def _channels(*arguments: Tensor) -> list[Tensor]:
 
 def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
     """Bring a channel-first gradient to the shape of its argument, summing over broadcast dimensions."""
-    gradient = channels_last(gradient, event_dim)
-    return gradient if gradient.shape == argument.shape else gradient.sum_to_size(argument.shape)
+    batch, event = argument.shape[: argument.ndim - event_dim], argument.shape[argument.ndim - event_dim :]
+    shape = (*reversed(event), *(1,) * (gradient.ndim - argument.ndim), *batch)
+    if gradient.shape != shape:  # sums over a view in another order of dimensions take many times as long
+        gradient = gradient.sum_to_size(shape)
+    return channels_last(gradient.reshape(*reversed(event), *batch), event_dim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
+from pyro_mdn.distributions.units.circular.angles import AngleUnits
 from pyro_mdn.distributions.units.units import Units
 
 T = TypeVar("T", bound=TargetsOrTensor)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_mdn.adapters.density_grids import along
+from pyro_mdn.adapters.density_grids import along, bands, lines
 from pyro_mdn.adapters.figures.axes import COLORS, STYLES, axes_of, legend_above
 from pyro_mdn.adapters.xarray_labels import names_of
 from pyro_mdn.distributions.mixture import Mixture
@@ -50,10 +50,12 @@ def plot_components(mixture: Mixture, x: Any, *, output: int = 0, ax: Axes | Non
     weights, components = to_numpy(mixture.logits.exp()), mixture.components
     means, scales = (to_numpy(t.expand(mixture.locs.shape)[..., 0]) for t in (components.mean(), components.stddev()))
     for k, (weight, mean, scale) in enumerate(zip(weights.T, means.T, scales.T, strict=True)):
-        color, shown = COLORS[k % 7], np.where(weight < 0.01, np.nan, mean)
+        color, drawn = COLORS[k % 7], np.where(weight < 0.01, np.nan, 0.0)
         legend = f"{k + 1}: weight {weight.min():.2f} to {weight.max():.2f}"
-        ax.plot(x, shown, color=color, linestyle=STYLES[k % 5], label=legend)
-        _shade(ax, x, shown - scale, shown + scale, weight, color)
+        for i, line in enumerate(lines(mixture, mean)):
+            ax.plot(x, line + drawn, color=color, linestyle=STYLES[k % 5], label="" if i else legend)
+        for lower, upper in bands(mixture, mean - scale, mean + scale):
+            _shade(ax, x, lower + drawn, upper + drawn, weight, color)
     _number(ax, x, means, weights)
     ax.set(xlabel=label, ylabel=f"{names[output]}: mean ± std of components")
     legend_above(ax, fontsize="small", title="component")

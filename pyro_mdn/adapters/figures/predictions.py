@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from pyro_mdn import uncertainty
-from pyro_mdn.adapters.density_grids import along, grid_of, one_input, regions, targets_of
+from pyro_mdn.adapters.density_grids import along, bands, grid_of, lines, one_input, regions, targets_of
 from pyro_mdn.adapters.figures.axes import COLORS, axes_of, decreasing, legend_above, percent, pyplot, scatter, shades
 from pyro_mdn.adapters.xarray_labels import names_of
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.quantiles import central_quantile
 from pyro_mdn.support.arrays import Array, to_numpy
 from pyro_mdn.support.checks import shown
 
@@ -35,6 +36,8 @@ def plot_predictive_intervals(
     ax: Axes | None = None,
 ) -> Axes:
     """Draw intervals of several probabilities for one output along x, with observed targets.
+
+    Arcs of angles that reach the end of the period go on at its start.
 
     Args:
         mixture: Predictive distributions ``(N,)`` at x.
@@ -66,8 +69,10 @@ def plot_predictive_intervals(
     else:
         for mass, color in zip(masses, shades(len(masses)), strict=True):
             lower, upper = (to_numpy(end[:, 0]) for end in single.interval(mass, kind=kind))
-            ax.fill_between(x, lower, upper, color=color, linewidth=0, label=percent(mass))
-        ax.plot(x, to_numpy(single.icdf(0.5)[:, 0]), color="black", linewidth=1, label="median")
+            for i, band in enumerate(bands(single, lower, upper)):
+                ax.fill_between(x, *band, color=color, linewidth=0, label="" if i else percent(mass))
+        for i, line in enumerate(lines(single, to_numpy(central_quantile(single, 0.5)[:, 0]))):
+            ax.plot(x, line, color="black", linewidth=1, label="" if i else "median")
     if observed is not None:
         scatter(ax, x, observed[order, output])
     ax.set(xlabel=label, ylabel=names[output])

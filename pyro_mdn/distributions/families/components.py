@@ -170,6 +170,9 @@ class Components(TensorBatch):
         """Return how many of ``count`` components there are given the outputs ``dims``; more if these have images."""
         return count
 
+    def require_inside(self, value: TargetsOrTensor, name: str) -> None:
+        """Raise a ``ValueError`` that names the first angle outside of its period, if values are known."""
+
     def require_line(self, operation: str, instead: str) -> None:
         """Raise ``NotImplementedError`` for an operation that has no meaning for angles, if an output is one."""
 

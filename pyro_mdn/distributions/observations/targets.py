@@ -125,6 +125,9 @@ class Targets:
     def interval(cls, lower: Any, upper: Any) -> Self:
         """Make targets from the limits of their intervals.
 
+        Intervals of angles are arcs. One across the end of the period has an upper limit beyond it, such as 350 to 370
+        degrees.
+
         Args:
             lower: Lower limits, ``(*batch, D)``; -inf where there is none.
             upper: Upper limits, likewise; inf where there is none. Equal limits make an exact target.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.units.circular.angle_units import AngleUnits
+from pyro_mdn.distributions.units.circular.angles import AngleUnits
 from pyro_mdn.distributions.units.circular.circles import Circles
 from pyro_mdn.distributions.units.compound_warps import Chained, SideBySide
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform

@@ -84,7 +84,7 @@ class TargetTransform(Specification):
     @property
     def takes_any_number(self) -> bool:
         """Whether the support is the whole real line."""
-        return bool(self.inside(torch.tensor([[-1e30], [1e30]], device="cpu")).all())
+        return _takes_any_number(self)
 
     def inside(self, y: Tensor) -> Tensor:
         """Check which targets ``(..., D)`` lie inside of the support, which no tensor of the transform decides."""
@@ -97,6 +97,12 @@ class TargetTransform(Specification):
     def circles(self, dim: int) -> Circles | None:
         """Circles of ``dim`` outputs of which some are angles; ``None`` if none is."""
         return None
+
+
+@lru_cache
+def _takes_any_number(transform: TargetTransform) -> bool:
+    """Look for an end of the support; each training step on targets on a grid asks."""
+    return bool(transform.inside(torch.tensor([[-1e30], [1e30]], device="cpu")).all())
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,23 @@ class Units(ABC):
         """Convert limits of intervals, of which those at an end of the support of y, or beyond it, become infinite."""
         return self.standardize(limit)
 
+    def images(self, y: Tensor, batch_dims: int) -> Tensor:
+        """Convert targets to the standardised points at which densities are needed.
+
+        Args:
+            y: Targets ``(*sample, *batch, D)``.
+            batch_dims: Number of dimensions of the batch, of which targets may lack some.
+
+        Returns:
+            Points ``(*sample, *batch, D)``; if there are angles, with a first dimension of images, over which densities
+            are to be summed.
+        """
+        return self.standardize(y)
+
+    def nearest(self, locs: Tensor) -> Tensor:
+        """Move standardised locations ``(*batch, K, D)`` of angles by whole turns to where images are around them."""
+        return locs
+
     def to_line(self, y: Tensor) -> Tensor:
         """Map targets to the real line, on which the rest of the map is affine; without checks."""
         return y

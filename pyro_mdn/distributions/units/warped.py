@@ -215,11 +215,10 @@ def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object 
     if not is_known(shown):
         return
     low, high = warp.limits(shown)
+    outside = (shown <= low) | (shown >= high)  # no if it is NaN
     if isinstance(value, Targets):
         exact = value.kinds() == EXACT
-        outside = torch.where(exact, ~warp.contains(shown), (value.upper <= low) | (value.lower >= high))
-    else:
-        outside = ~(warp.contains(shown) | shown.isnan())
+        outside = torch.where(exact, outside, (value.upper <= low) | (value.lower >= high))
     if bool(outside.any()):
         ends = " and ".join(_listed(end) for end in (low, high))
         refuse(shown, outside, name, f"numbers between {ends}", given)

@@ -6,24 +6,27 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, Targets, TargetsOrTensor, missing
+from pyro_mdn.distributions.observations.targets import INTERVAL, MISSING, Targets, TargetsOrTensor, missing
 from pyro_mdn.support.arrays import refuse
 from pyro_mdn.support.checks import is_known
 
-__all__ = ["TURNS", "Circle", "Circles", "wrapped_into"]
+__all__ = ["ROUNDING", "TURNS", "Circle", "Circles", "in_batch", "wrapped_into"]
+
+V = TypeVar("V", bound=TargetsOrTensor)
 
 TURNS = 3
-"""Whole turns to each side that images go to."""
+"""Whole turns to each side that images go to: enough for scales of as many radians."""
+
+_MOST_TURNS = 30
 
 _MOST_ANGLES = 2
 
-_ROUNDING = 4 * torch.finfo(torch.float32).eps
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 """Share of a period by which values may lie beyond its ends, such as the angle π in single precision."""
 
 
@@ -33,15 +36,27 @@ class Circle(NamedTuple):
     Attributes:
         period: Length of a turn.
         start: Smallest value.
+        turns: Whole turns to each side that images go to.
     """
 
     period: float
     start: float
+    turns: int = TURNS
 
     @property
     def end(self) -> float:
         """End of the period, which is the same angle as its start."""
         return self.start + self.period
+
+    def reaching(self, scale: float) -> Circle:
+        """Return the circle with as many turns as a scale has radians, and not fewer than it has."""
+        radians = 2 * math.pi * scale / self.period
+        if not radians <= _MOST_TURNS:
+            raise ValueError(
+                f"temper: expected scales of angles up to {_MOST_TURNS} radians, got {radians:.3g}; "
+                "a wrapped distribution is all but uniform from 3 radians on"
+            )
+        return Circle(self.period, self.start, max(self.turns, math.ceil(radians)))
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Circles:
         if len(self.angles) > _MOST_ANGLES:
             raise ValueError(f"target_transform: expected {_MOST_ANGLES} angles at most, got {len(self.angles)}")
 
-    @cached_property
+    @property
     def angles(self) -> list[int]:
         """Indices of the outputs that are angles."""
         return [d for d, circle in enumerate(self.of_outputs) if circle is not None]
@@ -69,7 +84,7 @@ class Circles:
     @property
     def num_images(self) -> int:
         """Number of images of a point."""
-        return (2 * TURNS + 1) ** len(self.angles)
+        return math.prod(2 * c.turns + 1 for c in self.of_outputs if c is not None)
 
     def marginal(self, dims: Sequence[int]) -> Circles:
         """Circles of the outputs ``dims``, in that order."""
@@ -104,7 +119,7 @@ class Circles:
         """
         period = self.periods(value) if period is None else period
         turns = ((value.detach() - centre.detach()) / period + 0.5).floor()
-        return value - (turns * period).masked_fill(~self.is_angle(value), 0.0)
+        return torch.where(self.is_angle(value), value - turns * period, value)
 
     def wrap(self, value: Tensor) -> Tensor:
         """Move angles by whole turns into their periods, whose ends do not belong to them."""
@@ -116,17 +131,26 @@ class Circles:
 
     def offsets(self, like: Tensor) -> Tensor:
         """Return the differences of the images from a point, ``(images, D)``; 0 for outputs that are no angles."""
-        steps = [(0.0,) if c is None else range(-TURNS, TURNS + 1) for c in self.of_outputs]
+        steps = [(0.0,) if c is None else range(-c.turns, c.turns + 1) for c in self.of_outputs]
         periods = [0.0 if c is None else c.period for c in self.of_outputs]
         return like.new_tensor(
             [[n * p for n, p in zip(turns, periods, strict=True)] for turns in itertools.product(*steps)]
         )
 
-    def images(self, value: TargetsOrTensor) -> TargetsOrTensor:
-        """Return the images of points, ``(images, ..., D)``."""
+    def images(self, value: V, unit: Tensor | float = 1.0) -> V:
+        """Return the images of points, ``(images, ..., D)``.
+
+        The points must have all dimensions of their batch of mixtures, as :func:`in_batch` gives them: otherwise the
+        dimension of images would be taken for one of the batch.
+
+        Args:
+            value: Points ``(..., D)``.
+            unit: Unit of the points, which broadcasts with them.
+        """
         offsets = self.offsets(value if isinstance(value, Tensor) else value.lower)
-        offsets = offsets.reshape(len(offsets), *(1,) * (value.ndim - 1), -1)
-        return value.limits(lambda t: t + offsets) if isinstance(value, Targets) else value + offsets
+        offsets = offsets.reshape(len(offsets), *(1,) * (value.ndim - 1), -1) / unit
+        result: Any = value.limits(lambda t: t + offsets) if isinstance(value, Targets) else value + offsets
+        return result
 
     def log_share(self, value: TargetsOrTensor) -> Tensor:
         """Say which images count: 0 for those that do, and otherwise minus infinity, ``(images, ...)``.
@@ -141,27 +165,38 @@ class Circles:
 
     # Checks
 
-    def inside(self, y: Tensor) -> Tensor:
-        """Check which values are no angles, or lie in their periods, whose ends both belong to them."""
-        slack = _ROUNDING * self.periods(y)
-        far = (y - self.centres(y)).abs() <= 0.5 * self.periods(y) + slack
-        return far | ~self.is_angle(y)
+    def inside(self, y: Tensor, *, turns: int = 0) -> Tensor:
+        """Check which values are no angles, or lie in their periods, whose ends both belong to them.
+
+        Args:
+            y: Values.
+            turns: Turns to each side of the period that are allowed as well.
+        """
+        near = (y - self.centres(y)).abs() <= (0.5 + turns + ROUNDING) * self.periods(y)
+        return near | ~self.is_angle(y)
 
     def contains(self, value: TargetsOrTensor) -> Tensor:
-        """Check which values are inside or missing; the finite limits of an interval have to be inside."""
+        """Check which values are inside or missing; intervals have to be arcs of one turn at most.
+
+        An arc may go on beyond an end of its period, but not farther than a turn. One that is open on one side goes on
+        to the end of the period, which its limit must not lie beyond.
+        """
         if isinstance(value, Tensor):
             return self.inside(value) | value.isnan()
-        censored = value.kinds() != EXACT
-        return (self.inside(value.lower) | (censored & value.lower.isinf())) & (
-            self.inside(value.upper) | (censored & value.upper.isinf())
-        )
+        lower, upper, kinds = value.lower, value.upper, value.kinds()
+        arc = (kinds == INTERVAL) & lower.isfinite() & upper.isfinite()
+        short = upper - lower <= (1 + ROUNDING) * self.periods(lower)
+        ends = [torch.where(arc, self.inside(end, turns=1), self.inside(end) | end.isinf()) for end in (lower, upper)]
+        return (ends[0] & ends[1] & (short | ~arc | ~self.is_angle(lower))) | (kinds == MISSING)
 
     def closed(self, targets: Targets) -> Targets:
-        """Give intervals of angles that are open on one side the end of the period there."""
-        reach = self.is_angle(targets.lower) & (targets.kinds() == INTERVAL)
+        """Give intervals of angles that are open on one side the end of the period, and let all begin in the period."""
+        arcs = self.is_angle(targets.lower) & (targets.kinds() == INTERVAL)
         half, centres = 0.5 * self.periods(targets.lower), self.centres(targets.lower)
-        lower = torch.where(reach & targets.lower.isinf(), centres - half, targets.lower)
-        return Targets(lower, torch.where(reach & targets.upper.isinf(), centres + half, targets.upper))
+        lower = torch.where(arcs, torch.where(targets.lower.isinf(), centres - half, targets.lower), 0.0)
+        upper = torch.where(arcs, torch.where(targets.upper.isinf(), centres + half, targets.upper), 0.0)
+        moved = (self.wrap(lower) - lower).detach()
+        return Targets(torch.where(arcs, lower + moved, targets.lower), torch.where(arcs, upper + moved, targets.upper))
 
     def require_inside(self, value: TargetsOrTensor, name: str, given: object = None) -> None:
         """Raise a ``ValueError`` that names the first angle outside of its period, if values are known.
@@ -178,13 +213,21 @@ class Circles:
         if not bool(outside.any()):
             return
         if isinstance(value, Targets):
-            shown = torch.where(outside & self.inside(value.lower) | value.lower.isinf(), value.upper, value.lower)
+            shown = torch.where(self.inside(value.lower) | value.lower.isinf(), value.upper, value.lower)
         d = int(outside.reshape(-1, len(self.of_outputs)).any(0).nonzero()[0])
         circle = self.of_outputs[d]
         assert circle is not None
         single = torch.zeros_like(outside)
         single[..., d] = outside[..., d]
-        refuse(shown, single, name, f"numbers between {circle.start:g} and {circle.end:g}", given)
+        arcs = ", or arcs of one turn at most, not farther than a turn from there" if isinstance(value, Targets) else ""
+        refuse(shown, single, name, f"numbers between {circle.start:g} and {circle.end:g}{arcs}", given)
+
+
+def in_batch(value: V, batch_dims: int) -> V:
+    """Give points ``(..., D)`` the dimensions of a batch, so that one of images before them is none of the batch."""
+    missing_dims = max(0, batch_dims - (value.ndim - 1))
+    result: Any = value.reshape(*(1,) * missing_dims, *value.shape)
+    return result
 
 
 def wrapped_into(value: Tensor, start: Tensor | float, period: float) -> Tensor:

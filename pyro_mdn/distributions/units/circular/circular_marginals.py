@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals, follow_shortest
-from pyro_mdn.distributions.units.circular.arcs import level_of_shortest_arc
-from pyro_mdn.distributions.units.circular.circles import TURNS, Circle, wrapped_into
-from pyro_mdn.distributions.units.circular.directions import direction_and_spread
-from pyro_mdn.distributions.units.circular.panels import CircularMixture, integrals
+from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circle, wrapped_into
+from pyro_mdn.distributions.units.circular.circular_mixture import (
+    CircularMixture,
+    direction_and_spread,
+    integrals,
+    level_of_shortest_arc,
+)
 from pyro_mdn.support.checks import is_differentiated
 from pyro_mdn.tensors.roots import follow_root, solve_tail
 from pyro_mdn.tensors.univariate import UnivariateMixture
@@ -40,7 +43,7 @@ class CircularMarginals(Marginals):
         self, mixture: UnivariateMixture, circle: Circle, components: Components, *, start: Tensor | None = None
     ) -> None:
         self.circle, self.components, self.period = circle, components, circle.period
-        self.wrapped = CircularMixture.wrapped(mixture, circle.period, circle.start if start is None else start)
+        self.wrapped = CircularMixture.wrapped(mixture, circle, start)
         self.start, self.end = self.wrapped.start, self.wrapped.end
         self.total = self.wrapped.probability(self.start, self.end)
 
@@ -50,16 +53,20 @@ class CircularMarginals(Marginals):
     # Distribution functions
 
     def log_prob(self, value: Tensor) -> Tensor:
-        inside = (value >= self.start) & (value <= self.end)
+        inside = (value - self.start - 0.5 * self.period).abs() <= (0.5 + ROUNDING) * self.period
         points = torch.where(inside, value, self.start)
         result = self._images().log_prob(points) - self.total.log()
         return torch.where(value.isnan(), value, result.masked_fill(~inside, -math.inf))
 
     def cdf(self, value: Tensor) -> Tensor:
-        return self._side(value, above=False).exp()
+        return self._side(value, above=False)
 
     def sf(self, value: Tensor) -> Tensor:
-        return self._side(value, above=True).exp()
+        return self._side(value, above=True)
+
+    def levels(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        below = self.cdf(wrapped_into(lower, self.start, self.period))
+        return below, below + self.log_between(lower, upper).exp()
 
     def log_cdf(self, value: Tensor) -> Tensor:
         return self._log_side(value, above=False)
@@ -80,27 +87,44 @@ class CircularMarginals(Marginals):
         return arc.masked_fill(whole, 0.0)
 
     def _side(self, value: Tensor, *, above: bool) -> Tensor:
-        """Log-probability below a value, or above it, with relative accuracy."""
-        inside = (value > self.start) & (value < self.end)
-        points = torch.where(inside, value, self.start + 0.5 * self.period)
-        ends = (points, self.end) if above else (self.start, points)
-        beyond = torch.where((value >= self.end) == above, -math.inf, 0.0).to(value)
-        result = torch.where(inside, self._log_arc(*ends).clamp(max=0), beyond)
-        return torch.where(value.isnan(), value, result)
+        """Probability below a value, or above it."""
+        log_side = self._log_part(value, above=above)
+        # At the end where it is 0, its logarithm has no derivatives, but the probability has.
+        empty = value == (self.end if above else self.start)
+        points = torch.where(empty, value, self.start)
+        part = self._part(points, above=above)
+        return torch.where(empty, self.wrapped.probability(*part) / self.total, log_side.exp())
 
     def _log_side(self, value: Tensor, *, above: bool) -> Tensor:
-        other = self._side(value, above=not above).exp()
+        other = self._side(value, above=not above)
         near = other < 0.5
-        result = torch.where(near, torch.log1p(-torch.where(near, other, 0.0)), self._side(value, above=above))
+        result = torch.where(near, torch.log1p(-torch.where(near, other, 0.0)), self._log_part(value, above=above))
         return torch.where(value.isnan(), value, result)
 
+    def _log_part(self, value: Tensor, *, above: bool) -> Tensor:
+        """Log-probability below a value, or above it, with relative accuracy where that is small."""
+        inside = (value >= self.start) & (value < self.end) if above else (value > self.start) & (value <= self.end)
+        points = torch.where(inside, value, self.start + 0.5 * self.period)
+        beyond = torch.where((value >= self.end) == above, -math.inf, 0.0).to(value)
+        log_arc = self._log_arc(*self._part(points, above=above))
+        log_arc = log_arc - log_arc.detach().clamp(min=0)  # of rounding; with the derivative at the other end
+        result = torch.where(inside, log_arc, beyond)
+        return torch.where(value.isnan(), value, result)
+
+    def _part(self, value: Tensor, *, above: bool) -> tuple[Tensor, Tensor]:
+        return (value, self.end) if above else (self.start, value)
+
     def _log_arc(self, lower: Tensor, upper: Tensor) -> Tensor:
-        return LocationScaleMarginals(self._images()).log_between(lower, upper) - self.total.log()
+        """Log-probability of an arc that begins anywhere; all of it at once, after turns into the period."""
+        moved = (wrapped_into(lower, self.start, self.period) - lower).detach()
+        line = LocationScaleMarginals(self._images())
+        return line.log_between(lower + moved, upper + moved) - self.total.log()
 
     def _images(self) -> UnivariateMixture:
         """Mixture on the line with a component for each image."""
         logits, locs, scale, law = self.wrapped.line
-        turns = self.period * torch.arange(-TURNS, TURNS + 1, dtype=locs.dtype, device=locs.device)
+        most = self.circle.turns
+        turns = self.period * torch.arange(-most, most + 1, dtype=locs.dtype, device=locs.device)
         count = len(turns)
         moved = (locs.unsqueeze(-2) + turns.unsqueeze(-1)).flatten(-2)
         shape = torch.broadcast_shapes(logits.shape, locs.shape, scale.shape)[-1:]
@@ -136,15 +160,16 @@ class CircularMarginals(Marginals):
 
         with torch.no_grad():
             none = torch.zeros_like(known)
-            way = solve_tail(known, none, none + self.period, tail_and_density).detach()
+            way = solve_tail(known, none, none + self.period, tail_and_density)
+            way = torch.where(tail > 0, way, 0.0).detach()
         if self.is_differentiated() or is_differentiated(tail, self.start):
 
             def equation(way: Tensor) -> tuple[Tensor, Tensor]:
                 probability, height = tail_and_density(way)
-                return probability - known, height
+                return probability - tail, height
 
             way = follow_root(way, equation)
-        return point_at(torch.where(tail > 0, way, 0.0))
+        return point_at(way)
 
     def log_density_by_level(self, value: Tensor) -> tuple[Tensor, Tensor]:
         log_density, bend = self._images().log_density_by_level(value)
@@ -152,11 +177,18 @@ class CircularMarginals(Marginals):
 
     # Arcs
 
+    def central_quantile(self, q: Tensor) -> Tensor:
+        return wrapped_into(self._opened().quantile(q), self.circle.start, self.period)
+
     def central_interval(self, tail: Tensor) -> tuple[Tensor, Tensor]:
         """Ends of arcs with probability ``tail`` on each side, between them and the angle opposite to the mean."""
-        cut = direction_and_spread(self.wrapped.line, self.circle)[0] - 0.5 * self.period
-        opened = CircularMarginals(self.wrapped.line, self.circle, self.components, start=cut)
+        opened = self._opened()
         return self._begun(opened.quantile(tail), opened.upper_quantile(tail))
+
+    def _opened(self) -> CircularMarginals:
+        """The same with distribution functions that start opposite to the mean direction."""
+        cut = direction_and_spread(self.wrapped.line, self.circle)[0] - 0.5 * self.period
+        return CircularMarginals(self.wrapped.line, self.circle, self.components, start=cut)
 
     @torch.no_grad()
     def shortest(self, outside: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

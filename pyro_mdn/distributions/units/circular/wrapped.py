@@ -19,14 +19,14 @@ from pyro_mdn.distributions.families.components import (
     not_closed,
     total_stddev,
 )
-from pyro_mdn.distributions.marginals import Marginals
+from pyro_mdn.distributions.marginals import Marginals, MarginalsByColumn
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.distributions.units.circular.circles import Circles
+from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circles, in_batch
 from pyro_mdn.distributions.units.circular.circular_marginals import CircularMarginals
-from pyro_mdn.distributions.units.circular.columns import MarginalsByColumn
-from pyro_mdn.distributions.units.circular.directions import direction_and_spread
+from pyro_mdn.distributions.units.circular.circular_mixture import direction_and_spread
 from pyro_mdn.distributions.units.warped import WarpedComponents
 from pyro_mdn.distributions.units.warps import support_between
+from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.tensor_batch import nested
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
@@ -42,7 +42,7 @@ class WrappedComponents(DerivedComponents):
 
     The sum goes over all combinations of the turns of two angles. It is exact to 1e-9 for normal components with scales
     of up to 3 radians, at which a wrapped normal is within 2 % of uniform. In general it lacks the probability of z
-    more than three periods from its location.
+    more than three periods from its location. Components that are made wider have more turns: see :meth:`widen`.
 
     Args:
         base: Components of z, with the locations of angles in their periods: see :func:`wrapped_components`.
@@ -63,7 +63,8 @@ class WrappedComponents(DerivedComponents):
         low, high = (
             self.base.warp.of_values().limits(like) if isinstance(self.base, WarpedComponents) else (-line, line)
         )
-        half, centres, angle = 0.5 * self.circles.periods(like), self.circles.centres(like), self.circles.is_angle(like)
+        half = (0.5 + ROUNDING) * self.circles.periods(like)
+        centres, angle = self.circles.centres(like), self.circles.is_angle(like)
         return support_between(torch.where(angle, centres - half, low), torch.where(angle, centres + half, high), like)
 
     @property
@@ -85,11 +86,22 @@ class WrappedComponents(DerivedComponents):
     def pulled_back(self, value: TargetsOrTensor) -> tuple[Components, TargetsOrTensor, Tensor | None]:
         """Change variables; values and what the change adds have a dimension of images first."""
         if is_validation_enabled():
-            self.circles.require_inside(value, "value")
+            self.require_inside(value, "value")
+        value = in_batch(value, self.base.locs.ndim - 2)
         share = self.circles.log_share(value)
         closed = self.circles.closed(value) if isinstance(value, Targets) else value
         base, images, log_slope = self.base.pulled_back(self.circles.images(closed))
         return base, images, share if log_slope is None else share + log_slope
+
+    def widen(self, factor: Tensor) -> Self:
+        """Multiply the scales, and add turns to images that wider components need."""
+        wide = replace(self, base=self.base.widen(factor))
+        circles = list(self.circles.of_outputs)
+        for d, circle in enumerate(circles):
+            if circle is not None:
+                _, scale, _ = wide.inner.marginal([d]).univariate()
+                circles[d] = circle.reaching(scale.amax().item()) if is_known(scale) and scale.numel() else circle
+        return replace(wide, circles=Circles(tuple(circles)))
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
         return replace(self, base=self.base.expand(batch_shape))
@@ -151,6 +163,9 @@ class WrappedComponents(DerivedComponents):
             not_closed("covariance_matrix", self, "variance is, of each output; or estimate it from draws")
         return super().covariance_matrix()
 
+    def require_inside(self, value: TargetsOrTensor, name: str) -> None:
+        self.circles.require_inside(value, name)
+
     def require_line(self, operation: str, instead: str) -> None:
         not_closed(operation, self, instead)
 
@@ -187,10 +202,10 @@ class WrappedComponents(DerivedComponents):
         known = self.circles.marginal(range(n))
         if not known.angles or self.has_independent_outputs:
             return None
+        values = in_batch(values, self.base.locs.ndim - 2)
         base, images, log_share = self.marginal(range(n)).pulled_back(values)
         turned = known.images(values)
         assert isinstance(images, Tensor)
-        assert isinstance(turned, Tensor)
         assert log_share is not None
         joint = logits + base.log_prob(images) + log_share.unsqueeze(-1)
         rest = self.base.condition(turned).pooled(joint.shape, 0)
