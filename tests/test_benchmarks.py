@@ -2,12 +2,10 @@
 
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -22,13 +20,14 @@ COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": []}
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_benchmark_runs(name, tmp_path):
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--smoke", *COMMANDS[name]]
-    command += ["--out", str(tmp_path / "out")]
-    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("| ")
-    assert "nan" not in shown.stdout
-    assert json.loads((tmp_path / "out").read_text())
+    out = tmp_path / "out"
+    status, shown, complaints = run_script(
+        BENCHMARKS / f"{name}.py", "--smoke", *COMMANDS[name], "--out", str(out), cwd=tmp_path
+    )
+    assert status == 0, complaints
+    assert shown.startswith("| ")
+    assert "nan" not in shown
+    assert json.loads(out.read_text())
 
 
 ELSEWHERE = {

@@ -1,11 +1,9 @@
 """Every example runs with tiny settings, and leaves what it promises."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FILES = {
@@ -35,9 +33,8 @@ def test_all_examples_are_listed():
 def test_example(name, tmp_path):
     path = EXAMPLES / f"{name}.py"
     assert len(path.read_text().splitlines()) <= 80
-    command = [sys.executable, "-W", "error", str(path), "--smoke"] + (["--out", str(tmp_path)] if FILES[name] else [])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.strip()
+    out = ["--out", str(tmp_path)] if FILES[name] else []
+    status, shown, complaints = run_script(path, "--smoke", *out, cwd=tmp_path, warn="error")
+    assert status == 0, complaints
+    assert shown.strip()
     assert all((tmp_path / file).stat().st_size > 1000 for file in FILES[name])

@@ -120,7 +120,7 @@ def test_distribution_functions_are_those_of_scipy(df):
 def test_derivatives_of_the_law(function):
     df = torch.tensor([1.7, 4.0, 50.0]).double().requires_grad_()
     z = torch.tensor([[-3.0], [-0.2], [0.0], [1.5], [20.0]]).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda z, df: getattr(StudentTLaw(df), function)(z), (z, df))
+    assert torch.autograd.gradcheck(lambda z, df: getattr(StudentTLaw(df), function)(z), (z, df), fast_mode=True)
 
 
 @pytest.mark.parametrize("df", [2.5, 4.0, 30.0])
