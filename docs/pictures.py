@@ -19,6 +19,8 @@ EXAMPLES = {
     "inverse_sine": ["--seeds", "1"],
     "geyser": [],
     "survival": [],
+    "doctor_visits": [],
+    "wind": [],
     "own_family": [],
     "noise_models": [],
     "conditioning": [],

@@ -10,6 +10,8 @@ FILES = {
     "arviz_workflow": ["arviz_workflow.png", "arviz_workflow.nc"],
     "noise_models": ["noise_models.png"],
     "survival": ["survival.png"],
+    "doctor_visits": ["doctor_visits.png"],
+    "wind": ["wind.png"],
     "own_family": ["own_family.png"],
     "sklearn_search": [],
     "geyser": ["geyser.png", "geyser.safetensors", "geyser.nc"],
