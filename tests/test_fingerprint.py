@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import prune
 
+from pyro_mdn import DeepEnsemble, MixtureDensityNetwork
 from pyro_mdn.support.fingerprint import described, differing, incomparable
 
 
@@ -191,6 +192,13 @@ def test_what_use_changes_without_an_effect_does_not_show():
     b.handle = b.layer.register_forward_hook(print)
     a.where, b.where = torch.device("cpu"), torch.device("meta")
     assert alike(a, b)
+
+
+def test_defaults_that_were_named_are_defaults():
+    networks = [MixtureDensityNetwork(1, 1, seed=0), MixtureDensityNetwork(1, 1, seed=1, family="normal")]
+    assert [network.head.has_defaults for network in networks] == [True, False]
+    assert described(network=networks[0]) == described(network=networks[1])
+    assert DeepEnsemble(networks).size == 2
 
 
 def test_copies_of_an_object_leave_no_trace():

@@ -68,7 +68,7 @@ class MixtureHead(nn.Module):
     # For fingerprints.
     _settings = ("noise", "in_features", "dim_out", "n_components", "sizes", "raw_noise", "family", "transform")
 
-    has_defaults: bool = True
+    has_defaults: bool
     """Whether neither a family nor a target transform was chosen; a head from a file does not know of its defaults."""
 
     family: Family
