@@ -215,9 +215,10 @@ class LayerParameters(NamedTuple):
 
 def _kernel_for(family: Family, units: Units, batch_shape: torch.Size, y: TargetsOrTensor) -> Kernel | None:
     """Return the kernel for the log-density of y from channels, if y is exact and has one point for each row."""
-    if isinstance(y, Targets) or y.shape[:-1] != batch_shape or units.has_angles or family.kernel is None:
+    if isinstance(y, Targets) or y.shape[:-1] != batch_shape or units.has_angles:
         return None
-    return None if has_missing(y) else family.kernel
+    kernel = family.kernel
+    return None if kernel is None or has_missing(y) else kernel
 
 
 def accumulated(channels: Tensor) -> Tensor:
