@@ -30,7 +30,7 @@ def from_channels(head, features, y):
     from pyro_mdn.networks.raw_parameters import ChannelParameters
 
     channels = head.channels(features)
-    return ChannelParameters(head.family, head.n_components, head.dim_out, channels, head.units).log_prob(y)
+    return ChannelParameters(head.family, head.layout, channels, head.units).log_prob(y)
 
 
 def from_layer(head, features, y):

@@ -90,7 +90,7 @@ def _fitting(mixture: Mixture, value: T, name: str) -> T:
         if mixture.dim > 1 or value.shape != mixture.batch_shape:
             raise ValueError(f"{name}: expected shape (*batch, {mixture.dim}), got {tuple(value.shape)}")
         value = value.unsqueeze(-1)
-    if mixture.validates:
+    if mixture.validates and value.shape[:-1] != mixture.batch_shape:
         broadcast(value.shape[:-1], mixture.batch_shape)
     return value
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel
-from pyro_mdn.distributions.families.family import Family, as_family, transform_for
+from pyro_mdn.distributions.families.family import Family, as_family, layout_of, transform_for
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
@@ -29,6 +29,7 @@ from pyro_mdn.networks.starting_point import clusters, filled
 from pyro_mdn.support.checks import is_count, is_plain, is_traced, shown
 from pyro_mdn.support.torch_compat import REGISTERED, own_buffers
 from pyro_mdn.tensors.channel_density import layer_channels
+from pyro_mdn.tensors.channels import Layout
 from pyro_mdn.tensors.numerics import single_at_least
 
 __all__ = ["MixtureHead", "exact_buffers", "starting_value"]
@@ -77,6 +78,10 @@ class MixtureHead(nn.Module):
     dim_out: int
     n_components: int
     sizes: list[int]
+    layout: Layout
+    has_quick_density: bool
+    """Whether a kernel has densities straight from the channels."""
+
     linear: nn.Linear
     raw_noise: nn.Parameter | None
     shift: Tensor
@@ -102,12 +107,14 @@ class MixtureHead(nn.Module):
         self.transform = transform_for(self.family, target_transform, dim_out)
         self.noise: NoiseModel = self.family.noise
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
+        self.layout = layout_of(self.family, dim_out, n_components)
         widths = {True: 0, False: 0}  # of blocks, by whether they are homoscedastic
         for block in self.family.blocks(dim_out):
             widths[block.homoscedastic] += block.width * (1 if block.tied else n_components)
         self.sizes = [n_components, n_components * dim_out, widths[False]]
         self.linear = nn.Linear(in_features, sum(self.sizes))
         self.raw_noise = nn.Parameter(torch.empty(widths[True])) if widths[True] else None
+        self.has_quick_density = self.raw_noise is None and self.family.kernel is not None
         single = single_at_least(torch.get_default_dtype())
         tensors = self.transform.identity(dim_out, common_unit=self.noise.common_unit)
         self._names_of_units = tuple(tensors)
@@ -163,7 +170,7 @@ class MixtureHead(nn.Module):
 
     def forward(self, features: Tensor) -> Mixture:
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
-        if self.raw_noise is not None or self.family.kernel is None:
+        if not self.has_quick_density:
             return self.mixture(self.raw(features), self.units)
         # Clones, because the mixture stays as it is when the units change.
         units = self.units_of({name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()})
@@ -173,7 +180,7 @@ class MixtureHead(nn.Module):
         return (mixture_class(self.family) if units.is_affine else Mixture).deferred(predicted)
 
     def _predicted(self, features: Tensor, units: Units) -> ChannelParameters:
-        return ChannelParameters(self.family, self.n_components, self.dim_out, self.channels(features), units)
+        return ChannelParameters(self.family, self.layout, self.channels(features), units)
 
     def log_prob(self, features: Tensor, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
@@ -191,7 +198,7 @@ class MixtureHead(nn.Module):
         if features.ndim == 2 and _is_affine(linear := self.linear):
             self._require_width(features)
             layer = linear.bias, linear.weight, features
-            return LayerParameters(self.family, self.n_components, self.dim_out, *layer, self.units).log_prob(y)
+            return LayerParameters(self.family, self.layout, *layer, self.units).log_prob(y)
         return self._predicted(features, self.units).log_prob(y)
 
     def log_density(self, raw: Raw, y: TargetsOrTensor, units: Units) -> Tensor:
@@ -239,7 +246,7 @@ class MixtureHead(nn.Module):
             raw_noise: Channels ``(C', *batch)`` (broadcast) of the blocks that do not depend on the features, if any.
         """
         own = None if raw_noise is None else accumulated(raw_noise)
-        return raw_from_channels(self.family, self.n_components, self.dim_out, accumulated(channels), own)
+        return raw_from_channels(self.family, self.layout, accumulated(channels), own)
 
     @torch.no_grad()
     def initialize_(self, y: TargetsOrTensor, *, warp: Mapping[str, Tensor] | None = None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.density import has_missing
 from pyro_mdn.distributions.families.components import Components
-from pyro_mdn.distributions.families.family import Family, layout_of
+from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
@@ -19,7 +19,7 @@ from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsO
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.support.checks import bounds
 from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels, layer_log_density
-from pyro_mdn.tensors.channels import channels_last
+from pyro_mdn.tensors.channels import Layout, channels_last
 from pyro_mdn.tensors.mixture_density import Kernel, mixture_log_density
 from pyro_mdn.tensors.numerics import log_sum_exp, single_at_least
 
@@ -106,17 +106,20 @@ class ChannelParameters(NamedTuple):
 
     Attributes:
         family: Family of the components that has a kernel, and no homoscedastic blocks.
-        n_components: Number of components K.
-        dim: Number of outputs D.
+        layout: Positions of the parameters among the channels.
         channels: K logits, D·K locations and the blocks of the family, ``(C, *batch)``.
         units: Map to the units of y.
     """
 
     family: Family
-    n_components: int
-    dim: int
+    layout: Layout
     channels: Tensor
     units: Units
+
+    @property
+    def dim(self) -> int:
+        """Number of outputs D."""
+        return self.layout.dim
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -140,8 +143,7 @@ class ChannelParameters(NamedTuple):
             return self._raw().log_prob(y, name)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, name)
-        layout = layout_of(self.family, self.dim, self.n_components)
-        density = channel_log_density(kernel, layout, self.channels, self.units.standardize(y).to(self.dtype))
+        density = channel_log_density(kernel, self.layout, self.channels, self.units.standardize(y).to(self.dtype))
         return density - self.units.log_volume(y)
 
     def mixture(self, *, validate_args: bool | None = None) -> Mixture:
@@ -162,9 +164,7 @@ class ChannelParameters(NamedTuple):
         return least * limit > 1 and all(abs(end) < limit for end in others)
 
     def _raw(self) -> RawParameters:
-        return RawParameters(
-            self.family, raw_from_channels(self.family, self.n_components, self.dim, self.channels), self.units
-        )
+        return RawParameters(self.family, raw_from_channels(self.family, self.layout, self.channels), self.units)
 
 
 def _require_inside(units: Units, y: TargetsOrTensor, name: str) -> None:
@@ -177,8 +177,7 @@ class LayerParameters(NamedTuple):
 
     Attributes:
         family: Family of the components, without homoscedastic blocks.
-        n_components: Number of components K.
-        dim: Number of outputs D.
+        layout: Positions of the parameters among the channels.
         bias: Bias of the layer, ``(C,)``.
         weight: Weight of the layer, ``(C, H)``.
         features: What it is applied to, ``(N, H)``.
@@ -186,8 +185,7 @@ class LayerParameters(NamedTuple):
     """
 
     family: Family
-    n_components: int
-    dim: int
+    layout: Layout
     bias: Tensor
     weight: Tensor
     features: Tensor
@@ -199,11 +197,10 @@ class LayerParameters(NamedTuple):
         kernel = _kernel_for(self.family, self.units, self.features.shape[:-1], y) if self._is_uniform() else None
         if kernel is None:
             channels = accumulated(layer_channels(*layer))
-            return ChannelParameters(self.family, self.n_components, self.dim, channels, self.units).log_prob(y)
+            return ChannelParameters(self.family, self.layout, channels, self.units).log_prob(y)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, "y")
-        layout = layout_of(self.family, self.dim, self.n_components)
-        density = layer_log_density(kernel, layout, *layer, self.units.standardize(y).to(self.features.dtype))
+        density = layer_log_density(kernel, self.layout, *layer, self.units.standardize(y).to(self.features.dtype))
         return density - self.units.log_volume(y)
 
     def _is_uniform(self) -> bool:
@@ -231,27 +228,27 @@ def mixture_class(family: Family) -> type[Mixture]:
     return GaussianMixture if isinstance(family, Normal) else Mixture
 
 
-def raw_from_channels(family: Family, n_components: int, dim: int, channels: Tensor, own: Tensor | None = None) -> Raw:
+def raw_from_channels(family: Family, layout: Layout, channels: Tensor, own: Tensor | None = None) -> Raw:
     """Raw parameters as views of channels ``(C, *batch)``.
 
     Args:
         family: Family of the components.
-        n_components: Number of components K.
-        dim: Number of outputs D.
+        layout: Positions of the parameters among the channels.
         channels: K logits, D·K locations and the blocks that depend on the inputs.
         own: Channels ``(C', *batch)`` (broadcast) of the blocks that do not, if any; missing dimensions of the batch
             are added.
     """
-    logits, locs, predicted = layout_of(family, dim, n_components).split(channels)
+    logits, locs, predicted = layout.split(channels)
     own = channels.new_empty(0) if own is None else own
-    blocks, fixed = iter(predicted), iter(_blocks_of(own, family, dim, n_components, channels.ndim))
-    every = [next(fixed if block.homoscedastic else blocks) for block in family.blocks(dim)]
+    blocks, fixed = iter(predicted), iter(_blocks_of(own, family, layout, channels.ndim))
+    every = [next(fixed if block.homoscedastic else blocks) for block in family.blocks(layout.dim)]
     return channels_last(logits, 1), channels_last(locs, 2), *(channels_last(block, 2) for block in every)
 
 
-def _blocks_of(own: Tensor, family: Family, dim: int, n_components: int, ndim: int) -> Sequence[Tensor]:
+def _blocks_of(own: Tensor, family: Family, layout: Layout, ndim: int) -> Sequence[Tensor]:
     """Homoscedastic blocks ``(width, groups, *batch)`` of a tensor of all their channels."""
-    shapes = [(b.width, 1 if b.tied else n_components) for b in family.blocks(dim) if b.homoscedastic]
+    homoscedastic = [block for block in family.blocks(layout.dim) if block.homoscedastic]
+    shapes = [(block.width, 1 if block.tied else layout.n_components) for block in homoscedastic]
     own = own.reshape(*own.shape, *(1,) * (ndim - own.ndim))
     parts = own.split_with_sizes([width * groups for width, groups in shapes])
     return [part.reshape(*shape, *own.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
