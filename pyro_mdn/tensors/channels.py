@@ -7,7 +7,7 @@ Elementwise work then streams over a contiguous batch, and sums over components 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ def normalize_logits(logits: Tensor) -> Tensor:
     return channels_last(channels_first(logits, 1).log_softmax(0), 1)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Positions of the parameters of a mixture among the channels ``(C, *batch)`` of a linear layer.
 
     First come K log-weights, then D·K locations, then the blocks of the family.
@@ -73,17 +72,16 @@ class Layout:
         n_components: Number of components K.
         dim: Number of outputs D.
         blocks: Width and number of groups of each block: K groups, or 1 if the components share the block.
-        sizes: Numbers of channels of the log-weights, of the locations and of each block.
     """
 
     n_components: int
     dim: int
     blocks: tuple[tuple[int, int], ...]
-    sizes: tuple[int, ...] = field(init=False)
 
-    def __post_init__(self) -> None:
-        sizes = self.n_components, self.n_components * self.dim, *(width * groups for width, groups in self.blocks)
-        object.__setattr__(self, "sizes", sizes)
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of channels of the log-weights, of the locations and of each block."""
+        return [self.n_components, self.n_components * self.dim, *(width * groups for width, groups in self.blocks)]
 
     def split(self, channels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """View log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``."""
