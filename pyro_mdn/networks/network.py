@@ -91,7 +91,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         hidden_dim: int | Sequence[int] = 64,
         *,
         noise: NoiseModel | str | None = None,
-        family: Family | str | None = None,
+        family: Family | str | Sequence[Family | str] | None = None,
         target_transform: TargetTransform | str | Sequence[TargetTransform | str] | None = None,
         backbone: nn.Module | None = None,
         seed: int | None = None,

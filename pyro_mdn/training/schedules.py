@@ -81,6 +81,13 @@ def blur_targets(
         least: Smallest standard deviation of the noise, in the units of y.
         generator: Generator to draw from, by default torch's.
     """
+    given = (y,) if least is None else (y, least)
+    return units.over_parts(lambda part, own, *bound: _blurred(own, part, size, *bound, generator=generator), *given)
+
+
+def _blurred(
+    y: T, units: Units, size: Tensor | float, least: Tensor | None = None, *, generator: torch.Generator | None
+) -> T:
     if units.keeps_targets:
         return y
     exact: Any = y.lower if isinstance(y, Targets) else y

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import pyro.distributions as dist
 import torch
@@ -45,6 +45,9 @@ class Components(TensorBatch):
     has_angles: ClassVar[bool] = False
     """Whether an output is an angle: values have several images, and means are no averages over components."""
 
+    has_parts: ClassVar[bool] = False
+    """Whether components are products of parts, see :meth:`over_parts`; parts with angles sum over their own images."""
+
     @property
     def dim(self) -> int:
         """Number of outputs D."""
@@ -77,6 +80,13 @@ class Components(TensorBatch):
             over which densities are to be summed.
         """
         return self, value, None
+
+    def over_parts(self, function: Callable[[Components, Any], Tensor], value: TargetsOrTensor) -> list[Tensor]:
+        """Apply a function to parts of the outputs that are independent in each component, and to their values.
+
+        A likelihood is the product of those of the parts. Most families have one part, of all outputs.
+        """
+        return [function(self, value)]
 
     @property
     def lowest(self) -> Tensor:

@@ -20,11 +20,11 @@ from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.support.checks import shown
 
-__all__ = ["Chain", "PerOutput", "as_transform"]
+__all__ = ["Chain", "CompoundTransform", "PerOutput", "as_transform"]
 
 
 @dataclass(frozen=True)
-class _Compound(TargetTransform):
+class CompoundTransform(TargetTransform, by_name=False):
     """Base of transforms made of others, whose tensors have the number of their part in their names."""
 
     parts: Sequence[TargetTransform | str] = ()
@@ -50,7 +50,7 @@ class _Compound(TargetTransform):
 
 
 @dataclass(frozen=True)
-class Chain(_Compound, by_name=False):
+class Chain(CompoundTransform, by_name=False):
     """Several transforms one after another, such as ``Chain([Log(), YeoJohnson()])``.
 
     Args:
@@ -86,7 +86,7 @@ class Chain(_Compound, by_name=False):
 
 
 @dataclass(frozen=True)
-class PerOutput(_Compound, by_name=False):
+class PerOutput(CompoundTransform, by_name=False):
     """A transform for each output, such as ``PerOutput([Log(), Standardize()])``.
 
     Args:
