@@ -120,6 +120,7 @@ __all__ = [
     "Poisson",
     "PosteriorSamples",
     "Prediction",
+    "Product",
     "Softplus",
     "Standardize",
     "StudentT",

@@ -81,8 +81,11 @@ def blur_targets(
         least: Smallest standard deviation of the noise, in the units of y.
         generator: Generator to draw from, by default torch's.
     """
-    given = (y,) if least is None else (y, least)
-    return units.over_parts(lambda part, own, *bound: _blurred(own, part, size, *bound, generator=generator), *given)
+
+    def of_part(part: Units, own: T, *bound: Tensor) -> T:
+        return _blurred(own, part, size, *bound, generator=generator)
+
+    return units.over_parts(of_part, y, *(() if least is None else (least,)))
 
 
 def _blurred(

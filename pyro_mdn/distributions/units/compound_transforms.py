@@ -27,7 +27,7 @@ __all__ = ["Chain", "CompoundTransform", "PerOutput", "as_transform"]
 class CompoundTransform(TargetTransform, by_name=False):
     """Base of transforms made of others, whose tensors have the number of their part in their names."""
 
-    parts: Sequence[TargetTransform | str] = ()
+    parts: Sequence[TargetTransform | str | None] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.parts, str) or not isinstance(self.parts, Sequence) or not self.parts:
@@ -165,7 +165,7 @@ def _has_angles(transform: TargetTransform) -> bool:
     return transform.circles(1) is not None
 
 
-def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str] | None) -> TargetTransform:
+def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str | None] | None) -> TargetTransform:
     """Return the transform that an argument stands for: by default :class:`Standardize`; several are one per output.
 
     Raises:

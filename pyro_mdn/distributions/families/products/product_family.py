@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel, as_noise_model
