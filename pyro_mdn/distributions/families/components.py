@@ -21,7 +21,7 @@ from pyro_mdn.tensors.numerics import log_sum_exp, norm
 from pyro_mdn.tensors.tensor_batch import TensorBatch, nested, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "folded", "not_closed", "total_stddev"]
+__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "folded", "not_closed", "repeated", "total_stddev"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -326,6 +326,11 @@ class DerivedComponents(Components):
 def folded(tensor: Tensor, dim: int, n: int) -> Tensor:
     """Fold batch dimension ``dim`` of n into the component axis, which comes next."""
     return tensor.movedim(dim, n - 1).flatten(n - 1, n)
+
+
+def repeated(components: Components, times: int, batch_shape: Sequence[int]) -> Components:
+    """Repeat all components of a batch ``(*batch, K)``, one set after another; what they share stays as it is."""
+    return components if times == 1 else components.pooled(torch.Size((times, *batch_shape)), 0)
 
 
 class OutputsInOrder(ABC):

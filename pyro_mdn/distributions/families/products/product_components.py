@@ -16,6 +16,7 @@ from pyro_mdn.distributions.families.components import (
     Components,
     OutputsInOrder,
     not_closed,
+    repeated,
     total_stddev,
 )
 from pyro_mdn.distributions.families.products.columns import Columns
@@ -168,14 +169,14 @@ class ProductComponents(Components):
         logits, done = logits.expand(*shape, count), list[Components | None]()
         for part, own in self._known(values):
             before = logits.shape[-1]
-            part = _repeated(part, before // count, (*shape, count))
+            part = repeated(part, before // count, (*shape, count))
             if own.shape[-1] in (0, part.dim) or (given := part.given_images(logits, own)) is None:
                 known = part.marginal(range(own.shape[-1])).log_prob(own) if own.shape[-1] else 0.0
                 logits, rest = logits + known, _given(part, own, shape)
             else:
                 logits, rest = given
             times = logits.shape[-1] // before
-            done = [None if other is None else _repeated(other, times, (*shape, before)) for other in done]
+            done = [None if other is None else repeated(other, times, (*shape, before)) for other in done]
             done.append(rest)
         return logits, product_components(done, self._free(values.shape[-1]))
 
@@ -293,11 +294,6 @@ def _given(part: Components, values: Tensor, shape: Sequence[int]) -> Components
     if values.shape[-1] == part.dim:
         return None
     return part.condition(values) if values.shape[-1] else part.over_batch(shape)
-
-
-def _repeated(components: Components, times: int, batch_shape: Sequence[int]) -> Components:
-    """Repeat all components of a batch ``(*batch, K)``, one set after another."""
-    return components if times == 1 else components.pooled(torch.Size((times, *batch_shape)), 0)
 
 
 def _moments(logits: Tensor, part: Components) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,8 @@ class Product(Family, by_name=False):
         if isinstance(given, PerPart):
             if len(given.transforms) != len(self.parts):
                 raise ValueError(f"target_transform: expected {len(self.parts)} parts, got {given}")
-            return [own if family.target_transform is None else None for (family, _), own in self._beside(given)]
+            beside = zip(self.parts, given.transforms, strict=True)
+            return [own if family.target_transform is None else None for (family, _), own in beside]
         each = given.transforms if isinstance(given, PerOutput) else given
         if not isinstance(each, list | tuple):
             as_transform(each)  # an error for what is none
@@ -157,9 +158,6 @@ class Product(Family, by_name=False):
             others = [t for t in transforms if not isinstance(t, Standardize)]
             return others[0] if others else None
         return transforms[0] if len(set(transforms)) == 1 else PerOutput(tuple(transforms))
-
-    def _beside(self, transform: PerPart) -> Iterator[Any]:
-        return zip(self.parts, transform.transforms, strict=True)
 
     def _require(self, dim: int) -> None:
         if dim != self.columns.dim:
