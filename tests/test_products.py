@@ -48,9 +48,11 @@ from pyro_mdn.distributions.families.counts.count_components import CountCompone
 from pyro_mdn.distributions.families.products.columns import Columns
 from pyro_mdn.distributions.families.products.product_components import ProductComponents
 from pyro_mdn.distributions.units.count_units import Counts
+from pyro_mdn.networks.rows import Rows
 from pyro_mdn.networks.starting_point import clusters
 from pyro_mdn.sklearn import MDNRegressor
 from pyro_mdn.training.schedules import blur_targets
+from pyro_mdn.training.trainee import NetworkTrainee
 
 NAN = math.nan
 # Two dependent numbers of which one is positive, a count, an amount that may be zero, and a number with outliers.
@@ -597,6 +599,30 @@ def test_scores_as_objectives(rows):
     assert scores.crps(network(x), y).isfinite().all()
 
 
+def test_numbers_on_a_grid_beside_counts(rows):
+    x, y = rows[0][:200], rows[1][:200].clone()
+    y[:, 0] = (2 * y[:, 0]).round().clamp(min=1) / 2
+    settings = {"family": ["normal", ZeroInflated("poisson")], "target_transform": ["log", None]}
+    network = MixtureDensityNetwork(1, 2, 2, 4, **settings)
+    trainee = NetworkTrainee(network)
+    assert torch.equal(trainee.cell(Rows(x, y)), torch.tensor([0.5, 0.0]))
+    result = fit(network, x, y, max_epochs=3, progress=False)
+    assert np.isfinite(result.history[-1]["loss"])
+
+
+def test_default_devices_do_not_matter(rows):
+    """Nothing is made without a device: on this one, a tensor has no numbers."""
+    x, y = rows[0][:30], rows[1][:30].clone()
+    network = MixtureDensityNetwork(1, 2, 2, 4, family=["normal", "poisson"], target_transform=["log", None])
+    with torch.device("meta"):
+        fit(network, x, y, max_epochs=1, progress=False)
+        mixture = network(x)
+        y[3, 1] = NAN
+        results = [mixture.log_prob(y), mixture.condition(y[:, [1]], [1]).mean, mixture.marginal([1, 0]).icdf(0.4)]
+        results += [mixture.sample(), mixture.covariance_matrix, scores.pit(mixture, y)]
+    assert all(result.device.type == "cpu" for result in results)
+
+
 def test_regressor(rows):
     x, y = (values[:80].double().numpy() for values in rows)
     settings = {"family": ["normal", "poisson"], "target_transform": ["log", None]}
@@ -644,6 +670,7 @@ def test_transforms_of_parts():
         ({"target_transform": ["log"]}, "expected 2 transforms, one for each output, or a single one, got 1"),
         ({"target_transform": ["log", "log"]}, "expected None beside Poisson.*got Log"),
         ({"target_transform": ["counts", None]}, "expected one for real numbers beside Normal"),
+        ({"family": "normal", "target_transform": ["counts", "log"]}, "expected one for real numbers beside Normal"),
         ({"target_transform": "nonsense"}, "got 'nonsense'"),
         ({"family": [ZeroInflated("normal"), "poisson"]}, "expected one with a lower end"),
     ],

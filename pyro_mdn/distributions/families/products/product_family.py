@@ -45,6 +45,7 @@ class Product(Family, by_name=False):
     References:
         Everitt (1988), A finite mixture model for the clustering of mixed-mode data.
 
+    >>> import torch
     >>> from pyro_mdn import MixtureDensityNetwork
     >>> family = Product(("normal", "negative_binomial"))
     >>> network = MixtureDensityNetwork(1, 2, family=family, target_transform=["log", None])
