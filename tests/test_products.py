@@ -308,6 +308,9 @@ def test_angles_beside_counts(n_components):
     given = mixture.condition(y[:, [2, 0]], [2, 0])
     assert given.n_components == 7 * n_components
     assert_close(given[3].log_prob(y[3, [1, 3]]), mixture[3].condition(y[3, [2, 0]], [2, 0]).log_prob(y[3, [1, 3]]))
+    pair = mixture.marginal([0, 1])  # no product, whose other output has a warp with tensors
+    alone = pair[3].condition(y[3, [0]], [0])
+    assert_close(pair.condition(y[:, [0]], [0])[3].log_prob(y[3, [1]]), alone.log_prob(y[3, [1]]))
     in_part = mixture[0].marginal([1, 2, 3]).condition(y[0, [2]], [1])
     assert_close(given[0].log_prob(y[0, [1, 3]]), in_part.log_prob(y[0, [1, 3]]))
     for refused in (lambda: mixture.covariance_matrix, lambda: scores.energy_score(mixture, y), mixture.as_gaussian):
