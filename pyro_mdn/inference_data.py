@@ -166,16 +166,17 @@ def _unnamed(values: Mapping[str, Array]) -> dict[str, tuple[Array, None]]:
     return {name: (value, None) for name, value in values.items()}
 
 
-def _draws(source: Source, mixture: Mixture, num_samples: int | None) -> Array:
-    """Draws of y, ``(chains, draws, N, D)``."""
+def _draws(source: Source, mixture: Mixture, num_samples: int | None) -> list[Array]:
+    """Draws of each output, ``(chains, draws, N)``."""
     if source.is_posterior:
-        return by_chain(_whole(to_numpy(mixture.sample()), mixture), source.chains)
-    return _whole(to_numpy(mixture.pool(0).sample((num_samples or 1000,))), mixture)[None]
+        return _whole(by_chain(to_numpy(mixture.sample()), source.chains), mixture)
+    return _whole(to_numpy(mixture.pool(0).sample((num_samples or 1000,)))[None], mixture)
 
 
-def _whole(values: Array, mixture: Mixture) -> Array:
-    """Counts as integers, which ArviZ draws as bars, unless some are missing."""
-    return values.astype(np.int64) if mixture.support.is_discrete and not np.isnan(values).any() else values
+def _whole(values: Array, mixture: Mixture) -> list[Array]:
+    """Split values by output: counts as integers, which ArviZ draws as bars, unless some are missing."""
+    columns = [(values[..., d], mixture.marginal(d).support.is_discrete) for d in range(mixture.dim)]
+    return [own.astype(np.int64) if counts and not np.isnan(own).any() else own for own, counts in columns]
 
 
 def _log_likelihood(mixture: Mixture, y: Array, chains: int, labels: Labels) -> Dataset:
@@ -190,11 +191,11 @@ def _log_likelihood(mixture: Mixture, y: Array, chains: int, labels: Labels) -> 
     return labels.of_rows(rows)
 
 
-def _prior_draws(prior: Any, shape: tuple[int, ...]) -> Array:
-    drawn = _whole(to_numpy(prior.sample()), prior) if isinstance(prior, Mixture) else as_array(prior, "prior")
+def _prior_draws(prior: Any, shape: tuple[int, ...]) -> list[Array]:
+    drawn = to_numpy(prior.sample()) if isinstance(prior, Mixture) else as_array(prior, "prior")
     if drawn.ndim != 3 or drawn.shape[1:] != shape:
         raise ValueError(f"prior: expected draws of y {('S', *shape)}, got {drawn.shape}")
-    return drawn[None]
+    return _whole(drawn[None], prior) if isinstance(prior, Mixture) else [*np.moveaxis(drawn[None], -1, 0)]
 
 
 def _predictions(predictions: Any, source: Source, num_samples: int | None, labels: Labels) -> dict[str, Dataset]:

@@ -67,7 +67,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         noise: ``"diagonal"``, ``"full"``, ``"isotropic"``, ``"low_rank"`` or ``"fixed"``; or a :class:`NoiseModel`
             such as ``Full(tied=True)``, with all its options.
         family: Family of the components, such as :class:`StudentT`, in place of ``noise``; or its name, such as
-            ``"student_t"``, beside ``noise``. By default the components are normal.
+            ``"student_t"``, beside ``noise``. By default the components are normal. A list has a family for each
+            output, see :class:`pyro_mdn.Product`, in place of ``noise``.
         target_transform: What y goes through before components see it, such as ``"log"`` for positive targets (see
             :class:`pyro_mdn.Log`); a list has one for each output. By default, y is only standardised.
         rank: Rank, only for ``noise="low_rank"``; by default 2, but 1 for a single output.
@@ -121,8 +122,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         hidden_dim: int | Sequence[int] = 64,
         *,
         noise: str | NoiseModel = "diagonal",
-        family: str | Family | None = None,
-        target_transform: str | TargetTransform | Sequence[str | TargetTransform] | None = None,
+        family: str | Family | Sequence[str | Family] | None = None,
+        target_transform: str | TargetTransform | Sequence[str | TargetTransform | None] | None = None,
         rank: int | None = None,
         noise_scale: float | None = None,
         ensemble_size: int = 1,
@@ -320,7 +321,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             raise ValueError(f"validation: expected a fraction in [0, 1), got {shown(others[0])}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
-        noise = None if isinstance(self.family, Family) else self._noise(dim_out)
+        noise = None if isinstance(self.family, Family | list | tuple) else self._noise(dim_out)
         settings: dict[str, Any] = {"noise": noise, "family": self.family, "target_transform": self.target_transform}
         network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, **settings)
         network = network.to(_DTYPES[self.dtype])

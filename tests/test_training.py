@@ -1078,7 +1078,7 @@ def test_hints_are_given_for_the_kinds_that_have_an_argument():
 
 def advised(message):
     """Arguments that a hint names."""
-    code = re.split(r" may | gives | keeps | in a network|, without", message.split(": ", 2)[2])[0]
+    code = re.split(r" may | gives | keeps |, in place|, without", message.split(": ", 2)[2])[0]
     return eval(f"dict({code.replace(' and target', ', target')})", vars(pyro_mdn))
 
 
@@ -1103,11 +1103,12 @@ def test_what_hints_advise_can_be_done():
     y[3] = np.nan
     of_counts, positive, bounded, with_zeros = hinted(y)
     assert of_counts.startswith("y: all targets of column 0, 2 are small counts: ")
-    for message, column in ((of_counts, 0), (with_zeros, 5)):
-        assert "in a network of their own" in message
-        assert hinted(y[:, [column]], **advised(message)) == []
-    assert advised(positive) == advised(bounded)
-    assert hinted(y, **advised(positive)) == []
+    assert advised(of_counts) == advised(positive) == advised(bounded) == advised(with_zeros)
+    assert "in place of noise=" not in of_counts
+    assert hinted(y, **advised(of_counts)) == []
+    (positive, bounded) = hinted(y[:, 3:5])
+    assert advised(positive) == advised(bounded) == {"target_transform": ["log", "logit"]}
+    assert all(", in place of noise=, " in message for message in hinted(y, noise="isotropic"))
 
 
 def test_hints_for_shares_keep_them_below_1():

@@ -57,9 +57,10 @@ class Labels(NamedTuple):
             named[name] = (("chain", "draw", *own), _exact(values))
         return self._dataset(named)
 
-    def of_outputs(self, values: Array, y: Array) -> Dataset:
-        """Split ``(..., N, D)`` into a variable for each output, with the rows where y is observed."""
-        return self.of_rows({name: (values[..., i], ~np.isnan(y[:, i])) for i, name in enumerate(self.names)})
+    def of_outputs(self, values: Sequence[Array], y: Array) -> Dataset:
+        """Make a variable of the values ``(..., N)`` of each output, with the rows where y is observed."""
+        columns = zip(self.names, values, ~np.isnan(y.T), strict=True)
+        return self.of_rows({name: (own, observed) for name, own, observed in columns})
 
     def of_rows(self, variables: Mapping[str, tuple[Array, Array]]) -> Dataset:
         """Make a data set of variables ``(..., N)``, with a mask of the rows to keep for each."""

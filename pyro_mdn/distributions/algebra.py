@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.density import has_missing, own_points
-from pyro_mdn.distributions.families.components import Components, folded
+from pyro_mdn.distributions.families.components import Components, folded, repeated
 from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
@@ -90,9 +90,7 @@ def _with_absent(mixture: M, count: int) -> M:
     if n == count:
         return mixture
     logits = torch.cat([mixture.logits, mixture.logits.new_full((*mixture.batch_shape, count - n), -math.inf)], -1)
-    whole = mixture.components.expand((*mixture.batch_shape, n))
-    components = whole.map(lambda t, k: torch.cat([t] * (count // n), t.ndim - k - 1))
-    return mixture.derived(logits, components)
+    return mixture.derived(logits, repeated(mixture.components, count // n, (*mixture.batch_shape, n)))
 
 
 @in_widest_precision

@@ -3,20 +3,20 @@ r"""Density of mixtures, also of points that were observed in part; draws and mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.full import FullCovariance
-from pyro_mdn.distributions.families.components import total_stddev
+from pyro_mdn.distributions.families.components import Components, total_stddev
 from pyro_mdn.distributions.observations.likelihood import (
     by_pattern,
     component_log_likelihood,
     independent_log_likelihood,
     log_likelihood,
-    relative_joint_log_likelihood,
+    relative_log_likelihood,
 )
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 from pyro_mdn.distributions.parameters import batch_dim, broadcast, draw_components
@@ -122,6 +122,8 @@ def log_prob(mixture: Mixture, value: Any) -> Tensor:
 
 @in_widest_precision
 def _log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
+    if mixture.components.has_parts:
+        return log_sum_exp((mixture.logits + _over_parts(mixture, value, _component_log_prob)).movedim(-1, 0))
     inner, value, log_slope = _pulled_back(mixture, value)
     if isinstance(value, Targets) and inner.components.has_independent_outputs and is_known(value.lower, value.upper):
         result = independent_log_likelihood(inner, value)
@@ -140,14 +142,30 @@ def _pulled_back(mixture: Mixture, value: TargetsOrTensor) -> tuple[Mixture, Tar
     return inner, value, log_slope
 
 
+def _over_parts(mixture: Mixture, value: TargetsOrTensor, function: Callable[[Any, Any], Tensor]) -> Tensor:
+    """Sum a log-density of each component over the parts of the outputs, which have the weights of the mixture."""
+    whole = mixture.components
+
+    def of_part(components: Components, own: TargetsOrTensor) -> Tensor:
+        return function(mixture if components is whole else mixture.of_any_family(components), own)
+
+    first, *others = whole.over_parts(of_part, value)
+    return sum(others, first)
+
+
 @in_widest_precision
 def component_log_prob(mixture: Mixture, value: Any) -> Tensor:
     r"""Log-density :math:`\log p_k(y)` of each component, ``(*sample, *batch, K)``."""
-    inner, value, log_slope = _pulled_back(mixture, as_observations(mixture, value).to(mixture.dtype))
+    value = as_observations(mixture, value).to(mixture.dtype)
+    return _over_parts(mixture, value, _component_log_prob)
+
+
+def _component_log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
+    inner, value, log_slope = _pulled_back(mixture, value)
     if isinstance(value, Targets) or has_missing(value):
         result = by_pattern(inner, value, component_log_likelihood)[0]
     else:
-        result = inner.components.log_prob(value)
+        result = inner.components.log_prob(complete_when_run(value))
     result = result if log_slope is None else result + log_slope.unsqueeze(-1)
     return log_sum_exp(result) if mixture.components.has_angles else result
 
@@ -167,12 +185,17 @@ def responsibilities(mixture: Mixture, value: Any) -> Tensor:
 @in_widest_precision
 def relative_joint_log_prob(mixture: Mixture, value: Any) -> Tensor:
     """Log-density of component and value, up to a constant for all components, ``(*sample, *batch, K)``."""
+    value = as_observations(mixture, value).to(mixture.dtype)
+    return mixture.logits + _over_parts(mixture, value, _relative_log_prob)
+
+
+def _relative_log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
     if mixture.components.has_angles:  # a constant of each image would change its share of the sum
-        return mixture.logits + component_log_prob(mixture, value)
-    inner, value, _ = _pulled_back(mixture, as_observations(mixture, value).to(mixture.dtype))
+        return _component_log_prob(mixture, value)
+    inner, value, _ = _pulled_back(mixture, value)
     if isinstance(value, Targets) or has_missing(value):
-        return by_pattern(inner, value, relative_joint_log_likelihood)[0]
-    return inner.logits + inner.components.relative_log_prob(value)
+        return by_pattern(inner, value, relative_log_likelihood)[0]
+    return inner.components.relative_log_prob(value)
 
 
 # Missing entries

@@ -224,6 +224,9 @@ class MarginalsByColumn(Marginals):
     def sf(self, value: Tensor) -> Tensor:
         return self._each("sf", value)
 
+    def steps(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self._all("steps", value)
+
     def levels(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         return self._all("levels", lower, upper)
 
@@ -232,6 +235,9 @@ class MarginalsByColumn(Marginals):
 
     def log_sf(self, value: Tensor) -> Tensor:
         return self._each("log_sf", value)
+
+    def log_sf_from(self, value: Tensor) -> Tensor:
+        return self._each("log_sf_from", value)
 
     def log_mass(self, centre: Tensor, half: Tensor | float) -> Tensor:
         return self._each("log_mass", centre, torch.as_tensor(half, dtype=centre.dtype, device=centre.device))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel
-from pyro_mdn.distributions.families.family import Family, as_family, layout_of, transform_for
+from pyro_mdn.distributions.families.family import Family, layout_of
 from pyro_mdn.distributions.families.normal import Normal
+from pyro_mdn.distributions.families.products.product_family import as_family
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
@@ -52,7 +53,8 @@ class MixtureHead(nn.Module):
         n_components: Number of components K.
         noise: Noise model of the components, or ``"diagonal"``, ``"full"``, ``"isotropic"`` or ``"low_rank"`` for one
             with its default settings; by default ``Diagonal()``.
-        family: Family of the components, or its name, such as ``"student_t"``; by default ``Normal(noise)``.
+        family: Family of the components, or its name, such as ``"student_t"``; by default ``Normal(noise)``. A list
+            has one for each output, as :class:`Product`.
         target_transform: What targets go through before components see them, such as ``Log()`` for positive ones, or
             its name; a list has one for each output. By default, they are only standardised.
 
@@ -94,8 +96,8 @@ class MixtureHead(nn.Module):
         n_components: int,
         *,
         noise: NoiseModel | str | None = None,
-        family: Family | str | None = None,
-        target_transform: TargetTransform | str | Sequence[TargetTransform | str] | None = None,
+        family: Family | str | Sequence[Family | str] | None = None,
+        target_transform: TargetTransform | str | Sequence[TargetTransform | str | None] | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"in_features": in_features, "dim_out": dim_out, "n_components": n_components}.items():
@@ -104,7 +106,7 @@ class MixtureHead(nn.Module):
         self.has_defaults = family is None and target_transform is None
         in_features, dim_out, n_components = int(in_features), int(dim_out), int(n_components)
         self.family = as_family(family, noise, dim_out, Normal)
-        self.transform = transform_for(self.family, target_transform, dim_out)
+        self.transform = self.family.transform_for(target_transform, dim_out)
         self.noise: NoiseModel = self.family.noise
         self.in_features, self.dim_out, self.n_components = in_features, dim_out, n_components
         self.layout = layout_of(self.family, dim_out, n_components)
@@ -269,8 +271,8 @@ class MixtureHead(nn.Module):
         fitted = self.transform.fit(points, common_unit=self.noise.common_unit, warp=warp)
         for name, tensor in fitted.items():
             getattr(self, name).copy_(tensor)
-        standardized = self.transform.units(fitted).standardize(points)
-        self._start(*clusters(filled(standardized), self.n_components))
+        standardized = filled(self.transform.units(fitted).standardize(points))
+        self._start(*clusters(standardized, self.n_components, alike=not self.family.is_product))
 
     def starting_points(self, y: TargetsOrTensor) -> Tensor:
         """Return numbers above the lower end of the support for targets ``(N, D)``, some in each column, or NaN.

@@ -52,7 +52,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         noise: Noise model of the components, by default ``Diagonal()``; or ``"diagonal"``, ``"full"``,
             ``"isotropic"`` or ``"low_rank"`` for one with its default settings.
         family: Family of the components, by default ``Normal(noise)``; or its name, such as ``"student_t"``, beside
-            which ``noise`` may be given.
+            which ``noise`` may be given. A list has a family for each output, see :class:`pyro_mdn.Product`.
         target_transform: What targets go through before components see them, such as ``"log"`` for positive ones (see
             :class:`pyro_mdn.Log`); a list has one for each output. By default, they are only standardised.
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
@@ -91,8 +91,8 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         hidden_dim: int | Sequence[int] = 64,
         *,
         noise: NoiseModel | str | None = None,
-        family: Family | str | None = None,
-        target_transform: TargetTransform | str | Sequence[TargetTransform | str] | None = None,
+        family: Family | str | Sequence[Family | str] | None = None,
+        target_transform: TargetTransform | str | Sequence[TargetTransform | str | None] | None = None,
         backbone: nn.Module | None = None,
         seed: int | None = None,
     ) -> None:

@@ -58,7 +58,7 @@ class RawParameters(NamedTuple):
             name: What to call them in errors.
         """
         _require_inside(self.units, y, name)
-        if self.family.has_atom:  # which has no place on the real line
+        if not self.units.has_line:
             return self.mixture(validate_args=False).log_prob(y)
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from pyro_mdn.support.pyro_compat import latent_parameters
 from pyro_mdn.support.torch_compat import reset_of
+from pyro_mdn.tensors.numerics import location_and_scale
 
 __all__ = ["FirstLinear", "clusters", "draw_anew_", "filled", "hidden_layers"]
 
@@ -97,9 +98,23 @@ def filled(y: Tensor) -> Tensor:
     return torch.stack(columns, -1)
 
 
-def clusters(y: Tensor, n_components: int, max_rows: int = 10_000) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``."""
+def clusters(
+    y: Tensor, n_components: int, max_rows: int = 10_000, *, alike: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-proportions ``(K,)``, centres and spreads ``(K, D)`` of a k-means over standardised ``(N, D)``.
+
+    Args:
+        y: The targets.
+        n_components: Number of clusters K.
+        max_rows: Number of rows, drawn at random, that there are clusters of.
+        alike: Whether all columns are standardised; if not, such as counts beside others, distances are made so.
+    """
     from scipy.cluster.vq import kmeans2  # it takes longer to import than all of this package
+
+    if not alike:
+        shift, scale = location_and_scale(y)
+        weights, centers, spread = clusters((y - shift) / scale, n_components, max_rows)
+        return weights, shift + scale * centers, scale * spread
 
     rows = y[torch.randperm(len(y), device="cpu")[:max_rows]]
     distinct = rows.unique(dim=0)

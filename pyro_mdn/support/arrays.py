@@ -6,6 +6,7 @@ All functions share this conversion, so that each of them takes the containers t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +20,7 @@ from pyro_mdn.support.checks import all_finite, bounds, describe, indices, is_su
 
 __all__ = [
     "Array",
+    "among",
     "as_array",
     "as_tensor",
     "columns_of",
@@ -317,7 +319,21 @@ def refuse(
     beyond = f", beyond the range of {dtype}," if dtype is not None and np.isfinite(value) else ""
     others = int(bad.sum()) - 1
     more = f", and {others} more" if others else ""
-    raise ValueError(f"{name}: expected {expected}, got {value:g}{beyond}{_place(position, given)}{more}")
+    raise _error(f"{name}: expected {expected}, got {value:g}{beyond}", position, given, more)
+
+
+def among(error: ValueError, columns: Sequence[int]) -> ValueError:
+    """Return an error of :func:`refuse` for numbers that have these columns in the caller's data; others stay."""
+    if (told := vars(error).get("told")) is None:
+        return error
+    before, position, given, after = told
+    return _error(before, [*position[:-1], columns[position[-1]]], given, after)
+
+
+def _error(before: str, position: list[int], given: Any, after: str) -> ValueError:
+    error = ValueError(f"{before}{_place(position, given)}{after}")
+    vars(error)["told"] = before, position, given, after
+    return error
 
 
 def _place(position: list[int], given: Any) -> str:

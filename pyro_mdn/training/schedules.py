@@ -81,6 +81,16 @@ def blur_targets(
         least: Smallest standard deviation of the noise, in the units of y.
         generator: Generator to draw from, by default torch's.
     """
+
+    def of_part(part: Units, own: T, *bound: Tensor) -> T:
+        return _blurred(own, part, size, *bound, generator=generator)
+
+    return units.over_parts(of_part, y, *(() if least is None else (least,)))
+
+
+def _blurred(
+    y: T, units: Units, size: Tensor | float, least: Tensor | None = None, *, generator: torch.Generator | None
+) -> T:
     if units.keeps_targets:
         return y
     exact: Any = y.lower if isinstance(y, Targets) else y

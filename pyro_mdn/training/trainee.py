@@ -73,10 +73,12 @@ class Trainee(ABC):
     def cell(self, rows: Rows) -> Tensor:
         """Find the size of the cells of targets on a grid, ``(D,)``; 0 for outputs that are on no grid."""
         targets, head = self.targets(rows), self.network.head
-        if head.units.keeps_targets or head.family.has_atom:
-            return head.scale.new_zeros(head.dim_out)
         exact = targets.exact_points() if isinstance(targets, Targets) else targets
-        return grid_spacing(exact).to(head.scale)
+
+        def spacing(units: Units, y: Tensor) -> Tensor:
+            return grid_spacing(y) if units.has_cells else y.new_zeros(y.shape[-1])
+
+        return head.units.over_parts(spacing, exact).to(head.scale)
 
     @abstractmethod
     def draw_anew_(self) -> None:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import pyro.distributions as dist
 import torch
@@ -21,7 +21,7 @@ from pyro_mdn.tensors.numerics import log_sum_exp, norm
 from pyro_mdn.tensors.tensor_batch import TensorBatch, nested, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "folded", "not_closed", "total_stddev"]
+__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "folded", "not_closed", "repeated", "total_stddev"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -44,6 +44,9 @@ class Components(TensorBatch):
 
     has_angles: ClassVar[bool] = False
     """Whether an output is an angle: values have several images, and means are no averages over components."""
+
+    has_parts: ClassVar[bool] = False
+    """Whether components are products of parts, see :meth:`over_parts`; parts with angles sum over their own images."""
 
     @property
     def dim(self) -> int:
@@ -77,6 +80,13 @@ class Components(TensorBatch):
             over which densities are to be summed.
         """
         return self, value, None
+
+    def over_parts(self, function: Callable[[Components, Any], Tensor], value: TargetsOrTensor) -> list[Tensor]:
+        """Apply a function to parts of the outputs that are independent in each component, and to their values.
+
+        A likelihood is the product of those of the parts. Most families have one part, of all outputs.
+        """
+        return [function(self, value)]
 
     @property
     def lowest(self) -> Tensor:
@@ -316,6 +326,11 @@ class DerivedComponents(Components):
 def folded(tensor: Tensor, dim: int, n: int) -> Tensor:
     """Fold batch dimension ``dim`` of n into the component axis, which comes next."""
     return tensor.movedim(dim, n - 1).flatten(n - 1, n)
+
+
+def repeated(components: Components, times: int, batch_shape: Sequence[int]) -> Components:
+    """Repeat all components of a batch ``(*batch, K)``, one set after another; what they share stays as it is."""
+    return components if times == 1 else components.pooled(torch.Size((times, *batch_shape)), 0)
 
 
 class OutputsInOrder(ABC):

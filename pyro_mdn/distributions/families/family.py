@@ -10,9 +10,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel, as_noise_model
+from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel
 from pyro_mdn.distributions.families.components import Components
-from pyro_mdn.distributions.units.compound_transforms import as_transform
+from pyro_mdn.distributions.units.compound_transforms import PerOutput, as_transform
 from pyro_mdn.distributions.units.count_units import Counts
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.support.checks import shown
@@ -20,7 +20,7 @@ from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.channels import Layout
 from pyro_mdn.tensors.mixture_density import Kernel
 
-__all__ = ["Block", "Family", "as_family", "is_uncorrelated", "layout_of", "require_uncorrelated", "transform_for"]
+__all__ = ["Block", "Family", "is_uncorrelated", "layout_of", "require_uncorrelated"]
 
 
 class Block(NamedTuple):
@@ -95,6 +95,31 @@ class Family(Specification, ABC):
         """The one target transform that fits this family; ``None`` if every one for real numbers does."""
         return None
 
+    def transform_for(
+        self, given: TargetTransform | str | Sequence[TargetTransform | str | None] | None, dim: int
+    ) -> TargetTransform:
+        """Return the transform of ``dim`` outputs that the argument ``target_transform`` of a constructor stands for.
+
+        Raises:
+            ValueError: If no transform has the name given, or if it does not fit the family.
+        """
+        own, transform = self.target_transform, as_transform(given)
+        if own is None:
+            each = transform.transforms if isinstance(transform, PerOutput) else (transform,)
+            if any(isinstance(part, Counts) for part in each):
+                raise ValueError(f"target_transform: expected one for real numbers beside {self}, got {transform}")
+            low = torch.full((1, dim), -1e30, device="cpu")
+            if self.has_atom and (transform.circles(dim) is not None or bool(transform.inside(low).any())):
+                expected = f"one with a lower end, such as 'log', for each output beside {self}"
+                raise ValueError(f"target_transform: expected {expected}, got {transform}")
+            return transform
+        if given is not None and transform != own:
+            raise ValueError(f"target_transform: expected None beside {self}, which has {own}, got {shown(given)}")
+        return own
+
+    is_product: ClassVar[bool] = False
+    """Whether outputs are of several families."""
+
     @property
     def has_atom(self) -> bool:
         """Whether components have a point mass at the lower end of the support."""
@@ -127,42 +152,3 @@ def require_uncorrelated(noise: NoiseModel) -> None:
     if not is_uncorrelated(noise):
         expected = "a noise model without correlations, such as Diagonal or Isotropic"
         raise ValueError(f"noise: expected {expected}, for outputs that are independent, got {noise}")
-
-
-def as_family(
-    family: Family | str | None, noise: NoiseModel | str | None, dim_out: int, default: type[Family]
-) -> Family:
-    """Return the family that the arguments ``family`` and ``noise`` of a constructor stand for.
-
-    Raises:
-        ValueError: If no family or noise model has the name given, or if a noise model is given beside a ``Family``,
-            which has its own.
-    """
-    if isinstance(family, Family):
-        if noise is not None:
-            raise ValueError(f"noise: expected None beside {family}, which has its noise model, got {shown(noise)}")
-        return family
-    kind = default if family is None else Family.named(family)
-    return kind.with_noise(as_noise_model(noise, dim_out))
-
-
-def transform_for(
-    family: Family, given: TargetTransform | str | Sequence[TargetTransform | str] | None, dim: int
-) -> TargetTransform:
-    """Return the transform that the argument ``target_transform`` of a constructor stands for beside a family.
-
-    Raises:
-        ValueError: If no transform has the name given, or if it does not fit the family.
-    """
-    own, transform = family.target_transform, as_transform(given)
-    if own is None:
-        if isinstance(transform, Counts):
-            raise ValueError(f"target_transform: expected one for real numbers beside {family}, got {transform}")
-        low = torch.full((1, dim), -1e30, device="cpu")
-        if family.has_atom and (transform.circles(dim) is not None or bool(transform.inside(low).any())):
-            expected = f"one with a lower end, such as 'log', for each output beside {family}"
-            raise ValueError(f"target_transform: expected {expected}, got {transform}")
-        return transform
-    if given is not None and transform != own:
-        raise ValueError(f"target_transform: expected None beside {family}, which has {own}, got {shown(given)}")
-    return own

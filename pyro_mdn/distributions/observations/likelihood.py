@@ -29,7 +29,7 @@ __all__ = [
     "component_log_likelihood",
     "independent_log_likelihood",
     "log_likelihood",
-    "relative_joint_log_likelihood",
+    "relative_log_likelihood",
 ]
 
 
@@ -144,10 +144,9 @@ def component_log_likelihood(mixture: Mixture, pattern: Pattern) -> tuple[Tensor
     return (_of_components(mixture.components, pattern, lambda part, points: part.log_prob(points)),)
 
 
-def relative_joint_log_likelihood(mixture: Mixture, pattern: Pattern) -> tuple[Tensor]:
-    """Compute log-weights plus :func:`component_log_likelihood`, up to a constant for all components, ``(P, K)``."""
-    relative = _of_components(mixture.components, pattern, lambda part, points: part.relative_log_prob(points))
-    return (mixture.logits + relative,)
+def relative_log_likelihood(mixture: Mixture, pattern: Pattern) -> tuple[Tensor]:
+    """Compute :func:`component_log_likelihood` up to a constant for all components, ``(P, K)``."""
+    return (_of_components(mixture.components, pattern, lambda part, points: part.relative_log_prob(points)),)
 
 
 def _of_components(components: Components, pattern: Pattern, density: Callable[[Components, Tensor], Tensor]) -> Tensor:

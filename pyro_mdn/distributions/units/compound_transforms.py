@@ -20,14 +20,14 @@ from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.support.checks import shown
 
-__all__ = ["Chain", "PerOutput", "as_transform"]
+__all__ = ["Chain", "CompoundTransform", "PerOutput", "as_transform"]
 
 
 @dataclass(frozen=True)
-class _Compound(TargetTransform):
+class CompoundTransform(TargetTransform, by_name=False):
     """Base of transforms made of others, whose tensors have the number of their part in their names."""
 
-    parts: Sequence[TargetTransform | str] = ()
+    parts: Sequence[TargetTransform | str | None] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.parts, str) or not isinstance(self.parts, Sequence) or not self.parts:
@@ -50,7 +50,7 @@ class _Compound(TargetTransform):
 
 
 @dataclass(frozen=True)
-class Chain(_Compound, by_name=False):
+class Chain(CompoundTransform, by_name=False):
     """Several transforms one after another, such as ``Chain([Log(), YeoJohnson()])``.
 
     Args:
@@ -86,7 +86,7 @@ class Chain(_Compound, by_name=False):
 
 
 @dataclass(frozen=True)
-class PerOutput(_Compound, by_name=False):
+class PerOutput(CompoundTransform, by_name=False):
     """A transform for each output, such as ``PerOutput([Log(), Standardize()])``.
 
     Args:
@@ -165,7 +165,7 @@ def _has_angles(transform: TargetTransform) -> bool:
     return transform.circles(1) is not None
 
 
-def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str] | None) -> TargetTransform:
+def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str | None] | None) -> TargetTransform:
     """Return the transform that an argument stands for: by default :class:`Standardize`; several are one per output.
 
     Raises:

@@ -28,6 +28,7 @@ class CountUnits(Units):
     __slots__ = ("mean",)
     is_affine: ClassVar[bool] = False
     keeps_targets: ClassVar[bool] = True
+    has_cells: ClassVar[bool] = False
 
     def __init__(self, mean: Tensor) -> None:
         self.mean = mean

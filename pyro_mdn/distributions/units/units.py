@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
 
 __all__ = ["StandardUnits", "Units", "without_ends"]
+
+V = TypeVar("V", bound=TargetsOrTensor)
 
 
 class Units(ABC):
@@ -57,6 +60,20 @@ class Units(ABC):
 
     keeps_targets: ClassVar[bool] = False
     """Whether training leaves targets as they are, without noise on them."""
+
+    has_line: ClassVar[bool] = True
+    """Whether densities can be computed in standardised units; no where a point mass is, which has no place there."""
+
+    has_cells: ClassVar[bool] = True
+    """Whether targets on a grid stand for cells around them."""
+
+    def over_parts(self, function: Callable[..., TargetsOrTensor], y: V, *values: Tensor) -> V:
+        """Apply a function to the units, the targets and other values of each part of the outputs.
+
+        Most units have one part, of all outputs. Values are ``(..., D)``.
+        """
+        result: Any = function(self, y, *values)
+        return result
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
         """Convert limits of intervals, of which those at an end of the support of y, or beyond it, become infinite."""

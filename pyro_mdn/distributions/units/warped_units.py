@@ -83,6 +83,8 @@ class _ClosedUnits(WarpedUnits):
     """The same for targets that may be at the lower end of the support, where components have a point mass."""
 
     __slots__ = ()
+    has_line: ClassVar[bool] = False
+    has_cells: ClassVar[bool] = False
 
     def above(self, y: TargetsOrTensor) -> TargetsOrTensor:
         return without_ends(y, self.warp.limits(y.lower if isinstance(y, Targets) else y)[0])

@@ -42,7 +42,7 @@ class _Kind(NamedTuple):
 
     Attributes:
         looks: What is seen of the targets.
-        family: The argument ``family`` as code, of all outputs together; ``None`` for the default.
+        family: The argument ``family`` as code, for outputs of this kind; ``None`` for the default.
         transform: Name of a target transform of one output; ``None`` for the default.
         gain: What the arguments do.
     """
@@ -73,24 +73,35 @@ def hints(y: Tensor, head: MixtureHead) -> list[str]:
 
 
 def _hint(kind: _Kind, kinds: list[_Kind | None], noise: NoiseModel) -> str:
-    """Advise on one of the kinds of the outputs: a family is that of all outputs, transforms may differ."""
+    """Advise on one of the kinds of the outputs, by arguments that suit all of them."""
     columns = ", ".join(str(i) for i, other in enumerate(kinds) if other == kind)
-    mixed, arguments, beside = any(other != kind for other in kinds), [], ""
-    if kind.family is not None:
-        own = f"Normal({noise})" if noise != Diagonal() and is_uncorrelated(noise) else '"normal"'
-        arguments.append(f"family={kind.family.format(normal=own)}")
-        beside += ", without noise= that correlates outputs," if not is_uncorrelated(noise) else ""
-        beside += " in a network of their own" if mixed else ""
-    if kind.transform is not None:
-        several = mixed and kind.family is None
-        names = [f'"{_own_transform(other)}"' for other in kinds] if several else [f'"{kind.transform}"']
-        arguments.append(f"target_transform={'[' + ', '.join(names) + ']' if several else names[0]}")
+    alike = all(other == kind for other in kinds)
+    arguments, beside = _for_one_kind(kind, noise) if alike else _for_several(kinds, noise)
     where = f" of column {columns}" if len(kinds) > 1 else ""
     return f"y: all targets{where} {kind.looks}: {' and '.join(arguments)}{beside} {kind.gain}; {_COMPARE}"
 
 
-def _own_transform(kind: _Kind | None) -> str:
-    return "standardize" if kind is None or kind.family or kind.transform is None else kind.transform
+def _for_one_kind(kind: _Kind, noise: NoiseModel) -> tuple[list[str], str]:
+    """Return arguments as code, and what to do with the noise model beside them."""
+    arguments, beside = [], ""
+    if kind.family is not None:
+        own = f"Normal({noise})" if noise != Diagonal() and is_uncorrelated(noise) else '"normal"'
+        arguments.append(f"family={kind.family.format(normal=own)}")
+        beside = ", without noise= that correlates outputs," if not is_uncorrelated(noise) else ""
+    if kind.transform is not None:
+        arguments.append(f'target_transform="{kind.transform}"')
+    return arguments, beside
+
+
+def _for_several(kinds: list[_Kind | None], noise: NoiseModel) -> tuple[list[str], str]:
+    """Return the same for outputs of different kinds: a family for each if one needs it, and a transform for each."""
+    families = ['"normal"' if k is None or k.family is None else k.family.format(normal='"normal"') for k in kinds]
+    transforms = [f'"{"standardize" if k is None or k.transform is None else k.transform}"' for k in kinds]
+    several = any(k is not None and k.family is not None for k in kinds)
+    arguments = [f"family=[{', '.join(families)}]"] if several else []
+    if any(k is not None and k.transform is not None for k in kinds):
+        arguments.append(f"target_transform=[{', '.join(transforms)}]")
+    return arguments, ", in place of noise=," if several and noise != Diagonal() else ""
 
 
 _COMPARE = "compare held-out scores, and see 'Your kind of target' in the documentation"

@@ -1,0 +1,1 @@
+"""Components whose outputs are of different families."""
