@@ -139,8 +139,10 @@ class WarpedComponents(DerivedComponents):
 
     def variance(self) -> Tensor:
         mean = self.mean()
-        spread = self._expectation(lambda y: (y - mean).square())
-        return torch.where(mean.isfinite(), spread, mean.abs())
+        finite = mean.isfinite()
+        centre = torch.where(finite, mean, 0.0)
+        spread = self._expectation(lambda y: (y - centre).square())
+        return torch.where(finite, spread, mean.abs())
 
     def stddev(self) -> Tensor:
         return self.variance().sqrt()
