@@ -14,7 +14,7 @@ from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import shown
 
-__all__ = ["mean_pit", "pit"]
+__all__ = ["levels_of", "mean_pit", "pit"]
 
 
 @in_widest_precision
@@ -50,7 +50,7 @@ def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
     >>> bool((pit(normal, torch.zeros(100, 1), cell=1.0) - 0.5).abs().max() < 0.1915)
     True
     """
-    lower, upper = _cell_ends(mixture, y, cell)
+    lower, upper = levels_of(mixture, y, cell)
     if lower is upper:
         return lower
     u = torch.lerp(lower, upper, torch.rand_like(lower))
@@ -76,7 +76,7 @@ def mean_pit(mixture: Mixture, y: Any, cell: Any = 0.0, points: Any = None) -> T
     References:
         Czado, Gneiting & Held (2009), Predictive model assessment for count data.
     """
-    lower, upper = _cell_ends(mixture, y, cell)
+    lower, upper = levels_of(mixture, y, cell)
     levels = [q / 100 for q in range(1, 100)] if points is None else points
     points = as_tensor(levels, "points", mixture.device).to(lower)
     tiny = torch.finfo(lower.dtype).tiny
@@ -88,10 +88,11 @@ def mean_pit(mixture: Mixture, y: Any, cell: Any = 0.0, points: Any = None) -> T
     return torch.stack([(share(u) + share(1 + u) - share(1.0)).nanmean(0) for u in points])
 
 
-def _cell_ends(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
-    """Distribution function at the ends of the cells around y; the same tensor twice if there are none.
+def levels_of(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
+    """Compute the distribution function at the ends of what is known of y; the same tensor twice if that are points.
 
-    Where a cell of an angle goes on from the end of the period at its start, the upper level is more than 1.
+    Arguments are those of :func:`pit`. Where a cell of an angle goes on from the end of the period at its start, the
+    upper level is more than 1.
     """
     size = as_tensor(cell, "cell", mixture.device).to(mixture.components.like)
     if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
