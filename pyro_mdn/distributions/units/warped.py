@@ -59,6 +59,9 @@ class WarpedComponents(DerivedComponents):
     def inner(self) -> Components:
         return self.base
 
+    def of_inner(self, inner: Components) -> Self:
+        return replace(self, base=inner)
+
     def to_inner(self, value: Tensor) -> Tensor:
         return self.warp.of_values().clamped(value)
 
