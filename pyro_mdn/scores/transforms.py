@@ -107,9 +107,10 @@ def levels_of(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
     return mixture.univariate().levels(y - 0.5 * size, y + 0.5 * size)
 
 
-def _interval_ends(mixture: Mixture, targets: Targets) -> tuple[Tensor, Tensor]:
+def _interval_ends(mixture: Mixture, y: Targets) -> tuple[Tensor, Tensor]:
     """Distribution function at the ends of what is known of targets, NaN for missing ones."""
-    targets = as_observations(mixture, targets, "y")
+    targets = as_observations(mixture, y, "y")
+    assert isinstance(targets, Targets)
     if mixture.validates:
         mixture.components.require_inside(targets, "y")
     open_below, open_above = targets.lower.isinf(), targets.upper.isinf()
