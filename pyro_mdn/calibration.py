@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import gammaln
-from scipy.stats import binom
+from scipy.stats import binom, chi2
 from torch import Tensor
 
-from pyro_mdn.distributions.density import as_outcomes
+from pyro_mdn.distributions.density import as_observations, as_outcomes
 from pyro_mdn.distributions.mixture import Mixture
-from pyro_mdn.scores import observed_mean
+from pyro_mdn.distributions.observations.targets import missing
+from pyro_mdn.scores import mean_pit, observed_mean
 from pyro_mdn.support.arrays import as_tensor, in_columns
 from pyro_mdn.support.checks import require_counts, shown
 
-__all__ = ["CoverageTable", "coverage_table", "ecdf_band", "uniformity_p_value"]
+__all__ = ["CoverageTable", "coverage_table", "d_calibration", "ecdf_band", "uniformity_p_value"]
 
 Array = NDArray[np.float64]
 
@@ -165,6 +166,49 @@ def uniformity_p_value(pit: Any, *, points: ArrayLike | None = None) -> float:
     return float(np.clip(1 - _inside(min(len(u), _MANY), z, tail * (1 + 1e-9)), 0.0, 1.0))
 
 
+@torch.no_grad()
+def d_calibration(mixture: Mixture, y: Any, *, bins: int = 10) -> Tensor:
+    r"""Compute p-values of D-calibration, one for each output, ``(D,)``: a test for times that may be censored.
+
+    .. math:: \sum_{b=1}^B \frac{(N_b - N / B)^2}{N / B} \sim \chi^2_{B-1}
+
+    The statistic compares the numbers of probability integral transforms in bins of equal width. An entry that was
+    censored counts in parts, in each bin by the probability of that bin given what is known of it
+    (:func:`pyro_mdn.scores.mean_pit`). Such counts vary less than whole ones: with many censored entries the p-value is
+    too large. ``uniformity_p_value(scores.pit(mixture, y))`` draws the transforms of these, and its p-value is exact.
+
+    Args:
+        mixture: Predictive distributions, ``batch_shape`` ``(N,)``.
+        y: Observed targets ``(N, D)``, or :class:`pyro_mdn.Targets`; missing ones do not count.
+        bins: Number of bins B.
+
+    Raises:
+        ValueError: If there are fewer than two bins, the shapes do not agree, or an output has no observed target.
+
+    References:
+        Haider, Hoehn, Davis & Greiner (2020), Effective ways to build and evaluate individual survival distributions.
+
+    >>> from pyro_mdn import DiagonalCovariance, GaussianMixture, Targets
+    >>> normal = GaussianMixture(torch.zeros(1, 1), torch.zeros(1, 1, 1), DiagonalCovariance(torch.ones(1, 1, 1)))
+    >>> y = torch.special.ndtri(torch.linspace(0.01, 0.99, 50)).unsqueeze(-1)
+    >>> censored = Targets.censored(y.clamp(max=0.5), right=y > 0.5)
+    >>> d_calibration(normal.expand((50,)), censored) > 0.9, d_calibration(normal.expand((50,)), 2 * y) < 0.05
+    (tensor([True]), tensor([True]))
+    """
+    require_counts(bins=bins)
+    if bins < 2:
+        raise ValueError(f"bins: expected 2 at least, got {bins}")
+    y = as_observations(mixture, y, "y")
+    _require_rows(mixture, y.shape)
+    count = (~missing(y)).sum(0)
+    if bool((count == 0).any()):
+        raise ValueError("y: expected an observed entry in each column, got none in one")
+    levels = mean_pit(mixture, y, points=np.linspace(0, 1, bins + 1)[1:-1]).double()
+    shares = torch.cat([levels, torch.ones_like(levels[:1])]).diff(dim=0, prepend=torch.zeros_like(levels[:1]))
+    statistic = bins * count * (shares - 1 / bins).square().sum(0)
+    return shares.new_tensor(chi2.sf(statistic.cpu().numpy(), bins - 1))
+
+
 @lru_cache(maxsize=64)
 def _tail(size: int, points: tuple[float, ...], level: float) -> float:
     """Find the largest pointwise tail probability for which a sample stays inside everywhere with this level."""
@@ -203,7 +247,11 @@ def _check_points(points: ArrayLike | None) -> Array:
 
 def _as_rows(mixture: Mixture, y: Any) -> Tensor:
     y = in_columns(as_tensor(y, "y", mixture.locs.device))
-    if len(mixture.batch_shape) != 1 or y.shape != (*mixture.batch_shape, mixture.dim):
-        expected = "a mixture of batch shape (N,) and y of shape (N, D)"
-        raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
+    _require_rows(mixture, y.shape)
     return as_outcomes(mixture, y)
+
+
+def _require_rows(mixture: Mixture, shape: Sequence[int]) -> None:
+    if len(mixture.batch_shape) != 1 or tuple(shape) != (*mixture.batch_shape, mixture.dim):
+        expected = "a mixture of batch shape (N,) and y of shape (N, D)"
+        raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(shape)}")

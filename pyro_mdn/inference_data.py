@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pyro_mdn.adapters.arviz_versions import assemble
 from pyro_mdn.adapters.leave_one_out import LooPit, compare, loo, loo_pit
+from pyro_mdn.adapters.observed import Observed, as_whole
 from pyro_mdn.adapters.sources import Source, predict
 from pyro_mdn.adapters.xarray_labels import JOINT, Labels, by_chain
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.support.arrays import Array, as_array, as_tensor, in_columns, to_numpy
+from pyro_mdn.support.arrays import Array, as_array, to_numpy
 from pyro_mdn.support.checks import require_counts
 from pyro_mdn.support.process_state import seeded
 
@@ -59,6 +60,9 @@ def to_inference_data(
 
     Attributes contain the kind of inference, the versions of packages, and the scalers of the network. Targets that are
     NaN were not observed: an output with such targets has only its observed rows, on a dimension ``obs_id_<name>``.
+    Targets that are censored, or known to lie in an interval, are in ``observed_data`` with the limit or the middle of
+    the interval, and beside them, as coordinates ``<name>_lower``, ``<name>_upper`` and ``<name>_kind``, what is known.
+    Draws and ``observed_data`` of counts are integers.
 
     Args:
         predictive: Mixtures of batch shape ``(N,)``, a point estimate, or ``(S, N)``, for S draws of the weights. Or a
@@ -66,7 +70,7 @@ def to_inference_data(
         positional: y, and then x, without names. Deprecated, because ``fit`` and all other functions take x first.
         x: Inputs ``(N, ..., dim_in)``, optional for mixtures: a tensor, array or data frame, whose index and columns
             name rows and inputs.
-        y: Observed targets ``(N, D)``, or ``(N,)`` for D = 1, likewise.
+        y: Observed targets ``(N, D)``, or ``(N,)`` for D = 1, likewise, or :class:`pyro_mdn.Targets`.
         posterior: For a network, what :func:`pyro_mdn.posterior_predictive` takes. For mixtures, the draws of the
             weights that they were computed from: ``(S, *shape)`` by site, :class:`pyro_mdn.PosteriorSamples` or
             ``MCMC``; the last two keep their chains apart.
@@ -101,9 +105,8 @@ def to_inference_data(
     """
     x, y = _named(positional, x, y)
     require_counts(num_samples=num_samples)
-    targets = in_columns(as_array(y, "y"))
-    if not targets.size or np.isinf(targets).any():
-        raise ValueError(f"y: expected finite numbers, or NaN, in one row at least, got shape {targets.shape}")
+    observed = Observed.of(y)
+    targets = observed.numbers
     with torch.no_grad(), seeded(seed):
         source = Source.of(predictive, x, posterior, num_samples, method)
         mixture = source.mixture
@@ -115,14 +118,13 @@ def to_inference_data(
         of_rows = _quantities(mixture, quantities, source.chains)
         groups["posterior"] = labels.dataset({**of_rows, **(_unnamed(source.sites) if sites else {})})
         groups["posterior_predictive"] = labels.of_outputs(_draws(source, mixture, num_samples), targets)
-        groups["log_likelihood"] = _log_likelihood(mixture, targets, source.chains, labels)
+        groups["log_likelihood"] = _log_likelihood(mixture, observed, source.chains, labels)
         if source.stats:
             groups["sample_stats"] = labels.dataset(_unnamed(source.stats))
         if prior is not None:
             groups["prior_predictive"] = labels.of_outputs(_prior_draws(prior, targets.shape), targets)
-        groups["observed_data"] = labels.of_outputs(_whole(targets, mixture), targets)
-        if x is not None:
-            groups["constant_data"] = labels.inputs(as_array(x, "x"), len(targets))
+        groups["observed_data"] = observed.dataset(labels, mixture)
+        groups |= _constant(x, observed, labels)
         if predictions is not None:
             groups |= _predictions(predictions, source, num_samples, labels)
     return assemble(groups, {"inference_method": source.method, **_versions(), **source.scaling})
@@ -169,33 +171,37 @@ def _unnamed(values: Mapping[str, Array]) -> dict[str, tuple[Array, None]]:
 def _draws(source: Source, mixture: Mixture, num_samples: int | None) -> list[Array]:
     """Draws of each output, ``(chains, draws, N)``."""
     if source.is_posterior:
-        return _whole(by_chain(to_numpy(mixture.sample()), source.chains), mixture)
-    return _whole(to_numpy(mixture.pool(0).sample((num_samples or 1000,)))[None], mixture)
+        return as_whole(by_chain(to_numpy(mixture.sample()), source.chains), mixture)
+    return as_whole(to_numpy(mixture.pool(0).sample((num_samples or 1000,)))[None], mixture)
 
 
-def _whole(values: Array, mixture: Mixture) -> list[Array]:
-    """Split values by output: counts as integers, which ArviZ draws as bars, unless some are missing."""
-    columns = [(values[..., d], mixture.marginal(d).support.is_discrete) for d in range(mixture.dim)]
-    return [own.astype(np.int64) if counts and not np.isnan(own).any() else own for own, counts in columns]
-
-
-def _log_likelihood(mixture: Mixture, y: Array, chains: int, labels: Labels) -> Dataset:
-    values = as_tensor(y, "y").to(mixture.locs)
+def _log_likelihood(mixture: Mixture, y: Observed, chains: int, labels: Labels) -> Dataset:
+    values, dim = y.values(mixture), mixture.dim
     joint = by_chain(to_numpy(mixture.log_prob(values)), chains)
-    observed: Array = ~np.isnan(y)
-    rows: dict[str, tuple[Array, Array]] = {JOINT if y.shape[1] > 1 else labels.names[0]: (joint, observed.max(1))}
-    if y.shape[1] > 1:
+    observed: Array = ~np.isnan(y.numbers)
+    rows: dict[str, tuple[Array, Array]] = {JOINT if dim > 1 else labels.names[0]: (joint, observed.max(1))}
+    if dim > 1:
         for i, name in enumerate(labels.names):
             marginal = mixture.marginal(i).log_prob(values[:, [i]])
             rows[name] = (by_chain(to_numpy(marginal), chains), observed[:, i])
     return labels.of_rows(rows)
 
 
+def _constant(x: Any, observed: Observed, labels: Labels) -> dict[str, Dataset]:
+    """Inputs, and whether the event of a right-censored output was observed."""
+    inputs = None if x is None else labels.inputs(as_array(x, "x"), len(observed.numbers))
+    events = observed.events(labels)
+    if inputs is None or events is None:
+        known = events if inputs is None else inputs
+        return {} if known is None else {"constant_data": known}
+    return {"constant_data": inputs.merge(events.drop_vars("x", errors="ignore"))}
+
+
 def _prior_draws(prior: Any, shape: tuple[int, ...]) -> list[Array]:
     drawn = to_numpy(prior.sample()) if isinstance(prior, Mixture) else as_array(prior, "prior")
     if drawn.ndim != 3 or drawn.shape[1:] != shape:
         raise ValueError(f"prior: expected draws of y {('S', *shape)}, got {drawn.shape}")
-    return _whole(drawn[None], prior) if isinstance(prior, Mixture) else [*np.moveaxis(drawn[None], -1, 0)]
+    return as_whole(drawn[None], prior) if isinstance(prior, Mixture) else [*np.moveaxis(drawn[None], -1, 0)]
 
 
 def _predictions(predictions: Any, source: Source, num_samples: int | None, labels: Labels) -> dict[str, Dataset]:

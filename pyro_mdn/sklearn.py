@@ -12,12 +12,14 @@ from torch import Tensor
 
 from pyro_mdn.adapters.sklearn_scorers import (
     Scorer,
+    concordance,
     neg_crps,
+    neg_integrated_brier,
     neg_interval_score,
     neg_log_score,
     predictive_distribution,
 )
-from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, plain, shifted, validated
+from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, plain, shifted, uncentered, validated
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
@@ -44,7 +46,16 @@ try:
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn 1.6: in a checkout pip install '.[sklearn]'") from error
 
-__all__ = ["MDNRegressor", "Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
+__all__ = [
+    "MDNRegressor",
+    "Scorer",
+    "concordance",
+    "neg_crps",
+    "neg_integrated_brier",
+    "neg_interval_score",
+    "neg_log_score",
+    "predictive_distribution",
+]
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _GROUPS = (Optimization, TrainingLoop, NoiseSchedule, EarlyStopping)
@@ -208,7 +219,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             progress=bool(self.verbose),
             **given_settings(MDNRegressor.__init__, vars(self), *_GROUPS),
         )
-        self.network_ = _uncentered(network, *shifts)
+        self.network_ = uncentered(network, *shifts)
         self.n_outputs_, self._vector = targets.shape[1], vector
         return self
 
@@ -337,14 +348,3 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _shaped(self, values: Tensor) -> np.ndarray:
         """Array of values ``(..., D)``, without the last axis if y had none."""
         return (values.squeeze(-1) if self._vector else values).numpy()
-
-
-def _uncentered(
-    network: MixtureDensityNetwork | DeepEnsemble, x_shift: Tensor, y_shift: Tensor
-) -> MixtureDensityNetwork | DeepEnsemble:
-    """Convert the network to data that are not centred, in float64, because float32 could not hold the shifts."""
-    network = network.cpu().double()
-    part = network.architecture
-    part.x_shift += x_shift
-    part.head.shift += y_shift
-    return network.eval()

@@ -17,12 +17,16 @@ from pyro_mdn import (
     Hurdle,
     Log,
     Mixture,
+    MixtureDensityNetwork,
     MixtureHead,
     Standardize,
     StudentT,
+    StudentTComponents,
     ZeroInflated,
     decisions,
 )
+from pyro_mdn.distributions.units.warped import WarpedComponents
+from pyro_mdn.distributions.units.warps import LogWarp
 
 FAMILIES = {
     "normal": None,
@@ -304,6 +308,32 @@ def test_times_whose_mean_is_infinite_have_a_restricted_mean():
             return mixture[i].sf(t).item()
 
         assert restricted[i].item() == pytest.approx(scipy.integrate.quad(survival, 0, 2, epsrel=1e-8)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transform", ["log", "asinh"])
+@pytest.mark.parametrize("family", [StudentT(df=1.5), "laplace", "gumbel"], ids=["student_t", "laplace", "gumbel"])
+def test_infinite_means_leave_no_gradient_undefined(family, transform, dtype):
+    x = torch.tensor([[0.3], [-2.0], [2.0]], dtype=dtype)
+    network = MixtureDensityNetwork(1, 1, 2, 8, family=family, target_transform=transform, seed=0).to(dtype)
+    for name in ("expected_below", "expected_above", "restricted_mean", "mean", "stddev"):
+        network.zero_grad()
+        mixture = network(x)
+        values = getattr(decisions, name)(mixture, 1.5) if hasattr(decisions, name) else getattr(mixture, name)
+        if (finite := values.isfinite()).any():
+            values[finite].sum().backward()
+            assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters()), name
+
+
+def test_gradients_where_the_mean_is_infinite():
+    parameters = [torch.randn(3, 2, 1, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def mixture(locs, raw):
+        components = StudentTComponents(locs, DiagonalCovariance(raw.exp()), locs.new_tensor([1.5, 3.0]))
+        return Mixture(locs.new_zeros(2), WarpedComponents(components, LogWarp()))
+
+    for function in (decisions.expected_below, decisions.restricted_mean):
+        assert torch.autograd.gradcheck(lambda *given, f=function: f(mixture(*given), 1.5), parameters, fast_mode=True)
 
 
 def test_cauchy_components_have_no_partial_moments():

@@ -21,8 +21,10 @@ from pyro_mdn import (
     Diagonal,
     DiagonalCovariance,
     GaussianMixture,
+    Mixture,
     MixtureDensityNetwork,
     PosteriorSamples,
+    Targets,
     bayesianize,
     fit,
     fit_mcmc,
@@ -627,3 +629,65 @@ if __name__ == "__main__":
     network = make(latent=True)[0]
     torch.manual_seed(3)
     to_inference_data(mixture, x=x, y=y, posterior=chains(network, size=26), seed=0).to_netcdf(str(FILE))
+
+
+# Targets that are intervals, and counts
+
+
+def test_censored_targets_have_limits_and_kinds(tmp_path):
+    network, x, y = make()
+    y[4, 0] = float("nan")
+    lower, upper = y.clone(), y.clone()
+    upper[:5, 0], upper[5:9, 1], lower[9:12, 1] = torch.inf, torch.inf, -torch.inf
+    upper[12, 1] = lower[12, 1] + 1
+    lower[4, 0] = -torch.inf
+    targets = Targets.interval(lower, upper)
+    data = to_inference_data(network, x=x, y=targets, num_samples=20, output_names=["a", "b"])
+    observed = data["observed_data"]
+    assert list(observed["a_kind"].values[:5]) == ["right-censored"] * 4 + ["exact"]
+    assert list(observed["b_kind"].values[8:14]) == ["right-censored"] + ["left-censored"] * 3 + ["interval", "exact"]
+    assert observed["a"].dims == observed["a_upper"].dims == ("obs_id_a",)
+    assert np.isinf(observed["a_upper"].values[:4]).all()
+    assert observed["b"].values[[5, 9, 12, 13]].tolist() == [y[5, 1], y[9, 1], y[12, 1] + 0.5, y[13, 1]]
+    assert list(data["constant_data"].data_vars) == ["x", "a"]  # b has entries that are no times to an event
+    assert data["constant_data"]["a"].values.tolist() == [0] * 4 + [1] * 25
+    joint = network(x).log_prob(targets)
+    assert_close(values(data, "log_likelihood", "joint")[0, 0], joint.detach())
+    for i, name in enumerate(["a", "b"]):
+        rows = ~torch.isnan(y[:, i])
+        marginal = network(x).marginal(i).log_prob(targets[:, [i]])[rows]
+        assert_close(values(data, "log_likelihood", name)[0, 0], marginal.detach())
+    data.to_netcdf(tmp_path / "data.nc")
+    back = az.from_netcdf(tmp_path / "data.nc")
+    assert list(back["observed_data"]["b_kind"].values) == list(observed["b_kind"].values)
+    whole = to_inference_data(network, x=x, y=Targets.exact(y), num_samples=20)
+    assert "y0_kind" not in whole["observed_data"].coords
+    assert list(whole["constant_data"].data_vars) == ["x"]
+
+
+def test_counts_are_integers_also_beside_missing_and_censored_ones():
+    x = torch.randn(20, 1)
+    network = MixtureDensityNetwork(1, 1, 2, 4, family="poisson", seed=0)
+    y = torch.poisson(2 * torch.ones(20, 1))
+    y[3] = float("nan")
+    capped = y.clamp(max=2)
+    for observed, numbers in ((y, y), (Targets.censored(capped, right=y > 2), capped), (Targets.cells(y, 1.0), y)):
+        data = to_inference_data(network, x=x, y=observed, num_samples=10)
+        assert data["observed_data"]["y"].dtype == data["posterior_predictive"]["y"].dtype == np.int64
+        assert data["observed_data"]["y"].values.tolist() == numbers[~numbers.isnan()].tolist()
+
+
+def test_leave_one_out_transforms_of_censored_and_counted_targets():
+    """Uniform under draws from the mixtures themselves, whose weights are nearly equal."""
+    x = torch.randn(2000, 1).double()
+    for network in (
+        MixtureDensityNetwork(1, 1, 2, 4, seed=0).double(),
+        MixtureDensityNetwork(1, 1, 2, 4, family="poisson", seed=0).double(),
+    ):
+        with torch.no_grad():
+            logits = network(x).logits + 1e-3 * torch.randn(60, 1, 2)
+            mixtures = Mixture(logits, network(x).components.over_batch((60, 2000)))
+        y = mixtures[0].sample()
+        limit = y.quantile(0.6).clamp(min=1)
+        for observed in (y, Targets.censored(y.clamp(max=limit), right=y >= limit)):
+            assert uniformity_p_value(loo_pit(mixtures, observed).pit) > 0.01

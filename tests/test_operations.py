@@ -37,6 +37,8 @@ OPERATIONS = {
     "affine": lambda m, y, u: m.affine(y, u + 0.5),
     "affine by a matrix": lambda m, y, u: m.affine(y[..., :2], matrix=u[..., None, :] + torch.eye(2, DIM, out=y.new())),
     "temper": lambda m, y, u: m.temper(0.5),
+    "truncated": lambda m, y, u: m.marginal(1).truncated(y[..., :1] - 2, y[..., :1] + 1).cdf(y[..., :1]),
+    "truncated quantile": lambda m, y, u: m.marginal(1).truncated(low=y[..., :1]).icdf(0.3),
     "product": lambda m, y, u: m.product(m.affine(0.3)),
     "prune": lambda m, y, u: m.prune(1e-3),
     "cdf": lambda m, y, u: m.cdf(y),

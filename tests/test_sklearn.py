@@ -26,7 +26,16 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, scale
 
 from pyro_mdn import DeepEnsemble, Diagonal, Fixed, Full, GaussianMixture, Isotropic, LowRank, Targets, scores
-from pyro_mdn.sklearn import MDNRegressor, Scorer, neg_crps, neg_interval_score, neg_log_score, predictive_distribution
+from pyro_mdn.sklearn import (
+    MDNRegressor,
+    Scorer,
+    concordance,
+    neg_crps,
+    neg_integrated_brier,
+    neg_interval_score,
+    neg_log_score,
+    predictive_distribution,
+)
 
 GEYSER = Path(__file__).parents[1] / "examples" / "data" / "geyser.csv"
 RNG = np.random.default_rng(0)
@@ -575,8 +584,25 @@ def test_censored_times_of_scikit_survival():
     error, bias = (np.log(m.predict_quantiles(X, 0.5) / true).mean() for m in (model, naive))
     assert abs(error) < 0.06 < -bias
     assert model.predict(X).shape == (300,)
-    values = cross_val_score(MDNRegressor(**{**settings, "max_epochs": 3}), X, structured, cv=2)
-    assert np.isfinite(values).all()
+    brier = partial(neg_integrated_brier, times=[1.0, 2.0, 4.0])
+    column = targets.unsqueeze(-1)
+    for given in (structured, targets):
+        assert brier(model, X, given) == -scores.integrated_brier(mixture, column, [1.0, 2.0, 4.0]).mean().item()
+        assert concordance(model, X, given) == scores.concordance(mixture, column).item()
+    own = scores.integrated_brier(mixture, column, [1.0, 2.0, 4.0], column[:99]).mean().item()
+    assert brier(model, X, structured, train=structured[:99]) == -own
+    weight = np.arange(300) % 2
+    assert brier(model, X, structured, weight) == pytest.approx(
+        -scores.integrated_brier(mixture, column, [1.0, 2.0, 4.0])[1::2].mean().item(), rel=1e-12
+    )
+    with pytest.raises(ValueError, match="sample_weight: expected none"):
+        concordance(model, X, structured, weight)
+    quick, scoring = (
+        MDNRegressor(**{**settings, "max_epochs": 3}),
+        {"brier": brier, "c": concordance, "log": neg_log_score},
+    )
+    found = cross_validate(quick, X, structured, cv=2, scoring=scoring, error_score="raise")
+    assert all(np.isfinite(found[f"test_{name}"]).all() for name in scoring)
 
 
 def test_censored_targets_of_several_outputs():

@@ -43,7 +43,6 @@ from pyro_mdn import (
     laplace,
     posterior_predictive,
     scores,
-    to_inference_data,
 )
 from pyro_mdn.distributions.observations import boxes
 from pyro_mdn.distributions.observations.targets import EXACT, INTERVAL, MISSING
@@ -680,7 +679,6 @@ def test_where_intervals_cannot_go():
         lambda: scores.crps(mixture, targets),
         lambda: mixture.cdf(targets),
         lambda: mixture.in_highest_density_region(targets, 0.5),
-        lambda: to_inference_data(network, x=x, y=targets),
         lambda: calibration.coverage_table(mixture, targets),
     ):
         with pytest.raises(ValueError, match=message):

@@ -14,11 +14,14 @@ from pyro_mdn.adapters.pareto_smoothing import smoothed_weights, varies, warn_if
 from pyro_mdn.adapters.sources import ENSEMBLE, POINT
 from pyro_mdn.adapters.xarray_labels import JOINT
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import Targets
+from pyro_mdn.scores.transforms import levels_of
 from pyro_mdn.support.arrays import Array, as_tensor, in_columns
 
 __all__ = ["LooPit", "compare", "loo", "loo_pit"]
 
 _FEWEST_DRAWS = 50
+_ROUNDING = 1e-9
 
 
 class LooPit(NamedTuple):
@@ -118,7 +121,9 @@ def loo_pit(mixture: Mixture, y: Any, *, reff: float = 1.0) -> LooPit:
 
     Args:
         mixture: Mixtures for S draws from a posterior, ``(S, N)``.
-        y: Targets ``(N, D)`` that the posterior was conditioned on: a tensor, array or data frame.
+        y: Targets ``(N, D)`` that the posterior was conditioned on: a tensor, array or data frame, or
+            :class:`pyro_mdn.Targets`. Where a target is a count, or known to lie in an interval, the transform is drawn
+            between the ends of its step, as :func:`pyro_mdn.scores.pit` does.
         reff: Effective share of independent draws among the S draws.
 
     Raises:
@@ -138,7 +143,7 @@ def loo_pit(mixture: Mixture, y: Any, *, reff: float = 1.0) -> LooPit:
     >>> loo_pit(mixture, torch.randn(5, 1)).pit.shape
     torch.Size([5, 1])
     """
-    y = in_columns(as_tensor(y, "y", mixture.locs.device))
+    y = y if isinstance(y, Targets) else in_columns(as_tensor(y, "y", mixture.locs.device))
     if len(mixture.batch_shape) != 2 or y.shape != (*mixture.batch_shape[1:], mixture.dim):
         expected = "mixtures (S, N) and y of shape (N, D)"
         raise ValueError(f"mixture, y: expected {expected}, got {tuple(mixture.batch_shape)} and {tuple(y.shape)}")
@@ -147,8 +152,12 @@ def loo_pit(mixture: Mixture, y: Any, *, reff: float = 1.0) -> LooPit:
     log_weights, pareto_k = smoothed_weights(rows, reff)
     warn_if_unreliable("loo_pit", pareto_k, rows.shape[1])
     weights = torch.from_numpy(log_weights).exp().T.unsqueeze(-1).to(y.device)
-    pit = (weights * mixture.cdf(y)).sum(0).clamp(0, 1)
-    return LooPit(pit.to(y.dtype), torch.from_numpy(pareto_k))
+    lower, upper = levels_of(mixture, y, 0.0)
+    pit = (weights * lower).sum(0)
+    if lower is not upper:
+        pit = torch.lerp(pit, (weights * upper).sum(0), torch.rand_like(pit))
+        pit = torch.where(pit > 1 + _ROUNDING, pit - 1, pit)  # of an arc that goes on at the start of the period
+    return LooPit(pit.clamp(0, 1).to(y.dtype), torch.from_numpy(pareto_k))
 
 
 def _loo(data: Any, pointwise: bool, name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_mdn import scores
 from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, interval_targets
 from pyro_mdn.distributions.mixture import Mixture
+from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 
 try:
     from sklearn.base import BaseEstimator
@@ -22,7 +23,15 @@ try:
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn: in a checkout pip install '.[sklearn]'") from error
 
-__all__ = ["Scorer", "neg_crps", "neg_interval_score", "neg_log_score", "predictive_distribution"]
+__all__ = [
+    "Scorer",
+    "concordance",
+    "neg_crps",
+    "neg_integrated_brier",
+    "neg_interval_score",
+    "neg_log_score",
+    "predictive_distribution",
+]
 
 
 def predictive_distribution(estimator: Any, X: Any) -> Mixture:
@@ -65,12 +74,7 @@ def neg_log_score(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> 
     Raises:
         ValueError: If there is no distribution, or if the targets or weights are not usable.
     """
-    mixture, intervals = predictive_distribution(estimator, X), interval_targets(y)
-    size = mixture.batch_shape[0], mixture.dim
-    if intervals is not None and intervals.shape != size:
-        raise ValueError(f"y: expected shape {size} as the prediction has it, got {tuple(intervals.shape)}")
-    targets = as_targets(y, *size) if intervals is None else intervals
-    return -_mean(scores.log_score(mixture, targets), sample_weight)
+    return -_mean(scores.log_score(*_known(estimator, X, y)), sample_weight)
 
 
 def neg_crps(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -107,6 +111,47 @@ def neg_interval_score(
     return -_mean(scores.interval_score(*_observed(estimator, X, y), mass, kind=kind), sample_weight)
 
 
+def neg_integrated_brier(
+    estimator: Any, X: Any, y: Any, sample_weight: Any = None, *, times: Any, train: Any = None
+) -> float:
+    """Compute minus the integrated Brier score of times to an event that may be censored (Graf et al., 1999).
+
+    This is the mean over the rows, then over the outputs. Errors are those of :func:`neg_log_score` and of
+    :func:`pyro_mdn.scores.integrated_brier`. Use ``functools.partial`` to set ``times``.
+
+    Args:
+        estimator: An estimator that :func:`predictive_distribution` takes.
+        X: Inputs ``(N, n_features)``.
+        y: Times, as :func:`interval_targets` takes them.
+        sample_weight: Weights of the rows, ``(N,)``.
+        times: Times ``(T,)`` in ascending order, over which the score is averaged.
+        train: Times whose censoring is estimated, likewise; by default y.
+    """
+    mixture, targets = _known(estimator, X, y)
+    rows = interval_targets(train)
+    rows = as_targets(train) if rows is None and train is not None else rows
+    return -_mean(scores.integrated_brier(mixture, targets, times, rows), sample_weight)
+
+
+def concordance(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+    """Compute Harrell's C of times to an event that may be censored: the share of pairs in the right order.
+
+    This is the mean over the outputs of :func:`pyro_mdn.scores.concordance`, whose errors it has, too.
+
+    Args:
+        estimator: An estimator that :func:`predictive_distribution` takes.
+        X: Inputs ``(N, n_features)``.
+        y: Times, as :func:`interval_targets` takes them.
+        sample_weight: Not supported: pairs of rows have no weights.
+
+    Raises:
+        ValueError: If there are weights.
+    """
+    if sample_weight is not None:
+        raise ValueError("sample_weight: expected none, because pairs of rows have no weights, got some")
+    return scores.concordance(*_known(estimator, X, y)).mean().item()
+
+
 class Scorer(BaseEstimator):
     """Wrap a scorer so that it takes part in metadata routing, like the results of ``make_scorer``.
 
@@ -130,6 +175,15 @@ class Scorer(BaseEstimator):
         return self.scorer(estimator, X, y, sample_weight)
 
     __call__ = score
+
+
+def _known(estimator: Any, X: Any, y: Any) -> tuple[Mixture, TargetsOrTensor]:
+    """Return predictive distributions and targets ``(N, D)``, of which some may be censored."""
+    mixture, intervals = predictive_distribution(estimator, X), interval_targets(y)
+    size = mixture.batch_shape[0], mixture.dim
+    if intervals is not None and intervals.shape != size:
+        raise ValueError(f"y: expected shape {size} as the prediction has it, got {tuple(intervals.shape)}")
+    return mixture, as_targets(y, *size) if intervals is None else intervals
 
 
 def _observed(estimator: Any, X: Any, y: Any) -> tuple[Mixture, Tensor]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.networks.ensemble import DeepEnsemble
+from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.support.arrays import as_array, as_tensor, is_frame
 from pyro_mdn.support.checks import describe, unmasked
 
@@ -18,7 +20,7 @@ try:
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn: in a checkout pip install '.[sklearn]'") from error
 
-__all__ = ["as_targets", "as_weight", "interval_targets", "plain", "shifted", "validated"]
+__all__ = ["as_targets", "as_weight", "interval_targets", "plain", "shifted", "uncentered", "validated"]
 
 # Arguments for scikit-learn's checks of targets: NaN is allowed, since it means "not observed".
 _TARGETS: dict[str, Any] = {"dtype": np.float64, "ensure_2d": False, "ensure_all_finite": "allow-nan"}
@@ -138,3 +140,14 @@ def validated(estimator: Any, X: Any, y: Any) -> Validated:
 def shifted(targets: TargetsOrTensor, shift: Tensor) -> TargetsOrTensor:
     """Subtract a shift ``(D,)`` from targets, or from both ends of their intervals."""
     return targets.limits(lambda t: t - shift) if isinstance(targets, Targets) else targets - shift
+
+
+def uncentered(
+    network: MixtureDensityNetwork | DeepEnsemble, x_shift: Tensor, y_shift: Tensor
+) -> MixtureDensityNetwork | DeepEnsemble:
+    """Convert the network to data that are not centred, in float64, because float32 could not hold the shifts."""
+    network = network.cpu().double()
+    part = network.architecture
+    part.x_shift += x_shift
+    part.head.shift += y_shift
+    return network.eval()

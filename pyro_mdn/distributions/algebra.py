@@ -13,6 +13,8 @@ from pyro_mdn.distributions.families.components import Components, folded, repea
 from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
+from pyro_mdn.distributions.quantiles import thresholds
+from pyro_mdn.distributions.truncation.truncated_components import require_truncatable, truncated_components
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import describe, is_differentiated, is_known, plain_number, shown
 from pyro_mdn.tensors.channels import normalize_logits
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound="Mixture")
 
-__all__ = ["affine", "condition", "marginal", "pool", "prune", "temper"]
+__all__ = ["affine", "condition", "marginal", "pool", "prune", "temper", "truncated"]
 
 
 @in_widest_precision
@@ -141,6 +143,45 @@ def _as_vector(mixture: Mixture, value: Any, name: str, dim: int) -> Tensor:
     if value.shape[-1] not in (1, dim):
         raise ValueError(f"{name}: expected a last dimension of 1 or {dim}, got {tuple(value.shape)}")
     return value
+
+
+@in_widest_precision
+def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> Mixture:
+    r"""Return the distribution given that each output lies in an interval, again a mixture, of truncated components.
+
+    .. math:: p(y \mid a \le y \le b) = \sum_k w_k' \frac{p_k(y)}{m_k}, \quad w_k' \propto w_k m_k, \quad
+              m_k = P_k(a \le y \le b)
+
+    Densities, distribution functions, quantiles, central intervals and draws are exact, also where the interval is far
+    out; moments and scores are by quadrature, and shortest intervals by a search. An event that has not happened until
+    a time t is at the times of ``mixture.truncated(low=t)``.
+
+    Args:
+        mixture: The mixture.
+        low: Lower ends a, one number or ``(*batch, D)``; minus infinity for none.
+        high: Upper ends b, likewise; infinity for none.
+
+    Raises:
+        ValueError: If a lower end is not below its upper end, or the interval is outside of the support.
+        NotImplementedError: If outputs of a component are dependent, counts, angles, or may be zero.
+
+    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
+    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
+    >>> half = normal.truncated(low=0.0)
+    >>> half.mean, half.cdf(0.0), half.icdf(0.5)
+    (tensor([0.7979]), tensor([0.]), tensor([0.6745]))
+    """
+    start, end = torch.broadcast_tensors(thresholds(mixture, low), thresholds(mixture, high))
+    if is_known(start, end) and not bool((start < end).all()):
+        raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
+    require_truncatable(mixture.components)
+    whole = mixture.expand(torch.broadcast_shapes(start.shape[:-1], mixture.batch_shape))
+    ends = (whole.components.to_inner(limit).unsqueeze(-2) for limit in (start, end))
+    inner, log_mass = truncated_components(whole.components.inner, *ends)
+    if is_known(log_mass) and not bool((whole.logits + log_mass > -math.inf).any(-1).all()):
+        raise ValueError(f"low, high: expected a range within the support, got {shown(low)} and {shown(high)}")
+    components = whole.components.of_inner(inner)
+    return whole.of_any_family(components).reweighted(whole.logits + log_mass, components)
 
 
 def temper(mixture: M, temperature: float) -> M:

@@ -324,7 +324,11 @@ def split_variance(mixture: Mixture, dim: int = 0) -> VarianceSplit:
 
 
 def _average(mixture: Mixture, values: Tensor) -> Tensor:
-    return (mixture.logits.exp().unsqueeze(-1) * values).sum(-2)
+    """Average over components; where one is infinite the result has no gradients, which would be NaN."""
+    weights = mixture.logits.exp().unsqueeze(-1)
+    finite = values.isfinite()
+    known = (weights * torch.where(finite, values, 0.0)).sum(-2)
+    return torch.where(finite.all(-2), known, (weights * values).sum(-2).detach())
 
 
 def _deviation(mixture: Mixture) -> Tensor:

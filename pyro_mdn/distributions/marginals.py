@@ -45,8 +45,8 @@ class Marginals(ABC):
         return level, level
 
     def levels(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        """Cumulative distribution at both ends of intervals; angles beyond the end of the period count a turn more."""
-        return self.cdf(lower), self.cdf(upper)
+        """Probabilities below intervals, and up to their upper ends; one turn more beyond the end of a period."""
+        return self.steps(lower)[0], self.steps(upper)[1]
 
     @abstractmethod
     def log_cdf(self, value: Tensor) -> Tensor:

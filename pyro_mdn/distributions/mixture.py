@@ -263,6 +263,7 @@ class Mixture(dist.MixtureSameFamily):
     temper = algebra.temper
     pool = algebra.pool
     prune = algebra.prune
+    truncated = algebra.truncated
 
     # Single outputs
 

@@ -63,6 +63,10 @@ class Components(TensorBatch):
         """Components in the space of their locations and scales: these, unless they were pushed through a warp."""
         return self
 
+    def of_inner(self, inner: Components) -> Components:
+        """Push other components of the space of :attr:`inner` through the same warp."""
+        return inner
+
     def to_inner(self, value: Tensor) -> Tensor:
         """Map values ``(*sample, *batch, D)`` to the space of :attr:`inner`; ends of the support become infinite."""
         return value

@@ -23,7 +23,7 @@ from pyro_mdn.tensors.univariate import Law
 if TYPE_CHECKING:
     from pyro_mdn.distributions.families.components import Components
 
-__all__ = ["log_box_probability", "log_interval_probability"]
+__all__ = ["log_box_probability", "log_interval_probability", "quantile_within"]
 
 _NUM_POINTS = 128
 """Quasi-random points of the integral, a power of two."""
@@ -56,6 +56,11 @@ def log_box_probability(components: Components, lower: Tensor, upper: Tensor) ->
 def log_interval_probability(law: Law, lower: Tensor, upper: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
     """Log-probability of intervals, of which one end may be infinite, under laws with a location and a scale."""
     return _log_probability(law, _standardized(lower, upper, locs, scale))
+
+
+def quantile_within(law: Law, lower: Tensor, upper: Tensor, level: Tensor) -> Tensor:
+    """Quantile of Z given that it lies in an interval, of which one end may be infinite, at levels in (0, 1)."""
+    return _quantile_within(law, _standardized(lower, upper, lower.new_zeros(()), lower.new_ones(())), level)
 
 
 def _in_order(components: Components, lower: Tensor, upper: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ class Targets:
             user: What needs exact targets.
         """
         if count := int((self.kinds() == INTERVAL).sum()):
-            takes = "log_prob, network.loss, fit and scores.log_score take these"
+            takes = "log_prob, network.loss, fit, scores.log_score and scores.pit take these"
             raise ValueError(f"{name}: expected exact targets for {user}, got {count} intervals; {takes}")
         return self.exact_points()
 

@@ -59,6 +59,9 @@ class WarpedComponents(DerivedComponents):
     def inner(self) -> Components:
         return self.base
 
+    def of_inner(self, inner: Components) -> Self:
+        return replace(self, base=inner)
+
     def to_inner(self, value: Tensor) -> Tensor:
         return self.warp.of_values().clamped(value)
 
@@ -139,8 +142,10 @@ class WarpedComponents(DerivedComponents):
 
     def variance(self) -> Tensor:
         mean = self.mean()
-        spread = self._expectation(lambda y: (y - mean).square())
-        return torch.where(mean.isfinite(), spread, mean.abs())
+        finite = mean.isfinite()
+        centre = torch.where(finite, mean, 0.0)
+        spread = self._expectation(lambda y: (y - centre).square())
+        return torch.where(finite, spread, mean.abs())
 
     def stddev(self) -> Tensor:
         return self.variance().sqrt()

@@ -127,6 +127,8 @@ class WarpedMarginals(Marginals):
 
 
 _EVEN = 33
+_REPRESENTABLE = 1e-9
+"""Share of the largest number up to which a product with the width of a panel is one."""
 
 
 def _grid(mixture: UnivariateMixture) -> Tensor:
@@ -214,7 +216,7 @@ class _Tails:
         outward = torch.where(index > middle, from_above, from_below)
         ends = edges[[0, -1]]
         last = self._tail(ends, torch.tensor([False, True], device=edges.device).reshape(column))
-        last = last * self._pace(ends) * width[[0, -1]]
+        last = last * self._pace(ends, math.inf) * width[[0, -1]]
         finite = last < 1e-3 * torch.stack([from_below[-1], from_above[0]])
         return _Panels(edges, middle, inward, outward, squared.sum(0), finite)
 
@@ -247,6 +249,11 @@ class _Tails:
         inner = self.marginals.inner
         return torch.where(upper, inner.sf(z), inner.cdf(z))
 
-    def _pace(self, z: Tensor) -> Tensor:
-        """Derivative of y with respect to z."""
-        return (-self.warp.log_slope(self.warp.inverse(z))).exp()
+    def _pace(self, z: Tensor, beyond: float = 0.0) -> Tensor:
+        """Derivative of y with respect to z; a constant where y is beyond the numbers of its precision.
+
+        Infinite numbers would make gradients NaN, even where an integral is infinite and not used.
+        """
+        known = self.warp.inverse(z.detach()).abs() < _REPRESENTABLE * torch.finfo(z.dtype).max
+        slope = self.warp.log_slope(self.warp.inverse(torch.where(known, z, 0.0)))
+        return torch.where(known, (-slope).exp(), beyond)

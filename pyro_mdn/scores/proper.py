@@ -1,12 +1,4 @@
-r"""Proper scores and calibration: functions of a mixture and what was observed. Lower is better.
-
-Scores of single outputs have shape ``(*sample, *batch, D)``, joint ones ``(*sample, *batch)``. What was not observed,
-an entry of y that is NaN, has no score: it is NaN too, so that ``torch.nanmean`` and :func:`observed_mean` average over
-what was observed. Of vectors of which a part is missing, :func:`log_score` takes the density of the rest.
-
-All scores are differentiable, so that a network can be trained on any of them (to first order: :func:`crps` has no
-second derivatives).
-"""
+r"""Proper scores: functions of a mixture and what was observed."""
 
 from __future__ import annotations
 
@@ -21,8 +13,6 @@ from pyro_mdn.distributions.density import as_observations, as_outcomes
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import as_targets, missing
 from pyro_mdn.distributions.precision import in_widest_precision
-from pyro_mdn.support.arrays import as_tensor
-from pyro_mdn.support.checks import shown
 from pyro_mdn.tensors.numerics import norm
 
 __all__ = [
@@ -36,10 +26,8 @@ __all__ = [
     "interval_log_score",
     "interval_score",
     "log_score",
-    "mean_pit",
     "observed_mean",
     "pinball",
-    "pit",
 ]
 
 
@@ -212,88 +200,6 @@ def coverage(mixture: Mixture, y: Any, mass: float, *, kind: Literal["central", 
     lower, upper = mixture.interval(mass, kind=kind)
     inside = mixture.univariate().missed(y, lower, upper) <= 0
     return inside.to(mixture.dtype).masked_fill(y.isnan(), torch.nan)
-
-
-@in_widest_precision
-def pit(mixture: Mixture, y: Any, cell: Any = 0.0) -> Tensor:
-    r"""Probability integral transform of each output, exact: uniform if the mixture is right; Dawid (1984).
-
-    Targets on a grid (rounded numbers, or counts that components with a density predict) stand for their cells, as in
-    :class:`pyro_mdn.NegativeLogLikelihood`. Without their size c the transform is never uniform. With it, it is drawn
-    between the ends of the cell, from torch's generator; under a family of counts, between the ends of its steps:
-
-    .. math:: F(y - c/2) + V \left( F(y + c/2) - F(y - c/2) \right), \qquad V \sim U(0, 1)
-
-    :func:`mean_pit` does without a draw.
-
-    Args:
-        mixture: Predictive distributions.
-        y: What was observed, ``(*sample, *batch, D)``; NaN where it was not.
-        cell: Size of the cells in the units of y, one number or ``(D,)``; 0 for outputs that are on no grid, and for
-            families of counts.
-
-    Raises:
-        ValueError: If the sizes are not finite, or negative, or not one for each output.
-
-    References:
-        Smith (1985), Diagnostic checks of non-standard time series models.
-        Dunn & Smyth (1996), Randomized quantile residuals.
-
-    >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
-    >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
-    >>> bool((pit(normal, torch.zeros(100, 1), cell=1.0) - 0.5).abs().max() < 0.1915)
-    True
-    """
-    lower, upper = _cell_ends(mixture, y, cell)
-    if lower is upper:
-        return lower
-    u = torch.lerp(lower, upper, torch.rand_like(lower))
-    return torch.where(u > 1, u - 1, u)  # in a cell of angles that goes on at the start of the period
-
-
-@in_widest_precision
-def mean_pit(mixture: Mixture, y: Any, cell: Any, points: Any = None) -> Tensor:
-    r"""Distribution function of :func:`pit` at ``points``, its draws averaged out; the points themselves if uniform.
-
-    .. math:: \bar F(u) = \frac1N \sum_n \min\left(1, \max\left(0,
-              \frac{u - F_n(y_n - c/2)}{F_n(y_n + c/2) - F_n(y_n - c/2)} \right)\right)
-
-    Args:
-        mixture: Predictive distributions, ``batch_shape`` ``(N,)``.
-        y: What was observed, ``(N, D)``; entries that are NaN do not count.
-        cell: As for :func:`pit`.
-        points: Probabilities, ``(P,)``; by default 0.01, 0.02, ..., 0.99.
-
-    Returns:
-        Shape ``(P, D)``. Differences between neighbours are the heights of a histogram.
-
-    References:
-        Czado, Gneiting & Held (2009), Predictive model assessment for count data.
-    """
-    lower, upper = _cell_ends(mixture, y, cell)
-    levels = [q / 100 for q in range(1, 100)] if points is None else points
-    points = as_tensor(levels, "points", mixture.device).to(lower)
-    tiny = torch.finfo(lower.dtype).tiny
-
-    def share(u: Tensor | float) -> Tensor:
-        return ((u - lower) / (upper - lower).clamp(min=tiny)).clamp(0, 1)
-
-    # Cells of angles beyond the end of the period, where levels exceed 1, go on at its start.
-    return torch.stack([(share(u) + share(1 + u) - share(1.0)).nanmean(0) for u in points])
-
-
-def _cell_ends(mixture: Mixture, y: Any, cell: Any) -> tuple[Tensor, Tensor]:
-    """Distribution function at the ends of the cells around y; the same tensor twice if there are none.
-
-    Where a cell of an angle goes on from the end of the period at its start, the upper level is more than 1.
-    """
-    y = as_outcomes(mixture, y)
-    size = as_tensor(cell, "cell", mixture.device).to(mixture.components.like)
-    if size.shape not in ((), (1,), (mixture.dim,)) or not bool((size.isfinite() & (size >= 0)).all()):
-        raise ValueError(f"cell: expected a finite number, not negative, or {mixture.dim} of them, got {shown(cell)}")
-    if not bool(size.any()):
-        return mixture.univariate().steps(y)
-    return mixture.univariate().levels(y - 0.5 * size, y + 0.5 * size)
 
 
 @in_widest_precision

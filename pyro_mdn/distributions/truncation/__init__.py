@@ -1,0 +1,1 @@
+"""Components given that they lie in an interval."""
