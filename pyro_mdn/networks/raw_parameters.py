@@ -63,9 +63,13 @@ class RawParameters(NamedTuple):
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)
         logits, locs, *blocks = self.raw
+        kernel = self.family.kernel
+        if kernel is not None and (exact := self.units.kernel(kernel)) is not None:
+            density = mixture_log_density(exact, logits, locs, self.units.placed(y).to(locs.dtype), *blocks)
+            return density - self.units.log_volume(y)
         images = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
         locs = self.units.nearest(locs)
-        if (kernel := self.family.kernel) is not None:
+        if kernel is not None:
             density = mixture_log_density(kernel, logits, locs, images, *blocks)
         else:
             components = self.family.build(locs, blocks, self.units.unit)
@@ -141,7 +145,7 @@ class ChannelParameters(NamedTuple):
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, name)
         layout = layout_of(self.family, self.dim, self.n_components)
-        density = channel_log_density(kernel, layout, self.channels, self.units.standardize(y).to(self.dtype))
+        density = channel_log_density(kernel, layout, self.channels, self.units.placed(y).to(self.dtype))
         return density - self.units.log_volume(y)
 
     def mixture(self, *, validate_args: bool | None = None) -> Mixture:
@@ -203,7 +207,7 @@ class LayerParameters(NamedTuple):
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, "y")
         layout = layout_of(self.family, self.dim, self.n_components)
-        density = layer_log_density(kernel, layout, *layer, self.units.standardize(y).to(self.features.dtype))
+        density = layer_log_density(kernel, layout, *layer, self.units.placed(y).to(self.features.dtype))
         return density - self.units.log_volume(y)
 
     def _is_uniform(self) -> bool:
@@ -215,9 +219,11 @@ class LayerParameters(NamedTuple):
 
 def _kernel_for(family: Family, units: Units, batch_shape: torch.Size, y: TargetsOrTensor) -> Kernel | None:
     """Return the kernel for the log-density of y from channels, if y is exact and has one point for each row."""
-    if isinstance(y, Targets) or y.shape[:-1] != batch_shape or units.has_angles:
+    if isinstance(y, Targets) or y.shape[:-1] != batch_shape:
         return None
     kernel = family.kernel
+    if kernel is not None and units.has_angles:
+        kernel = units.kernel(kernel)
     return None if kernel is None or has_missing(y) else kernel
 
 

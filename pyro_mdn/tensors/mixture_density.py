@@ -67,6 +67,15 @@ class Kernel(ABC):
             The gradients with respect to the residual and each factor, not yet summed over broadcast dimensions.
         """
 
+    def wrapped(self, output: int, period: Tensor) -> Kernel | None:
+        """Return the kernel of sums over images of one output, an angle; ``None`` if there is none by hand.
+
+        Args:
+            output: Index of the output.
+            period: Length of a turn in the units of residuals, which broadcasts with ``(*batch)``.
+        """
+        return None
+
 
 def mixture_log_density(
     kernel: Kernel, logits: Tensor, locs: Tensor, value: Tensor, *factors: Tensor, normalize: bool = True
