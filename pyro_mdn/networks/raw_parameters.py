@@ -63,18 +63,19 @@ class RawParameters(NamedTuple):
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)
         logits, locs, *blocks = self.raw
-        kernel = self.family.kernel
-        if kernel is not None and (exact := self.units.kernel(kernel)) is not None:
-            density = mixture_log_density(exact, logits, locs, self.units.placed(y).to(locs.dtype), *blocks)
-            return density - self.units.log_volume(y)
-        images = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
-        locs = self.units.nearest(locs)
+        kernel = None if self.family.kernel is None else self.units.kernel(self.family.kernel)
+        one_by_one = self.units.has_angles and kernel is None and not self.family.is_circular
+        if one_by_one:  # images are points of their own
+            kernel, locs = self.family.kernel, self.units.nearest(locs)
+            points = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
+        else:
+            points = self.units.placed(y).to(locs.dtype)
         if kernel is not None:
-            density = mixture_log_density(kernel, logits, locs, images, *blocks)
+            density = mixture_log_density(kernel, logits, locs, points, *blocks)
         else:
             components = self.family.build(locs, blocks, self.units.unit)
-            density = components.mixture_log_prob(logits, images, normalize=True)
-        return (log_sum_exp(density) if self.units.has_angles else density) - self.units.log_volume(y)
+            density = components.mixture_log_prob(logits, points, normalize=True)
+        return (log_sum_exp(density) if one_by_one else density) - self.units.log_volume(y)
 
     def _log_likelihood(self, y: TargetsOrTensor) -> Tensor:
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""

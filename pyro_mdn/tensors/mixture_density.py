@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class Kernel(ABC):
     Residuals are locations minus points, ``(D, K, *batch)``. Factors are the other parameters of the components,
     ``(C, K, *batch)`` each; all components share a factor whose component axis is 1.
     """
+
+    is_circular: ClassVar[bool] = False
+    """Whether densities are periodic by themselves, in all outputs; those of other angles are sums over images."""
 
     @abstractmethod
     def log_density(self, residual: Tensor, *factors: Tensor) -> Tensor:

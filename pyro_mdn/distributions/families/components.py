@@ -45,6 +45,9 @@ class Components(TensorBatch):
     has_angles: ClassVar[bool] = False
     """Whether an output is an angle: values have several images, and means are no averages over components."""
 
+    is_circular: ClassVar[bool] = False
+    """Whether all outputs are angles whose densities are periodic by themselves, so that one image is enough."""
+
     @property
     def dim(self) -> int:
         """Number of outputs D."""

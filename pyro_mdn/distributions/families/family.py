@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.components import Components
+from pyro_mdn.distributions.units.circular.angles import Angle
 from pyro_mdn.distributions.units.compound_transforms import as_transform
 from pyro_mdn.distributions.units.count_units import Counts
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
@@ -49,6 +50,9 @@ class Family(Specification, ABC):
 
     kind: ClassVar[str] = "family"
     known: ClassVar[dict[str, type[Family]]] = {}
+
+    is_circular: ClassVar[bool] = False
+    """Whether all outputs are angles, with densities that are periodic by themselves."""
 
     noise: NoiseModel = Diagonal()
 
@@ -154,6 +158,8 @@ def transform_for(
     Raises:
         ValueError: If no transform has the name given, or if it does not fit the family.
     """
+    if family.is_circular:
+        return _of_angles(family, given, dim)
     own, transform = family.target_transform, as_transform(given)
     if own is None:
         if isinstance(transform, Counts):
@@ -166,3 +172,16 @@ def transform_for(
     if given is not None and transform != own:
         raise ValueError(f"target_transform: expected None beside {family}, which has {own}, got {shown(given)}")
     return own
+
+
+def _of_angles(
+    family: Family, given: TargetTransform | str | Sequence[TargetTransform | str] | None, dim: int
+) -> TargetTransform:
+    transform = Angle() if given is None else as_transform(given)
+    circles = transform.circles(dim)
+    if circles is None or len(circles.angles) < dim:
+        expected = "angles for all outputs, such as 'angle' or Angle(360, low=0),"
+        raise ValueError(f"target_transform: expected {expected} beside {family}, got {transform}")
+    if family.noise.common_unit and len({circle.period for circle in circles.of_outputs if circle is not None}) > 1:
+        raise ValueError(f"target_transform: expected one period for all outputs beside {family}, got {transform}")
+    return transform

@@ -141,6 +141,8 @@ class AngleUnits(Units):
         return self.line.standardize(self.circles.around(y, self.standard.shift))
 
     def kernel(self, kernel: Kernel) -> Kernel | None:
+        if kernel.is_circular:
+            return kernel
         angles, unit = self.circles.angles, self.unit
         if len(angles) > 1:
             return None

@@ -96,6 +96,8 @@ class WrappedComponents(DerivedComponents):
     def widen(self, factor: Tensor) -> Self:
         """Multiply the scales, and add turns to images that wider components need."""
         wide = replace(self, base=self.base.widen(factor))
+        if self.inner.is_circular:
+            return wide
         circles = list(self.circles.of_outputs)
         for d, circle in enumerate(circles):
             if circle is not None:
@@ -229,7 +231,9 @@ def wrapped_components(base: Components, circles: Circles) -> Components:
         base: Components whose angles have not gone through a warp.
         circles: Circles of the outputs; components without an angle stay as they are.
     """
-    return _around(_recentred(base, circles), circles) if circles.angles else base
+    if not circles.angles:
+        return base
+    return _around(_recentred(base, circles), circles.without_images() if base.inner.is_circular else circles)
 
 
 def _around(base: Components, circles: Circles) -> Components:
