@@ -18,6 +18,7 @@ from pyro_mdn.distributions.covariance.low_rank import (
     low_rank_capacitance,
     low_rank_project,
 )
+from pyro_mdn.distributions.families.circular.von_mises import RawVonMisesKernel
 from pyro_mdn.distributions.families.kernels import EllipticalKernel, NormalKernel, WrappedNormalKernel
 from pyro_mdn.distributions.families.normal import (
     NORMAL,
@@ -102,6 +103,8 @@ KERNELS |= {
     for name, (whitening, widths) in WHITENINGS.items()
     if whitening.has_columns
 }
+KERNELS["raw von mises"] = (RawVonMisesKernel(1e-2), [D])
+KERNELS["raw von mises, shared"] = (RawVonMisesKernel(1e-2), [1])
 # Batch shapes of logits, locations, values and factors, and components of the factors.
 SHAPES = {
     "alike": ((5,), (5,), (5,), (5,), K),

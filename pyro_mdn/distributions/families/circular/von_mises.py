@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.diagonal import RawDiagonalWhitening
-from pyro_mdn.distributions.families.circular.concentrations import lost_resultant, log_scaled_bessel
+from pyro_mdn.distributions.families.circular.concentrations import bessel_and_lost, log_scaled_bessel
 from pyro_mdn.distributions.families.circular.von_mises_components import VonMisesComponents
 from pyro_mdn.distributions.families.circular.von_mises_law import VonMisesLaw
 from pyro_mdn.distributions.families.family import Family, require_uncorrelated
@@ -92,8 +92,9 @@ class RawVonMisesKernel(Kernel):
         scale = positive(raw, self.min_scale)
         concentration = scale.square().reciprocal()
         versine = 2 * (0.5 * residual).sin().square()
-        joint = log_weights - (concentration * versine + log_scaled_bessel(concentration)).sum(0)
-        for_raw = (versine - lost_resultant(concentration)) * (2 * concentration / scale * raw.sigmoid())
+        log_bessel, lost = bessel_and_lost(concentration)
+        joint = log_weights - (concentration * versine + log_bessel).sum(0)
+        for_raw = (versine - lost) * (2 * concentration / scale * raw.sigmoid())
         return joint, [residual.sin() * -concentration, for_raw]
 
     def backward(self, weight: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:

@@ -100,10 +100,10 @@ class VonMisesLaw(SymmetricLaw):
             reach = (2 * end.clamp(max=1).sqrt().asin() - start).clamp(min=0)
         empty = length <= 0
         length = torch.where(empty, 1.0, torch.where(reach < length, reach, length))
-        total = torch.zeros_like(length)
+        total, slope = torch.zeros_like(length), -2 * concentration
         for node, weight in nodes:
-            step = 0.5 * node * length
-            total = total + weight * (-2 * concentration * step.sin() * (start + step).sin()).exp()
+            step = (0.5 * node) * length
+            total = torch.add(total, (slope * step.sin() * (start + step).sin()).exp(), alpha=weight)
         height = -2 * concentration * (0.5 * start).sin().square() - log_scaled_bessel(concentration) - _LOG_TURN
         return (height + (length * total).log()).masked_fill(empty, -math.inf)
 
@@ -115,4 +115,4 @@ def _rule(depth: float, count: int) -> tuple[float, list[tuple[float, float]]]:
 
 
 _RULES = {torch.float64: _rule(38.0, 24)}
-_SINGLE = _rule(18.0, 12)
+_SINGLE = _rule(17.0, 10)
