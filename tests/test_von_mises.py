@@ -32,7 +32,7 @@ from pyro_mdn import (
     posterior_predictive,
     scores,
 )
-from pyro_mdn.distributions.families.circular.concentrations import lost_resultant, log_scaled_bessel
+from pyro_mdn.distributions.families.circular.concentrations import log_scaled_bessel, lost_resultant
 from pyro_mdn.distributions.families.circular.von_mises_components import VonMisesComponents
 from pyro_mdn.distributions.families.circular.von_mises_law import VonMisesLaw
 from pyro_mdn.distributions.units.circular.circles import Circle, Circles
@@ -41,6 +41,7 @@ from pyro_mdn.sklearn import MDNRegressor
 
 TURN = 2 * math.pi
 CONCENTRATIONS = [0.0, 1e-8, 1e-3, 0.7, 5.0, 19.99, 20.01, 60.0, 1e4, 1e8]
+RADIANS = Circle(TURN, -math.pi)
 NOISE = [
     Diagonal(),
     Diagonal(tied=True),
@@ -55,7 +56,7 @@ def law_of(*concentrations, dtype=torch.float64):
     return VonMisesLaw(torch.tensor(concentrations, dtype=dtype).unsqueeze(-1))
 
 
-def mixture_of(weights, locs, concentrations, circle=Circle(TURN, -math.pi), dtype=torch.float64):
+def mixture_of(weights, locs, concentrations, circle=RADIANS, dtype=torch.float64):
     weights, locs, concentrations = (torch.tensor(t, dtype=dtype) for t in (weights, locs, concentrations))
     radian = torch.full_like(locs, circle.period / TURN).unsqueeze(-1)
     base = VonMisesComponents(locs.unsqueeze(-1), radian, VonMisesLaw(concentrations.unsqueeze(-1)))
@@ -317,7 +318,7 @@ def test_compiled_and_mapped():
 
 
 def test_bad_input():
-    expected = "target_transform: expected angles for all outputs, such as 'angle' or Angle.360, low=0., beside VonMises"
+    expected = "target_transform: expected angles for all outputs, such as 'angle' or Angle.360, low=0., beside Von"
     for dim, transform in ((1, "log"), (1, "standardize"), (2, ["angle", "log"])):
         with pytest.raises(ValueError, match=expected):
             MixtureDensityNetwork(1, dim, family="von_mises", target_transform=transform)

@@ -43,7 +43,7 @@ def plot_directions(
     ``ax.set_theta_direction(-1)`` afterwards.
 
     Args:
-        mixture: Predictive distributions, of batch shape ``()`` or ``(N,)`` with N up to 7; ``mixture[rows]`` picks some.
+        mixture: Predictive distributions, of batch shape ``()`` or ``(N,)``, N up to 7; ``mixture[rows]`` picks some.
         y: Observed targets ``(N, D)``, or ``(D,)`` for one distribution; NaN is not drawn.
         mass: Probability of the shortest arcs, in (0, 1).
         output: Index of the output, which has to be an angle.
@@ -59,34 +59,49 @@ def plot_directions(
     >>> plot_directions(network(torch.zeros(1, 1)), [[0.5]]).name
     'polar'
     """
+    mixture, single = _angle_of(mixture, output)
+    count = len(mixture)
+    observed = None if y is None else _observed(y, count, mixture.dim)
+    if labels is not None and len(labels) != count:
+        raise ValueError(f"labels: expected {count}, got {len(labels)}")
+    ax = _polar(ax)
+    names = labels or ([f"{i}" for i in range(count)] if count > 1 else ["density"])
+    ends = mixture.marginal(output).interval(mass, kind="shortest")
+    arcs = zip(*(to_numpy(end[:, 0]).tolist() for end in ends), strict=True)
+    curves = _curves(single)
+    for i, (curve, arc, name) in enumerate(zip(curves, arcs, names, strict=True)):
+        _draw(ax, single.circle, curve, arc, COLORS[i], STYLES[i % len(STYLES)], name)
+    ax.fill_between([], [], [], color="0.5", alpha=0.5, linewidth=0, label=f"shortest arc, {percent(mass)}")
+    if observed is not None:
+        theta = _radians(single.circle, observed[:, output])
+        ax.scatter(theta, np.zeros(count), c=COLORS[:count], zorder=4, clip_on=False)
+    highest = max(float(density.max()) for _, density in curves)
+    _label(ax, single.circle, highest, names_of(y, None, mixture.dim)[output])
+    return ax
+
+
+def _polar(ax: Axes | None) -> Axes:
+    """Return the caller's axes, which have to be polar, or new ones."""
+    ax = pyplot().subplots(subplot_kw={"projection": "polar"})[1] if ax is None else ax
+    assert ax is not None
+    if ax.name != "polar":
+        raise ValueError(f"ax: expected polar axes, such as plt.subplot(projection='polar'), got {ax.name}")
+    return ax
+
+
+def _angle_of(mixture: Mixture, output: int) -> tuple[Mixture, CircularMarginals]:
+    """Distributions ``(N,)``, and those of an output that is an angle; a ``ValueError`` for anything else."""
     mixture = pooled(mixture)
     mixture = mixture if mixture.batch_shape else mixture.expand((1,))
-    count = mixture.batch_shape.numel()
-    if len(mixture.batch_shape) > 1 or not 1 <= count <= len(COLORS):
+    if len(mixture.batch_shape) > 1 or not 1 <= mixture.batch_shape.numel() <= len(COLORS):
         shape = tuple(mixture.batch_shape)
-        raise ValueError(f"mixture: expected batch shape () or (N,) with N up to {len(COLORS)}, got {shape}")
+        raise ValueError(f"mixture: expected batch shape () or (N,), N up to {len(COLORS)}, got {shape}")
     if not 0 <= output < mixture.dim:
         raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
     single = mixture.marginal(output).univariate()
     if not isinstance(single, CircularMarginals):
         raise ValueError(f"output: expected an angle, as target_transform='angle' makes one, got output {output}")
-    observed = None if y is None else _observed(y, count, mixture.dim)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"labels: expected {count}, got {len(labels)}")
-    ax = pyplot().subplots(subplot_kw={"projection": "polar"})[1] if ax is None else ax
-    if ax.name != "polar":
-        raise ValueError(f"ax: expected polar axes, such as plt.subplot(projection='polar'), got {ax.name}")
-    names = labels or ([f"{i}" for i in range(count)] if count > 1 else ["density"])
-    ends = mixture.marginal(output).interval(mass, kind="shortest")
-    lower, upper = (to_numpy(end[:, 0]) for end in ends)
-    curves = _curves(single)
-    for i, (points, density) in enumerate(curves):
-        _draw(ax, single.circle, points, density, (lower[i], upper[i]), i, (names[i], mass))
-    if observed is not None:
-        colors = COLORS[:count]
-        ax.scatter(_radians(single.circle, observed[:, output]), np.zeros(count), c=colors, zorder=4, clip_on=False)
-    _label(ax, single.circle, max(float(density.max()) for _, density in curves), names_of(y, None, mixture.dim)[output])
-    return ax
+    return mixture, single
 
 
 def _observed(y: Any, count: int, dim: int) -> Array:
@@ -104,22 +119,15 @@ def _curves(single: CircularMarginals) -> list[tuple[Array, Array]]:
 
 
 def _draw(
-    ax: Axes,
-    circle: Circle,
-    points: Array,
-    density: Array,
-    arc: tuple[float, float],
-    number: int,
-    legend: tuple[str, float],
+    ax: Axes, circle: Circle, curve: tuple[Array, Array], arc: tuple[float, float], color: str, style: Any, name: str
 ) -> None:
-    color, (name, mass) = COLORS[number], legend
-    ax.plot(_radians(circle, points), density, color=color, linestyle=STYLES[number % len(STYLES)], label=name)
+    points, density = curve
+    ax.plot(_radians(circle, points), density, color=color, linestyle=style, label=name)
     turned = np.concatenate([points, points[1:] + circle.period])
     inside = turned[(turned > arc[0]) & (turned < arc[1])]
     inside = np.concatenate([arc[:1], inside, arc[1:]])
     height = np.interp(inside, turned, np.concatenate([density, density[1:]]))
-    label = f"shortest arc, {percent(mass)}" if number == 0 else ""
-    ax.fill_between(_radians(circle, inside), 0, height, color=color, alpha=0.25, linewidth=0, label=label)
+    ax.fill_between(_radians(circle, inside), 0, height, color=color, alpha=0.25, linewidth=0)
 
 
 def _radians(circle: Circle, angle: Array) -> Array:

@@ -2,24 +2,44 @@ r"""Functions of concentrations: the scale factor of von Mises densities and the
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["bessel_and_lost", "lost_resultant", "log_scaled_bessel"]
+__all__ = ["bessel_and_lost", "log_scaled_bessel", "lost_resultant"]
 
-_LARGE = 20.0
-"""Concentration from which on asymptotic series are used, which have all digits there."""
 
-_COEFFICIENTS = [1 / 8]
-"""Coefficients of the asymptotic series from the first power on; that of the power 0 is 1."""
+class _Precision(NamedTuple):
+    """What gives all digits of a precision.
 
-for _j in range(2, 17):
-    _COEFFICIENTS.append(_COEFFICIENTS[-1] * (2 * _j - 1) ** 2 / (8 * _j))
+    Attributes:
+        large: Concentration from which on the asymptotic series is used.
+        asymptotic: Number of its terms.
+        power: Number of terms of the power series.
+    """
 
-_SINGLE = 6
-"""Coefficients that matter in single precision."""
+    large: float
+    asymptotic: int
+    power: int
+
+
+_PRECISIONS = {torch.float64: _Precision(20.0, 16, 34)}
+_SINGLE = _Precision(8.0, 10, 14)
+
+
+def _products(ratios: Iterable[float]) -> list[float]:
+    """Return 1, and the products of the first ratios."""
+    return list(itertools.accumulate(ratios, operator.mul, initial=1.0))
+
+
+# Of the reciprocal of the concentration, and of a quarter of its square.
+_ASYMPTOTIC = _products((2 * j - 1) ** 2 / (8 * j) for j in range(1, 17))
+_POWER = _products(1 / j**2 for j in range(1, 35))
 
 
 def log_scaled_bessel(concentration: Tensor) -> Tensor:
@@ -28,7 +48,7 @@ def log_scaled_bessel(concentration: Tensor) -> Tensor:
     The derivative of torch's own function is a difference of nearly equal numbers for large concentrations.
 
     References:
-        Abramowitz & Stegun (1964), Handbook of mathematical functions, 9.7.1.
+        Abramowitz & Stegun (1964), Handbook of mathematical functions, 9.6.10 and 9.7.1.
     """
     return bessel_and_lost(concentration)[0]
 
@@ -43,25 +63,26 @@ def lost_resultant(concentration: Tensor) -> Tensor:
 
 def bessel_and_lost(concentration: Tensor) -> tuple[Tensor, Tensor]:
     """Compute :func:`log_scaled_bessel` and :func:`lost_resultant` together."""
-    large = concentration > _LARGE
+    switch, asymptotic, power = _PRECISIONS.get(concentration.dtype, _SINGLE)
+    large = concentration > switch
     # Numbers without meaning in the place of the others keep NaN out of gradients.
-    small_one, large_one = concentration.masked_fill(large, 1.0), concentration.masked_fill(~large, _LARGE)
-    series, slope = _series(large_one)
-    bessel, inverse = torch.special.i0(small_one), large_one.reciprocal()
-    log_large = torch.log1p(series) - 0.5 * (2 * math.pi * large_one).log()
-    lost_large = inverse * (0.5 + inverse * slope / (1 + series))
+    small_one, inverse = concentration.masked_fill(large, 1.0), concentration.masked_fill(~large, switch).reciprocal()
+    series, bend = _polynomial(_ASYMPTOTIC[: asymptotic + 1], inverse)
+    log_large = series.log() + 0.5 * (inverse / (2 * math.pi)).log()
+    lost_large = inverse * (0.5 + inverse * bend / series)
+    half = 0.5 * small_one
+    bessel, slope = _polynomial(_POWER[: power + 1], half.square())
     return (
         torch.where(large, log_large, bessel.log() - small_one),
-        torch.where(large, lost_large, 1 - torch.special.i1(small_one) / bessel),
+        torch.where(large, lost_large, 1 - half * slope / bessel),
     )
 
 
-def _series(concentration: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Sum :math:`\sum_{j \ge 1} a_j \kappa^{-j}`, and its derivative with respect to :math:`1 / \kappa`."""
-    inverse = concentration.reciprocal()
-    terms = _COEFFICIENTS if concentration.dtype == torch.float64 else _COEFFICIENTS[:_SINGLE]
-    total, slope = torch.full_like(inverse, terms[-1]), torch.zeros_like(inverse)
-    for term in (*terms[-2::-1], 0.0):
-        slope = torch.addcmul(total, slope, inverse)
-        total = torch.addcmul(torch.full_like(inverse, term), total, inverse)
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluate a polynomial and its derivative."""
+    *rest, last = coefficients
+    total, slope = torch.full_like(x, last), torch.zeros_like(x)
+    for coefficient in reversed(rest):
+        slope = torch.addcmul(total, slope, x)
+        total = total * x + coefficient
     return total, slope
