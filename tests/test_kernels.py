@@ -492,7 +492,8 @@ def test_densities_in_units_whose_square_is_out_of_range(unit):
 
 @pytest.mark.parametrize("raw", [-1e25, 1e25])
 def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
-    for name in ("raw diagonal", "raw full", "raw low rank"):
+    names = "raw diagonal", "raw full", "raw low rank", "raw diagonal angle", "raw full angle", "raw von mises"
+    for name in names:
         kernel, (width,) = KERNELS[name]
         drawn = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
         drawn[K * (1 + D) : K * (1 + 2 * D)] = raw

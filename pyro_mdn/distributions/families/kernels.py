@@ -75,7 +75,7 @@ class WrappedNormalKernel(NormalKernel):
         residual = _plus(residual, self.output, (-turns * self.period).unsqueeze(0))
         whitened, half_log_det, kept = self.whitening.whiten(residual, *factors)
         turn = self._turn(*kept)
-        square = _product(turn, turn)
+        square = _product(turn, turn).clamp(min=torch.finfo(turn.dtype).tiny)
         turns = (_product(self._rows(whitened, turn), turn) / square).detach().round()
         whitened = _plus(whitened, self.output, -turns * turn)
         joint = -0.5 * whitened.square().sum(0) - half_log_det
@@ -90,7 +90,7 @@ class WrappedNormalKernel(NormalKernel):
         rows = self._rows(whitened, turn)
         product, square = _product(rows, turn), _product(turn, turn)
         if len(whitened) > 1:  # an output that is correlated with the angle moves the nearest image
-            turns = (product / square).round_()
+            turns = (product / square.clamp_(min=torch.finfo(square.dtype).tiny)).round_()
             rows.addcmul_(turns, turn, value=-1)
             angle.addcmul_(turns, period, value=-1)
             product.addcmul_(turns, square, value=-1)
@@ -135,7 +135,10 @@ def _plus(tensor: Tensor, row: int, change: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """Multiply the vectors along the first dimension."""
-    return left[0] * right[0] if len(left) == 1 else (left * right).sum(0)
+    total = left[0] * right[0]
+    for one, other in zip(left[1:].unbind(), right[1:].unbind(), strict=True):
+        total = torch.addcmul(total, one, other)
+    return total
 
 
 def _sums_over_images(half: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,14 +149,15 @@ def _sums_over_images(half: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Te
         product: Product of z and v, of half that length at most.
     """
     least = math.log(torch.finfo(half.dtype).eps) - 1
-    sides = torch.threshold(torch.stack([half - product, half + product]), least, -math.inf).exp()
+    exponents = torch.stack([half - product, half + product]).clamp(max=1.0)  # 0, but for rounding of huge residuals
+    sides = torch.threshold(exponents, least, -math.inf).exp()
     both = sides[0] * sides[1]
     second = sides * both
     third = second * both
     sums = sides * (1 + second * (1 + third))
     moments = sides * (1 + second * (2 + 3 * third))
     squares = sides * (1 + second * (4 + 9 * third))
-    return sums.sum(0), moments[0] - moments[1], squares.sum(0)
+    return sums[0] + sums[1], moments[0] - moments[1], squares[0] + squares[1]
 
 
 class RadialLaw(ABC):
