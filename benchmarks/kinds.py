@@ -1,12 +1,14 @@
 """What does another kind of target, or another family, cost in training? Steps over those of normal components.
 
-Whole training steps of ``fit``, as ``train_step.py`` has them, on positive targets of one output: noise on the rows,
-loss, backward pass, clipping, optimiser and averaged weights. Weights are trained for some hundred steps before.
+Whole training steps of ``fit``, as ``train_step.py`` has them, on positive targets of one output, or angles: noise on
+the rows, loss, backward pass, clipping, optimiser and averaged weights. Weights are trained for some hundred steps
+before.
 
     python benchmarks/kinds.py
 """
 
 import argparse
+import math
 from functools import partial
 
 import torch
@@ -14,6 +16,8 @@ from timing import DEVICE, SMOKE, machine, race, ratio, shown, threads_of, write
 
 BATCHES, INPUTS, STEPS = 8, 6, 400
 CASES = [(256, 5), (2048, 5)]
+FAMILIES = ("student_t", "laplace", "logistic", "gumbel", "von_mises")
+ANGLES = ("angle", "von_mises")
 
 
 def one_pass(kind, batch, k):
@@ -27,10 +31,13 @@ def one_pass(kind, batch, k):
     torch.manual_seed(0)
     x = torch.randn(BATCHES * batch, INPUTS, device=DEVICE)
     y = (x[:, :1] + 0.5 * torch.randn(len(x), 1, device=DEVICE)).exp()
+    if kind in ANGLES:
+        y = torch.remainder(x[:, :1] + 0.5 * torch.randn(len(x), 1, device=DEVICE) + math.pi, 2 * math.pi) - math.pi
     if kind.endswith("censored"):
         y = Targets.censored(y, right=torch.rand(y.shape, device=DEVICE) < 0.3)
     settings = {"target_transform": "log"} if kind.startswith("log") and kind != "logistic" else {}
-    settings |= {"family": kind} if kind in ("student_t", "laplace", "logistic", "gumbel") else {}
+    settings |= {"family": kind} if kind in FAMILIES else {}
+    settings |= {"target_transform": "angle"} if kind in ANGLES else {}
     network = MixtureDensityNetwork(INPUTS, 1, k, seed=0, **settings).to(DEVICE)
     network.initialize_(x, y)
     noise = {"input_noise": 0.1, "target_noise": 0.1, "final_noise": 0.03}
@@ -43,7 +50,7 @@ def one_pass(kind, batch, k):
     return lambda: loop.train_epoch(1)
 
 
-KINDS = ["normal", "log", "censored", "log, censored", "student_t", "laplace", "logistic", "gumbel"]
+KINDS = ["normal", "log", "censored", "log, censored", *FAMILIES, "angle"]
 CONTESTANTS = {kind: partial(one_pass, kind) for kind in KINDS}
 
 
@@ -62,9 +69,11 @@ def main():
     threads_of(parser)
     parser.add_argument("--out", default="kinds", help="name of the results, or a path")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="kinds beside normal; by default all of them")
     args = parser.parse_args()
     settings = SMOKE if args.smoke else {"rounds": 7, "block": 0.2, "restarts": 3}
-    chosen = {kind: CONTESTANTS[kind] for kind in ("normal", "log, censored")} if args.smoke else CONTESTANTS
+    kinds = args.kinds or (["log, censored"] if args.smoke else KINDS[1:])
+    chosen = {kind: CONTESTANTS[kind] for kind in ("normal", *kinds)}
     rows = []
     for threads in args.threads:
         for case, times in race(chosen, [(8, 2)] if args.smoke else CASES, threads, **settings).items():

@@ -9,6 +9,7 @@ from pyro_mdn.distributions.covariance.diagonal import DiagonalCovariance, Isotr
 from pyro_mdn.distributions.covariance.full import FullCovariance
 from pyro_mdn.distributions.covariance.low_rank import LowRankCovariance
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, Fixed, Full, Isotropic, LowRank, NoiseModel
+from pyro_mdn.distributions.families.circular.von_mises import VonMises
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.distributions.families.counts.count_families import NegativeBinomial, Poisson
 from pyro_mdn.distributions.families.family import Family
@@ -131,6 +132,7 @@ __all__ = [
     "Targets",
     "TrainingLoop",
     "VariationalInference",
+    "VonMises",
     "WeightedSum",
     "YeoJohnson",
     "ZeroInflated",

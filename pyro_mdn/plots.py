@@ -7,6 +7,7 @@ draws of the weights, are averaged. Colours are safe for colour-blind readers, a
 from pyro_mdn.adapters.figures.calibration import plot_calibration, plot_pit
 from pyro_mdn.adapters.figures.components import plot_components
 from pyro_mdn.adapters.figures.densities import plot_conditional_density
+from pyro_mdn.adapters.figures.directions import plot_directions
 from pyro_mdn.adapters.figures.predictions import (
     plot_observed_vs_sampled,
     plot_predictive_intervals,
@@ -18,6 +19,7 @@ __all__ = [
     "plot_calibration",
     "plot_components",
     "plot_conditional_density",
+    "plot_directions",
     "plot_observed_vs_sampled",
     "plot_pit",
     "plot_predictive_intervals",

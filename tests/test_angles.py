@@ -32,6 +32,7 @@ from pyro_mdn import (
     Prediction,
     StudentT,
     Targets,
+    VonMises,
     bayesianize,
     decisions,
     fit,
@@ -56,6 +57,7 @@ CASES = {
     "hours": (Angle(24.0, -3.0), Normal()),
     "student_t": (Angle(), StudentT(df=30.0)),
     "laplace": (Angle(24.0, 0.0), Laplace()),
+    "von_mises": (Angle(360.0, 0.0), VonMises()),
 }
 every_case = pytest.mark.parametrize(("transform", "family"), CASES.values(), ids=CASES)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

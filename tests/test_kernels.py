@@ -18,7 +18,8 @@ from pyro_mdn.distributions.covariance.low_rank import (
     low_rank_capacitance,
     low_rank_project,
 )
-from pyro_mdn.distributions.families.kernels import EllipticalKernel, NormalKernel
+from pyro_mdn.distributions.families.circular.von_mises import RawVonMisesKernel
+from pyro_mdn.distributions.families.kernels import EllipticalKernel, NormalKernel, WrappedNormalKernel
 from pyro_mdn.distributions.families.normal import (
     NORMAL,
     normal_cdf,
@@ -97,6 +98,13 @@ KERNELS["raw full known student"] = (
     EllipticalKernel(RawFullWhitening(1e-2), KnownStudentTRadial(3.0), 0),
     [D * (D + 1) // 2],
 )
+KERNELS |= {
+    f"{name} angle": (WrappedNormalKernel(whitening, 1, torch.tensor(3.0)), widths)
+    for name, (whitening, widths) in WHITENINGS.items()
+    if whitening.has_columns
+}
+KERNELS["raw von mises"] = (RawVonMisesKernel(1e-2), [D])
+KERNELS["raw von mises, shared"] = (RawVonMisesKernel(1e-2), [1])
 # Batch shapes of logits, locations, values and factors, and components of the factors.
 SHAPES = {
     "alike": ((5,), (5,), (5,), (5,), K),
@@ -484,7 +492,8 @@ def test_densities_in_units_whose_square_is_out_of_range(unit):
 
 @pytest.mark.parametrize("raw", [-1e25, 1e25])
 def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
-    for name in ("raw diagonal", "raw full", "raw low rank"):
+    names = "raw diagonal", "raw full", "raw low rank", "raw diagonal angle", "raw full angle", "raw von mises"
+    for name in names:
         kernel, (width,) = KERNELS[name]
         drawn = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
         drawn[K * (1 + D) : K * (1 + 2 * D)] = raw
@@ -523,3 +532,26 @@ def test_batched_gradients(name, path):
         assert_close(list(jacobian), batched_gradients(path(name, *tensors), tensors)[1])
     mixed = torch.autograd.functional.hessian(lambda *t: path(name, *t).sum(), given, vectorize=True)
     assert_close(mixed, torch.autograd.functional.hessian(lambda *t: path(name, *t).sum(), given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", [name for name in KERNELS if name.endswith("angle")])
+def test_angles_are_sums_over_images(name, dtype):
+    """Of scales that are usual, wide and narrow, and of outputs far away, which move the nearest image."""
+    kernel, plain = KERNELS[name][0], NormalKernel(KERNELS[name][0].whitening)
+    period, images = kernel.period.double(), torch.arange(-60, 61).double()
+    logits, locs, value, raw = (t.detach() for t in arguments(name))
+    for change in (-1.0, 0.5, -8.0):
+        raw = raw + change
+        turned = value + torch.nn.functional.one_hot(torch.tensor(1), D) * (period * images).reshape(-1, 1, 1)
+        tensors = [t.clone().requires_grad_() for t in (logits, locs, raw)]
+        density = mixture_density.mixture_log_density(plain, *tensors[:2], turned, tensors[2])
+        expected = density.logsumexp(0)
+        given = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        got = mixture_density.mixture_log_density(kernel, *given[:2], value.to(dtype), given[2])
+        kwargs = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 2e-4, "atol": 2e-3}
+        assert_close(got.double(), expected, **kwargs)
+        for a, b in zip(
+            torch.autograd.grad(got.sum(), given), torch.autograd.grad(expected.sum(), tensors), strict=True
+        ):
+            assert_close(a.double(), b, **kwargs)

@@ -15,6 +15,7 @@ from numpy.testing import assert_allclose
 from scipy import integrate
 
 from pyro_mdn import (
+    Angle,
     Diagonal,
     DiagonalCovariance,
     FitResult,
@@ -458,6 +459,50 @@ def test_figures_of_directions_and_positive_outputs_stay_in_the_support():
             grid = density_grids.grid_of(mixture.marginal(output))
             assert bool(mixture.marginal(output).support.check(grid[:, None, None]).all())
     assert plots.plot_conditional_density(mixture[0]).has_data()
+
+
+@pytest.mark.parametrize("family", ["normal", "von_mises"])
+def test_densities_around_the_circle(family):
+    torch.manual_seed(0)
+    network = MixtureDensityNetwork(1, 2, 2, family=family, target_transform=["angle", Angle(360.0, 0.0)]).double()
+    mixture = network(torch.randn(3, 1).double()).detach()
+    y = mixture.sample()
+    y[1] = torch.nan
+    ax = plots.plot_directions(mixture, y, mass=0.6, output=1, labels=["a", "b", "c"])
+    assert legend(ax) == ["a", "b", "c", "shortest arc, 60 %"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [f"{a}" for a in range(0, 360, 45)]
+    single, radian = mixture.marginal(1), 180 / math.pi
+    lower, upper = (end[:, 0].numpy() for end in single.interval(0.6, kind="shortest"))
+    filled = [c for c in ax.collections if type(c).__name__ in FILLED][:3]
+    for i, (line, area) in enumerate(zip(ax.lines, filled, strict=True)):
+        theta, density = (np.asarray(t) for t in line.get_data())
+        assert_allclose(density, single[i].log_prob(torch.from_numpy(radian * theta)[:, None]).exp(), rtol=1e-6)
+        assert integrate.trapezoid(density, radian * theta) == pytest.approx(1, abs=1e-3)
+        angles = radian * area.get_paths()[0].vertices[:, 0]
+        assert (angles.min(), angles.max()) == pytest.approx((lower[i], upper[i]))
+    (marks,) = [c for c in ax.collections if type(c).__name__ == "PathCollection"]
+    assert_allclose(radian * marks.get_offsets()[:, 0].filled(np.nan), y[:, 1])
+    ax = plots.plot_directions(mixture[0], y[0])
+    assert legend(ax) == ["density", "shortest arc, 80 %"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()][1:5] == ["π/4", "π/2", "3π/4", "-π"]
+    polar, flat = plt.figure().add_subplot(projection="polar"), plt.figure().subplots()
+    assert plots.plot_directions(mixture, ax=polar) is polar
+    assert plots.plot_directions(mixture.expand((2, 3)), ax=polar).has_data()
+    for call, message in [
+        (lambda: plots.plot_directions(mixture, ax=flat), "ax: expected polar axes, such as .*, got rectilinear"),
+        (
+            lambda: plots.plot_directions(mixture.expand((2, 2, 3))),
+            r"mixture: expected batch shape \(\) or \(N,\), N up to 7",
+        ),
+        (lambda: plots.plot_directions(mixture[:1].expand((8,))), r"N up to 7, got \(8,\)"),
+        (lambda: plots.plot_directions(mixture, output=2), "output: expected one of 2, got 2"),
+        (lambda: plots.plot_directions(mixture, y[:2]), r"y: expected shape \(3, 2\)"),
+        (lambda: plots.plot_directions(mixture, labels=["a"]), "labels: expected 3, got 1"),
+        (lambda: plots.plot_directions(mixture, mass=1.0), "mass: expected a probability"),
+        (lambda: plots.plot_directions(along()[1][:2]), "output: expected an angle, as target_transform='angle'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # Axes and inputs

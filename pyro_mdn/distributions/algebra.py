@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.density import has_missing, own_points
-from pyro_mdn.distributions.families.components import Components, folded, repeated
+from pyro_mdn.distributions.families.components import Components, repeated
 from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
@@ -18,6 +18,7 @@ from pyro_mdn.distributions.truncation.truncated_components import require_trunc
 from pyro_mdn.support.arrays import as_tensor
 from pyro_mdn.support.checks import describe, is_differentiated, is_known, plain_number, shown
 from pyro_mdn.tensors.channels import normalize_logits
+from pyro_mdn.tensors.tensor_batch import folded
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture

@@ -63,14 +63,19 @@ class RawParameters(NamedTuple):
         if isinstance(y, Targets) or has_missing(y):
             return self._log_likelihood(y)
         logits, locs, *blocks = self.raw
-        images = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
-        locs = self.units.nearest(locs)
-        if (kernel := self.family.kernel) is not None:
-            density = mixture_log_density(kernel, logits, locs, images, *blocks)
+        kernel = None if self.family.kernel is None else self.units.kernel(self.family.kernel)
+        one_by_one = self.units.has_angles and kernel is None and not self.family.is_circular
+        if one_by_one:  # images are points of their own
+            kernel, locs = self.family.kernel, self.units.nearest(locs)
+            points = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
+        else:
+            points = self.units.placed(y).to(locs.dtype)
+        if kernel is not None:
+            density = mixture_log_density(kernel, logits, locs, points, *blocks)
         else:
             components = self.family.build(locs, blocks, self.units.unit)
-            density = components.mixture_log_prob(logits, images, normalize=True)
-        return (log_sum_exp(density) if self.units.has_angles else density) - self.units.log_volume(y)
+            density = components.mixture_log_prob(logits, points, normalize=True)
+        return (log_sum_exp(density) if one_by_one else density) - self.units.log_volume(y)
 
     def _log_likelihood(self, y: TargetsOrTensor) -> Tensor:
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""
@@ -143,7 +148,7 @@ class ChannelParameters(NamedTuple):
             return self._raw().log_prob(y, name)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, name)
-        density = channel_log_density(kernel, self.layout, self.channels, self.units.standardize(y).to(self.dtype))
+        density = channel_log_density(kernel, self.layout, self.channels, self.units.placed(y).to(self.dtype))
         return density - self.units.log_volume(y)
 
     def mixture(self, *, validate_args: bool | None = None) -> Mixture:
@@ -200,7 +205,7 @@ class LayerParameters(NamedTuple):
             return ChannelParameters(self.family, self.layout, channels, self.units).log_prob(y)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, "y")
-        density = layer_log_density(kernel, self.layout, *layer, self.units.standardize(y).to(self.features.dtype))
+        density = layer_log_density(kernel, self.layout, *layer, self.units.placed(y).to(self.features.dtype))
         return density - self.units.log_volume(y)
 
     def _is_uniform(self) -> bool:
@@ -212,9 +217,11 @@ class LayerParameters(NamedTuple):
 
 def _kernel_for(family: Family, units: Units, batch_shape: torch.Size, y: TargetsOrTensor) -> Kernel | None:
     """Return the kernel for the log-density of y from channels, if y is exact and has one point for each row."""
-    if isinstance(y, Targets) or y.shape[:-1] != batch_shape or units.has_angles:
+    if isinstance(y, Targets) or y.shape[:-1] != batch_shape:
         return None
     kernel = family.kernel
+    if kernel is not None and units.has_angles:
+        kernel = units.kernel(kernel)
     return None if kernel is None or has_missing(y) else kernel
 
 

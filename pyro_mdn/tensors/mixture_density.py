@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class Kernel(ABC):
     Residuals are locations minus points, ``(D, K, *batch)``. Factors are the other parameters of the components,
     ``(C, K, *batch)`` each; all components share a factor whose component axis is 1.
     """
+
+    is_circular: ClassVar[bool] = False
+    """Whether densities are periodic by themselves, in all outputs; those of other angles are sums over images."""
 
     @abstractmethod
     def log_density(self, residual: Tensor, *factors: Tensor) -> Tensor:
@@ -66,6 +69,15 @@ class Kernel(ABC):
         Returns:
             The gradients with respect to the residual and each factor, not yet summed over broadcast dimensions.
         """
+
+    def wrapped(self, output: int, period: Tensor) -> Kernel | None:
+        """Return the kernel of sums over images of one output, an angle; ``None`` if there is none by hand.
+
+        Args:
+            output: Index of the output.
+            period: Length of a turn in the units of residuals, which broadcasts with ``(*batch)``.
+        """
+        return None
 
 
 def mixture_log_density(

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-__all__ = ["TensorBatch", "broadcast_shapes", "nested", "stored", "take_component"]
+__all__ = ["TensorBatch", "broadcast_shapes", "folded", "nested", "stored", "take_component"]
 
 
 def stored(event_dim: int, **settings: Any) -> Any:
@@ -96,3 +96,8 @@ def take_component(tensor: Tensor, component: Tensor, event_dim: int) -> Tensor:
     index = component.reshape(*component.shape, *(1,) * (event_dim + 1)).expand(*component.shape, 1, *event)
     tensor = tensor.expand(*component.shape, *tensor.shape[tensor.ndim - event_dim - 1 :])
     return tensor.gather(component.ndim, index)
+
+
+def folded(tensor: Tensor, dim: int, n: int) -> Tensor:
+    """Fold batch dimension ``dim`` of n into the component axis, which comes next."""
+    return tensor.movedim(dim, n - 1).flatten(n - 1, n)

@@ -67,6 +67,25 @@ class Whitening(ABC):
             The gradients with respect to the residual and each factor, not yet summed over broadcast dimensions.
         """
 
+    has_columns: ClassVar[bool] = False
+    """Whether there are :meth:`column` and :meth:`pull_back_column`, which angles need; the factor has to be one."""
+
+    def column(self, output: int, *kept: Tensor) -> Tensor:
+        """Whiten a residual of 1 in one output and 0 in the others.
+
+        Args:
+            output: Index of the output.
+            kept: What :meth:`whiten` kept.
+
+        Returns:
+            The rows of the whitened residual from ``output`` on, up to the last one that is not 0.
+        """
+        raise NotImplementedError
+
+    def pull_back_column(self, output: int, grad: Tensor, *kept: Tensor) -> tuple[Sequence[int], Sequence[Tensor]]:
+        """Pull a gradient of :meth:`column` back to the factor: its rows, and what is to be added to each."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, eq=False)
 class Covariance(TensorBatch):

@@ -51,6 +51,7 @@ class RawDiagonalWhitening(Whitening):
     """Diagonal whitening from raw channels, which :func:`positive` maps to σ."""
 
     min_scale: float
+    has_columns: ClassVar[bool] = True
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
@@ -69,6 +70,15 @@ class RawDiagonalWhitening(Whitening):
         slope = raw.sigmoid()  # now, because ``out`` may overwrite the raw channels
         grad_residual, grad_scale = _DIAGONAL.pull_back(weight, radial, whitened, scale, out=out)
         return grad_residual, grad_scale.mul_(slope)
+
+    def column(self, output: int, *kept: Tensor) -> Tensor:
+        scale = kept[0]
+        return scale[output if len(scale) > 1 else 0].reciprocal().unsqueeze(0)
+
+    def pull_back_column(self, output: int, grad: Tensor, *kept: Tensor) -> tuple[list[int], list[Tensor]]:
+        scale, raw = kept
+        row = output if len(scale) > 1 else 0
+        return [row], [-grad[0] * raw[row].sigmoid() / scale[row].square()]
 
 
 _DIAGONAL = DiagonalWhitening()

@@ -71,6 +71,7 @@ class RawFullWhitening(Whitening):
     """Full whitening from raw channels; the diagonal of W is the reciprocal of :func:`positive` of the first D."""
 
     min_scale: float
+    has_columns: ClassVar[bool] = True
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
@@ -93,6 +94,21 @@ class RawFullWhitening(Whitening):
         grad_residual, packed = _FULL.packed_pull_back(weight, radial, whitened, residual, diagonal, lower, out=out)
         packed[: len(diagonal)].mul_(slope)
         return grad_residual, packed
+
+    def column(self, output: int, *kept: Tensor) -> Tensor:
+        _, diagonal, lower, _ = kept
+        below = [lower[row : row + 1] for row in _below(output, len(diagonal))]
+        return torch.cat([diagonal[output : output + 1], *below])
+
+    def pull_back_column(self, output: int, grad: Tensor, *kept: Tensor) -> tuple[list[int], list[Tensor]]:
+        _, diagonal, _, raw_diagonal = kept
+        first = -grad[0] * raw_diagonal[output].sigmoid() * diagonal[output].square()
+        return [output, *(len(diagonal) + row for row in _below(output, len(diagonal)))], [first, *grad[1:]]
+
+
+def _below(output: int, dim: int) -> list[int]:
+    """Positions of the packed entries of a column below the diagonal, from the top."""
+    return [packed_triangles.tril_position(row, output, dim) for row in range(output + 1, dim)]
 
 
 _FULL = FullWhitening()

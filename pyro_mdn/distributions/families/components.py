@@ -18,10 +18,10 @@ from pyro_mdn.distributions.observations.boxes import log_interval_probability
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.tensors.channels import channels_first
 from pyro_mdn.tensors.numerics import log_sum_exp, norm
-from pyro_mdn.tensors.tensor_batch import TensorBatch, nested, take_component
+from pyro_mdn.tensors.tensor_batch import TensorBatch, folded, nested, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "folded", "not_closed", "repeated", "total_stddev"]
+__all__ = ["Components", "DerivedComponents", "OutputsInOrder", "not_closed", "repeated", "total_stddev"]
 
 
 def not_closed(operation: str, components: Components, instead: str) -> NoReturn:
@@ -47,6 +47,9 @@ class Components(TensorBatch):
 
     has_parts: ClassVar[bool] = False
     """Whether components are products of parts, see :meth:`over_parts`; parts with angles sum over their own images."""
+
+    is_circular: ClassVar[bool] = False
+    """Whether all outputs are angles whose densities are periodic by themselves, so that one image is enough."""
 
     @property
     def dim(self) -> int:
@@ -325,11 +328,6 @@ class DerivedComponents(Components):
 
     def of_dim(self, dim: int) -> Self:
         return replace(self, base=self.base.of_dim(dim))
-
-
-def folded(tensor: Tensor, dim: int, n: int) -> Tensor:
-    """Fold batch dimension ``dim`` of n into the component axis, which comes next."""
-    return tensor.movedim(dim, n - 1).flatten(n - 1, n)
 
 
 def repeated(components: Components, times: int, batch_shape: Sequence[int]) -> Components:

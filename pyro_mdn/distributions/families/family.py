@@ -50,6 +50,9 @@ class Family(Specification, ABC):
     kind: ClassVar[str] = "family"
     known: ClassVar[dict[str, type[Family]]] = {}
 
+    is_circular: ClassVar[bool] = False
+    """Whether all outputs are angles, with densities that are periodic by themselves."""
+
     noise: NoiseModel = Diagonal()
 
     def __post_init__(self) -> None:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, folded, not_closed
+from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, not_closed
 from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.truncation.truncated_law import TruncatedLaw, standardized
 from pyro_mdn.distributions.truncation.truncated_marginals import TruncatedMarginals
 from pyro_mdn.distributions.units.warps import support_between
 from pyro_mdn.support.checks import is_known
-from pyro_mdn.tensors.tensor_batch import stored, take_component
+from pyro_mdn.tensors.tensor_batch import folded, stored, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
 __all__ = ["TruncatedComponents", "require_truncatable", "truncated_components"]

@@ -13,6 +13,7 @@ from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
+    from pyro_mdn.tensors.mixture_density import Kernel
 
 __all__ = ["StandardUnits", "Units", "without_ends"]
 
@@ -90,6 +91,17 @@ class Units(ABC):
             Points ``(*sample, *batch, D)``; if there are angles, with a first dimension of images, over which densities
             are to be summed.
         """
+        return self.standardize(y)
+
+    def kernel(self, kernel: Kernel) -> Kernel | None:
+        """Return the kernel of densities at :meth:`placed` targets, from that of components on the line.
+
+        It is ``None`` if densities are to be summed over :meth:`images`.
+        """
+        return kernel
+
+    def placed(self, y: Tensor) -> Tensor:
+        """Convert targets to standardised units, angles to ones that may differ by whole turns."""
         return self.standardize(y)
 
     def nearest(self, locs: Tensor) -> Tensor:

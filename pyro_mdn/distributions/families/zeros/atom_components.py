@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, folded, not_closed
+from pyro_mdn.distributions.families.components import Components, DerivedComponents, OutputsInOrder, not_closed
 from pyro_mdn.distributions.families.zeros.atom_marginals import AtomMarginals
 from pyro_mdn.distributions.marginals import Marginals
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.distributions.units.units import without_ends
-from pyro_mdn.tensors.tensor_batch import stored, take_component
+from pyro_mdn.tensors.tensor_batch import folded, stored, take_component
 from pyro_mdn.tensors.univariate import Law
 
 __all__ = ["AtomComponents"]

@@ -22,6 +22,7 @@ from pyro_mdn.support.checks import require_numbers
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
+    from pyro_mdn.tensors.mixture_density import Kernel
 
 __all__ = ["Angle", "AngleUnits"]
 
@@ -138,6 +139,20 @@ class AngleUnits(Units):
     def standardize(self, y: Tensor) -> Tensor:
         """Convert targets to standardised units, angles to those within half a turn of 0."""
         return self.line.standardize(self.circles.around(y, self.standard.shift))
+
+    def kernel(self, kernel: Kernel) -> Kernel | None:
+        if kernel.is_circular:
+            return kernel
+        angles, unit = self.circles.angles, self.unit
+        if len(angles) > 1:
+            return None
+        (output,) = angles
+        circle = self.circles.of_outputs[output]
+        assert circle is not None
+        return kernel.wrapped(output, circle.period / unit[..., output if unit.shape[-1] > 1 else 0])
+
+    def placed(self, y: Tensor) -> Tensor:
+        return self.line.standardize(y)
 
     def images(self, y: Tensor, batch_dims: int) -> Tensor:
         return self.circles.images(self.line.standardize(in_batch(y, batch_dims)), self.unit)

@@ -86,6 +86,10 @@ class Circles:
         """Number of images of a point."""
         return math.prod(2 * c.turns + 1 for c in self.of_outputs if c is not None)
 
+    def without_images(self) -> Circles:
+        """Return circles of angles that have one image, because their densities are periodic by themselves."""
+        return Circles(tuple(None if c is None else Circle(c.period, c.start, 0) for c in self.of_outputs))
+
     def marginal(self, dims: Sequence[int]) -> Circles:
         """Circles of the outputs ``dims``, in that order."""
         return Circles(tuple(self.of_outputs[d] for d in dims))

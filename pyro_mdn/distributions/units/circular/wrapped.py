@@ -15,7 +15,6 @@ from pyro_mdn.distributions.families.components import (
     Components,
     DerivedComponents,
     OutputsInOrder,
-    folded,
     not_closed,
     total_stddev,
 )
@@ -28,7 +27,7 @@ from pyro_mdn.distributions.units.warped import WarpedComponents
 from pyro_mdn.distributions.units.warps import support_between
 from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.numerics import log_sum_exp
-from pyro_mdn.tensors.tensor_batch import nested
+from pyro_mdn.tensors.tensor_batch import folded, nested
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
 __all__ = ["WrappedComponents", "wrapped_components"]
@@ -96,6 +95,8 @@ class WrappedComponents(DerivedComponents):
     def widen(self, factor: Tensor) -> Self:
         """Multiply the scales, and add turns to images that wider components need."""
         wide = replace(self, base=self.base.widen(factor))
+        if self.inner.is_circular:
+            return wide
         circles = list(self.circles.of_outputs)
         for d, circle in enumerate(circles):
             if circle is not None:
@@ -229,7 +230,9 @@ def wrapped_components(base: Components, circles: Circles) -> Components:
         base: Components whose angles have not gone through a warp.
         circles: Circles of the outputs; components without an angle stay as they are.
     """
-    return _around(_recentred(base, circles), circles) if circles.angles else base
+    if not circles.angles:
+        return base
+    return _around(_recentred(base, circles), circles.without_images() if base.inner.is_circular else circles)
 
 
 def _around(base: Components, circles: Circles) -> Components:

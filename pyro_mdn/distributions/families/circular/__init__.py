@@ -1,0 +1,1 @@
+"""Families of angles, whose densities are periodic by themselves."""
