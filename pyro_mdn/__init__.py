@@ -28,6 +28,7 @@ from pyro_mdn.distributions.units.circular.angles import Angle
 from pyro_mdn.distributions.units.compound_transforms import Chain, PerOutput
 from pyro_mdn.distributions.units.target_transforms import (
     Asinh,
+    Identity,
     Log,
     Logit,
     Softplus,
@@ -90,6 +91,7 @@ __all__ = [
     "GaussianMixture",
     "Gumbel",
     "Hurdle",
+    "Identity",
     "IndependentComponents",
     "Initialization",
     "Isotropic",

@@ -17,7 +17,7 @@ from pyro_mdn.adapters.sklearn_scorers import (
     neg_log_score,
     predictive_distribution,
 )
-from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, plain, shifted, validated
+from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, centres, plain, shifted, uncentered, validated
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
@@ -70,6 +70,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             ``"student_t"``, beside ``noise``. By default the components are normal.
         target_transform: What y goes through before components see it, such as ``"log"`` for positive targets (see
             :class:`pyro_mdn.Log`); a list has one for each output. By default, y is only standardised.
+        input_transform: What X goes through before the hidden layers, likewise; a list has one for each column. By
+            default, X is standardised.
         rank: Rank, only for ``noise="low_rank"``; by default 2, but 1 for a single output.
         noise_scale: Standard deviation in the units of y, only for ``noise="fixed"``, which needs it.
         ensemble_size: Number of networks. From 2 on, they are a :class:`DeepEnsemble`, whose average density is the
@@ -123,6 +125,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         noise: str | NoiseModel = "diagonal",
         family: str | Family | None = None,
         target_transform: str | TargetTransform | Sequence[str | TargetTransform] | None = None,
+        input_transform: str | TargetTransform | Sequence[str | TargetTransform] | None = None,
         rank: int | None = None,
         noise_scale: float | None = None,
         ensemble_size: int = 1,
@@ -148,6 +151,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.noise = noise
         self.family = family
         self.target_transform = target_transform
+        self.input_transform = input_transform
         self.rank = rank
         self.noise_scale = noise_scale
         self.ensemble_size = ensemble_size
@@ -190,8 +194,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             network = self._build(rows.shape[1], targets.shape[1])
         numbers = targets.points() if isinstance(targets, Targets) else targets
         counted = ~numbers.isnan().all(-1) if weight is None else ~numbers.isnan().all(-1) & (weight > 0)
-        shifts = [values[counted].nanmean(0).nan_to_num() for values in (rows, numbers)]
-        shifts[1] *= network.architecture.head.units.is_affine  # a support is not that of centred targets
+        shifts = centres(network.architecture, rows[counted], numbers[counted])
         dtype = _DTYPES[self.dtype]
         for values, shift, name in zip((rows, numbers), shifts, ("X", "y"), strict=True):
             require_range(values - shift, name, dtype)
@@ -207,7 +210,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             progress=bool(self.verbose),
             **given_settings(MDNRegressor.__init__, vars(self), *_GROUPS),
         )
-        self.network_ = _uncentered(network, *shifts)
+        self.network_ = uncentered(network, *shifts)
         self.n_outputs_, self._vector = targets.shape[1], vector
         return self
 
@@ -321,7 +324,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
         noise = None if isinstance(self.family, Family) else self._noise(dim_out)
-        settings: dict[str, Any] = {"noise": noise, "family": self.family, "target_transform": self.target_transform}
+        transforms: dict[str, Any] = {name: getattr(self, name) for name in ("target_transform", "input_transform")}
+        settings: dict[str, Any] = {"noise": noise, "family": self.family, **transforms}
         network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, **settings)
         network = network.to(_DTYPES[self.dtype])
         return network if self.ensemble_size == 1 else DeepEnsemble(network, self.ensemble_size)
@@ -336,14 +340,3 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
     def _shaped(self, values: Tensor) -> np.ndarray:
         """Array of values ``(..., D)``, without the last axis if y had none."""
         return (values.squeeze(-1) if self._vector else values).numpy()
-
-
-def _uncentered(
-    network: MixtureDensityNetwork | DeepEnsemble, x_shift: Tensor, y_shift: Tensor
-) -> MixtureDensityNetwork | DeepEnsemble:
-    """Convert the network to data that are not centred, in float64, because float32 could not hold the shifts."""
-    network = network.cpu().double()
-    part = network.architecture
-    part.x_shift += x_shift
-    part.head.shift += y_shift
-    return network.eval()

@@ -44,7 +44,7 @@ _INSTEAD = {
 }
 
 
-def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Tensor:
+def as_tensor(values: Any, name: str, device: torch.device | None = None, *, integers: bool = False) -> Tensor:
     """Convert numbers of any container to a floating-point tensor.
 
     A floating-point tensor is returned as it is, on its own device and with its graph. Everything else is copied; a
@@ -56,6 +56,7 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
         values: A tensor, NumPy array, data frame or series (pandas or polars), Arrow table, or nested lists.
         name: Name of the argument, for error messages.
         device: Device for values that are not a tensor; by default the CPU.
+        integers: Whether integers stay what they are.
 
     Raises:
         ValueError: If a value is not a number; the error names the column of a data frame.
@@ -68,12 +69,16 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
     ValueError: y: expected numbers, got text: encode it as numbers, such as one column for each category
     """
     if isinstance(values, Tensor):
-        return _floating(unmasked(values) if is_subclassed(values) else values, name)
+        values = unmasked(values) if is_subclassed(values) else values
+        return values if integers and _is_integer(values) else _floating(values, name)
     if isinstance(values, (float, int)):  # which compilers know how to trace, unlike a union of types
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
     if isinstance(values, list | tuple) and _holds_tensors(values):
-        return _stacked(values, name, device)
+        return _stacked(values, name, device, integers)
     array = _any_array(values, name)
+    if integers and array.dtype.kind in "iu":
+        known = array.dtype.kind == "i" or array.dtype.itemsize == 1  # torch does little with other unsigned ones
+        return _moved(torch.tensor(array if known else array.astype(np.int64), device="cpu"), device)
     dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else _float_for(array.dtype.kind, array.itemsize)
     dtype = np.dtype(np.float64) if dtype.itemsize > 8 else dtype
     on_cpu = torch.tensor(np.ascontiguousarray(array, dtype).reshape(array.shape), device="cpu")
@@ -84,10 +89,15 @@ def _holds_tensors(values: list[Any] | tuple[Any, ...]) -> bool:
     return any(isinstance(v, Tensor) or (isinstance(v, list | tuple) and _holds_tensors(v[:1])) for v in values)
 
 
-def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None) -> Tensor:
+def _is_integer(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None, integers: bool) -> Tensor:
     """Stack tensors, and values between them, into one tensor of the widest precision, with their graphs."""
     on = torch.device("cpu") if device is None else device
-    tensors = [_moved(as_tensor(math.nan if _is_missing(row) else row, name), on) for row in rows]
+    rows = [math.nan if _is_missing(row) else row for row in rows]
+    tensors = [_moved(as_tensor(row, name, integers=integers), on) for row in rows]
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(rows)}")
     dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.units.circular.circles import Circles
-from pyro_mdn.distributions.units.units import StandardUnits, Units
+from pyro_mdn.distributions.units.units import StandardUnits, Units, UnscaledUnits
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import (
     AsinhWarp,
-    Identity,
+    IdentityWarp,
     LogitWarp,
     LogWarp,
     PowerWarp,
@@ -28,7 +28,7 @@ from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.numerics import location_and_scale
 
-__all__ = ["Asinh", "Log", "Logit", "Softplus", "Standardize", "TargetTransform", "YeoJohnson"]
+__all__ = ["Asinh", "Identity", "Log", "Logit", "Softplus", "Standardize", "TargetTransform", "YeoJohnson"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Standardize(TargetTransform):
     """Subtract the mean and divide by the standard deviation of each output, the default."""
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
-        return Identity()
+        return IdentityWarp()
 
     def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         shift, scale = location_and_scale(y, common_unit=common_unit)
@@ -122,6 +122,29 @@ class Standardize(TargetTransform):
     @property
     def takes_any_number(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Identity(Standardize):
+    """Leave numbers as they are. Above all, this is for inputs: ``input_transform="identity"``.
+
+    Inputs go to the backbone in the precision of its weights. A ``backbone`` of your own gets integers as integers,
+    such as the codes that an embedding looks up. Training adds no noise to integers, and by default none to other
+    inputs that are left as they are.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> layers = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Flatten(-2))
+    >>> network = MixtureDensityNetwork(2, 1, hidden_dim=16, backbone=layers, input_transform="identity")
+    >>> network(torch.tensor([[3, 9], [0, 1]])).batch_shape
+    torch.Size([2])
+    """
+
+    def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        shift = torch.zeros_like(y[0], dtype=torch.float64)
+        return {"shift": shift, "scale": shift.new_ones(1) if common_unit else torch.ones_like(shift)}
+
+    def units(self, tensors: Mapping[str, Any]) -> StandardUnits:
+        return UnscaledUnits(tensors["shift"], tensors["scale"])
 
 
 @lru_cache

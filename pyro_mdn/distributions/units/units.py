@@ -13,7 +13,7 @@ from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
 
-__all__ = ["StandardUnits", "Units", "without_ends"]
+__all__ = ["StandardUnits", "Units", "UnscaledUnits", "without_ends"]
 
 
 class Units(ABC):
@@ -57,6 +57,9 @@ class Units(ABC):
 
     keeps_targets: ClassVar[bool] = False
     """Whether training leaves targets as they are, without noise on them."""
+
+    is_unscaled: ClassVar[bool] = False
+    """Whether numbers stay what they are, so that a standardised unit says nothing of their size."""
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
         """Convert limits of intervals, of which those at an end of the support of y, or beyond it, become infinite."""
@@ -139,6 +142,16 @@ class StandardUnits(Units):
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.shift]
+
+
+class UnscaledUnits(StandardUnits):
+    """The map :math:`y = z`, with a shift of 0 and a scale of 1, which also leaves integers as they are."""
+
+    __slots__ = ()
+    is_unscaled: ClassVar[bool] = True
+
+    def standardize(self, y: Tensor) -> Tensor:
+        return y
 
 
 def without_ends(y: TargetsOrTensor, low: Tensor) -> TargetsOrTensor:

@@ -19,7 +19,7 @@ from pyro_mdn.tensors.tensor_batch import TensorBatch, stored
 __all__ = [
     "AsinhWarp",
     "ElementwiseWarp",
-    "Identity",
+    "IdentityWarp",
     "LogWarp",
     "LogitWarp",
     "PowerWarp",
@@ -138,7 +138,7 @@ def _next_inside(interval: tuple[float, float], dtype: torch.dtype) -> tuple[flo
 
 
 @dataclass(frozen=True, eq=False)
-class Identity(ElementwiseWarp):
+class IdentityWarp(ElementwiseWarp):
     """The map :math:`w = y`, of outputs without a warp beside others that have one."""
 
     def forward(self, y: Tensor) -> Tensor:
