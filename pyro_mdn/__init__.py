@@ -26,6 +26,7 @@ from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.distributions.units.circular.angles import Angle
 from pyro_mdn.distributions.units.compound_transforms import Chain, PerOutput
+from pyro_mdn.distributions.units.splines.quantile import Quantile
 from pyro_mdn.distributions.units.target_transforms import (
     Asinh,
     Identity,
@@ -121,6 +122,7 @@ __all__ = [
     "Poisson",
     "PosteriorSamples",
     "Prediction",
+    "Quantile",
     "Softplus",
     "Standardize",
     "StudentT",

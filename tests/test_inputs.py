@@ -84,7 +84,8 @@ def test_images_reach_a_backbone_as_they_are_also_in_training():
     network = MixtureDensityNetwork((3, 4, 4), 1, 2, 4, backbone=Seeing(48, 4), input_transform="identity")
     fit(network, images, y, validation=0, **QUICK)
     assert rows_of(torch.cat(network.backbone.seen)) == rows_of(images)
-    assert bool((network.x_shift == 0).all()) and bool((network.x_scale == 1).all())
+    assert bool((network.x_shift == 0).all())
+    assert bool((network.x_scale == 1).all())
     fit(network, images, y, input_noise=0.1, validation=0, **QUICK)  # noise in the units of x, if it is asked for
     assert len(rows_of(torch.cat(network.backbone.seen))) > 2 * len(images)
 
@@ -148,7 +149,8 @@ def test_each_column_has_its_transform():
     expected = torch.stack([scipy_standardized(x[:, 0].log()), scipy_standardized(x[:, 1]), x[:, 2]], 1)
     assert_close(network.features(x), network.backbone(expected), rtol=1e-6, atol=1e-6)
     assert_close(network.input_units.standardize(x), expected, rtol=1e-5, atol=1e-5)
-    assert network.x_scale[2] == 1 and network.x_shift[2] == 0
+    assert network.x_scale[2] == 1
+    assert network.x_shift[2] == 0
 
 
 def scipy_standardized(column):
@@ -241,7 +243,7 @@ def test_the_estimator_of_scikit_learn_takes_them(given):
 
 def test_the_module_of_lightning_has_no_default_noise_on_inputs_as_they_are():
     lightning = pytest.importorskip("pyro_mdn.lightning")
-    x, y = columns()
+    _x, _y = columns()
     noises = []
     for given in ("identity", None):
         network = MixtureDensityNetwork(3, 1, 2, 4, input_transform=given)
@@ -254,8 +256,11 @@ def test_targets_may_be_left_as_they_are():
     _, y = codes()
     network = MixtureDensityNetwork(1, 1, 2, 4, target_transform="identity")
     network.initialize_(torch.randn(40, 1), 5 * y)
-    assert network.head.shift == 0 and network.head.scale == 1
+    assert network.head.shift == 0
+    assert network.head.scale == 1
     both = MixtureDensityNetwork(1, 2, 2, 4, target_transform=["identity", Logit(0, 100)])
     both.initialize_(torch.randn(40, 1), torch.cat([5 * y, 10 + y], 1))
-    assert both.head.shift[0] == 0 and both.head.scale[0] == 1 and both.head.shift[1] != 0
+    assert both.head.shift[0] == 0
+    assert both.head.scale[0] == 1
+    assert both.head.shift[1] != 0
     assert TargetTransform.named("identity") is Identity

@@ -127,7 +127,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     @property
     def _unnamed_before(self) -> frozenset[str]:
         """Attributes that earlier versions did not have, at values that mean what those did; for fingerprints."""
-        return frozenset({"input_transform"} if type(self.input_transform) is Standardize else ())
+        return frozenset({"input_transform", "keeps_integers"} if type(self.input_transform) is Standardize else ())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         with exact_buffers(self, *inputs.buffers_of(self.input_transform).values()):

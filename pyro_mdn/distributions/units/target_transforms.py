@@ -28,7 +28,17 @@ from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.numerics import location_and_scale
 
-__all__ = ["Asinh", "Identity", "Log", "Logit", "Softplus", "Standardize", "TargetTransform", "YeoJohnson"]
+__all__ = [
+    "Asinh",
+    "Identity",
+    "Log",
+    "Logit",
+    "Softplus",
+    "Standardize",
+    "TargetTransform",
+    "YeoJohnson",
+    "centre_and_unit",
+]
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,7 @@ class Asinh(TargetTransform):
         return {"centre": torch.zeros(dim), "unit": torch.ones(dim)}
 
     def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
-        return _centre_and_unit(y)
+        return centre_and_unit(y)
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
         return AsinhWarp(**tensors)
@@ -260,7 +270,7 @@ class YeoJohnson(TargetTransform):
         return {"centre": torch.zeros(dim), "unit": torch.ones(dim), "power": torch.ones(dim)}
 
     def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
-        tensors = _centre_and_unit(y)
+        tensors = centre_and_unit(y)
         columns = ((y - tensors["centre"]) / tensors["unit"]).unbind(-1)
         return {**tensors, "power": y.new_tensor([_power(column[~column.isnan()]) for column in columns])}
 
@@ -277,7 +287,7 @@ def _power(values: Tensor) -> float:
     return float(np.clip(yeojohnson_normmax(values.numpy()), 0.0, 2.0))
 
 
-def _centre_and_unit(y: Tensor) -> dict[str, Tensor]:
+def centre_and_unit(y: Tensor) -> dict[str, Tensor]:
     """Median and median absolute deviation of the columns; the standard deviation, or 1, where the latter is 0."""
     centre = y.nanmedian(0).values
     unit = (y - centre).abs().nanmedian(0).values
