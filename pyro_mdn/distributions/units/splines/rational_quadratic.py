@@ -100,8 +100,8 @@ class SplineWarp(ElementwiseWarp):
         return self._piece(self._passed(inner)).log_slope(inner) - self.unit.log()
 
     def kinks(self) -> Tensor | None:
-        # Twice as many points, because pieces may bend sharply.
-        scores = scores_of(2 * self.knots.shape[-2] - 1).to(self.knots)
+        # Four times as many points, because pieces may bend sharply.
+        scores = scores_of(4 * self.knots.shape[-2] - 3).to(self.knots)
         return scores.reshape(-1, *(1,) * self.centre.ndim)
 
     @property
