@@ -83,7 +83,7 @@ class LightningObjective(LightningModule):
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay of the weight matrices. By default that of ``fit`` for the number of rows
             in the data set of the training loader. Give a number for sequences, because their steps are not counted.
-        input_noise: Standard deviation of the noise on x at the start, in standardised units. Its default is 0 for inputs
+        input_noise: Standard deviation of the noise on x at the start, in standardised units; 0 by default for inputs
             that are left as they are (:class:`pyro_mdn.Identity`).
         target_noise: Standard deviation of the noise on y at the start, in standardised units.
         final_noise: Share of the noise that is left at the end of the schedule.

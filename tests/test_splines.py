@@ -29,6 +29,7 @@ from pyro_mdn import (
     scores,
 )
 from pyro_mdn.distributions.units.splines.rational_quadratic import Piece
+from pyro_mdn.sklearn import MDNRegressor
 
 QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
 
@@ -269,6 +270,14 @@ def test_outputs_side_by_side_and_chains_have_all_kinks():
     first, second = chained.parts
     expected = torch.cat([second.forward(first.kinks()), second.kinks()])
     assert_close(chained.kinks(), expected)
+
+
+def test_the_estimator_of_scikit_learn_takes_the_name():
+    x, y = drawn("normal", 200)[:, None], drawn("log-normal", 200)
+    model = MDNRegressor(2, 4, max_epochs=2, random_state=0, target_transform="quantile", input_transform="quantile")
+    lower, upper = model.fit(x, y).predict_interval(x)
+    assert np.isfinite(model.predict(x)).all()
+    assert (lower < upper).all()
 
 
 @pytest.mark.parametrize("given", [2, 2.5, "many", None, True])
