@@ -43,7 +43,7 @@ def one_pass(kind, batch, k):
     noise = {"input_noise": 0.1, "target_noise": 0.1, "final_noise": 0.03}
     rest = {"weight_decay": 0.01, "max_grad_norm": 10.0, "compile": False}
     settings = LoopSettings(max_epochs=10**9, patience=1, lr=1e-3, **noise, **rest)
-    batches, units = InMemory(Rows(x, y), batch), (network.x_scale, network.head.units)
+    batches, units = InMemory(Rows(x, y), batch), (network.input_units, network.head.units)
     loop = Loop(NegativeLogLikelihood(network), batches, None, units, settings)
     for _ in range(STEPS // BATCHES if batch > 8 else 1):
         loop.train_epoch(1)

@@ -110,7 +110,7 @@ def of_fit(batch, width, weights, *, kind="likelihood", compiled=False):
         compile=compiled,
     )
     batches = InMemory(Rows(x, y), batch)
-    loop = Loop(objective, batches, None, (network.x_scale, network.head.scale), settings)
+    loop = Loop(objective, batches, None, (network.input_units, network.head.units), settings)
     return trained(weights, lambda: loop.train_epoch(1))
 
 

@@ -28,8 +28,10 @@ from pyro_mdn.distributions.observations.targets import Targets
 from pyro_mdn.distributions.predictions import Prediction
 from pyro_mdn.distributions.units.circular.angles import Angle
 from pyro_mdn.distributions.units.compound_transforms import Chain, PerOutput
+from pyro_mdn.distributions.units.splines.quantile import Quantile
 from pyro_mdn.distributions.units.target_transforms import (
     Asinh,
+    Identity,
     Log,
     Logit,
     Softplus,
@@ -92,6 +94,7 @@ __all__ = [
     "GaussianMixture",
     "Gumbel",
     "Hurdle",
+    "Identity",
     "IndependentComponents",
     "Initialization",
     "Isotropic",
@@ -122,6 +125,7 @@ __all__ = [
     "PosteriorSamples",
     "Prediction",
     "Product",
+    "Quantile",
     "Softplus",
     "Standardize",
     "StudentT",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_mdn.distributions.observations.targets import Targets
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
 from pyro_mdn.support.process_state import own_store, require_owned
@@ -25,8 +26,9 @@ from pyro_mdn.training.schedules import (
     INPUT_NOISE,
     LEARNING_RATE,
     TARGET_NOISE,
-    blur,
+    blur_inputs,
     blur_targets,
+    default_input_noise,
     default_weight_decay,
     fading,
     warmup_cosine,
@@ -48,9 +50,9 @@ _FAR = 10.0  # Data whose scale is this many times smaller or larger than 1 have
 class LightningSettings(NoiseSchedule, Optimization):
     """Settings of training that are not those of a Lightning ``Trainer``."""
 
-    def resolved(self) -> LightningSettings:
-        """Put numbers in place of the defaults that do not depend on the data."""
-        defaults = {"input_noise": INPUT_NOISE, "target_noise": TARGET_NOISE}
+    def resolved(self, units: Units) -> LightningSettings:
+        """Put numbers in place of the defaults that do not depend on the data, for these units of the inputs."""
+        defaults = {"input_noise": default_input_noise(units), "target_noise": TARGET_NOISE}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
@@ -81,7 +83,8 @@ class LightningObjective(LightningModule):
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay of the weight matrices. By default that of ``fit`` for the number of rows
             in the data set of the training loader. Give a number for sequences, because their steps are not counted.
-        input_noise: Standard deviation of the noise on x at the start, in standardised units.
+        input_noise: Standard deviation of the noise on x at the start, in standardised units; 0 by default for inputs
+            that are left as they are (:class:`pyro_mdn.Identity`).
         target_noise: Standard deviation of the noise on y at the start, in standardised units.
         final_noise: Share of the noise that is left at the end of the schedule.
         optimization: A whole :class:`pyro_mdn.Optimization`, in place of ``lr`` and ``weight_decay``.
@@ -133,8 +136,9 @@ class LightningObjective(LightningModule):
     ) -> None:
         super().__init__()
         given = given_settings(LightningObjective.__init__, locals(), Optimization, NoiseSchedule)
-        settings = collected(LightningSettings, "LightningObjective", {**given, **further}).resolved()
         _require_objective(objective)
+        settings = collected(LightningSettings, "LightningObjective", {**given, **further})
+        settings = settings.resolved(_networks(objective)[0].input_units)
         self.save_hyperparameters(ignore=["objective", "optimization", "noise_schedule"])
         self.save_hyperparameters(asdict(settings))
         for name, value in asdict(settings).items():  # attributes, which the Tuner of Lightning may change
@@ -183,7 +187,7 @@ class LightningObjective(LightningModule):
     def on_train_start(self) -> None:
         """Convert the noise to the units of the data, and give each process its own generator, whatever the seed."""
         network = self.network
-        self.noise = self.input_noise * network.x_scale
+        self.noise = self.input_noise * network.input_units.unit
         seed = int(torch.randint(2**62, (), device="cpu")) + self.global_rank
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -196,7 +200,8 @@ class LightningObjective(LightningModule):
         if self.trainer.global_step == 0:
             _warn_if_unscaled(self.network, rows)
         fade = fading(self.trainer.global_step, self.steps, self.final_noise)
-        x, size = blur(rows.x, self.noise, fade, self.generator), fade * self.target_noise
+        x = blur_inputs(rows.x, self.network.input_units, self.noise, fade, self.generator)
+        size = fade * self.target_noise
         y = blur_targets(rows.y, self.network.head.units, size, generator=self.generator)
         total, weight = self._log_mean("loss", rows, self(x, y))
         counts = torch.stack([rows.num_counted().to(weight), weight])

@@ -13,13 +13,14 @@ from torch import Tensor
 from pyro_mdn.adapters.sklearn_scorers import (
     Scorer,
     concordance,
+    mean_r2,
     neg_crps,
     neg_integrated_brier,
     neg_interval_score,
     neg_log_score,
     predictive_distribution,
 )
-from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, plain, shifted, uncentered, validated
+from pyro_mdn.adapters.sklearn_targets import as_targets, as_weight, centres, plain, shifted, uncentered, validated
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel, as_noise_model
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
@@ -40,7 +41,6 @@ from pyro_mdn.training.settings import EarlyStopping, NoiseSchedule, Optimizatio
 
 try:
     from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
-    from sklearn.metrics import r2_score
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
@@ -82,6 +82,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             output, see :class:`pyro_mdn.Product`, in place of ``noise``.
         target_transform: What y goes through before components see it, such as ``"log"`` for positive targets (see
             :class:`pyro_mdn.Log`); a list has one for each output. By default, y is only standardised.
+        input_transform: What X goes through before the hidden layers, likewise; a list has one for each column. By
+            default, X is standardised.
         rank: Rank, only for ``noise="low_rank"``; by default 2, but 1 for a single output.
         noise_scale: Standard deviation in the units of y, only for ``noise="fixed"``, which needs it.
         ensemble_size: Number of networks. From 2 on, they are a :class:`DeepEnsemble`, whose average density is the
@@ -135,6 +137,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         noise: str | NoiseModel = "diagonal",
         family: str | Family | Sequence[str | Family] | None = None,
         target_transform: str | TargetTransform | Sequence[str | TargetTransform | None] | None = None,
+        input_transform: str | TargetTransform | Sequence[str | TargetTransform] | None = None,
         rank: int | None = None,
         noise_scale: float | None = None,
         ensemble_size: int = 1,
@@ -160,6 +163,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.noise = noise
         self.family = family
         self.target_transform = target_transform
+        self.input_transform = input_transform
         self.rank = rank
         self.noise_scale = noise_scale
         self.ensemble_size = ensemble_size
@@ -202,8 +206,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             network = self._build(rows.shape[1], targets.shape[1])
         numbers = targets.points() if isinstance(targets, Targets) else targets
         counted = ~numbers.isnan().all(-1) if weight is None else ~numbers.isnan().all(-1) & (weight > 0)
-        shifts = [values[counted].nanmean(0).nan_to_num() for values in (rows, numbers)]
-        shifts[1] *= network.architecture.head.units.is_affine  # a support is not that of centred targets
+        shifts = centres(network.architecture, rows[counted], numbers[counted])
         dtype = _DTYPES[self.dtype]
         for values, shift, name in zip((rows, numbers), shifts, ("X", "y"), strict=True):
             require_range(values - shift, name, dtype)
@@ -309,13 +312,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         mixture.components.require_line("r2_score", "score and scores.crps judge angles")
         mean = mixture.mean
         target = as_targets(y, *mean.shape)
-        weight = None if sample_weight is None else as_weight(sample_weight, len(mean)).numpy()
-        values = []
-        for column, predicted in zip(target.T, mean.T, strict=True):
-            seen = ~column.isnan().numpy()
-            given = None if weight is None else weight[seen]
-            values.append(r2_score(column.numpy()[seen], predicted.numpy()[seen], sample_weight=given))
-        return float(np.mean(values))
+        weight = None if sample_weight is None else as_weight(sample_weight, len(mean))
+        return mean_r2(target, mean, weight)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -333,8 +331,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")
         noise = None if isinstance(self.family, Family | list | tuple) else self._noise(dim_out)
-        settings: dict[str, Any] = {"noise": noise, "family": self.family, "target_transform": self.target_transform}
-        network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, **settings)
+        settings = {name: getattr(self, name) for name in ("family", "target_transform", "input_transform")}
+        network = MixtureDensityNetwork(dim_in, dim_out, self.n_components, self.hidden_dim, noise=noise, **settings)
         network = network.to(_DTYPES[self.dtype])
         return network if self.ensemble_size == 1 else DeepEnsemble(network, self.ensemble_size)
 

@@ -31,7 +31,7 @@ CALLED_BY_PYRO = {"_pyro_param", "_pyro_get_init_messengers", "_pyro_set_supermo
 # What a subclass of a distribution of torch has from it, and a named tuple has instead of public names.
 INHERITED = {"_validate_args", "_fields", "_replace"}
 PUBLIC = {"_"}
-FIGURES = ("axes", "calibration", "components", "densities", "predictions", "training")
+FIGURES = ("axes", "calibration", "components", "densities", "directions", "predictions", "training")
 UNDOCUMENTED = {
     ("pyro.infer.mcmc.util", "select_samples"),
     ("pyro.nn.module", "to_pyro_module_"),

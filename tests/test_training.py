@@ -754,7 +754,7 @@ from pyro_mdn.training.settings import LoopSettings
 network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
 numbers = dict.fromkeys(["weight_decay", "input_noise", "target_noise"], 0.0)
 settings = LoopSettings(max_epochs=1, patience=1, compile=True, **numbers)
-units = network.x_scale, network.head.scale
+units = network.input_units, network.head.units
 Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings)
 print(torch.distributions.Distribution._validate_args)
 """

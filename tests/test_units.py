@@ -29,6 +29,7 @@ from pyro_mdn import (
     MixtureDensityNetwork,
     MixtureHead,
     PerOutput,
+    Quantile,
     Softplus,
     Standardize,
     StudentT,
@@ -50,6 +51,7 @@ TRANSFORMS = {
     "percent": Logit(0.0, 100.0),
     "asinh": Asinh(),
     "yeo-johnson": YeoJohnson(),
+    "quantile": Quantile(n_knots=9),
     "chain": Chain([Log(), YeoJohnson()]),
 }
 POWERS = torch.tensor([0.0, 0.3, 1.0, 1.6, 2.0], dtype=torch.float64)
@@ -58,13 +60,16 @@ POWERS = torch.tensor([0.0, 0.3, 1.0, 1.6, 2.0], dtype=torch.float64)
 def tensors_of(transform, dim):
     """Tensors of a warp that are not special."""
     generator = torch.Generator().manual_seed(2)
-    values = {"centre": lambda t: torch.randn(t.shape, generator=generator)}
+    values = {
+        "centre": lambda t: torch.randn(t.shape, generator=generator),
+        "knots": lambda t: (0.1 + torch.rand(t.shape, generator=generator)).cumsum(0) - 0.3 * len(t),
+    }
     other = lambda t: 0.5 + torch.rand(t.shape, generator=generator)  # noqa: E731
     return {name: values.get(name.split("_")[0], other)(t).double() for name, t in transform.start(dim).items()}
 
 
 def warp_of(transform, dim=1):
-    return transform.warp({name: tensor.unsqueeze(-2) for name, tensor in tensors_of(transform, dim).items()})
+    return transform.warp({name: tensor.unsqueeze(0) for name, tensor in tensors_of(transform, dim).items()})
 
 
 def make_head(transform, noise=None, dim=1, n_components=3, family=None):

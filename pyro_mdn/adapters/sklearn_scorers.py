@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 
 try:
     from sklearn.base import BaseEstimator
+    from sklearn.metrics import r2_score
     from sklearn.pipeline import Pipeline
     from sklearn.utils.metadata_routing import UNUSED
 except ImportError as error:
@@ -26,6 +28,7 @@ except ImportError as error:
 __all__ = [
     "Scorer",
     "concordance",
+    "mean_r2",
     "neg_crps",
     "neg_integrated_brier",
     "neg_interval_score",
@@ -199,3 +202,13 @@ def _mean(losses: Tensor, sample_weight: Any) -> float:
     if not bool((total > 0).all()):
         raise ValueError("y: expected an observed target of positive weight in each column, got none in one")
     return ((losses.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) * weight).sum(0) / total).mean().item()
+
+
+def mean_r2(y: Tensor, mean: Tensor, weight: Tensor | None) -> float:
+    """Compute R² of predicted means ``(N, D)`` over the observed rows, as the mean over outputs."""
+    values = []
+    for column, predicted in zip(y.T, mean.T, strict=True):
+        seen = ~column.isnan()
+        given = None if weight is None else weight[seen].numpy()
+        values.append(r2_score(column[seen].numpy(), predicted[seen].numpy(), sample_weight=given))
+    return float(np.mean(values))

@@ -2,15 +2,15 @@ r"""Inputs, targets and weights as scikit-learn hands them over, and censored ta
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
-from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
+from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.support.arrays import as_array, as_tensor, is_frame
 from pyro_mdn.support.checks import describe, unmasked
 
@@ -20,7 +20,9 @@ try:
 except ImportError as error:
     raise ImportError("pyro_mdn.sklearn needs scikit-learn: in a checkout pip install '.[sklearn]'") from error
 
-__all__ = ["as_targets", "as_weight", "interval_targets", "plain", "shifted", "uncentered", "validated"]
+__all__ = ["as_targets", "as_weight", "centres", "interval_targets", "plain", "shifted", "uncentered", "validated"]
+
+P = TypeVar("P", bound=Predictor)
 
 # Arguments for scikit-learn's checks of targets: NaN is allowed, since it means "not observed".
 _TARGETS: dict[str, Any] = {"dtype": np.float64, "ensure_2d": False, "ensure_all_finite": "allow-nan"}
@@ -137,17 +139,20 @@ def validated(estimator: Any, X: Any, y: Any) -> Validated:
     return Validated(X, as_targets(y), masked, y.ndim == 1)
 
 
+def centres(network: MixtureDensityNetwork, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Compute the means of inputs and of targets; 0 where centred numbers would not go through the same transform."""
+    pairs = [(x, network.input_units), (y, network.head.units)]
+    return [values.nanmean(0).nan_to_num() * (units.is_affine and not units.is_unscaled) for values, units in pairs]
+
+
+def uncentered(predictor: P, x_shift: Tensor, y_shift: Tensor) -> P:
+    """Convert a network to data that are not centred, in float64, because float32 could not hold the shifts."""
+    network = predictor.cpu().double().architecture
+    network.x_shift += x_shift
+    network.head.shift += y_shift
+    return predictor.eval()
+
+
 def shifted(targets: TargetsOrTensor, shift: Tensor) -> TargetsOrTensor:
     """Subtract a shift ``(D,)`` from targets, or from both ends of their intervals."""
     return targets.limits(lambda t: t - shift) if isinstance(targets, Targets) else targets - shift
-
-
-def uncentered(
-    network: MixtureDensityNetwork | DeepEnsemble, x_shift: Tensor, y_shift: Tensor
-) -> MixtureDensityNetwork | DeepEnsemble:
-    """Convert the network to data that are not centred, in float64, because float32 could not hold the shifts."""
-    network = network.cpu().double()
-    part = network.architecture
-    part.x_shift += x_shift
-    part.head.shift += y_shift
-    return network.eval()

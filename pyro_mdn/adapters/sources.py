@@ -12,7 +12,7 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.networks.predictor import ENSEMBLE, POINT, Predictor
 from pyro_mdn.posteriors.posterior import DRAWS, Posterior, as_posterior
 from pyro_mdn.posteriors.predictive import posterior_predictive
-from pyro_mdn.support.arrays import Array, as_tensor, require_columns, to_numpy
+from pyro_mdn.support.arrays import Array, require_columns, to_numpy
 from pyro_mdn.support.process_state import evaluating
 
 __all__ = ["ENSEMBLE", "POINT", "Source", "predict"]
@@ -81,7 +81,7 @@ def _inputs(predictor: Predictor, x: Any) -> Tensor:
     if x is None:
         raise ValueError("x: expected the inputs that the network predicts from, got none")
     require_columns(predictor.architecture.input_names, x, "x")
-    return as_tensor(x, "x", next(predictor.buffers()).device)
+    return predictor.architecture.as_numbers(x, device=next(predictor.buffers()).device)
 
 
 def _fixed(predictor: Predictor, x: Any, posterior: Posterior, num_samples: int | None) -> Posterior:

@@ -26,6 +26,10 @@ class Inputs(Protocol):
 
     x_shift: Tensor
 
+    def as_numbers(self, x: Any) -> Tensor:
+        """Convert inputs of any container to a tensor."""
+        ...
+
     def require_batch(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless inputs have a dimension of rows."""
         ...
@@ -181,7 +185,7 @@ def predicted_in_parts(predict: Callable[[Tensor], Mixture], x: Any, network: In
         ValueError: If x has no rows, or a number that is not finite in the precision of the network.
     """
     require_counts(chunk_size=chunk_size)
-    rows = as_tensor(x, "x")
+    rows = network.as_numbers(x)
     if rows.ndim == 0 or not len(rows):
         raise ValueError(f"x: expected rows to predict, got {describe(x)}")
     network.require_batch(rows)

@@ -13,8 +13,9 @@ from torch.func import functional_call
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor, as_targets
 from pyro_mdn.distributions.units.units import Units
+from pyro_mdn.networks import inputs
 from pyro_mdn.networks.batched.functional import MixtureTensors, in_parts, in_passes, over_draws
-from pyro_mdn.networks.batched.layers import dense_cost, dense_raw, is_dense
+from pyro_mdn.networks.batched.layers import aligned, dense_cost, dense_raw, is_dense
 from pyro_mdn.networks.batched.stacking import copied, set_tensors, stack, warn_if_unsure
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.predictor import Predictor
@@ -239,16 +240,18 @@ class DeepEnsemble(Predictor):
 
     def _units(self, tensors: dict[str, Tensor], batch_dim: int) -> Units:
         """Map to the units of y of each member, for a batch ``(M, ...)`` of mixtures."""
-
-        def aligned(tensor: Tensor) -> Tensor:
-            return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), *tensor.shape[1:])
-
         head = self.stacked.head
-        return head.units_of({name: aligned(tensors[f"head.{name}"]) for name, _ in head.named_buffers()})
+        return head.units_of({name: aligned(tensors[f"head.{name}"], batch_dim) for name, _ in head.named_buffers()})
 
     def units(self, batch_dim: int) -> Units:
         """Map to the units of y of each member, for a batch ``(M, ...)`` with so many dimensions."""
         return self._units(self._tensors(), batch_dim)
+
+    def input_units(self, batch_dim: int) -> Units:
+        """Map to the standardised inputs of each member, for a batch ``(M, ...)`` with so many dimensions."""
+        transform, tensors = self.stacked.input_transform, self._tensors()
+        names = inputs.buffers_of(transform).values()
+        return inputs.units_of(transform, {name: aligned(tensors[name], batch_dim) for name in names})
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.stacked.named_parameters()), **dict(self.stacked.named_buffers())}

@@ -18,6 +18,7 @@ from pyro_mdn.distributions.covariance.noise_models import NoiseModel
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
+from pyro_mdn.networks import inputs
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.starting_point import hidden_layers
 from pyro_mdn.support.fingerprint import FORMS, described, differing
@@ -90,7 +91,7 @@ def _shapes_outside_backbone(network: MixtureDensityNetwork) -> tuple[Shapes, Sh
         head = MixtureHead(network.hidden_dim[-1], network.dim_out, network.n_components, **settings)
     expected = _shapes_of({f"head.{name}": tensor for name, tensor in head.state_dict().items()})
     got = _shapes_of(network.state_dict())
-    units = dict.fromkeys(("x_shift", "x_scale"), network.input_shape)
+    units = _shapes_of(inputs.new(network.input_transform, network.input_shape))
     return {**expected, **units}, {name: shape for name, shape in got.items() if not name.startswith("backbone.")}
 
 
@@ -143,8 +144,10 @@ def _family_to_config(family: Family) -> dict[str, Any]:
     return {"noise": family.noise.to_config()} if type(family) is Normal else {"family": family.to_config()}
 
 
-def _transform_to_config(transform: TargetTransform) -> dict[str, Any]:
-    return {} if type(transform) is Standardize else {"target_transform": transform.to_config()}
+def _transforms_to_config(network: MixtureDensityNetwork) -> dict[str, Any]:
+    """Describe transforms other than the default, of which earlier versions did not write anything."""
+    transforms = {"target_transform": network.head.transform, "input_transform": network.input_transform}
+    return {name: own.to_config() for name, own in transforms.items() if type(own) is not Standardize}
 
 
 def _family_from_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +162,7 @@ def network_config(network: MixtureDensityNetwork) -> dict[str, Any]:
     if network.latent:
         raise ValueError("network: expected no latent weights: save it before bayesianize, and the posterior apart")
     names: dict[str, Any] = {} if network.input_names is None else {"input_names": network.input_names}
-    names |= _transform_to_config(network.head.transform)
+    names |= _transforms_to_config(network)
     return {
         **names,
         "dim_in": list(network.input_shape),
@@ -184,8 +187,8 @@ def network_from_config(
     _require_backbone(source, config.pop("custom_backbone"), backbone, structure)
     try:
         family = _family_from_config(config)
-        if "target_transform" in config:
-            config["target_transform"] = TargetTransform.from_config(config["target_transform"])
+        for name in {"target_transform", "input_transform"} & {*config}:
+            config[name] = TargetTransform.from_config(config[name])
         with own_generators():  # the initial weights are overwritten
             network = kind(**config, **family, backbone=backbone)
         network.input_names = names

@@ -7,7 +7,6 @@ from numbers import Integral
 from typing import Any, Self
 
 import torch
-from pyro.distributions.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_mdn.distributions.covariance.noise_models import NoiseModel
@@ -15,19 +14,21 @@ from pyro_mdn.distributions.density import complete_when_run
 from pyro_mdn.distributions.families.family import Family
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor, missing
-from pyro_mdn.distributions.units.target_transforms import TargetTransform
+from pyro_mdn.distributions.units.target_transforms import Identity, Standardize, TargetTransform
+from pyro_mdn.distributions.units.units import Units
+from pyro_mdn.networks import inputs
 from pyro_mdn.networks.files import network_config, network_from_config
 from pyro_mdn.networks.head import MixtureHead, exact_buffers
 from pyro_mdn.networks.predictor import Predictor
 from pyro_mdn.networks.pyro_model import PyroNetwork, require_single_weights
 from pyro_mdn.networks.raw_parameters import Raw
-from pyro_mdn.networks.rows import checked, converted_targets, require_device
+from pyro_mdn.networks.rows import checked, converted_targets
 from pyro_mdn.networks.starting_point import hidden_layers
-from pyro_mdn.support.arrays import as_tensor, require_columns, require_finite
-from pyro_mdn.support.checks import as_sizes, is_inherited, is_known, sample_shape_of
+from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.checks import as_sizes, is_inherited, sample_shape_of
 from pyro_mdn.support.process_state import require_seed, seeded
 from pyro_mdn.support.torch_compat import REGISTERED, is_hooked
-from pyro_mdn.tensors.numerics import location_and_scale, single_at_least
+from pyro_mdn.tensors.numerics import single_at_least
 
 __all__ = ["MixtureDensityNetwork"]
 
@@ -55,6 +56,9 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             which ``noise`` may be given. A list has a family for each output, see :class:`pyro_mdn.Product`.
         target_transform: What targets go through before components see them, such as ``"log"`` for positive ones (see
             :class:`pyro_mdn.Log`); a list has one for each output. By default, they are only standardised.
+        input_transform: What inputs go through before the backbone, such as ``"log"`` for positive ones; a list has
+            one for each column. By default, they are standardised; ``"identity"`` leaves them as they are, for a
+            backbone that was trained before, images or integer codes (see :class:`pyro_mdn.Identity`).
         backbone: Any module from inputs to features ``(*batch, hidden_dim)``, in place of the hidden layers.
         seed: Seed of the initial weights; a ``backbone`` keeps its own weights. Without a seed, the weights are drawn
             from torch's global generator. With a seed, that generator stays as it was.
@@ -73,11 +77,15 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     (torch.Size([5]), torch.Size([5, 1]))
     """
 
-    _settings = ("input_shape", "hidden_dim", "weight_dtype")  # for fingerprints
+    _settings = ("input_shape", "hidden_dim", "weight_dtype", "input_transform")  # for fingerprints
 
     input_shape: tuple[int, ...]
     input_names: list[str] | None  # of the data frame that it was trained on, if it was one
     hidden_dim: tuple[int, ...]
+    input_transform: TargetTransform = Standardize()  # that of pickled networks of before
+    keeps_integers: bool = False
+    """Whether the backbone gets integers as they are; everything else becomes floating point."""
+
     backbone: nn.Module
     head: MixtureHead
     x_shift: Tensor
@@ -93,6 +101,7 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         noise: NoiseModel | str | None = None,
         family: Family | str | Sequence[Family | str] | None = None,
         target_transform: TargetTransform | str | Sequence[TargetTransform | str | None] | None = None,
+        input_transform: TargetTransform | str | Sequence[TargetTransform | str] | None = None,
         backbone: nn.Module | None = None,
         seed: int | None = None,
     ) -> None:
@@ -105,16 +114,23 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             raise ValueError(f"dim_in: expected a width, or a backbone that takes shape {self.input_shape}")
         if not (backbone is None or isinstance(backbone, nn.Module)):
             raise ValueError(f"backbone: expected a torch.nn.Module, got {type(backbone).__name__}")
+        self.input_transform = inputs.transform_for(input_transform, self.input_shape)
+        self.keeps_integers = type(self.input_transform) is Identity and backbone is not None
         with seeded(seed):
             self.backbone = hidden_layers([*self.input_shape, *self.hidden_dim]) if backbone is None else backbone
             settings: dict[str, Any] = {"noise": noise, "family": family, "target_transform": target_transform}
             self.head = MixtureHead(self.hidden_dim[-1], dim_out, n_components, **settings)
         single = single_at_least(torch.get_default_dtype())
-        self.register_buffer("x_shift", torch.zeros(self.input_shape, dtype=single))
-        self.register_buffer("x_scale", torch.ones(self.input_shape, dtype=single))
+        for name, tensor in inputs.new(self.input_transform, self.input_shape).items():
+            self.register_buffer(name, tensor.to(single))
+
+    @property
+    def _unnamed_before(self) -> frozenset[str]:
+        """Attributes that earlier versions did not have, at values that mean what those did; for fingerprints."""
+        return frozenset({"input_transform", "keeps_integers"} if type(self.input_transform) is Standardize else ())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with exact_buffers(self, "x_shift", "x_scale"):
+        with exact_buffers(self, *inputs.buffers_of(self.input_transform).values()):
             return super()._apply(fn, recurse)
 
     @property
@@ -240,10 +256,10 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         observed = ~missing(y).all(-1)
         if not bool(observed.all()):
             x, y = x[observed], y[observed]
-        shift, scale = location_and_scale(x.reshape(-1, *self.input_shape).cpu())
+        fitted = inputs.fitted(self.input_transform, x.reshape(-1, *self.input_shape))
         self.head.initialize_(y.reshape(-1, self.dim_out), warp=warp)
-        self.x_shift.copy_(shift)
-        self.x_scale.copy_(scale)
+        for name, tensor in fitted.items():
+            getattr(self, name).copy_(tensor)
 
     @property
     def initialized(self) -> bool:
@@ -271,14 +287,9 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
     def features(self, x: Any) -> Tensor:
         """Compute the features of inputs x by the backbone, ``(*batch, hidden_dim)``."""
         x = self.inputs(x)
-        batch_shape = self._batch_shape(x)
-        shift, scale = self._units()
-        features = self.backbone(((x - shift) / scale).to(self.weight_dtype))
-        n = features.ndim - 1 if isinstance(features, Tensor) else -1
-        if n < min(1, len(batch_shape)) or features.shape != (*batch_shape[:n], self.hidden_dim[-1]):
-            expected = f"features (*batch, {self.hidden_dim[-1]}) for x of shape {tuple(x.shape)}"
-            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise ValueError(f"backbone: expected {expected}, got {got}")
+        scaled = inputs.scaled(self.input_transform, getattr(self, _BUFFERS), x, self.weight_dtype)
+        features = self.backbone(scaled)
+        inputs.require_features(features, self.hidden_dim[-1], x, x.shape[: x.ndim - len(self.input_shape)])
         return features
 
     @property
@@ -287,21 +298,22 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
         linear: Any = getattr(self._modules["head"], _MODULES)["linear"]
         weight = getattr(linear, _PARAMETERS).get("weight", getattr(linear, _BUFFERS).get("weight_start"))
         if weight is None:  # a layer of the user's, or one whose weight is computed
-            weight = next(linear.parameters(), self._units()[0])
+            weight = next(linear.parameters(), getattr(self, _BUFFERS)["x_shift"])
         return weight.dtype
 
-    def _units(self) -> tuple[Tensor, Tensor]:
-        """Return the scalers of x from the buffers: an attribute of a Pyro module takes microseconds to look up."""
-        buffers = getattr(self, _BUFFERS)
-        return buffers["x_shift"], buffers["x_scale"]
+    @property
+    def input_units(self) -> Units:
+        """Map of the inputs to standardised units."""
+        return inputs.units_of(self.input_transform, getattr(self, _BUFFERS))
+
+    def as_numbers(self, x: Any, name: str = "x", device: torch.device | None = None) -> Tensor:
+        """Convert inputs of any container to a tensor: floating point, or integers if the backbone keeps them."""
+        return as_tensor(x, name, device, integers=self.keeps_integers)
 
     def require_batch(self, x: Tensor) -> None:
         """Raise a ``ValueError`` unless inputs have a dimension of rows."""
         if x.ndim == len(self.input_shape):
             raise ValueError(f"x: expected a batch of inputs, got one of shape {tuple(x.shape)}")
-
-    def _batch_shape(self, x: Tensor) -> torch.Size:
-        return x.shape[: x.ndim - len(self.input_shape)]
 
     def inputs(self, x: Any) -> Tensor:
         """Convert inputs of any container to a tensor ``(*batch, dim_in)`` on the device of the network.
@@ -310,16 +322,8 @@ class MixtureDensityNetwork(PyroNetwork, Predictor):
             ValueError: If x holds anything but numbers, if a tensor is on another device, if the shape or the names of
                 columns do not fit or, when Pyro validates, if a number is not finite in the network's precision.
         """
-        unit = self._units()[0]
-        require_columns(self.input_names, x, "x")
-        n, given, x = len(self.input_shape), x, as_tensor(x, "x", unit.device)
-        require_device(x, "x", unit.device)
-        if x.ndim < n or x.shape[x.ndim - n :] != self.input_shape:
-            expected = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"x: expected shape (*batch, {expected}), as dim_in says, got {tuple(x.shape)}")
-        if is_validation_enabled() and is_known(x):
-            require_finite(x, "x", given, unit.dtype)
-        return x
+        # From the buffers: an attribute of a Pyro module takes microseconds to look up.
+        return inputs.converted(self, x, getattr(self, _BUFFERS)["x_shift"])
 
     def targets(self, y: Any, batch_shape: torch.Size, *, replicated: bool = False) -> TargetsOrTensor:
         """Convert targets of any container to ``(*batch, D)``, or ``(*sample, *batch, D)`` if ``replicated``.

@@ -20,7 +20,8 @@ from pyro_mdn.distributions.observations.targets import (
     missing,
     without_intervals,
 )
-from pyro_mdn.support.arrays import as_tensor, require_finite, require_no_infinity
+from pyro_mdn.networks import inputs
+from pyro_mdn.support.arrays import as_tensor, require_no_infinity
 from pyro_mdn.support.checks import is_known, require_range
 from pyro_mdn.support.process_state import evaluating
 
@@ -30,12 +31,12 @@ from pyro_mdn.tensors.numerics import single_at_least
 
 __all__ = [
     "Rows",
+    "as_device_inputs",
     "as_device_targets",
     "as_device_tensor",
     "as_rows",
     "checked",
     "converted_targets",
-    "require_device",
     "require_usable",
 ]
 
@@ -183,14 +184,13 @@ def checked(network: MixtureDensityNetwork, x: Any, y: Any, given: tuple[Any, An
         features = network.features(x[:1])
     y = network.targets(y, x.shape[: x.ndim - len(network.input_shape)][: features.ndim - 1])
     dtype = network.x_shift.dtype
-    require_finite(x, "x", given[0], dtype)
+    inputs.require_usable(network, x, given[0], dtype)
     require_usable(y, given[1], dtype)
     network.head.units.require_inside(y, "y", given[1])
     columns = (y.points() if isinstance(y, Targets) else y).reshape(-1, network.dim_out)
     if bool((unobserved := columns.isnan().all(0)).any()):
         positions = unobserved.nonzero().flatten().tolist()
         raise ValueError(f"y: expected an observed target in each column, got none in {positions}")
-    require_range(x.reshape(-1, *network.input_shape), "x", dtype)
     require_range(columns, "y", dtype)
     return x, y
 
@@ -201,7 +201,7 @@ def converted_targets(
     """Convert targets as :meth:`MixtureDensityNetwork.targets` does."""
     unit = network.x_shift  # once: an attribute of a Pyro module takes microseconds to look up
     given, y = y, as_targets(y, "y", unit.device)
-    require_device(y, "y", unit.device)
+    inputs.require_device(y, "y", unit.device)
     y = y.unsqueeze(-1) if network.dim_out == 1 and y.shape == batch_shape else y
     expected = (*batch_shape, network.dim_out)
     if y.shape[max(0, y.ndim - len(expected)) if replicated else 0 :] != expected:
@@ -218,7 +218,7 @@ def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, 
         ValueError: If they are not usable.
     """
     device, given = network.x_shift.device, (x, y)
-    x, y = as_device_tensor(x, f"{name}x", device), as_device_targets(y, f"{name}y", device)
+    x, y = as_device_inputs(network, x, f"{name}x"), as_device_targets(y, f"{name}y", device)
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise ValueError(f"{name}x, {name}y: expected equally many rows, got {tuple(x.shape)} and {tuple(y.shape)}")
     weight = _as_weight(weight, len(x), x, device, f"{name}weight" if name else "sample_weight")
@@ -228,6 +228,12 @@ def as_rows(network: MixtureDensityNetwork, x: Any, y: Any, weight: Any = None, 
 def as_device_tensor(value: Any, name: str, device: torch.device) -> Tensor:
     """Convert numbers of any container to a tensor on the device, without a graph."""
     return as_tensor(value, name, device).detach().to(device)
+
+
+def as_device_inputs(network: MixtureDensityNetwork, x: Any, name: str = "x") -> Tensor:
+    """Convert inputs of any container to a tensor on the device of a network, without a graph."""
+    device = network.x_shift.device
+    return network.as_numbers(x, name, device).detach().to(device)
 
 
 def as_device_targets(value: Any, name: str, device: torch.device) -> TargetsOrTensor:
@@ -261,9 +267,3 @@ def _as_weight(weight: Any, rows: int, like: Tensor, device: torch.device, name:
     if not bool((weight.isfinite() & (weight >= 0)).all()) or not bool(weight.max() > 0):
         raise ValueError(f"{name}: expected finite numbers that are not negative, one positive at least")
     return (weight / weight.max()).to(single_at_least(like.dtype))
-
-
-def require_device(value: TargetsOrTensor, name: str, device: torch.device) -> None:
-    """Raise a ``ValueError`` unless a tensor is on a device."""
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {value.device}")

@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoGuide, init_to_value
 from torch import Tensor, nn
 
 from pyro_mdn.distributions.observations.targets import Targets, is_complete
+from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.ensemble import DeepEnsemble
 from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows
@@ -33,7 +34,7 @@ from pyro_mdn.training.checkpoint import Checkpoint, CheckpointedTraining
 from pyro_mdn.training.loop import Loop, copied
 from pyro_mdn.training.objectives import NegativeElbo, NegativeLogLikelihood
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import INPUT_NOISE, STEPS, TARGET_NOISE, blur, default_weight_decay
+from pyro_mdn.training.schedules import STEPS, TARGET_NOISE, blur, default_input_noise, default_weight_decay
 from pyro_mdn.training.settings import FitArguments, LoopSettings
 from pyro_mdn.training.trainee import CollapseWarning, Trainee, put_back_if_refused, require_trainable, trainee_of
 
@@ -233,7 +234,8 @@ def _planned(given: FitArguments, trainee: Trainee, batches: Batches, rows: Rows
         objective = NegativeElbo(trainee.network, guide, batches.num_rows, **counts)
     cell = trainee.cell(rows) * (given.target_noise != 0)
     objective = trainee.objective(objective, cell if bool(cell.any()) else None)
-    settings = _resolved(given, objective, max_epochs, batches.num_rows * rows.targets_per_row())
+    targets = batches.num_rows * rows.targets_per_row()
+    settings = _resolved(given, objective, max_epochs, targets, trainee.network.input_units)
     return _Plan(trainee, objective, guide, settings, seed, cell, "anew" if given.reinitialize else initialize)
 
 
@@ -242,7 +244,7 @@ def _has_prior(objective: nn.Module) -> bool:
     return any(isinstance(part, NegativeElbo) for part in objective.modules())
 
 
-def _resolved(given: FitArguments, objective: nn.Module, max_epochs: int, targets: float) -> LoopSettings:
+def _resolved(given: FitArguments, objective: nn.Module, max_epochs: int, targets: float, units: Units) -> LoopSettings:
     """Put numbers in place of the defaults that depend on the data."""
     regularized = not _has_prior(objective)
     return LoopSettings.resolved(
@@ -250,7 +252,7 @@ def _resolved(given: FitArguments, objective: nn.Module, max_epochs: int, target
         max_epochs=max_epochs,
         patience=math.ceil(max_epochs / 4),
         weight_decay=regularized * default_weight_decay(targets),
-        input_noise=regularized * INPUT_NOISE,
+        input_noise=regularized * default_input_noise(units),
         target_noise=regularized * TARGET_NOISE,
     )
 

@@ -23,7 +23,7 @@ from pyro_mdn.training.batches.preparation import Batches
 from pyro_mdn.training.batches.streams import Streamed
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, clip_, joint_norm
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import blur, blur_targets, fading, warmup_cosine
+from pyro_mdn.training.schedules import blur_inputs, blur_targets, fading, warmup_cosine
 from pyro_mdn.training.settings import LoopSettings
 
 __all__ = ["Loop", "copied"]
@@ -61,7 +61,7 @@ class Loop:
         objective: nn.Module,
         batches: Batches,
         held_out: Rows | Streamed | None,
-        units: tuple[Tensor, Units],
+        units: tuple[Units, Units],
         settings: LoopSettings,
         *,
         row_weight: Tensor | float = 1.0,
@@ -71,7 +71,8 @@ class Loop:
         with unvalidated():  # torch.compile would switch the validation of distributions off, for good
             self.losses = torch.compile(objective, dynamic=True) if settings.compile else objective
         self.row_weight, self.least_noise = row_weight, least_noise
-        self.input_noise, self.units = settings.input_noise * units[0], units[1]
+        self.input_units, self.units = units
+        self.input_noise = settings.input_noise * self.input_units.unit
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
         self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
         self.average = AveragedWeights(self.parameters)
@@ -183,7 +184,7 @@ class Loop:
         """Change the weights by one step; return the sum of the losses and the sum of their weights."""
         step, self.step = self.step, self.step + 1
         fade = fading(step, self.steps, self.settings.final_noise)
-        x = blur(batch.x, self.input_noise, fade)
+        x = blur_inputs(batch.x, self.input_units, self.input_noise, fade)
         y = blur_targets(batch.y, self.units, fade * self.settings.target_noise, least=self.least_noise)
         self.optimizer.zero_grad()
         total, weight = batch.totals(self._losses(x, y))

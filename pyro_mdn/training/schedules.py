@@ -14,7 +14,15 @@ from pyro_mdn.distributions.units.units import Units
 
 T = TypeVar("T", bound=TargetsOrTensor)
 
-__all__ = ["blur", "blur_targets", "default_weight_decay", "fading", "warmup_cosine"]
+__all__ = [
+    "blur",
+    "blur_inputs",
+    "blur_targets",
+    "default_input_noise",
+    "default_weight_decay",
+    "fading",
+    "warmup_cosine",
+]
 
 # The defaults of fit, chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
 LEARNING_RATE = 0.02
@@ -62,6 +70,30 @@ def blur(value: T, scale: Tensor, factor: float = 1.0, generator: torch.Generato
 
     result: Any = value.limits(moved) if isinstance(value, Targets) else moved(value)
     return result
+
+
+def blur_inputs(
+    x: Tensor, units: Units, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
+    """Add normal noise to inputs on the real line that their units map them to; integers stay what they are.
+
+    Args:
+        x: Inputs ``(..., D)``.
+        units: Units of the inputs.
+        scale: Standard deviation of the noise on the line, up to the factor.
+        factor: Factor on it.
+        generator: Generator to draw from, by default torch's.
+    """
+    if not x.is_floating_point():
+        return x
+    if units.is_affine:
+        return blur(x, scale, factor, generator)
+    return units.from_line(blur(units.to_line(x), scale, factor, generator))
+
+
+def default_input_noise(units: Units) -> float:
+    """Standard deviation of the noise on inputs in standardised units, if these say what is small."""
+    return 0.0 if units.is_unscaled else INPUT_NOISE
 
 
 def blur_targets(

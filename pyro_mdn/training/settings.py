@@ -113,7 +113,8 @@ class NoiseSchedule(Group):
 
     Args:
         input_noise: Standard deviation of the noise on x at the start, in standardised units. By default 0.1, but 0 for
-            variational inference, where the prior regularises.
+            variational inference, where the prior regularises, and for inputs that are left as they are
+            (:class:`pyro_mdn.Identity`). Integers get none.
         target_noise: Standard deviation of the noise on y at the start, in standardised units; the default is that of
             ``input_noise``. Unless this is 0, targets on a grid, such as counts or rounded numbers (each value in five
             rows or more), stand for the cells around them, because a density could grow there without bound. The

@@ -89,8 +89,8 @@ class Trainee(ABC):
         """Set scalers and components from inputs of rows and targets y."""
 
     @abstractmethod
-    def units(self, rows: Rows) -> tuple[Tensor, Units]:
-        """Return the size of a standardised unit of x, and the units of y, in shapes that broadcast with rows."""
+    def units(self, rows: Rows) -> tuple[Units, Units]:
+        """Return the units of x and those of y, in shapes that broadcast with rows."""
 
     @abstractmethod
     def summarize(self, result: FitResult, rows: Rows) -> None:
@@ -120,8 +120,8 @@ class NetworkTrainee(Trainee):
     def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         self.network.initialize_(rows.x, y)
 
-    def units(self, rows: Rows) -> tuple[Tensor, Units]:
-        return self.network.x_scale, self.network.head.units
+    def units(self, rows: Rows) -> tuple[Units, Units]:
+        return self.network.input_units, self.network.head.units
 
     def summarize(self, result: FitResult, rows: Rows) -> None:
         result.component_weights = component_weights(self.network, rows)
@@ -157,10 +157,9 @@ class EnsembleTrainee(Trainee):
     def initialize_(self, rows: Rows, y: TargetsOrTensor) -> None:
         self.ensemble.initialize_(rows.x, y)
 
-    def units(self, rows: Rows) -> tuple[Tensor, Units]:
-        scale = self.network.x_scale
-        aligned = scale.reshape(len(scale), *(1,) * (rows.x.ndim - scale.ndim), *scale.shape[1:])
-        return aligned, self.ensemble.units(rows.y.ndim - 1)
+    def units(self, rows: Rows) -> tuple[Units, Units]:
+        x_dims = rows.x.ndim - len(self.network.input_shape)
+        return self.ensemble.input_units(x_dims), self.ensemble.units(rows.y.ndim - 1)
 
     def summarize(self, result: FitResult, rows: Rows) -> None:
         if isinstance(rows, MemberRows):

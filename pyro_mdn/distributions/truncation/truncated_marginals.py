@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_mdn.distributions.marginals import LocationScaleMarginals
 from pyro_mdn.distributions.truncation.truncated_law import TruncatedLaw, standardized
 from pyro_mdn.distributions.units.warped_marginals import WarpedMarginals
-from pyro_mdn.distributions.units.warps import Identity
+from pyro_mdn.distributions.units.warps import IdentityWarp
 from pyro_mdn.tensors.numerics import log_sum_exp
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
@@ -35,7 +35,7 @@ class TruncatedMarginals(LocationScaleMarginals):
     def __init__(self, mixture: UnivariateMixture, law: TruncatedLaw, low: Tensor, high: Tensor) -> None:
         super().__init__(mixture)
         self.law, self.low, self.high = law, low, high
-        self.integrals = WarpedMarginals(LocationScaleMarginals(mixture), Identity())
+        self.integrals = WarpedMarginals(LocationScaleMarginals(mixture), IdentityWarp())
 
     def is_differentiated(self) -> bool:
         return False  # an end of an interval may be that of the support

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_mdn.distributions.units.circular.angles import AngleUnits
 from pyro_mdn.distributions.units.circular.circles import Circles
 from pyro_mdn.distributions.units.compound_warps import Chained, SideBySide
-from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTransform
+from pyro_mdn.distributions.units.target_transforms import Identity, Standardize, TargetTransform
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import Warp
@@ -105,23 +105,23 @@ class PerOutput(CompoundTransform, by_name=False):
             raise ValueError(f"target_transform: expected {dim} transforms, one for each output, got {len(self.parts)}")
         tensors = super().identity(dim, common_unit=False)
         starts = [part.identity(1, common_unit=False) for part in self.transforms]
-        return self._with_angles(tensors, starts, common_unit=common_unit)
+        return self._with_own_units(tensors, starts, common_unit=common_unit)
 
     def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        if self.circles(len(self.parts)) is None:
+        if not any(map(_has_own_unit, self.transforms)):
             return super().fit(y, common_unit=common_unit, warp=warp)
         tensors = super().fit(y, common_unit=False, warp=warp)
         columns = zip(self.transforms, y.split(1, -1), strict=True)
-        fitted = [part.fit(column, common_unit=False) if _has_angles(part) else {} for part, column in columns]
-        return self._with_angles(tensors, fitted, common_unit=common_unit)
+        fitted = [part.fit(column, common_unit=False) if _has_own_unit(part) else {} for part, column in columns]
+        return self._with_own_units(tensors, fitted, common_unit=common_unit)
 
-    def _with_angles(
+    def _with_own_units(
         self, tensors: dict[str, Tensor], own: Sequence[Mapping[str, Tensor]], *, common_unit: bool
     ) -> dict[str, Tensor]:
-        """Put shift and scale of the outputs that are angles into those of all outputs."""
+        """Put shift and scale of the outputs that are not standardised into those of all outputs."""
         shift, scale = tensors["shift"].clone(), tensors["scale"].clone()
         for d, (part, tensors_of_part) in enumerate(zip(self.transforms, own, strict=True)):
-            if _has_angles(part):
+            if _has_own_unit(part):
                 shift[d], scale[d] = tensors_of_part["shift"][0], tensors_of_part["scale"][0]
         scale = scale.square().mean().sqrt().reshape(1) if common_unit else scale
         return {**tensors, "shift": shift, "scale": scale}
@@ -163,6 +163,11 @@ def _circles_of(transforms: tuple[TargetTransform, ...]) -> Circles | None:
 
 def _has_angles(transform: TargetTransform) -> bool:
     return transform.circles(1) is not None
+
+
+def _has_own_unit(transform: TargetTransform) -> bool:
+    """Whether a transform has a shift and a scale of its own, in place of mean and standard deviation."""
+    return isinstance(transform, Identity) or _has_angles(transform)
 
 
 def as_transform(given: TargetTransform | str | Sequence[TargetTransform | str | None] | None) -> TargetTransform:

@@ -42,6 +42,9 @@ class Rescaled(Warp):
     def log_slope(self, y: Tensor) -> Tensor:
         return self.then.log_slope((y - self.shift) / self.scale) - self.scale.log()
 
+    def kinks(self) -> Tensor | None:
+        return self.then.kinks()
+
     def marginal(self, dims: Sequence[int]) -> Self:
         rescaled = super().marginal(dims)
         return replace(rescaled, then=self.then.marginal(dims))
@@ -82,6 +85,17 @@ class Chained(_Several):
             total, y = total + part.log_slope(y), part.forward(y)
         return total
 
+    def kinks(self) -> Tensor | None:
+        found: list[Tensor] = []
+        for part in self.parts:
+            found = [part.forward(points) for points in found]
+            own = part.kinks()
+            found += [] if own is None else [own]
+        if not found:
+            return None
+        shape = torch.broadcast_shapes(*(points.shape[1:] for points in found))
+        return torch.cat([points.expand(-1, *shape) for points in found])
+
     def marginal(self, dims: Sequence[int]) -> Self:
         return replace(self, parts=tuple(part.marginal(dims) for part in self.parts))
 
@@ -107,6 +121,16 @@ class SideBySide(_Several):
 
     def log_slope(self, y: Tensor) -> Tensor:
         return self._each("log_slope", y)
+
+    def kinks(self) -> Tensor | None:
+        found = [part.kinks() for part in self.parts]
+        known = [points for points in found if points is not None]
+        if not known:
+            return None
+        size = max(map(len, known))
+        # An output with fewer kinks has one of them several times, and one without any those of another output.
+        padded = [known[0] if points is None else points for points in found]
+        return _joined([torch.cat([p, p[-1:].expand(size - len(p), *p.shape[1:])]) for p in padded])
 
     def marginal(self, dims: Sequence[int]) -> Self:
         return replace(self, parts=tuple(self.parts[d] for d in dims))

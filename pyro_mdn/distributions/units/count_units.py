@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.distributions.units.units import Units
-from pyro_mdn.distributions.units.warps import Identity, Warp
+from pyro_mdn.distributions.units.warps import IdentityWarp, Warp
 from pyro_mdn.support.arrays import refuse
 from pyro_mdn.support.checks import is_known
 
@@ -67,7 +67,7 @@ class Counts(TargetTransform):
     """Leave counts as they are, and take their means as the unit of rates; families of counts have this transform."""
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
-        return Identity()
+        return IdentityWarp()
 
     def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         mean = y.double().nanmean(0)

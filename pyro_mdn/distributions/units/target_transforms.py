@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.units.circular.circles import Circles
-from pyro_mdn.distributions.units.units import StandardUnits, Units
+from pyro_mdn.distributions.units.units import StandardUnits, Units, UnscaledUnits
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import (
     AsinhWarp,
-    Identity,
+    IdentityWarp,
     LogitWarp,
     LogWarp,
     PowerWarp,
@@ -28,7 +28,17 @@ from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.registry import Specification
 from pyro_mdn.tensors.numerics import location_and_scale
 
-__all__ = ["Asinh", "Log", "Logit", "Softplus", "Standardize", "TargetTransform", "YeoJohnson"]
+__all__ = [
+    "Asinh",
+    "Identity",
+    "Log",
+    "Logit",
+    "Softplus",
+    "Standardize",
+    "TargetTransform",
+    "YeoJohnson",
+    "centre_and_unit",
+]
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class Standardize(TargetTransform):
     """Subtract the mean and divide by the standard deviation of each output, the default."""
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
-        return Identity()
+        return IdentityWarp()
 
     def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         shift, scale = location_and_scale(y, common_unit=common_unit)
@@ -122,6 +132,29 @@ class Standardize(TargetTransform):
     @property
     def takes_any_number(self) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Identity(Standardize):
+    """Leave numbers as they are. Above all, this is for inputs: ``input_transform="identity"``.
+
+    Inputs go to the backbone in the precision of its weights. A ``backbone`` of your own gets integers as integers,
+    such as the codes that an embedding looks up. Training adds no noise to integers, and by default none to other
+    inputs that are left as they are.
+
+    >>> from pyro_mdn import MixtureDensityNetwork
+    >>> layers = torch.nn.Sequential(torch.nn.Embedding(10, 8), torch.nn.Flatten(-2))
+    >>> network = MixtureDensityNetwork(2, 1, hidden_dim=16, backbone=layers, input_transform="identity")
+    >>> network(torch.tensor([[3, 9], [0, 1]])).batch_shape
+    torch.Size([2])
+    """
+
+    def fit(self, y: Tensor, *, common_unit: bool, warp: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        shift = torch.zeros_like(y[0], dtype=torch.float64)
+        return {"shift": shift, "scale": shift.new_ones(1) if common_unit else torch.ones_like(shift)}
+
+    def units(self, tensors: Mapping[str, Any]) -> StandardUnits:
+        return UnscaledUnits(tensors["shift"], tensors["scale"])
 
 
 @lru_cache
@@ -216,7 +249,7 @@ class Asinh(TargetTransform):
         return {"centre": torch.zeros(dim), "unit": torch.ones(dim)}
 
     def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
-        return _centre_and_unit(y)
+        return centre_and_unit(y)
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
         return AsinhWarp(**tensors)
@@ -237,7 +270,7 @@ class YeoJohnson(TargetTransform):
         return {"centre": torch.zeros(dim), "unit": torch.ones(dim), "power": torch.ones(dim)}
 
     def fit_warp(self, y: Tensor) -> dict[str, Tensor]:
-        tensors = _centre_and_unit(y)
+        tensors = centre_and_unit(y)
         columns = ((y - tensors["centre"]) / tensors["unit"]).unbind(-1)
         return {**tensors, "power": y.new_tensor([_power(column[~column.isnan()]) for column in columns])}
 
@@ -254,7 +287,7 @@ def _power(values: Tensor) -> float:
     return float(np.clip(yeojohnson_normmax(values.numpy()), 0.0, 2.0))
 
 
-def _centre_and_unit(y: Tensor) -> dict[str, Tensor]:
+def centre_and_unit(y: Tensor) -> dict[str, Tensor]:
     """Median and median absolute deviation of the columns; the standard deviation, or 1, where the latter is 0."""
     centre = y.nanmedian(0).values
     unit = (y - centre).abs().nanmedian(0).values

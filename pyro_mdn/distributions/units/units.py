@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pyro_mdn.distributions.mixture import Mixture
     from pyro_mdn.tensors.mixture_density import Kernel
 
-__all__ = ["StandardUnits", "Units", "without_ends"]
+__all__ = ["StandardUnits", "Units", "UnscaledUnits", "without_ends"]
 
 V = TypeVar("V", bound=TargetsOrTensor)
 
@@ -75,6 +75,9 @@ class Units(ABC):
         """
         result: Any = function(self, y, *values)
         return result
+
+    is_unscaled: ClassVar[bool] = False
+    """Whether numbers stay what they are, so that a standardised unit says nothing of their size."""
 
     def standardize_limits(self, limit: Tensor) -> Tensor:
         """Convert limits of intervals, of which those at an end of the support of y, or beyond it, become infinite."""
@@ -168,6 +171,16 @@ class StandardUnits(Units):
 
     def tensors(self) -> list[Tensor]:
         return [self.scale, self.shift]
+
+
+class UnscaledUnits(StandardUnits):
+    """The map :math:`y = z`, with a shift of 0 and a scale of 1, which also leaves integers as they are."""
+
+    __slots__ = ()
+    is_unscaled: ClassVar[bool] = True
+
+    def standardize(self, y: Tensor) -> Tensor:
+        return y
 
 
 def without_ends(y: TargetsOrTensor, low: Tensor) -> TargetsOrTensor:

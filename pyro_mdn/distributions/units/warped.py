@@ -90,12 +90,12 @@ class WarpedComponents(DerivedComponents):
         return slopes.masked_fill(~possible & (exact | ~value.isnan()), -torch.inf).sum(-1)
 
     def expand(self, batch_shape: Sequence[int]) -> Self:
-        warp = self.warp.map(lambda t, n: t.expand(*batch_shape[:-1], *t.shape[-2:]))
+        warp = self.warp.map(lambda t, n: t.expand(*batch_shape[:-1], *t.shape[-1 - n :]))
         return replace(self, base=self.base.expand(batch_shape), warp=warp)
 
     def pooled(self, full: torch.Size, dim: int) -> Self:
         def shared(tensor: Tensor, event_dim: int) -> Tensor:
-            place = dim - (len(full) - 1) + tensor.ndim - 2
+            place = dim - (len(full) - 1) + tensor.ndim - 1 - event_dim
             if place < 0:
                 return tensor
             first = tensor.narrow(place, 0, 1)
@@ -169,7 +169,9 @@ class WarpedComponents(DerivedComponents):
             return function(self.warp.inverse(z.mT)).mT
 
         shape = torch.broadcast_shapes(locs.shape, scale.shape)
-        return expectation(of_image, locs.expand(shape), scale, law).mT
+        kinks = self.warp.kinks()
+        kinks = None if kinks is None else kinks.mT
+        return expectation(of_image, locs.expand(shape), scale, law, kinks=kinks).mT
 
     def _require_independence(self, operation: str) -> None:
         if not self.has_independent_outputs:

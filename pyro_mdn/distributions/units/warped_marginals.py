@@ -6,18 +6,15 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.marginals import LocationScaleMarginals, Marginals, shortest_by_search
+from pyro_mdn.distributions.units.expectations import NODES, WEIGHTS, with_kinks
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
 __all__ = ["WarpedMarginals"]
-
-_LEGENDRE = np.polynomial.legendre.leggauss(10)
-_NODES, _WEIGHTS = (0.5 * (_LEGENDRE[0] + 1)).tolist(), (0.5 * _LEGENDRE[1]).tolist()
 
 
 class WarpedMarginals(Marginals):
@@ -168,7 +165,7 @@ class _Tails:
     def __init__(self, marginals: WarpedMarginals) -> None:
         self.marginals, self.warp = marginals, marginals.warp
         with torch.no_grad():
-            edges = _grid(marginals.inner.mixture)
+            edges = with_kinks(_grid(marginals.inner.mixture), self.warp.kinks())
             middle = (marginals.inner.cdf(edges) >= 0.5).to(torch.int8).argmax(0, keepdim=True)
         self.panels = self._integrated(edges, middle)
 
@@ -199,7 +196,7 @@ class _Tails:
         index = torch.arange(len(edges), device=edges.device).reshape(column)
         upper = index[:-1] >= middle
         single, squared = torch.zeros_like(start), torch.zeros_like(start)
-        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+        for node, weight in zip(NODES, WEIGHTS, strict=True):
             z = start + node * width
             tail, pace = self._tail(z, upper), weight * width * self._pace(z)
             single, squared = single + pace * tail, squared + pace * tail.square()
@@ -240,7 +237,7 @@ class _Tails:
         near = torch.where(upper == outwards, passed, passed - 1).clamp(0, len(edges) - 1).unsqueeze(0)
         start = edges.gather(0, near).squeeze(0)
         part = torch.zeros_like(z)
-        for node, weight in zip(_NODES, _WEIGHTS, strict=True):
+        for node, weight in zip(NODES, WEIGHTS, strict=True):
             point = start + node * (z - start)
             part = part + weight * (z - start).abs() * self._tail(point, upper) * self._pace(point)
         return torch.where(outwards, outward.gather(0, near), inward.gather(0, near)).squeeze(0) + part

@@ -19,7 +19,7 @@ from pyro_mdn.tensors.tensor_batch import TensorBatch, stored
 __all__ = [
     "AsinhWarp",
     "ElementwiseWarp",
-    "Identity",
+    "IdentityWarp",
     "LogWarp",
     "LogitWarp",
     "PowerWarp",
@@ -53,6 +53,13 @@ class Warp(TensorBatch):
     def log_slope(self, y: Tensor) -> Tensor:
         r"""Logarithm of the derivative :math:`w'(y)` of each output, at values inside of the support."""
 
+    def kinks(self) -> Tensor | None:
+        """Points of the line ``(P, *batch, D)`` between which the inverse is smooth; ``None`` if it is everywhere.
+
+        Quadrature goes from one to the next.
+        """
+        return None
+
     def marginal(self, dims: Sequence[int]) -> Self:
         """Warp of the outputs ``dims``, in that order."""
         dims = list(dims)
@@ -67,11 +74,11 @@ class Warp(TensorBatch):
 
     def of_components(self) -> Self:
         """The same warp for values of components, ``(*batch, K, D)``."""
-        return self.map(lambda t, n: t.unsqueeze(-2))
+        return self.map(lambda t, n: t.unsqueeze(-1 - n))
 
     def of_values(self) -> Self:
         """The same warp for values without a component axis, from that of components."""
-        return self.map(lambda t, n: t.squeeze(-2))
+        return self.map(lambda t, n: t.squeeze(-1 - n))
 
     def contains(self, y: Tensor) -> Tensor:
         """Check which values lie inside of the support, whose ends do not belong to it."""
@@ -138,7 +145,7 @@ def _next_inside(interval: tuple[float, float], dtype: torch.dtype) -> tuple[flo
 
 
 @dataclass(frozen=True, eq=False)
-class Identity(ElementwiseWarp):
+class IdentityWarp(ElementwiseWarp):
     """The map :math:`w = y`, of outputs without a warp beside others that have one."""
 
     def forward(self, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_mdn.networks import inputs
 from pyro_mdn.networks.batched.passes import Cost
 from pyro_mdn.networks.head import MixtureHead
 from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -17,7 +18,7 @@ from pyro_mdn.support.checks import is_inherited, is_plain
 from pyro_mdn.support.process_state import give_way
 from pyro_mdn.support.torch_compat import own_modules
 
-__all__ = ["dense_cost", "dense_raw", "is_dense"]
+__all__ = ["aligned", "dense_cost", "dense_raw", "is_dense"]
 
 
 def is_dense(network: MixtureDensityNetwork) -> bool:
@@ -57,21 +58,22 @@ def dense_raw(
         chunk_size: Largest number of networks in one pass; by default all.
     """
     n, size = x.ndim - 1, max(len(x), *(len(tensor) for tensor in tensors.values()))
-    shift, scale = (_aligned(tensors[name], n) for name in ("x_shift", "x_scale"))
-    inputs = ((x - shift) / scale).to(tensors["head.linear.weight"].dtype)
-    inputs = inputs.reshape(max(len(x), len(shift)), x.shape[1:-1].numel(), x.shape[-1])
+    transform = network.input_transform
+    units = {name: aligned(tensors[name], n) for name in inputs.buffers_of(transform).values()}
+    scaled = inputs.scaled(transform, units, x, tensors["head.linear.weight"].dtype)
+    scaled = scaled.reshape(len(scaled), x.shape[1:-1].numel(), x.shape[-1])
     step = chunk_size or size
     weight = tensors["head.linear.weight"]
     # Chunks write into one tensor. Autograd needs a tensor of each chunk instead, and autocast another dtype.
     apart = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    whole = None if apart else weight.new_empty(size, weight.shape[1], inputs.shape[1])
+    whole = None if apart else weight.new_empty(size, weight.shape[1], scaled.shape[1])
     parts = []
     for start in range(0, size, step):
         if step < size:  # a single pass may be a training step, or be compiled
             give_way()
         own = {name: _part(tensor, start, step) for name, tensor in tensors.items()}
         out = None if whole is None else whole[start : start + step]
-        parts.append(_channels(network, _part(inputs, start, step), own, out))
+        parts.append(_channels(network, _part(scaled, start, step), own, out))
     channels = (torch.cat(parts) if whole is None else whole).transpose(0, 1)
     raw_noise = tensors.get("head.raw_noise")
     return network.head.split(
@@ -123,6 +125,6 @@ def _part(tensor: Tensor, start: int, step: int) -> Tensor:
     return tensor if len(tensor) == 1 else tensor[start : start + step]
 
 
-def _aligned(tensor: Tensor, batch_dim: int) -> Tensor:
-    """Reshape ``(S, D)`` so that it broadcasts with a batch ``(S, ...)``."""
-    return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), -1)
+def aligned(tensor: Tensor, batch_dim: int) -> Tensor:
+    """Reshape ``(S, ..., D)`` so that it broadcasts with a batch ``(S, ...)``."""
+    return tensor.reshape(len(tensor), *(1,) * (batch_dim - 1), *tensor.shape[1:])

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_mdn.distributions.observations.targets import TargetsOrTensor
 from pyro_mdn.networks.network import MixtureDensityNetwork
-from pyro_mdn.networks.rows import Rows, as_device_targets, as_device_tensor
+from pyro_mdn.networks.rows import Rows, as_device_inputs, as_device_targets, as_device_tensor
 from pyro_mdn.support.checks import describe
 from pyro_mdn.support.process_state import evaluating, give_way, own_generators
 from pyro_mdn.training.batches.missing_targets import Gaps, gaps_given
@@ -80,7 +80,7 @@ class Streamed:
         if not isinstance(batch, Sequence) or isinstance(batch, str) or len(batch) not in (2, 3):
             raise ValueError(f"x: expected batches (x, y) or (x, y, weight), got {describe(batch)}")
         device = self.network.x_shift.device
-        x, y = as_device_tensor(batch[0], "x", device), as_device_targets(batch[1], "y", device)
+        x, y = as_device_inputs(self.network, batch[0]), as_device_targets(batch[1], "y", device)
         weight = [as_device_tensor(value, "weight", device) for value in batch[2:]]
         if len(y) != len(x) or any(w.shape != (len(x),) for w in weight):
             raise ValueError(f"x: expected batches of equally many rows, got {[tuple(b.shape) for b in batch]}")

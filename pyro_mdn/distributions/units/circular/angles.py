@@ -17,7 +17,7 @@ from pyro_mdn.distributions.units.circular.wrapped import wrapped_components
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
-from pyro_mdn.distributions.units.warps import Identity, Warp
+from pyro_mdn.distributions.units.warps import IdentityWarp, Warp
 from pyro_mdn.support.checks import require_numbers
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Angle(TargetTransform):
         return {"shift": wrapped_into(mean, circle.start, circle.period), "scale": scale}
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
-        return Identity()
+        return IdentityWarp()
 
     def units(self, tensors: Mapping[str, Any]) -> AngleUnits:
         standard = StandardUnits(tensors["shift"], tensors["scale"])

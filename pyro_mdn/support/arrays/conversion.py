@@ -6,9 +6,8 @@ All functions share this conversion, so that each of them takes the containers t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import reduce
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,21 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_mdn.support.checks import all_finite, bounds, describe, indices, is_subclassed, unmasked, unwrapped
+from pyro_mdn.support.checks import describe, is_subclassed, unmasked
 
 __all__ = [
     "Array",
-    "among",
     "as_array",
     "as_tensor",
     "columns_of",
     "in_columns",
     "is_frame",
     "names_of_columns",
-    "refuse",
     "require_columns",
-    "require_finite",
-    "require_no_infinity",
     "to_numpy",
 ]
 
@@ -46,7 +41,7 @@ _INSTEAD = {
 }
 
 
-def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Tensor:
+def as_tensor(values: Any, name: str, device: torch.device | None = None, *, integers: bool = False) -> Tensor:
     """Convert numbers of any container to a floating-point tensor.
 
     A floating-point tensor is returned as it is, on its own device and with its graph. Everything else is copied; a
@@ -58,6 +53,7 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
         values: A tensor, NumPy array, data frame or series (pandas or polars), Arrow table, or nested lists.
         name: Name of the argument, for error messages.
         device: Device for values that are not a tensor; by default the CPU.
+        integers: Whether integers stay what they are.
 
     Raises:
         ValueError: If a value is not a number; the error names the column of a data frame.
@@ -70,12 +66,16 @@ def as_tensor(values: Any, name: str, device: torch.device | None = None) -> Ten
     ValueError: y: expected numbers, got text: encode it as numbers, such as one column for each category
     """
     if isinstance(values, Tensor):
-        return _floating(unmasked(values) if is_subclassed(values) else values, name)
+        values = unmasked(values) if is_subclassed(values) else values
+        return values if integers and _is_integer(values) else _floating(values, name)
     if isinstance(values, (float, int)):  # which compilers know how to trace, unlike a union of types
         return torch.tensor(values, dtype=torch.float64, device="cpu" if device is None else device)
     if isinstance(values, list | tuple) and _holds_tensors(values):
-        return _stacked(values, name, device)
+        return _stacked(values, name, device, integers)
     array = _any_array(values, name)
+    if integers and array.dtype.kind in "iu":
+        known = array.dtype.kind == "i" or array.dtype.itemsize == 1  # torch does little with other unsigned ones
+        return _moved(torch.tensor(array if known else array.astype(np.int64), device="cpu"), device)
     dtype = array.dtype.newbyteorder("=") if array.dtype.kind == "f" else _float_for(array.dtype.kind, array.itemsize)
     dtype = np.dtype(np.float64) if dtype.itemsize > 8 else dtype
     on_cpu = torch.tensor(np.ascontiguousarray(array, dtype).reshape(array.shape), device="cpu")
@@ -86,10 +86,15 @@ def _holds_tensors(values: list[Any] | tuple[Any, ...]) -> bool:
     return any(isinstance(v, Tensor) or (isinstance(v, list | tuple) and _holds_tensors(v[:1])) for v in values)
 
 
-def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None) -> Tensor:
+def _is_integer(values: Tensor) -> bool:
+    return not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+
+
+def _stacked(rows: list[Any] | tuple[Any, ...], name: str, device: torch.device | None, integers: bool) -> Tensor:
     """Stack tensors, and values between them, into one tensor of the widest precision, with their graphs."""
     on = torch.device("cpu") if device is None else device
-    tensors = [_moved(as_tensor(math.nan if _is_missing(row) else row, name), on) for row in rows]
+    rows = [math.nan if _is_missing(row) else row for row in rows]
+    tensors = [_moved(as_tensor(row, name, integers=integers), on) for row in rows]
     if any(tensor.shape != tensors[0].shape for tensor in tensors):
         raise ValueError(f"{name}: expected numbers in rows of one length, got {describe(rows)}")
     dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
@@ -261,89 +266,3 @@ def _of_objects(array: Array, values: Any, name: str) -> Array:
 
 def _is_missing(value: Any) -> bool:
     return value is None or type(value).__name__ in ("NAType", "NaTType")
-
-
-# Numbers that are not finite
-
-
-def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
-    """Raise a ``ValueError`` that says which number is NaN or infinite, and where it is.
-
-    Args:
-        values: Numbers, ``(N, ...)``.
-        name: Name of the argument, for the error message.
-        given: The data before conversion, which may have names of rows and columns.
-        dtype: Precision in which the numbers have to be finite, if not their own.
-
-    >>> require_finite(torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), "x")
-    Traceback (most recent call last):
-    ValueError: x: expected finite numbers, got nan in row 1, column 1
-    """
-    if not _all_finite_in(values, dtype):
-        refuse(values, ~values.to(dtype).isfinite(), name, "finite numbers", given, dtype)
-
-
-def require_no_infinity(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
-    """Raise a ``ValueError`` that says which number is infinite, and where it is; NaN (missing) is allowed.
-
-    The arguments are those of :func:`require_finite`.
-    """
-    if not _all_finite_in(values, dtype) and bool((infinite := values.to(dtype).isinf()).any()):
-        refuse(values, infinite, name, "finite numbers, or NaN for missing ones", given, dtype)
-
-
-def _all_finite_in(values: Tensor, dtype: torch.dtype | None) -> bool:
-    """Check that no number is NaN, or infinite in a precision, by converting only the extremes."""
-    if dtype is None or dtype == values.dtype or torch.promote_types(values.dtype, dtype) == dtype:
-        return all_finite(values)
-    low, high = bounds(values)
-    most = torch.finfo(dtype).max
-    return -most <= low.item() <= high.item() <= most or bool(low.to(dtype).isfinite() & high.to(dtype).isfinite())
-
-
-def refuse(
-    values: Tensor, bad: Tensor, name: str, expected: str, given: Any = None, dtype: torch.dtype | None = None
-) -> NoReturn:
-    """Raise a ``ValueError`` that says what was expected and which number came, by its row and column.
-
-    Args:
-        values: Numbers, ``(N, ...)``.
-        bad: Which of them are refused, one at least.
-        name: Name of the argument.
-        expected: What was expected.
-        given: The data before conversion, which may have names of rows and columns.
-        dtype: Precision in which the numbers were expected to be finite, if that is not their own.
-    """
-    position = indices(unwrapped(bad).nonzero()[0])
-    value = values[tuple(position)].item()
-    beyond = f", beyond the range of {dtype}," if dtype is not None and np.isfinite(value) else ""
-    others = int(bad.sum()) - 1
-    more = f", and {others} more" if others else ""
-    raise _error(f"{name}: expected {expected}, got {value:g}{beyond}", position, given, more)
-
-
-def among(error: ValueError, columns: Sequence[int]) -> ValueError:
-    """Return an error of :func:`refuse` for numbers that have these columns in the caller's data; others stay."""
-    if (told := vars(error).get("told")) is None:
-        return error
-    before, position, given, after = told
-    return _error(before, [*position[:-1], columns[position[-1]]], given, after)
-
-
-def _error(before: str, position: list[int], given: Any, after: str) -> ValueError:
-    error = ValueError(f"{before}{_place(position, given)}{after}")
-    vars(error)["told"] = before, position, given, after
-    return error
-
-
-def _place(position: list[int], given: Any) -> str:
-    """Describe the position of an entry by the names of the caller's rows and columns."""
-    if not position:
-        return ""
-    if len(position) > 2:
-        return f" at position {tuple(position)}"
-    row, columns, index = position[0], columns_of(given), getattr(given, "index", None)
-    label = "" if index is None or callable(index) or index[row] == row else f" (index {index[row]!r})"
-    if len(position) == 1:
-        return f" in row {row}{label}"
-    return f" in row {row}{label}, column {position[1] if columns is None else repr(columns[position[1]])}"

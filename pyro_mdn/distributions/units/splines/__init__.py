@@ -1,0 +1,1 @@
+"""Splines: warps through the quantiles of targets."""
