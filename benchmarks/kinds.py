@@ -18,6 +18,7 @@ BATCHES, INPUTS, STEPS = 8, 6, 400
 CASES = [(256, 5), (2048, 5)]
 FAMILIES = ("student_t", "laplace", "logistic", "gumbel", "von_mises")
 ANGLES = ("angle", "von_mises")
+TRANSFORMED = ("log", "log, censored", "quantile", *ANGLES)
 
 
 def one_pass(kind, batch, k):
@@ -35,9 +36,8 @@ def one_pass(kind, batch, k):
         y = torch.remainder(x[:, :1] + 0.5 * torch.randn(len(x), 1, device=DEVICE) + math.pi, 2 * math.pi) - math.pi
     if kind.endswith("censored"):
         y = Targets.censored(y, right=torch.rand(y.shape, device=DEVICE) < 0.3)
-    settings = {"target_transform": "log"} if kind.startswith("log") and kind != "logistic" else {}
-    settings |= {"family": kind} if kind in FAMILIES else {}
-    settings |= {"target_transform": "angle"} if kind in ANGLES else {}
+    settings = {"family": kind} if kind in FAMILIES else {}
+    settings |= {"target_transform": "angle" if kind in ANGLES else kind.split(",")[0]} if kind in TRANSFORMED else {}
     network = MixtureDensityNetwork(INPUTS, 1, k, seed=0, **settings).to(DEVICE)
     network.initialize_(x, y)
     noise = {"input_noise": 0.1, "target_noise": 0.1, "final_noise": 0.03}
@@ -50,7 +50,7 @@ def one_pass(kind, batch, k):
     return lambda: loop.train_epoch(1)
 
 
-KINDS = ["normal", "log", "censored", "log, censored", *FAMILIES, "angle"]
+KINDS = ["normal", "log", "quantile", "censored", "log, censored", *FAMILIES, "angle"]
 CONTESTANTS = {kind: partial(one_pass, kind) for kind in KINDS}
 
 
