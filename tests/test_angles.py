@@ -164,6 +164,8 @@ def test_wide_components_integrate_to_one(transform):
     assert_close(mixture.univariate().log_prob(y[:5])[..., 0], mixture.marginal(0).log_prob(y[:5, :1]))
     with pytest.raises(ValueError, match="temper: expected scales of angles up to 30 radians, got "):
         mixture.temper(1e4)
+    wide = mixture.with_components(replace(mixture.components, base=mixture.components.base.widen(torch.tensor(20.0))))
+    assert_close(wide.temper(1.0).stddev, wide.stddev)  # as every draw of a network asks for
 
 
 @every_family

@@ -205,6 +205,8 @@ def temper(mixture: M, temperature: float) -> M:
     root, limits = math.sqrt(temperature), torch.finfo(mixture.dtype)
     if not limits.tiny <= root <= limits.max:
         raise ValueError(f"temperature: expected a number with a root in {mixture.dtype}, got {temperature}")
+    if temperature == 1:  # which leaves scales of angles as they are, however large
+        return mixture.derived(mixture.logits, mixture.components)
     scale = mixture.components.like.new_full((1,), root)
     # The largest logit stays 0, however small the temperature.
     logits = (mixture.logits - mixture.logits.detach().amax(-1, keepdim=True)) / scale / scale
