@@ -107,7 +107,9 @@ class CircularMarginals(Marginals):
         points = torch.where(inside, value, self.start + 0.5 * self.period)
         beyond = torch.where((value >= self.end) == above, -math.inf, 0.0).to(value)
         log_arc = self._log_arc(*self._part(points, above=above))
-        log_arc = log_arc - log_arc.detach().clamp(min=0)  # of rounding; with the derivative at the other end
+        whole = points == (self.start if above else self.end)
+        excess = log_arc.detach()  # of rounding, but for the derivative at the other end
+        log_arc = log_arc - torch.where(whole, excess, excess.clamp(min=0))
         result = torch.where(inside, log_arc, beyond)
         return torch.where(value.isnan(), value, result)
 
