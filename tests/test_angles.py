@@ -106,6 +106,11 @@ def by_images(mixture, y, reach=20):
     return (weights * scipy.stats.norm(locs.numpy(), scale.numpy()).pdf(z)).sum((0, -1)).squeeze(-1)
 
 
+def built(mixture):
+    """The same mixture from its parameters, which does not know the outputs of a head that they came from."""
+    return mixture.with_components(mixture.components)
+
+
 def random_angles(transform, *shape):
     circle = transform.circles(1).of_outputs[0]
     return circle.start + circle.period * torch.rand(*shape, dtype=torch.float64)
@@ -175,7 +180,7 @@ def test_a_head_has_the_density_of_its_mixture(family, dim):
     head, features = make_head(transform, dim, family=family), torch.randn(5, 4, dtype=torch.float64)
     head.shift[0] = 2.5
     y = head(features).sample((3,))
-    assert_close(head.log_prob(features, y), head(features).log_prob(y), rtol=1e-7, atol=1e-7)
+    assert_close(head.log_prob(features, y), built(head(features)).log_prob(y), rtol=1e-7, atol=1e-7)
     y[0, 1] = torch.nan
     y[1, 2, 0] = torch.nan
     expected = torch.stack(
@@ -193,7 +198,7 @@ def test_gradients(noise):
 
     def log_prob(bias, y):
         with pyro.validation_enabled(False):
-            return torch.func.functional_call(head, {"linear.bias": bias}, features).log_prob(y)
+            return built(torch.func.functional_call(head, {"linear.bias": bias}, features)).log_prob(y)
 
     def by_head(bias, y):
         head.linear.bias.data = bias
@@ -203,6 +208,37 @@ def test_gradients(noise):
     assert torch.autograd.gradcheck(by_head, (bias, y), fast_mode=True)
     assert torch.autograd.gradcheck(log_prob, (bias, y), fast_mode=True)
     assert_close(log_prob(bias, y), by_head(bias, y), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("transform", [["angle", "standardize", "angle"], ["standardize", "angle"]], ids=str)
+@pytest.mark.parametrize("noise", [Full(), LowRank(1)], ids=str)
+def test_values_of_other_outputs_far_out_move_the_images(transform, noise):
+    """Far out, where an angle is expected given the other output is many turns away."""
+    dim, angles = len(transform), [d for d, name in enumerate(transform) if name == "angle"]
+    head, features = make_head(transform, dim, 2, noise=noise), torch.randn(3, 4, dtype=torch.float64)
+    mixture = built(head(features))
+    y = torch.stack([torch.tensor([-3.0, 1.0, 2.0] if d in angles else [40.0, -60.0, 90.0]) for d in range(dim)], -1)
+    y = y.double().requires_grad_()
+
+    def by_many_images(mixture, y):
+        inner, circles = mixture.components.inner, mixture.components.circles
+        far = Circles(tuple(circle and circle._replace(turns=30 if dim > 2 else 200) for circle in circles.of_outputs))
+        return (mixture.logits + inner.log_prob(far.images(y))).logsumexp((0, -1))
+
+    expected = by_many_images(mixture, y)
+    slopes = torch.autograd.grad(expected.sum(), (y, head.linear.bias), retain_graph=True)
+    for function in (lambda y: head.log_prob(features, y), mixture.log_prob):
+        assert_close(function(y), expected, rtol=1e-6, atol=0)
+        assert_close(torch.autograd.grad(function(y).sum(), (y, head.linear.bias)), slopes, rtol=1e-5, atol=1e-5)
+    assert_close((mixture.logits + mixture.component_log_prob(y)).logsumexp(-1), expected, rtol=1e-6, atol=0)
+    assert_close(mixture.log_prob(y.expand(7, 3, dim)), expected.expand(7, 3), rtol=1e-6, atol=0)
+    given = mixture.condition(y[:, :2], [0, 1]).log_prob(y[:, 2:]) if dim > 2 else 0
+    assert_close(mixture.marginal([0, 1]).log_prob(y[:, :2]) + given, expected, rtol=1e-6, atol=0)
+    partial = torch.cat([y[:, :-1], torch.full_like(y[:, :1], torch.nan)], -1)
+    if dim > 2:
+        known = by_many_images(mixture.marginal(range(dim - 1)), y[:, :-1])
+        assert_close(mixture.log_prob(partial), known, rtol=1e-6, atol=0)
+        assert_close(head.log_prob(features, partial), known, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("size", [3, 7])  # as many mixtures as there are images, too

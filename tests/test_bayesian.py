@@ -441,6 +441,23 @@ def test_every_noise_model(noise):
     assert_close(posterior_predictive(network, draws, x).log_prob(y), one_after_another(network, draws, x, y))
 
 
+@pytest.mark.parametrize("transform", [None, ["angle", "log"]], ids=["normal", "angle"])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_noise_alone_may_be_latent(transform, chunk_size):
+    """Networks then share all channels of the head: there is one row of them for all draws."""
+    settings = {} if transform is None else {"target_transform": transform}
+    network = bayesianize(make(dim_out=2, noise=Full(homoscedastic=True), **settings), layers="head.raw_noise")
+    x, y = data(2)
+    y = y.abs()
+    draws = draw_weights(network, AutoNormal(network.model, init_scale=1.0), x, 5)
+    expected = one_after_another(network, draws, x, y)
+    assert expected.std(0).min() > 1e-3
+    for inputs in (x, x.clone().requires_grad_()):  # chunks are put together in another way if there are gradients
+        mixture = posterior_predictive(network, draws, inputs, chunk_size=chunk_size)
+        assert mixture.batch_shape == (5, len(x))
+        assert_close(mixture.log_prob(y), expected)
+
+
 def test_batch_shapes_and_chunks():
     network = bayesianize(make())
     x = torch.randn(4, 3, 6, dtype=torch.float64)

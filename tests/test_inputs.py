@@ -4,6 +4,7 @@ import copy
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -191,8 +192,11 @@ def test_an_input_outside_of_the_support_is_named():
     before = copy.deepcopy(network.state_dict())
     x[7, 0] = 0.0
     for call in (lambda: fit(network, x, y, **QUICK), lambda: network(x), lambda: network.predict(x)):
-        with pytest.raises(ValueError, match=r"x: expected numbers between .* got 0 in row 7, column 0"):
+        with pytest.raises(ValueError, match=r"x: expected numbers between 0 and inf, got 0 in row 7, column 0"):
             call()
+    frame = pd.DataFrame(x.numpy(), columns=["a", "b", "c"], index=[f"day {i}" for i in range(len(x))])
+    with pytest.raises(ValueError, match=r"got 0 in row 7 \(index 'day 7'\), column 'a'"):
+        network.predict(frame, chunk_size=3)  # in the third part of the rows
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     x[7, 0] = torch.nan
     with pytest.raises(ValueError, match="x: expected finite numbers, got nan in row 7, column 0"):

@@ -116,6 +116,7 @@ SHAPES = {
     "one mixture": ((), (), (4,), (), K),
     "locations alone": ((), (2, 3), (3,), (1, 1), K),
     "value alone": ((5,), (), (), (), K),
+    "more factors": ((5,), (5,), (5,), (2, 1), K),
 }
 every_kernel = pytest.mark.parametrize("name", KERNELS)
 

@@ -498,6 +498,7 @@ def test_densities_around_the_circle(family):
         (lambda: plots.plot_directions(mixture, output=2), "output: expected one of 2, got 2"),
         (lambda: plots.plot_directions(mixture, y[:2]), r"y: expected shape \(3, 2\)"),
         (lambda: plots.plot_directions(mixture, labels=["a"]), "labels: expected 3, got 1"),
+        (lambda: plots.plot_directions(mixture, y + 10), "y: expected numbers between -3.14159 and 3.14159, got"),
         (lambda: plots.plot_directions(mixture, mass=1.0), "mass: expected a probability"),
         (lambda: plots.plot_directions(along()[1][:2]), "output: expected an angle, as target_transform='angle'"),
     ]:

@@ -621,7 +621,13 @@ def test_the_power_is_that_of_scipy():
 
 @pytest.mark.parametrize(
     ("transform", "value", "ends"),
-    [("log", 0.0, "0 and inf"), ("log", -1.0, "0 and inf"), ("logit", 1.2, "0 and 1"), (Log(1.0), -1.0, "-1 and inf")],
+    [
+        ("log", 0.0, "0 and inf"),
+        ("log", -1.0, "0 and inf"),
+        ("logit", 1.2, "0 and 1"),
+        (Log(1.0), -1.0, "-1 and inf"),
+        (["asinh", "log"], 0.0, "0 and inf"),
+    ],
 )
 def test_values_outside_of_the_support_are_named(prices, transform, value, ends):
     x, y = prices[0], prices[1].clamp(0.05, 0.95)
@@ -644,6 +650,16 @@ def test_values_outside_of_the_support_are_named(prices, transform, value, ends)
         with pytest.raises(ValueError, match=message.replace("y:", "value:")):
             mixture.log_prob(bad)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_the_support_of_its_own_row_is_named():
+    """Also where one point stands for several mixtures, with supports of their own."""
+    mixture = MixtureDensityNetwork(1, 1, target_transform="log")(torch.zeros(3, 1))
+    moved = mixture.affine(torch.tensor([[0.0], [2.0], [5.0]]), 1.0)
+    with pytest.raises(
+        ValueError, match="value: expected numbers between 2 and inf, got 1 in row 1, column 0, and 1 mo"
+    ):
+        moved.log_prob(torch.tensor([1.0]))
 
 
 def test_settings_are_checked():

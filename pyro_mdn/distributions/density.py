@@ -124,6 +124,8 @@ def log_prob(mixture: Mixture, value: Any) -> Tensor:
 def _log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
     if mixture.components.has_parts:
         return log_sum_exp((mixture.logits + _over_parts(mixture, value, _component_log_prob)).movedim(-1, 0))
+    if _lacks_angles(mixture, value):
+        return by_pattern(mixture, value, log_likelihood)[0]
     inner, value, log_slope = _pulled_back(mixture, value)
     if isinstance(value, Targets) and inner.components.has_independent_outputs and is_known(value.lower, value.upper):
         result = independent_log_likelihood(inner, value)
@@ -140,6 +142,11 @@ def _pulled_back(mixture: Mixture, value: TargetsOrTensor) -> tuple[Mixture, Tar
     components, value, log_slope = mixture.components.pulled_back(value)
     inner = mixture if components is mixture.components else mixture.of_any_family(components)
     return inner, value, log_slope
+
+
+def _lacks_angles(mixture: Mixture, value: TargetsOrTensor) -> bool:
+    """Whether entries are missing, and others may be angles, whose images depend on which ones were observed."""
+    return mixture.components.has_angles and isinstance(value, Tensor) and has_missing(value)
 
 
 def _over_parts(mixture: Mixture, value: TargetsOrTensor, function: Callable[[Any, Any], Tensor]) -> Tensor:
@@ -161,6 +168,8 @@ def component_log_prob(mixture: Mixture, value: Any) -> Tensor:
 
 
 def _component_log_prob(mixture: Mixture, value: TargetsOrTensor) -> Tensor:
+    if _lacks_angles(mixture, value):
+        return by_pattern(mixture, value, component_log_likelihood)[0]
     inner, value, log_slope = _pulled_back(mixture, value)
     if isinstance(value, Targets) or has_missing(value):
         result = by_pattern(inner, value, component_log_likelihood)[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import as_targets
 from pyro_mdn.distributions.quantiles import central_quantile
-from pyro_mdn.support.arrays import Array, as_tensor, require_finite, to_numpy
+from pyro_mdn.support.arrays import Array, as_tensor, further_on, require_finite, to_numpy
 from pyro_mdn.support.checks import describe, require_counts, shown
 
 if TYPE_CHECKING:
@@ -190,8 +190,13 @@ def predicted_in_parts(predict: Callable[[Tensor], Mixture], x: Any, network: In
         raise ValueError(f"x: expected rows to predict, got {describe(x)}")
     network.require_batch(rows)
     require_finite(rows, "x", x, network.x_shift.dtype)
-    with torch.no_grad():
-        parts = [predict(part.to(network.x_shift.device)) for part in rows.detach().split(chunk_size)]
+    parts: list[Mixture] = []
+    for i, part in enumerate(rows.detach().split(chunk_size)):
+        try:
+            with torch.no_grad():
+                parts.append(predict(part.to(network.x_shift.device)))
+        except ValueError as error:
+            raise further_on(error, i * chunk_size, x) from None
     return Prediction(parts, like=x)
 
 

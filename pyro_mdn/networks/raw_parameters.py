@@ -66,8 +66,8 @@ class RawParameters(NamedTuple):
         kernel = None if self.family.kernel is None else self.units.kernel(self.family.kernel)
         one_by_one = self.units.has_angles and kernel is None and not self.family.is_circular
         if one_by_one:  # images are points of their own
-            kernel, locs = self.family.kernel, self.units.nearest(locs)
             points = self.units.images(y, max(logits.ndim - 1, locs.ndim - 2)).to(locs.dtype)
+            kernel, locs = self.family.kernel, self._facing(y)
         else:
             points = self.units.placed(y).to(locs.dtype)
         if kernel is not None:
@@ -76,6 +76,12 @@ class RawParameters(NamedTuple):
             components = self.family.build(locs, blocks, self.units.unit)
             density = components.mixture_log_prob(logits, points, normalize=True)
         return (log_sum_exp(density) if one_by_one else density) - self.units.log_volume(y)
+
+    def _facing(self, y: Tensor) -> Tensor:
+        """Move locations, ``(*sample, *batch, K, D)``, by whole turns to where images of targets are around them."""
+        with torch.no_grad():
+            moved = self.units.facing(self._components(), y).locs - self.raw[1]
+        return self.raw[1] + moved
 
     def _log_likelihood(self, y: TargetsOrTensor) -> Tensor:
         """Log-likelihood of targets that were observed in part: only exact entries have a density, and so a unit."""

@@ -51,7 +51,8 @@ def plot_directions(
         ax: Polar axes to draw on; by default new ones.
 
     Raises:
-        ValueError: If shapes do not agree, if there is no such output, if it is no angle, or if the axes are not polar.
+        ValueError: If shapes do not agree, if there is no such output, if it is no angle, if an observed angle is
+            outside of its period, or if the axes are not polar.
         ImportError: If matplotlib is not installed.
 
     >>> from pyro_mdn import MixtureDensityNetwork
@@ -61,7 +62,7 @@ def plot_directions(
     """
     mixture, single = _angle_of(mixture, output)
     count = len(mixture)
-    observed = None if y is None else _observed(y, count, mixture.dim)
+    observed = None if y is None else _observed(y, count, mixture)
     if labels is not None and len(labels) != count:
         raise ValueError(f"labels: expected {count}, got {len(labels)}")
     ax = _polar(ax)
@@ -104,9 +105,12 @@ def _angle_of(mixture: Mixture, output: int) -> tuple[Mixture, CircularMarginals
     return mixture, single
 
 
-def _observed(y: Any, count: int, dim: int) -> Array:
-    rows = to_numpy(y)
-    return targets_of(rows[None] if count == 1 and rows.shape == (dim,) else y, count, dim)
+def _observed(y: Any, count: int, mixture: Mixture) -> Array:
+    """Targets ``(N, D)``; a ``ValueError`` if an angle is none of its period, such as degrees for radians."""
+    rows, dim = to_numpy(y), mixture.dim
+    observed = targets_of(rows[None] if count == 1 and rows.shape == (dim,) else y, count, dim)
+    mixture.components.require_inside(torch.from_numpy(np.asarray(observed, float)), "y")
+    return observed
 
 
 def _curves(single: CircularMarginals) -> list[tuple[Array, Array]]:

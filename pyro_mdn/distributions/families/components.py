@@ -175,13 +175,13 @@ class Components(TensorBatch):
     def given_images(self, logits: Tensor, values: Tensor) -> tuple[Tensor, Components] | None:
         """Log-weights and components of the other outputs given the first ones, of which some are angles.
 
-        Each image of the values has components of its own. ``None`` if there is one image.
-
-        Args:
-            logits: Log-weights ``(*batch, K)``.
-            values: Known values ``(*sample, *batch, n)``.
+        Values are ``(*sample, *batch, n)``. Each image has components of its own; ``None`` if there is one image.
         """
         return None
+
+    def facing(self, value: Tensor, periods: Tensor, angles: Sequence[int]) -> Self:
+        """Move locations of angles by whole turns to where they are closest to values, given the other outputs."""
+        return self
 
     def num_given(self, dims: Sequence[int], count: int) -> int:
         """Return how many of ``count`` components there are given the outputs ``dims``; more if these have images."""

@@ -131,6 +131,20 @@ class Elliptical(Components):
         covariance = covariance if factor is None else covariance.affine(factor.unsqueeze(-1))
         return replace(others, locs=self.locs[..., n:] + shift, covariance=covariance)
 
+    def facing(self, value: Tensor, periods: Tensor, angles: Sequence[int]) -> Self:
+        if self.covariance.is_diagonal:
+            return self
+        turns = (self._whitened_turn(periods, d) for d in angles)
+        moved = _closest_turns(self.covariance.whiten(self.locs.detach() - value.detach().unsqueeze(-2)), list(turns))
+        columns = [torch.zeros_like(self.locs[..., 0])] * self.dim
+        for d, number in zip(angles, moved, strict=True):
+            columns[d] = number * periods[..., d]
+        return replace(self, locs=self.locs - torch.stack(torch.broadcast_tensors(*columns), -1))
+
+    def _whitened_turn(self, periods: Tensor, output: int) -> Tensor:
+        one = torch.arange(self.dim, device=periods.device) == output
+        return self.covariance.whiten((one * periods).expand_as(self.locs))
+
     def reordered(self, order: Tensor) -> Self:
         root = self.covariance.root()
         root = root.expand(*order.shape[:-1], *root.shape[-2:])
@@ -155,6 +169,30 @@ class Elliptical(Components):
 
     def describe(self) -> str:
         return f"{super().describe()}, covariance={type(self.covariance).__name__}"
+
+
+@torch.no_grad()
+def _closest_turns(residual: Tensor, turns: Sequence[Tensor]) -> list[Tensor]:
+    """Choose whole numbers of turns, ``(*sample, *batch, K)`` each, so that a residual without them is short.
+
+    Turns are vectors ``(*batch, K, D)``. The last one is chosen first, without what the others can do (Babai, 1986).
+    Where a residual is not known, there are none.
+    """
+    orthogonal: list[Tensor] = []
+    for turn in turns:
+        orthogonal.append(turn - sum(_share(turn, other) * other for other in orthogonal))
+    numbers: list[Tensor] = []
+    for turn, alone in zip(reversed(turns), reversed(orthogonal), strict=True):
+        number = _share(residual, alone).round().nan_to_num()
+        residual = residual - number * turn
+        numbers.insert(0, number.squeeze(-1))
+    return numbers
+
+
+def _share(vector: Tensor, other: Tensor) -> Tensor:
+    """Coefficient of the projection on another vector."""
+    square = other.square().sum(-1, keepdim=True).clamp(min=torch.finfo(other.dtype).tiny)
+    return (vector * other).sum(-1, keepdim=True) / square
 
 
 class _InOrder(OutputsInOrder):

@@ -83,7 +83,9 @@ class WrappedNormalKernel(NormalKernel):
         return joint + torch.log1p(sums)
 
     def forward(self, log_weights: Tensor, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        angle, period = residual[self.output], self.period
+        period = self.period
+        residual = _writable(residual, period, *factors)
+        angle = residual[self.output]
         angle.sub_((angle / period).round_().mul_(period))
         whitened, half_log_det, kept = self.whitening.whiten(residual, *factors)
         turn = self._turn(*kept)
@@ -125,6 +127,12 @@ class WrappedNormalKernel(NormalKernel):
     def _rows(self, whitened: Tensor, turn: Tensor) -> Tensor:
         """Rows of whitened residuals that a turn changes."""
         return whitened[self.output : self.output + len(turn)]
+
+
+def _writable(residual: Tensor, period: Tensor, *factors: Tensor) -> Tensor:
+    """Give residuals the whole batch, of which periods and factors may have more dimensions."""
+    shape = torch.broadcast_shapes(residual.shape[1:], period.shape, *(factor.shape[1:] for factor in factors))
+    return residual if shape == residual.shape[1:] else residual.expand(-1, *shape).clone()
 
 
 def _plus(tensor: Tensor, row: int, change: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
 
 if TYPE_CHECKING:
+    from pyro_mdn.distributions.families.components import Components
     from pyro_mdn.distributions.mixture import Mixture
     from pyro_mdn.tensors.mixture_density import Kernel
 
@@ -107,9 +108,9 @@ class Units(ABC):
         """Convert targets to standardised units, angles to ones that may differ by whole turns."""
         return self.standardize(y)
 
-    def nearest(self, locs: Tensor) -> Tensor:
-        """Move standardised locations ``(*batch, K, D)`` of angles by whole turns to where images are around them."""
-        return locs
+    def facing(self, components: Components, y: Tensor) -> Components:
+        """Move standardised locations of angles by whole turns to where the images of targets are around them."""
+        return components
 
     def to_line(self, y: Tensor) -> Tensor:
         """Map targets to the real line, on which the rest of the map is affine; without checks."""

@@ -19,7 +19,7 @@ from pyro_mdn.distributions.units.expectations import expectation
 from pyro_mdn.distributions.units.warped_marginals import WarpedMarginals
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.support.arrays import refuse
-from pyro_mdn.support.checks import is_known
+from pyro_mdn.support.checks import is_known, unwrapped
 from pyro_mdn.tensors.tensor_batch import nested
 from pyro_mdn.tensors.univariate import Law
 
@@ -227,10 +227,7 @@ def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object 
         exact = value.kinds() == EXACT
         outside = torch.where(exact, outside, (value.upper <= low) | (value.lower >= high))
     if bool(outside.any()):
-        ends = " and ".join(_listed(end) for end in (low, high))
-        refuse(shown, outside, name, f"numbers between {ends}", given)
-
-
-def _listed(ends: Tensor) -> str:
-    different = ends.detach().flatten().unique().tolist()
-    return f"{different[0]:g}" if len(different) == 1 else f"one of {different}"
+        shown, low, high = (tensor.expand(outside.shape) for tensor in (shown, low, high))
+        first = tuple(unwrapped(outside).nonzero()[0])
+        ends = (unwrapped(end)[first].item() for end in (low, high))
+        refuse(shown, outside, name, "numbers between {:g} and {:g}".format(*ends), given)

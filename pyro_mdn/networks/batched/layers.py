@@ -57,7 +57,9 @@ def dense_raw(
         tensors: Parameters and buffers by name, ``(S, *shape)``, or ``(1, *shape)`` if all networks share them.
         chunk_size: Largest number of networks in one pass; by default all.
     """
-    n, size = x.ndim - 1, max(len(x), *(len(tensor) for tensor in tensors.values()))
+    n, every = x.ndim - 1, max(len(x), *(len(tensor) for tensor in tensors.values()))
+    # What else of a head differs, such as homoscedastic noise, does not enter its channels.
+    size = max(len(x), *(len(t) for name, t in tensors.items() if not name.startswith("head.") or ".linear." in name))
     transform = network.input_transform
     units = {name: aligned(tensors[name], n) for name in inputs.buffers_of(transform).values()}
     scaled = inputs.scaled(transform, units, x, tensors["head.linear.weight"].dtype)
@@ -76,8 +78,9 @@ def dense_raw(
         parts.append(_channels(network, _part(scaled, start, step), own, out))
     channels = (torch.cat(parts) if whole is None else whole).transpose(0, 1)
     raw_noise = tensors.get("head.raw_noise")
+    channels = channels.reshape(channels.shape[0], size, *x.shape[1:-1])
     return network.head.split(
-        channels.reshape(channels.shape[0], size, *x.shape[1:-1]),
+        channels.expand(-1, every, *channels.shape[2:]),
         None if raw_noise is None else raw_noise.T.reshape(-1, len(raw_noise), *(1,) * (n - 1)),
     )
 

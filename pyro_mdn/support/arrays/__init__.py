@@ -11,7 +11,7 @@ from pyro_mdn.support.arrays.conversion import (
     require_columns,
     to_numpy,
 )
-from pyro_mdn.support.arrays.refusals import among, refuse, require_finite, require_no_infinity
+from pyro_mdn.support.arrays.refusals import among, further_on, refuse, require_finite, require_no_infinity
 
 __all__ = [
     "Array",
@@ -19,6 +19,7 @@ __all__ = [
     "as_array",
     "as_tensor",
     "columns_of",
+    "further_on",
     "in_columns",
     "is_frame",
     "names_of_columns",

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_mdn.support.arrays.conversion import columns_of
 from pyro_mdn.support.checks import all_finite, bounds, indices, unwrapped
 
-__all__ = ["among", "refuse", "require_finite", "require_no_infinity"]
+__all__ = ["among", "further_on", "refuse", "require_finite", "require_no_infinity"]
 
 
 def require_finite(values: Tensor, name: str, given: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -77,6 +77,14 @@ def among(error: ValueError, columns: Sequence[int]) -> ValueError:
         return error
     before, position, given, after = told
     return _error(before, [*position[:-1], columns[position[-1]]], given, after)
+
+
+def further_on(error: ValueError, rows: int, given: Any) -> ValueError:
+    """Return an error of :func:`refuse` for numbers that are so many rows further on in these data; others stay."""
+    if not (told := vars(error).get("told")) or not told[1]:
+        return error
+    before, (row, *others), _, after = told
+    return _error(before, [rows + row, *others], given, after)
 
 
 def _error(before: str, position: list[int], given: Any, after: str) -> ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +21,7 @@ from pyro_mdn.distributions.units.warps import IdentityWarp, Warp
 from pyro_mdn.support.checks import require_numbers
 
 if TYPE_CHECKING:
+    from pyro_mdn.distributions.families.components import Components
     from pyro_mdn.distributions.mixture import Mixture
     from pyro_mdn.tensors.mixture_density import Kernel
 
@@ -157,10 +158,12 @@ class AngleUnits(Units):
     def images(self, y: Tensor, batch_dims: int) -> Tensor:
         return self.circles.images(self.line.standardize(in_batch(y, batch_dims)), self.unit)
 
-    def nearest(self, locs: Tensor) -> Tensor:
+    def facing(self, components: Components, y: Tensor) -> Components:
+        locs = components.locs
         shift, unit = self.standard.shift.unsqueeze(-2).to(locs), self.unit.unsqueeze(-2).to(locs)
-        centres = (self.circles.centres(locs) - shift) / unit
-        return self.circles.around(locs, centres, self.circles.periods(locs) / unit)
+        centres, periods = (self.circles.centres(locs) - shift) / unit, self.circles.periods(locs) / unit
+        near = replace(components, locs=self.circles.around(locs, centres, periods))
+        return near.facing(self.placed(y).to(locs), periods, self.circles.angles)
 
     def log_volume(self, y: Tensor, *, observed: Tensor | None = None) -> Tensor:
         return self.line.log_volume(y, observed=observed)

@@ -2,6 +2,7 @@ r"""Components wrapped around circles: angles, beside outputs that may be anythi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -19,7 +20,7 @@ from pyro_mdn.distributions.families.components import (
     total_stddev,
 )
 from pyro_mdn.distributions.marginals import Marginals, MarginalsByColumn
-from pyro_mdn.distributions.observations.targets import Targets, TargetsOrTensor
+from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.circular.circles import ROUNDING, Circles, in_batch
 from pyro_mdn.distributions.units.circular.circular_marginals import CircularMarginals
 from pyro_mdn.distributions.units.circular.circular_mixture import direction_and_spread
@@ -89,8 +90,10 @@ class WrappedComponents(DerivedComponents):
         value = in_batch(value, self.base.locs.ndim - 2)
         share = self.circles.log_share(value)
         closed = self.circles.closed(value) if isinstance(value, Targets) else value
-        base, images, log_slope = self.base.pulled_back(self.circles.images(closed))
-        return base, images, share if log_slope is None else share + log_slope
+        base, point, log_slope = self.base.pulled_back(closed)
+        known = torch.where(point.kinds() == EXACT, point.lower, math.nan) if isinstance(point, Targets) else point
+        base = base.facing(known, self.circles.periods(known), self.circles.angles)
+        return base, self.circles.images(point), share if log_slope is None else share + log_slope
 
     def widen(self, factor: Tensor) -> Self:
         """Multiply the scales, and add turns to images that wider components need."""
@@ -205,11 +208,12 @@ class WrappedComponents(DerivedComponents):
             return None
         values = in_batch(values, self.base.locs.ndim - 2)
         base, images, log_share = self.marginal(range(n)).pulled_back(values)
-        turned = known.images(values)
         assert isinstance(images, Tensor)
         assert log_share is not None
         joint = logits + base.log_prob(images) + log_share.unsqueeze(-1)
-        rest = self.base.condition(turned).pooled(joint.shape, 0)
+        others = self.inner.locs[..., n:].expand(*base.locs.shape[:-1], -1)
+        whole = self.base.of_inner(replace(self.inner, locs=torch.cat([base.locs, others], -1)))
+        rest = whole.condition(known.images(values)).pooled(joint.shape, 0)
         rest = wrapped_components(rest, self.circles.marginal(range(n, self.dim)))
         return folded(joint, 0, joint.ndim - 1), rest
 
