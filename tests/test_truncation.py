@@ -247,3 +247,12 @@ def test_errors():
         with pytest.raises(NotImplementedError, match="truncated"):
             network(x).truncated(0.5)
     assert MixtureDensityNetwork(1, 2, noise=Full())(x).marginal(0).truncated(0.5).batch_shape == (3,)
+
+
+def test_impossible_conditions_are_refused():
+    mixture = MixtureDensityNetwork(1, 3, 2, 4, seed=0)(torch.zeros(3, 1)).truncated(low=[0.0, 0.0, 0.0], high=2.0)
+    known = torch.ones(3, 2)
+    for missing in (1.0, math.nan):
+        known[0, 0], known[1, 1] = missing, -1.0
+        with pytest.raises(ValueError, match="values: expected values of positive density, got -1 in row 1, column 1"):
+            mixture.condition(known, [0, 2])

@@ -15,7 +15,7 @@ from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.distributions.quantiles import thresholds
 from pyro_mdn.distributions.truncation.truncated_components import require_truncatable, truncated_components
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.support.arrays import as_tensor, refuse
 from pyro_mdn.support.checks import describe, is_differentiated, is_known, plain_number, shown
 from pyro_mdn.tensors.channels import normalize_logits
 from pyro_mdn.tensors.tensor_batch import folded
@@ -53,7 +53,8 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
         dims: Indices of the known outputs, an integer or several; at least one output must remain.
 
     Raises:
-        ValueError: If an index repeats or is out of range, if no output remains, or if ``values`` has another width.
+        ValueError: If an index repeats or is out of range, if no output remains, if ``values`` has another width, or,
+            when validating, if a value is impossible.
     """
     dims = check_dims(dims, mixture.dim)
     free = [d for d in range(mixture.dim) if d not in dims]
@@ -63,11 +64,22 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
     known = ordered.marginal(range(n))
     values = own_points(known, values, "values")
     if has_missing(values):
+        _joint(known, values)  # before rows are grouped, so that an error names the row that the caller has
         return _condition_on_observed(mixture, values, dims, free)
     if (given := ordered.components.given_images(ordered.logits, values)) is not None:
         return mixture.reweighted(*given)
-    logits = known.relative_joint_log_prob(values)
-    return mixture.reweighted(logits, ordered.components.condition(values))
+    return mixture.reweighted(_joint(known, values), ordered.components.condition(values))
+
+
+def _joint(known: Mixture, values: Tensor) -> Tensor:
+    """Log-weights given values of all outputs of a mixture; a ``ValueError`` for what all components rule out."""
+    joint = known.relative_joint_log_prob(values)
+    impossible = (joint == -math.inf).all(-1, keepdim=True)
+    if known.validates and is_known(impossible) and bool(impossible.any()):
+        values = values.expand(*impossible.shape[:-1], known.dim)
+        single = impossible & (known.univariate().log_prob(values) == -math.inf)
+        refuse(values, single if bool(single.any()) else impossible, "values", "values of positive density")
+    return joint
 
 
 def _condition_on_observed(mixture: M, values: Tensor, dims: list[int], free: list[int]) -> M:
