@@ -14,7 +14,7 @@ from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.distributions.quantiles import thresholds
-from pyro_mdn.distributions.truncation.truncated_components import require_truncatable, truncated_components
+from pyro_mdn.distributions.truncation.truncated_components import truncated_components
 from pyro_mdn.support.arrays import as_tensor, refuse
 from pyro_mdn.support.checks import describe, is_differentiated, is_known, plain_number, shown
 from pyro_mdn.tensors.channels import normalize_logits
@@ -167,7 +167,8 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
 
     Densities, distribution functions, quantiles, central intervals and draws are exact, also where the interval is far
     out; moments and scores are by quadrature, and shortest intervals by a search. An event that has not happened until
-    a time t is at the times of ``mixture.truncated(low=t)``.
+    a time t is at the times of ``mixture.truncated(low=t)``. Beside outputs with an interval, those without may be of
+    other families, such as counts.
 
     Args:
         mixture: The mixture.
@@ -176,7 +177,8 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
 
     Raises:
         ValueError: If a lower end is not below its upper end, or the interval is outside of the support.
-        NotImplementedError: If outputs of a component are dependent, counts, angles, or may be zero.
+        NotImplementedError: If outputs with an interval are dependent within a component, counts, angles, or may be
+            zero.
 
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
@@ -187,13 +189,10 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
     start, end = torch.broadcast_tensors(thresholds(mixture, low), thresholds(mixture, high))
     if is_known(start, end) and not bool((start < end).all()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
-    require_truncatable(mixture.components)
     whole = mixture.expand(torch.broadcast_shapes(start.shape[:-1], mixture.batch_shape))
-    ends = (whole.components.to_inner(limit).unsqueeze(-2) for limit in (start, end))
-    inner, log_mass = truncated_components(whole.components.inner, *ends)
+    components, log_mass = whole.components.reweighted_parts(truncated_components, start, end)
     if is_known(log_mass) and not bool((whole.logits + log_mass > -math.inf).any(-1).all()):
         raise ValueError(f"low, high: expected a range within the support, got {shown(low)} and {shown(high)}")
-    components = whole.components.of_inner(inner)
     return whole.of_any_family(components).reweighted(whole.logits + log_mass, components)
 
 

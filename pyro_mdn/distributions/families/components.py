@@ -95,6 +95,20 @@ class Components(TensorBatch):
         """
         return [function(self, value)]
 
+    def reweighted_parts(
+        self, function: Callable[..., tuple[Components, Tensor]], *values: Tensor
+    ) -> tuple[Components, Tensor]:
+        """Put others in the place of the parts of :meth:`over_parts`.
+
+        Args:
+            function: Takes a part and its values, and returns components and log-weights ``(*batch, K)``.
+            values: Values of all outputs, ``(*batch, D)``.
+
+        Returns:
+            The components, and the sum of the log-weights.
+        """
+        return function(self, *values)
+
     @property
     def lowest(self) -> Tensor:
         """Lower ends of the support, which broadcast with :attr:`locs`."""

@@ -79,6 +79,12 @@ class ProductComponents(Components):
     def over_parts(self, function: Callable[[Components, Any], Tensor], value: TargetsOrTensor) -> list[Tensor]:
         return self.columns.each(function, self.parts, value)
 
+    def reweighted_parts(
+        self, function: Callable[..., tuple[Components, Tensor]], *values: Tensor
+    ) -> tuple[Components, Tensor]:
+        parts, log_weights = zip(*self.columns.each(function, self.parts, *values), strict=True)
+        return self._with(parts), reduce(torch.add, log_weights)
+
     # The space before warps
 
     @property
