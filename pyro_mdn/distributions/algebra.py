@@ -190,7 +190,9 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
     if is_known(start, end) and not bool((start < end).all()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
     whole = mixture.expand(torch.broadcast_shapes(start.shape[:-1], mixture.batch_shape))
-    components, log_mass = whole.components.reweighted_parts(truncated_components, start, end)
+    parts: list[tuple[Components, Tensor]] = whole.components.over_parts(truncated_components, start, end)
+    components = whole.components.of_parts([part for part, _ in parts])
+    log_mass = torch.stack([mass for _, mass in parts]).sum(0)
     if is_known(log_mass) and not bool((whole.logits + log_mass > -math.inf).any(-1).all()):
         raise ValueError(f"low, high: expected a range within the support, got {shown(low)} and {shown(high)}")
     return whole.of_any_family(components).reweighted(whole.logits + log_mass, components)

@@ -76,14 +76,11 @@ class ProductComponents(Components):
     def mapped(self, function: Callable[[Components], Components]) -> Self:
         return self._with(part.mapped(function) for part in self.parts)
 
-    def over_parts(self, function: Callable[[Components, Any], Tensor], value: TargetsOrTensor) -> list[Tensor]:
-        return self.columns.each(function, self.parts, value)
+    def over_parts(self, function: Callable[..., Any], *values: TargetsOrTensor) -> list[Any]:
+        return self.columns.each(function, self.parts, *values)
 
-    def reweighted_parts(
-        self, function: Callable[..., tuple[Components, Tensor]], *values: Tensor
-    ) -> tuple[Components, Tensor]:
-        parts, log_weights = zip(*self.columns.each(function, self.parts, *values), strict=True)
-        return self._with(parts), reduce(torch.add, log_weights)
+    def of_parts(self, parts: Sequence[Components]) -> Self:
+        return self._with(parts)
 
     # The space before warps
 
