@@ -634,6 +634,13 @@ if __name__ == "__main__":
 # Targets that are intervals, and counts
 
 
+def test_names_of_limits_are_taken():
+    x, y = torch.randn(4, 1), Targets.censored(torch.rand(4, 2), right=torch.eye(4, 2))
+    network = MixtureDensityNetwork(1, 2, 1, 4)
+    with pytest.raises(ValueError, match=r"output_names: expected names that no coordinate .* got {'p_upper'}"):
+        to_inference_data(network, x=x, y=y, num_samples=4, output_names=["p", "p_upper"])
+
+
 def test_censored_targets_have_limits_and_kinds(tmp_path):
     network, x, y = make()
     y[4, 0] = float("nan")

@@ -23,6 +23,7 @@ from pyro_mdn import (
     GaussianMixture,
     MixtureDensityNetwork,
     NormalComponents,
+    ZeroInflated,
     plots,
     scores,
     uncertainty,
@@ -644,3 +645,11 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r"pip install '\.\[plots\]'"):
         plots.plot_components(mixture, x)
+
+
+def test_regions_of_counts_are_refused():
+    x = torch.linspace(-1, 1, 5).unsqueeze(-1)
+    zeros = MixtureDensityNetwork(1, 1, 2, 4, family=ZeroInflated("normal"), target_transform="log")
+    for network in (MixtureDensityNetwork(1, 1, 2, 4, family="poisson"), zeros):
+        with pytest.raises(NotImplementedError, match=r"kind='highest density': not closed .* 'shortest' is"):
+            plots.plot_predictive_intervals(network(x), x, kind="highest density")

@@ -645,6 +645,10 @@ def test_compiled_and_mapped(rows, trained):
     raw, units = trained.head.raw(trained.features(x)), trained.head.units
     mapped = torch.vmap(lambda raw, y: trained.head.log_density(raw, y, units))(raw, y)
     assert_close(-mapped, expected)
+    mixture = trained(x).detach()
+    likelihood = torch.compile(lambda y: mixture.log_prob(y), backend="eager")
+    with pytest.raises(ValueError, match=r"value: expected a tensor of complete points under torch.compile"):
+        likelihood(Targets.exact(y))
 
 
 # Arguments
@@ -659,6 +663,8 @@ def test_transforms_of_parts():
     head = MixtureHead(1, 2, 1, family=["normal", "poisson"])
     assert head.transform.transforms == (Standardize(), Counts())
     assert head.family == Product((Normal(), Poisson()))
+    head = MixtureHead(1, 2, 1, family=["von_mises", "normal"], target_transform=[None, "log"])
+    assert head.transform.transforms == (Angle(), Log())
 
 
 @pytest.mark.parametrize(
@@ -707,3 +713,14 @@ def test_targets_outside_of_their_support(rows, trained):
         with pytest.raises(ValueError, match=rf"{expected}, got {value:g} in row 3, column 0"):
             trained(x).condition(wrong[:, [column]], [column])
     assert torch.equal(trained.head.scale, before)
+
+
+def test_errors_name_rows_and_columns_of_conditions_that_are_known_in_part():
+    families, transforms = ["normal", "poisson", "laplace"], ["log", None, "log"]
+    mixture = MixtureDensityNetwork(1, 3, 2, 4, family=families, target_transform=transforms)(torch.randn(4, 1))
+    known = torch.ones(4, 2)
+    known[0, 0] = known[3, 0] = math.nan
+    for dims, wrong in (([0, 1], 1.5), ([1, 2], -1.0)):
+        known[3, 1] = wrong
+        with pytest.raises(ValueError, match=f"got {wrong:g} in row 3, column 1"):
+            mixture.condition(known, dims)

@@ -125,6 +125,13 @@ def test_concordance_is_that_of_its_definition(grid):
         assert weighted[d].item() == pytest.approx(naive_concordance(*rows, weight), rel=1e-12)
 
 
+def test_infinite_medians_are_tied():
+    medians = torch.tensor([1.0, math.inf, math.inf, 2.0])
+    mixture = log_normal(np.zeros((4, 1)))
+    mixture.icdf = lambda value: medians.unsqueeze(-1)
+    assert scores.concordance(mixture, torch.arange(4.0)).item() == 3.5 / 6
+
+
 def test_concordance_in_blocks(monkeypatch):
     x, time, event = sample(40, 1)
     whole = scores.concordance(log_normal(x), targets(time, event))
@@ -247,7 +254,9 @@ def test_bad_arguments_are_refused():
         (lambda: scores.brier_score(mixture, y, 1.0, np.ones((3, 2))), r"train: expected shape \(M, 1\), got \(3, 2\)"),
         (lambda: scores.integrated_brier(mixture, y, 1.0), "times: expected two at least, in ascending order, got 1"),
         (lambda: scores.integrated_brier(mixture, y, [1.0, 0.5]), "times: expected two at least, in ascending order"),
-        (lambda: scores.concordance(mixture[:1], y[:1]), "y: expected a pair of rows"),
+        (lambda: scores.concordance(mixture[:1], y[:1]), "y: expected a pair of rows .* got none in column 0"),
+        (lambda: scores.concordance(mixture, y, horizon=-1.0), "before the horizon -1.0, got none in column 0"),
+        (lambda: scores.concordance(mixture, y, horizon=math.nan), "horizon: expected a time, got nan"),
         (lambda: scores.concordance(mixture[0], y), r"mixture, y: expected batch shape \(N,\)"),
         (lambda: scores.pit(mixture, y, 0.5), "cell: expected 0 for Targets"),
         (lambda: d_calibration(mixture, y, bins=1), "bins: expected 2 at least"),

@@ -15,6 +15,8 @@ from pyro_mdn import (
     GaussianMixture,
     Mixture,
     MixtureDensityNetwork,
+    Normal,
+    Product,
     StudentT,
     Targets,
     ZeroInflated,
@@ -247,3 +249,40 @@ def test_errors():
         with pytest.raises(NotImplementedError, match="truncated"):
             network(x).truncated(0.5)
     assert MixtureDensityNetwork(1, 2, noise=Full())(x).marginal(0).truncated(0.5).batch_shape == (3,)
+
+
+def test_impossible_conditions_are_refused():
+    mixture = MixtureDensityNetwork(1, 3, 2, 4, seed=0)(torch.zeros(3, 1)).truncated(low=[0.0, 0.0, 0.0], high=2.0)
+    known = torch.ones(3, 2)
+    for missing in (1.0, math.nan):
+        known[0, 0], known[1, 1] = missing, -1.0
+        with pytest.raises(ValueError, match="values: expected values of positive density, got -1 in row 1, column 1"):
+            mixture.condition(known, [0, 2])
+
+
+def test_outputs_beside_others_without_an_interval():
+    """Those without may be counts, angles or dependent on each other."""
+    family = Product(("normal", "poisson", "laplace", Normal(Full())), sizes=(1, 1, 1, 2))
+    transforms = ["log", None, "standardize", "angle", "standardize"]
+    network = MixtureDensityNetwork(1, 5, 3, 4, family=family, target_transform=transforms, seed=0).double()
+    mixture = network(torch.randn(3, 1, dtype=torch.float64)).detach()
+    low = torch.tensor([0.8, -math.inf, -math.inf, -math.inf, -math.inf], dtype=torch.float64)
+    high = torch.tensor([2.0, math.inf, 0.5, math.inf, math.inf], dtype=torch.float64)
+    given = mixture.truncated(low, high)
+    torch.manual_seed(0)
+    y = given.sample((200,))
+    assert bool(((y >= low) & (y <= high)).all())
+    assert bool(given.support.check(y).all())
+    inside = mixture.log_prob(Targets.interval(low.expand(3, 5), high.expand(3, 5)))
+    assert_close(given.log_prob(y), mixture.log_prob(y) - inside)
+    draws = mixture[0].sample((100_000,))
+    kept = draws[(draws[:, 0] > low[0]) & (draws[:, 0] < high[0]) & (draws[:, 2] < high[2])]
+    error = kept.std(0) / len(kept) ** 0.5
+    plain = [0, 1, 2, 4]  # the mean of angles is a direction
+    assert bool(((kept.mean(0) - given[0].mean) / error)[plain].abs().max() < 4)
+    rest = given.condition(y[..., :2], [0, 1]).log_prob(y[..., 2:])
+    assert_close(rest + given.marginal([0, 1]).log_prob(y[..., :2]), given.log_prob(y))
+    with pytest.raises(NotImplementedError, match="truncated: not closed for CountComponents"):
+        mixture.truncated(0.5)
+    with pytest.raises(NotImplementedError, match="truncated"):
+        mixture.truncated([-math.inf, -math.inf, -math.inf, 0.0, -math.inf])

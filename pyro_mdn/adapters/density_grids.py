@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_mdn.distributions.families.components import not_closed
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle
 from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents
@@ -188,7 +189,10 @@ def log_thresholds(mixture: Mixture, masses: list[float]) -> list[Tensor]:
     )
     share = (level - (reached - weights).gather(-1, component)) / weights.gather(-1, component)
     inner, logits = mixture.components.inner, mixture.logits
-    locs, scale, law = inner.univariate()
+    try:
+        locs, scale, law = inner.univariate()
+    except NotImplementedError:
+        not_closed("kind='highest density'", mixture.components, "'shortest' is")
 
     def picked(tensor: Tensor) -> Tensor:
         return tensor.squeeze(-2).expand(logits.shape).gather(-1, component)

@@ -51,12 +51,18 @@ class Observed(NamedTuple):
         return given.to(mixture.locs)
 
     def dataset(self, labels: Labels, mixture: Mixture) -> Dataset:
-        """Make the group of observed data; coordinates tell limits and kinds of an output with intervals."""
+        """Make the group of observed data; coordinates tell limits and kinds of an output with intervals.
+
+        Raises:
+            ValueError: If an output has the name of such a coordinate.
+        """
         whole = as_whole(np.where(np.isnan(self.numbers), 0, self.numbers), mixture)  # missing rows are left out
         data = labels.of_outputs(whole, self.numbers)
         if self.intervals is None:
             return data
         about = {"lower": self._limits[0], "upper": self._limits[1], "kind": self._kinds()}
+        if taken := {f"{name}_{end}" for name in labels.names for end in about}.intersection(labels.names):
+            raise ValueError(f"output_names: expected names that no coordinate of another output has, got {taken}")
         for i, name in enumerate(labels.names):
             rows, dims = ~np.isnan(self.numbers[:, i]), data[name].dims
             data = data.assign_coords({f"{name}_{end}": (dims, values[rows, i]) for end, values in about.items()})

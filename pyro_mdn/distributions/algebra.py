@@ -14,8 +14,8 @@ from pyro_mdn.distributions.observations.likelihood import Pattern, by_pattern
 from pyro_mdn.distributions.parameters import Dims, batch_dim, check_dims
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.distributions.quantiles import thresholds
-from pyro_mdn.distributions.truncation.truncated_components import require_truncatable, truncated_components
-from pyro_mdn.support.arrays import as_tensor
+from pyro_mdn.distributions.truncation.truncated_components import truncated_components
+from pyro_mdn.support.arrays import as_tensor, refuse
 from pyro_mdn.support.checks import describe, is_differentiated, is_known, plain_number, shown
 from pyro_mdn.tensors.channels import normalize_logits
 from pyro_mdn.tensors.tensor_batch import folded
@@ -53,7 +53,8 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
         dims: Indices of the known outputs, an integer or several; at least one output must remain.
 
     Raises:
-        ValueError: If an index repeats or is out of range, if no output remains, or if ``values`` has another width.
+        ValueError: If an index repeats or is out of range, if no output remains, if ``values`` has another width, or,
+            when validating, if a value is impossible.
     """
     dims = check_dims(dims, mixture.dim)
     free = [d for d in range(mixture.dim) if d not in dims]
@@ -63,11 +64,22 @@ def condition(mixture: M, values: Any, dims: Dims) -> M:
     known = ordered.marginal(range(n))
     values = own_points(known, values, "values")
     if has_missing(values):
+        _joint(known, values)  # before rows are grouped, so that an error names the row that the caller has
         return _condition_on_observed(mixture, values, dims, free)
     if (given := ordered.components.given_images(ordered.logits, values)) is not None:
         return mixture.reweighted(*given)
-    logits = known.relative_joint_log_prob(values)
-    return mixture.reweighted(logits, ordered.components.condition(values))
+    return mixture.reweighted(_joint(known, values), ordered.components.condition(values))
+
+
+def _joint(known: Mixture, values: Tensor) -> Tensor:
+    """Log-weights given values of all outputs of a mixture; a ``ValueError`` for what all components rule out."""
+    joint = known.relative_joint_log_prob(values)
+    impossible = (joint == -math.inf).all(-1, keepdim=True)
+    if known.validates and is_known(impossible) and bool(impossible.any()):
+        values = values.expand(*impossible.shape[:-1], known.dim)
+        single = impossible & (known.univariate().log_prob(values) == -math.inf)
+        refuse(values, single if bool(single.any()) else impossible, "values", "values of positive density")
+    return joint
 
 
 def _condition_on_observed(mixture: M, values: Tensor, dims: list[int], free: list[int]) -> M:
@@ -155,7 +167,8 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
 
     Densities, distribution functions, quantiles, central intervals and draws are exact, also where the interval is far
     out; moments and scores are by quadrature, and shortest intervals by a search. An event that has not happened until
-    a time t is at the times of ``mixture.truncated(low=t)``.
+    a time t is at the times of ``mixture.truncated(low=t)``. Beside outputs with an interval, those without may be of
+    other families, such as counts.
 
     Args:
         mixture: The mixture.
@@ -164,7 +177,8 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
 
     Raises:
         ValueError: If a lower end is not below its upper end, or the interval is outside of the support.
-        NotImplementedError: If outputs of a component are dependent, counts, angles, or may be zero.
+        NotImplementedError: If outputs with an interval are dependent within a component, counts, angles, or may be
+            zero.
 
     >>> from pyro_mdn import GaussianMixture, IsotropicCovariance
     >>> normal = GaussianMixture(torch.zeros(1), torch.zeros(1, 1), IsotropicCovariance(torch.ones(1)))
@@ -175,13 +189,12 @@ def truncated(mixture: Mixture, low: Any = -math.inf, high: Any = math.inf) -> M
     start, end = torch.broadcast_tensors(thresholds(mixture, low), thresholds(mixture, high))
     if is_known(start, end) and not bool((start < end).all()):
         raise ValueError(f"low, high: expected ends in ascending order, got {shown(low)} and {shown(high)}")
-    require_truncatable(mixture.components)
     whole = mixture.expand(torch.broadcast_shapes(start.shape[:-1], mixture.batch_shape))
-    ends = (whole.components.to_inner(limit).unsqueeze(-2) for limit in (start, end))
-    inner, log_mass = truncated_components(whole.components.inner, *ends)
+    parts: list[tuple[Components, Tensor]] = whole.components.over_parts(truncated_components, start, end)
+    components = whole.components.of_parts([part for part, _ in parts])
+    log_mass = torch.stack([mass for _, mass in parts]).sum(0)
     if is_known(log_mass) and not bool((whole.logits + log_mass > -math.inf).any(-1).all()):
         raise ValueError(f"low, high: expected a range within the support, got {shown(low)} and {shown(high)}")
-    components = whole.components.of_inner(inner)
     return whole.of_any_family(components).reweighted(whole.logits + log_mass, components)
 
 

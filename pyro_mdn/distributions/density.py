@@ -156,8 +156,8 @@ def _over_parts(mixture: Mixture, value: TargetsOrTensor, function: Callable[[An
     def of_part(components: Components, own: TargetsOrTensor) -> Tensor:
         return function(mixture if components is whole else mixture.of_any_family(components), own)
 
-    first, *others = whole.over_parts(of_part, value)
-    return sum(others, first)
+    parts: list[Tensor] = whole.over_parts(of_part, value)
+    return sum(parts[1:], parts[0])
 
 
 @in_widest_precision

@@ -2,6 +2,7 @@ r"""Scores of predicted times to an event, of which some are right-censored."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, MISSING, TargetsOrTensor, as_targets
 from pyro_mdn.distributions.precision import in_widest_precision
 from pyro_mdn.support.arrays import as_tensor, refuse
-from pyro_mdn.support.checks import shown
+from pyro_mdn.support.checks import plain_number, shown
 
 __all__ = ["brier_score", "concordance", "integrated_brier"]
 
@@ -111,7 +112,7 @@ def concordance(mixture: Mixture, y: Any, train: Any = None, *, horizon: float |
         horizon: Only pairs whose earlier time is before this one count.
 
     Raises:
-        ValueError: As by :func:`brier_score`, or if no pair of an output is comparable.
+        ValueError: As by :func:`brier_score`, or if the horizon is no number, or no pair of an output is comparable.
         NotImplementedError: If an output is an angle.
 
     References:
@@ -132,7 +133,7 @@ def concordance(mixture: Mixture, y: Any, train: Any = None, *, horizon: float |
         expected, got = "batch shape (N,) and y (N, D)", f"{tuple(mixture.batch_shape)} and {tuple(y.shape)}"
         raise ValueError(f"mixture, y: expected {expected}, got {got}")
     time, event = _times_and_events(y, "y")
-    first = event if horizon is None else event & (time < horizon)
+    first = event if horizon is None else event & (time < _as_horizon(horizon))
     weight = torch.ones_like(time)
     if train is not None:
         left = _uncensored(_training(train, y), time, before=True)
@@ -140,23 +141,33 @@ def concordance(mixture: Mixture, y: Any, train: Any = None, *, horizon: float |
             refuse(time, late, "y", "events while rows of train are not all censored, or a horizon before")
         weight = torch.where(first, left, 1.0).square().reciprocal()
     columns = zip(mixture.icdf(0.5).to(time).T, time.T, event.T, first.T, weight.T, strict=True)
-    return torch.stack([_concordance(*column) for column in columns]).to(mixture.dtype)
+    agreeing, total = torch.stack([_pairs(*column) for column in columns], -1)
+    if bool((none := total == 0).any()):
+        before = "" if horizon is None else f" before the horizon {horizon}"
+        found = f"got none in column {int(none.nonzero()[0])}"
+        raise ValueError(f"y: expected a pair of rows of which the earlier one has an event{before}, {found}")
+    return (agreeing / total).to(mixture.dtype)
 
 
-def _concordance(median: Tensor, time: Tensor, event: Tensor, first: Tensor, weight: Tensor) -> Tensor:
-    """Concordance of one output, from its rows ``(N,)``."""
+def _as_horizon(horizon: Any) -> float:
+    number = plain_number(horizon)
+    if math.isnan(number):
+        raise ValueError(f"horizon: expected a time, got {shown(horizon)}")
+    return number
+
+
+def _pairs(median: Tensor, time: Tensor, event: Tensor, first: Tensor, weight: Tensor) -> Tensor:
+    """Weights of the pairs in the right order, and of all comparable ones, ``(2,)``, of one output's rows ``(N,)``."""
     total = agreeing = weight.new_zeros((), dtype=torch.float64)
-    tolerance = 16 * torch.finfo(median.dtype).eps
+    tolerance, largest = 16 * torch.finfo(median.dtype).eps, torch.finfo(median.dtype).max
     for rows in first.nonzero().squeeze(-1).split(max(1, _PAIRS // max(1, len(time)))):
         at, own = time[rows, None], median[rows, None]
         later = (time > at) | ((time == at) & ~event)
-        tied = (median - own).abs() <= tolerance * own.abs()
+        tied = (median == own) | ((median - own).abs() <= tolerance * own.abs().clamp(max=largest))
         agrees = torch.where(tied, 0.5, (median > own).to(weight))
         total = total + weight[rows].double() @ later.double().sum(1)
         agreeing = agreeing + weight[rows].double() @ torch.where(later, agrees, 0.0).double().sum(1)
-    if not bool(total > 0):
-        raise ValueError("y: expected a pair of rows of which the earlier one has an event, got none in a column")
-    return agreeing / total
+    return torch.stack([agreeing, total])
 
 
 def _times(mixture: Mixture, times: Any) -> Tensor:

@@ -88,12 +88,13 @@ class Components(TensorBatch):
         """
         return self, value, None
 
-    def over_parts(self, function: Callable[[Components, Any], Tensor], value: TargetsOrTensor) -> list[Tensor]:
-        """Apply a function to parts of the outputs that are independent in each component, and to their values.
+    def over_parts(self, function: Callable[..., Any], *values: TargetsOrTensor) -> list[Any]:
+        """Apply a function to each part of the outputs, a factor of the density, and to its values; most have one."""
+        return [function(self, *values)]
 
-        A likelihood is the product of those of the parts. Most families have one part, of all outputs.
-        """
-        return [function(self, value)]
+    def of_parts(self, parts: Sequence[Components]) -> Components:
+        """Put others in the place of these parts."""
+        return parts[0]
 
     @property
     def lowest(self) -> Tensor:

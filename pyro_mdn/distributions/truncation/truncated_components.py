@@ -20,7 +20,7 @@ from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.tensor_batch import folded, stored, take_component
 from pyro_mdn.tensors.univariate import Law, UnivariateMixture
 
-__all__ = ["TruncatedComponents", "require_truncatable", "truncated_components"]
+__all__ = ["TruncatedComponents", "truncated_components"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,8 +140,26 @@ class TruncatedComponents(DerivedComponents):
         return f"{self.base.describe()}, truncated"
 
 
-def require_truncatable(components: Components) -> None:
-    """Raise ``NotImplementedError`` unless outputs are independent, and each has a location, a scale and a law."""
+def truncated_components(base: Components, low: Tensor, high: Tensor) -> tuple[Components, Tensor]:
+    """Truncate components to the ranges between ends ``(*batch, D)``; a part without finite ends may be of any family.
+
+    Returns:
+        The truncated components, and the log-probabilities of the ranges under the base, ``(*batch, K)``.
+
+    Raises:
+        NotImplementedError: Unless outputs are independent, and each has a location, a scale and a law.
+    """
+    try:
+        _require_truncatable(base)
+    except NotImplementedError:
+        if not is_known(low, high) or bool((low.isfinite() | high.isfinite()).any()):
+            raise
+        return base, torch.zeros_like(base.locs[..., 0])
+    inner, log_mass = _truncated(base.inner, *(base.to_inner(end).unsqueeze(-2) for end in (low, high)))
+    return base.of_inner(inner), log_mass
+
+
+def _require_truncatable(components: Components) -> None:
     components.require_line("truncated", "probability_between is of arcs")
     if not components.has_independent_outputs:
         not_closed("truncated", components, "marginals of one output are; or draw, and keep the draws inside")
@@ -151,12 +169,7 @@ def require_truncatable(components: Components) -> None:
         not_closed("truncated", components, "divide probabilities by that of the range; or keep the draws inside")
 
 
-def truncated_components(base: Components, low: Tensor, high: Tensor) -> tuple[TruncatedComponents, Tensor]:
-    """Truncate components to the ranges between ends ``(*batch, 1, D)``.
-
-    Returns:
-        The truncated components, and the log-probabilities of the ranges under the base, ``(*batch, K)``.
-    """
+def _truncated(base: Components, low: Tensor, high: Tensor) -> tuple[TruncatedComponents, Tensor]:
     if isinstance(base, TruncatedComponents):
         inside = torch.maximum(low, base.low), torch.minimum(high, base.high)
         new = replace(base, low=inside[0], high=inside[1])

@@ -76,8 +76,11 @@ class ProductComponents(Components):
     def mapped(self, function: Callable[[Components], Components]) -> Self:
         return self._with(part.mapped(function) for part in self.parts)
 
-    def over_parts(self, function: Callable[[Components, Any], Tensor], value: TargetsOrTensor) -> list[Tensor]:
-        return self.columns.each(function, self.parts, value)
+    def over_parts(self, function: Callable[..., Any], *values: TargetsOrTensor) -> list[Any]:
+        return self.columns.each(function, self.parts, *values)
+
+    def of_parts(self, parts: Sequence[Components]) -> Self:
+        return self._with(parts)
 
     # The space before warps
 

@@ -32,8 +32,9 @@ class Product(Family, by_name=False):
     dependent within a component, by the noise model of its family. Dependence between parts is that of the mixture:
     what is known of one part changes the weights of the components, and so the distribution of the others.
 
-    A target transform for each output goes beside it, ``None`` for counts, which have their own; a single one is that
-    of all outputs that are no counts. Each part has its own noise model, shared, homoscedastic or fixed as it says.
+    A target transform for each output goes beside it, ``None`` for that of its family, which is the only one of counts;
+    a single one is that of all outputs that are no counts. Each part has its own noise model, shared, homoscedastic or
+    fixed as it says.
 
     Args:
         families: Families of the parts, or their names.
@@ -149,12 +150,15 @@ class Product(Family, by_name=False):
         if len(each) != self.columns.dim:
             expected = f"{self.columns.dim} transforms, one for each output, or a single one"
             raise ValueError(f"target_transform: expected {expected}, got {len(each)}")
-        own = [[as_transform(each[d]) for d in columns] for columns in self.columns.of_parts]
+        own = [[each[d] for d in columns] for columns in self.columns.of_parts]
         return [self._single(family, transforms) for (family, _), transforms in zip(self.parts, own, strict=True)]
 
     @staticmethod
-    def _single(family: Family, transforms: list[TargetTransform]) -> TargetTransform | None:
+    def _single(family: Family, given: list[TargetTransform | str | None]) -> TargetTransform | None:
         """One transform for the outputs of a part; counts may be given as outputs that are standardised."""
+        if all(transform is None for transform in given):
+            return None  # that of the family
+        transforms = [as_transform(transform) for transform in given]
         if family.target_transform is not None:
             others = [t for t in transforms if not isinstance(t, Standardize)]
             return others[0] if others else None
