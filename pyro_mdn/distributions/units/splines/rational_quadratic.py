@@ -87,12 +87,12 @@ class SplineWarp(ElementwiseWarp):
     def forward(self, y: Tensor) -> Tensor:
         t = self._relative(y)
         inner = self._inner(t)
-        return self._piece(self._passed(inner)).value(inner) + self._outer_slope(t < inner) * (t - inner)
+        return self._piece(self._passed(inner)).value(inner) + self._outer_slope(t <= self.knots[..., 0, :]) * (t - inner)
 
     def inverse(self, w: Tensor) -> Tensor:
         inner = w.clamp(-REACH, REACH)
         passed = ((inner + REACH) / self._step).nan_to_num().long().clamp(0, self.knots.shape[-2] - 2)
-        t = self._piece(passed).inverse(inner) + (w - inner) / self._outer_slope(w < inner)
+        t = self._piece(passed).inverse(inner) + (w - inner) / self._outer_slope(w <= -REACH)
         return self.centre + self.unit * t
 
     def log_slope(self, y: Tensor) -> Tensor:
