@@ -59,7 +59,7 @@ class WarpedComponents(DerivedComponents):
     def inner(self) -> Components:
         return self.base
 
-    def of_inner(self, inner: Components) -> Self:
+    def of_inner(self, inner: Components) -> WarpedComponents:
         return replace(self, base=inner)
 
     def to_inner(self, value: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class WarpedComponents(DerivedComponents):
         return f"{self.base.describe()}, warp={self.warp.describe()}"
 
 
-def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object = None) -> None:
+def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object = None, instead: str = "") -> None:
     """Raise a ``ValueError`` that names the first value outside of the support, if values are known; NaN is missing.
 
     Exact values have to lie inside of the support, and intervals have to meet it.
@@ -217,6 +217,7 @@ def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object 
         value: Values ``(..., D)``.
         name: Name of the argument.
         given: The data before conversion, which may have names of rows and columns.
+        instead: What to add to what was expected.
     """
     shown = value.lower if isinstance(value, Targets) else value
     if not is_known(shown):
@@ -228,7 +229,7 @@ def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object 
         outside = torch.where(exact, outside, (value.upper <= low) | (value.lower >= high))
     if bool(outside.any()):
         ends = " and ".join(_listed(end) for end in (low, high))
-        refuse(shown, outside, name, f"numbers between {ends}", given)
+        refuse(shown, outside, name, f"numbers between {ends}{instead}", given)
 
 
 def _listed(ends: Tensor) -> str:
