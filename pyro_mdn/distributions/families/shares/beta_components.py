@@ -36,7 +36,8 @@ class BetaLogitComponents(IndividualComponents):
     standard: BetaLogitLaw = nested()
 
     def draw(self) -> Tensor:
-        a, b = self.standard.shapes()
+        # Draws of one component have locations of their own, but share its law.
+        a, b = (shape.expand(self.locs.shape) for shape in self.standard.shapes())
         return self.locs + self.scale * (_log_gamma(a) - _log_gamma(b) - self.standard.location)
 
     def widen(self, factor: Tensor) -> Self:
@@ -81,7 +82,7 @@ class BetaComponents(WarpedComponents):
         return size.square() * location.sigmoid() * (-location).sigmoid() / (1 + concentration)
 
     def as_pyro(self) -> dist.TorchDistribution:
-        if self.warp != LogitWarp():
+        if not (isinstance(self.warp, LogitWarp) and self.warp.interval == (0.0, 1.0)):
             return super().as_pyro()
         return dist.Beta(*self.base.standard.shapes(), validate_args=False).to_event(1)
 

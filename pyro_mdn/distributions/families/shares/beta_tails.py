@@ -28,8 +28,10 @@ _LEAST = 1e-290
 """Probability below which scipy's has too few digits, or none."""
 
 _STEP = 1e-3
+"""Step of differences for derivatives by the logit of the mean, and by the logarithm of the concentration."""
 
-_POLISHED = 2
+_EXACT, _STEPS = 1e-11, 40
+"""Error of the logarithms of quantiles' probabilities, and most steps to reach it."""
 
 
 def log_beta_cdf(z: Tensor, location: Tensor, concentration: Tensor) -> Tensor:
@@ -71,27 +73,39 @@ def _difference(function: Callable[[float], Tensor]) -> Tensor:
     return ends / (12 * _STEP)
 
 
-def _shapes(location: Array, concentration: Array) -> tuple[Array, Array, Array]:
-    """Both shapes of beta distributions, and the logarithm of the beta function of the two."""
+def _shapes(location: Array, concentration: Array) -> tuple[Array, Array]:
+    """Both shapes of beta distributions."""
     from scipy import special
 
-    a, b = concentration * special.expit(location), concentration * special.expit(-location)
-    return a, b, special.betaln(a, b)
+    return concentration * special.expit(location), concentration * special.expit(-location)
 
 
-def _log_cdf(z: Array, location: Array, concentration: Array, *, upper: bool) -> Array:
+def _log_power(w: Array, a: Array, b: Array) -> Array:
+    """Log-probability next to the lower end, a power of the distance from it, whose logarithm is w."""
     from scipy import special
 
-    a, b, log_beta = _shapes(location, concentration)
-    w = location + z
-    share, rest = special.expit(w), special.expit(-w)
+    return a * w - np.log(a) - special.betaln(a, b)
+
+
+def _log_cdf(z: Array, location: Array, concentration: Array, *, upper: bool = False) -> Array:
+    from scipy import special
+
+    shape = np.broadcast_shapes(z.shape, location.shape, concentration.shape)
+    z, location, concentration = np.broadcast_arrays(np.atleast_1d(z), location, concentration)
+    w, (a, b) = location + z, _shapes(location, concentration)
     # From the end that is nearer, whose distance has all digits.
-    mass = np.where(w < 0, special.betainc(a, b, share), special.betaincc(b, a, rest))
-    result = np.where(mass < _LEAST, _deep(z, location, concentration), np.log(np.maximum(mass, _LEAST)))
-    # Next to an end probabilities are powers of the distance.
-    result = np.where(w < -_FAR, a * w - np.log(a) - log_beta, result)
-    result = np.where(w > _FAR, np.log1p(-np.exp(np.minimum(-b * w - np.log(b) - log_beta, 0.0))), result)
-    return np.where(np.isnan(mass), np.nan, np.minimum(result, 0.0))
+    mass, share, near = np.full(w.shape, np.nan), special.expit(-np.abs(w)), w < 0
+    special.betainc(a, b, share, out=mass, where=near)
+    special.betaincc(b, a, share, out=mass, where=w >= 0)
+    result = np.log(np.maximum(mass, _LEAST))
+    for chosen, function in (
+        (mass < _LEAST, lambda i: _deep(z[i], location[i], concentration[i])),
+        (w < -_FAR, lambda i: _log_power(w[i], a[i], b[i])),
+        (w > _FAR, lambda i: np.log1p(-np.exp(np.minimum(_log_power(-w[i], b[i], a[i]), 0.0)))),
+    ):
+        if chosen.any():
+            result[chosen] = function(chosen)
+    return np.minimum(result, 0.0).reshape(shape)
 
 
 def _deep(z: Array, location: Array, concentration: Array) -> Array:
@@ -105,24 +119,34 @@ def _deep(z: Array, location: Array, concentration: Array) -> Array:
 
 
 def _quantile(q: Array, location: Array, concentration: Array) -> Array:
-    """Logit of the quantile by scipy, polished by two steps of Newton's method on logarithms where these help."""
+    """Logit of the quantile, less the location: scipy's, and where that is NaN or inexact, by Newton's method."""
     from scipy import special
 
-    a, b, log_beta = _shapes(location, concentration)
-    share, rest = special.betaincinv(a, b, q), special.betainccinv(b, a, q)
-    w = np.where(share < 0.5, special.logit(share), -special.logit(rest))
-    low, high = (np.log(q) + np.log(a) + log_beta) / a, -(np.log1p(-q) + np.log(b) + log_beta) / b
-    z = np.where(low < -_FAR, low, np.where(high > _FAR, high, w)) - location
-    for _ in range(_POLISHED):
-        z = _nearer(z, np.log(q), location, concentration)
+    shape = np.broadcast_shapes(q.shape, location.shape, concentration.shape)
+    q, location, concentration = np.broadcast_arrays(np.atleast_1d(q), location, concentration)
+    a, b = _shapes(location, concentration)
+    share = special.betaincinv(a, b, q)
+    w, above = special.logit(share), share > 0.5
+    w[above] = -special.logit(special.betainccinv(b[above], a[above], q[above]))
+    # Next to an end the distance from it is a power of a probability.
+    low, high = -_log_power(-np.log(q) / a, a, b) / a, _log_power(-np.log1p(-q) / b, b, a) / b
+    w = np.where(low < -_FAR, low, np.where(high > _FAR, high, w))
+    z = np.where(np.isfinite(w), w, low) - location
+    return _refined(z, np.log(q), location, concentration).reshape(shape)
+
+
+def _refined(z: Array, target: Array, *parameters: Array) -> Array:
+    """Solve for a log-probability by Newton's method, which cannot diverge, since that is a concave function of z."""
+    error = np.abs(_log_cdf(z, *parameters) - target)
+    for _ in range(_STEPS):
+        i = np.nonzero(error > _EXACT)
+        if not len(i[0]):
+            break
+        own = [parameter[i] for parameter in parameters]
+        level = _log_cdf(z[i], *own)
+        z[i] = z[i] + (target[i] - level) * np.exp(level - _log_density(z[i], *own))
+        error[i] = np.abs(_log_cdf(z[i], *own) - target[i])
     return z
-
-
-def _nearer(z: Array, target: Array, location: Array, concentration: Array) -> Array:
-    level = _log_cdf(z, location, concentration, upper=False)
-    step = (target - level) * np.exp(level - _log_density(z, location, concentration))
-    after = _log_cdf(z + step, location, concentration, upper=False)
-    return np.where(np.abs(after - target) < np.abs(level - target), z + step, z)
 
 
 def _log_density(*arrays: Array) -> Array:
