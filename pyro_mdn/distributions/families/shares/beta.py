@@ -55,8 +55,9 @@ class Beta(Family):
 
     >>> from pyro_mdn import MixtureDensityNetwork
     >>> network = MixtureDensityNetwork(1, 1, family=Beta(low=0, high=100))
-    >>> network(torch.zeros(3, 1)).support.base_constraint
-    Interval(lower_bound=0.0, upper_bound=100.0)
+    >>> percent = network.sample(torch.zeros(100, 1))
+    >>> bool(((percent > 0) & (percent < 100)).all())
+    True
     """
 
     low: float = 0.0

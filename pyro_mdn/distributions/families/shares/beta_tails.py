@@ -51,10 +51,13 @@ def log_beta_cdf(z: Tensor, location: Tensor, concentration: Tensor) -> Tensor:
 
 def lower_beta_quantile(q: Tensor, location: Tensor, concentration: Tensor) -> Tensor:
     """Logits of quantiles at probabilities q, less those of the means; without gradients."""
-    arrays = [in_double(tensor.detach()).cpu().numpy() for tensor in (q, location, concentration)]
-    with np.errstate(all="ignore"):
-        result = np.asarray(_quantile(*arrays))
-    return as_before(torch.from_numpy(result), location)
+    parameters = [tensor.detach() for tensor in (q, location, concentration)]
+    result: Any = TailProbability.apply(_quantile, _no_slopes, False, *parameters)
+    return result
+
+
+def _no_slopes(*tensors: Tensor, upper: bool) -> list[Tensor | None]:
+    return [torch.zeros_like(tensor) for tensor in tensors]
 
 
 def _slopes(z: Tensor, location: Tensor, concentration: Tensor, *, upper: bool) -> list[Tensor | None]:
@@ -118,7 +121,7 @@ def _deep(z: Array, location: Array, concentration: Array) -> Array:
     return _log_density(z, location, concentration) - np.log(slope) - np.log1p(bend / slope**2)
 
 
-def _quantile(q: Array, location: Array, concentration: Array) -> Array:
+def _quantile(q: Array, location: Array, concentration: Array, *, upper: bool) -> Array:
     """Logit of the quantile, less the location: scipy's, and where that is NaN or inexact, by Newton's method."""
     from scipy import special
 
