@@ -35,9 +35,9 @@ def log_beta_density(z: Tensor, location: Tensor, concentration: Tensor) -> Tens
     """
     log_mean, log_rest = logsigmoid(location), logsigmoid(-location)
     log_height = 0.5 * (log_mean + log_rest + concentration.log() - math.log(2 * math.pi))
-    errors = stirling_error(concentration)
-    errors = errors - stirling_error(log_mean.exp() * concentration) - stirling_error(log_rest.exp() * concentration)
-    return log_height + errors - concentration * _divergence(z, location)
+    sizes = log_mean.exp() * concentration, log_rest.exp() * concentration, concentration
+    of_mean, of_rest, of_both = stirling_error(torch.stack(torch.broadcast_tensors(*sizes))).unbind(0)
+    return log_height + of_both - of_mean - of_rest - concentration * _divergence(z, location)
 
 
 def _divergence(z: Tensor, location: Tensor) -> Tensor:
