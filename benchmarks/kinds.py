@@ -16,7 +16,7 @@ from timing import DEVICE, SMOKE, machine, race, ratio, shown, threads_of, write
 
 BATCHES, INPUTS, STEPS = 8, 6, 400
 CASES = [(256, 5), (2048, 5)]
-FAMILIES = ("student_t", "laplace", "logistic", "gumbel", "von_mises")
+FAMILIES = ("student_t", "laplace", "logistic", "gumbel", "von_mises", "beta")
 ANGLES = ("angle", "von_mises")
 TRANSFORMED = ("log", "log, censored", "quantile", *ANGLES)
 
@@ -34,6 +34,8 @@ def one_pass(kind, batch, k):
     y = (x[:, :1] + 0.5 * torch.randn(len(x), 1, device=DEVICE)).exp()
     if kind in ANGLES:
         y = torch.remainder(x[:, :1] + 0.5 * torch.randn(len(x), 1, device=DEVICE) + math.pi, 2 * math.pi) - math.pi
+    if kind == "beta":
+        y = y / (1 + y)
     if kind.endswith("censored"):
         y = Targets.censored(y, right=torch.rand(y.shape, device=DEVICE) < 0.3)
     settings = {"family": kind} if kind in FAMILIES else {}

@@ -19,6 +19,7 @@ from pyro_mdn.distributions.families.laws.logistic import Logistic
 from pyro_mdn.distributions.families.location_scale import IndependentComponents, LocationScale
 from pyro_mdn.distributions.families.normal import Normal, NormalComponents
 from pyro_mdn.distributions.families.products.product_family import Product
+from pyro_mdn.distributions.families.shares.beta import Beta
 from pyro_mdn.distributions.families.student_t import StudentT, StudentTComponents
 from pyro_mdn.distributions.families.zeros.zero_families import Hurdle, ZeroInflated
 from pyro_mdn.distributions.gaussian.divergence import kl_monte_carlo, kl_variational_approximation
@@ -75,6 +76,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Angle",
     "Asinh",
+    "Beta",
     "Chain",
     "Checkpointing",
     "CollapseWarning",

@@ -13,7 +13,6 @@ from torch import Tensor
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel
 from pyro_mdn.distributions.families.components import Components
 from pyro_mdn.distributions.units.compound_transforms import PerOutput, as_transform
-from pyro_mdn.distributions.units.count_units import Counts
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.support.checks import shown
 from pyro_mdn.support.registry import Specification
@@ -109,7 +108,7 @@ class Family(Specification, ABC):
         own, transform = self.target_transform, as_transform(given)
         if own is None:
             each = transform.transforms if isinstance(transform, PerOutput) else (transform,)
-            if any(isinstance(part, Counts) for part in each):
+            if any(part.of_family for part in each):
                 raise ValueError(f"target_transform: expected one for real numbers beside {self}, got {transform}")
             low = torch.full((1, dim), -1e30, device="cpu")
             if self.has_atom and (transform.circles(dim) is not None or bool(transform.inside(low).any())):

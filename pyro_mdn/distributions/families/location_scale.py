@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,7 +16,7 @@ from pyro_mdn.support.checks import is_known
 from pyro_mdn.tensors.tensor_batch import nested, stored
 from pyro_mdn.tensors.univariate import Law
 
-__all__ = ["IndependentComponents", "LocationScale"]
+__all__ = ["IndependentComponents", "IndividualComponents", "LocationScale"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +91,45 @@ class IndependentComponents(Components):
         """Law with tensors that broadcast with ``(*batch, K, D)``."""
         return self.standard.map(lambda t, n: t.unsqueeze(-1))
 
+    def law_of_output(self, d: int) -> Law:
+        """Law of one output, with tensors ``(*batch, K)``."""
+        return self.standard
+
+
+@dataclass(frozen=True, eq=False)
+class IndividualComponents(IndependentComponents):
+    """Components with independent outputs, whose laws have parameters ``(*batch, K, D)`` of their own."""
+
+    def marginal(self, dims: Sequence[int]) -> Self:
+        dims = list(dims)
+        return replace(super().marginal(dims), standard=self.standard.map(lambda t, n: t[..., dims]))
+
+    def univariate(self) -> tuple[Tensor, Tensor, Law]:
+        return self.locs.mT, self.scale.mT, self.standard.map(lambda t, n: t.mT)
+
+    def require_components(self, count: int) -> None:
+        super().require_components(count)
+        for name, shape in self._shapes():
+            if len(shape) < 2 or shape[-2] not in (1, count):
+                raise ValueError(f"{name}: expected a component axis of 1 or {count}, got {shape}")
+
+    def of_dim(self, dim: int) -> Self:
+        for name, shape in self._shapes():
+            if shape[-1] != dim:
+                raise ValueError(f"{name}: expected {dim} outputs, got {shape}")
+        return super().of_dim(dim)
+
+    def _shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names of the parameters of the law, and their shapes."""
+        names = (f.name for f in fields(self.standard))
+        return [(name, tuple(t.shape)) for name, t in zip(names, self.standard.tensors(), strict=True)]
+
+    def _law(self) -> Law:
+        return self.standard
+
+    def law_of_output(self, d: int) -> Law:
+        return self.standard.map(lambda t, n: t[..., d])
+
 
 class _InOrder(OutputsInOrder):
     """Outputs of independent components: what came before does not matter."""
@@ -100,7 +139,7 @@ class _InOrder(OutputsInOrder):
 
     def next_output(self) -> tuple[Tensor, Tensor, Law]:
         d, components = self.count, self.components
-        return components.locs[..., d], components.scale[..., d], components.standard
+        return components.locs[..., d], components.scale[..., d], components.law_of_output(d)
 
     def observe(self, value: Tensor) -> None:
         self.count += 1

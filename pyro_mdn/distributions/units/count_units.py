@@ -66,6 +66,8 @@ class CountUnits(Units):
 class Counts(TargetTransform):
     """Leave counts as they are, and take their means as the unit of rates; families of counts have this transform."""
 
+    of_family: ClassVar[bool] = True
+
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
         return IdentityWarp()
 

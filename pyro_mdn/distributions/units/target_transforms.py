@@ -53,6 +53,9 @@ class TargetTransform(Specification):
     kind: ClassVar[str] = "target_transform"
     known: ClassVar[dict[str, type[TargetTransform]]] = {}
 
+    of_family: ClassVar[bool] = False
+    """Whether it is that of one family, which is asked for instead."""
+
     @abstractmethod
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
         """Build the warp that these tensors ``(*batch, D)`` define."""

@@ -59,7 +59,7 @@ class WarpedComponents(DerivedComponents):
     def inner(self) -> Components:
         return self.base
 
-    def of_inner(self, inner: Components) -> Self:
+    def of_inner(self, inner: Components) -> WarpedComponents:
         return replace(self, base=inner)
 
     def to_inner(self, value: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ class WarpedComponents(DerivedComponents):
         return f"{self.base.describe()}, warp={self.warp.describe()}"
 
 
-def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object = None) -> None:
+def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object = None, instead: str = "") -> None:
     """Raise a ``ValueError`` that names the first value outside of the support, if values are known; NaN is missing.
 
     Exact values have to lie inside of the support, and intervals have to meet it.
@@ -217,6 +217,7 @@ def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object 
         value: Values ``(..., D)``.
         name: Name of the argument.
         given: The data before conversion, which may have names of rows and columns.
+        instead: What to add to what was expected.
     """
     shown = value.lower if isinstance(value, Targets) else value
     if not is_known(shown):
@@ -230,4 +231,4 @@ def require_inside(warp: Warp, value: TargetsOrTensor, name: str, given: object 
         shown, low, high = (tensor.expand(outside.shape) for tensor in (shown, low, high))
         first = tuple(unwrapped(outside).nonzero()[0])
         ends = (unwrapped(end)[first].item() for end in (low, high))
-        refuse(shown, outside, name, "numbers between {:g} and {:g}".format(*ends), given)
+        refuse(shown, outside, name, "numbers between {:g} and {:g}".format(*ends) + instead, given)

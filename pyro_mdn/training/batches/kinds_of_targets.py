@@ -55,7 +55,7 @@ class _Kind(NamedTuple):
 
 _FEW_COUNTS = _Kind("are small counts", '"negative_binomial"', None, "may suit them better")
 _WITH_ZEROS = _Kind("are positive or zero", "ZeroInflated({normal})", "log", "gives zeros their probability")
-_SHARES = _Kind("lie between 0 and 1", None, "logit", "keeps predictions there")
+_SHARES = _Kind("lie between 0 and 1", None, "logit", 'keeps predictions there, as does family="beta"')
 _SHARES_WITH_ZEROS = _WITH_ZEROS._replace(looks="are shares or zero", transform="logit")
 _POSITIVE = _Kind("are positive, and skewed", None, "log", "keeps predictions positive")
 

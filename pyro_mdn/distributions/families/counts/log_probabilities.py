@@ -13,14 +13,14 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["log_negative_binomial", "log_poisson"]
+__all__ = ["log_negative_binomial", "log_poisson", "stirling_error"]
 
 
 def log_poisson(k: Tensor, rate: Tensor) -> Tensor:
     """Log-probability that a Poisson variable is k."""
     some = k > 0
     n = torch.where(some, k, 1.0)
-    log_prob = -_stirling_error(n) - 0.5 * (2 * math.pi * n).log() - _deviance(n, rate)
+    log_prob = -stirling_error(n) - 0.5 * (2 * math.pi * n).log() - _deviance(n, rate)
     return torch.where(some, log_prob, -rate)
 
 
@@ -32,7 +32,7 @@ def log_negative_binomial(k: Tensor, shape: Tensor, rate: Tensor) -> Tensor:
     # n and the shape against their expectations among n + shape.
     share = total / (shape + rate)
     deviances = _deviance(n, share * rate) + _deviance(shape, share * shape)
-    errors = _stirling_error(total) - _stirling_error(n) - _stirling_error(shape)
+    errors = stirling_error(total) - stirling_error(n) - stirling_error(shape)
     log_prob = errors - deviances + 0.5 * (shape / total / n).log() - 0.5 * math.log(2 * math.pi)
     return torch.where(some, log_prob, -shape * torch.log1p(rate / shape))
 
@@ -43,7 +43,7 @@ _FEW = 10.0
 _SERIES = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156)
 
 
-def _stirling_error(n: Tensor) -> Tensor:
+def stirling_error(n: Tensor) -> Tensor:
     r"""Compute :math:`\log \Gamma(n + 1) - (n + \tfrac12) \log n + n - \tfrac12 \log 2 \pi` for n > 0."""
     few = n < _FEW
     small, large = torch.where(few, n, 1.0), torch.where(few, _FEW, n)

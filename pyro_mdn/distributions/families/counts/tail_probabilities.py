@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_mdn.distributions.families.counts.log_probabilities import log_negative_binomial, log_poisson
 from pyro_mdn.tensors.numerics import as_before, in_double
 
-__all__ = ["beta_tail", "gamma_tail"]
+__all__ = ["TailProbability", "beta_tail", "gamma_tail"]
 
 Array = NDArray[np.float64]
 
@@ -29,7 +29,7 @@ def gamma_tail(n: Tensor, rate: Tensor, *, upper: bool) -> Tensor:
         rate: Rates.
         upper: Whether to compute the probability of less than n, the upper tail of a gamma distribution.
     """
-    result: Any = _Tail.apply(_poisson, _slopes_of_poisson, upper, n, rate)
+    result: Any = TailProbability.apply(_poisson, _slopes_of_poisson, upper, n, rate)
     return result
 
 
@@ -45,12 +45,16 @@ def beta_tail(n: Tensor, shape: Tensor, rate: Tensor, *, upper: bool) -> Tensor:
         rate: Means.
         upper: Whether to compute the probability of less than n, the upper tail of a beta distribution.
     """
-    result: Any = _Tail.apply(_negative_binomial, _slopes_of_negative_binomial, upper, n, shape, rate)
+    result: Any = TailProbability.apply(_negative_binomial, _slopes_of_negative_binomial, upper, n, shape, rate)
     return result
 
 
-class _Tail(torch.autograd.Function):
-    """An elementwise function of arrays, in double precision, with derivatives in torch, for all of its transforms."""
+class TailProbability(torch.autograd.Function):
+    """An elementwise function of arrays, in double precision, with derivatives in torch, for all of its transforms.
+
+    It is called with a function of arrays, a function of tensors that gives the derivatives by each, ``None`` for none,
+    what both take as ``upper``, and the tensors.
+    """
 
     @staticmethod
     def forward(function: Any, slopes: Any, upper: bool, *tensors: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,14 +71,15 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        slopes, parameters = ctx.slopes(*ctx.saved_tensors, upper=ctx.upper), ctx.saved_tensors[1:]
-        found = [(grads[0] * slope).sum_to_size(p.shape) for slope, p in zip(slopes, parameters, strict=True)]
-        return None, None, None, None, *found
+        slopes, tensors = ctx.slopes(*ctx.saved_tensors, upper=ctx.upper), ctx.saved_tensors
+        pairs = zip(slopes, tensors, strict=True)
+        return None, None, None, *(None if s is None else (grads[0] * s).sum_to_size(t.shape) for s, t in pairs)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         slopes = ctx.slopes(*ctx.saved_tensors, upper=ctx.upper)
-        total: Any = sum(s * t for s, t in zip(slopes, tangents[4:], strict=True) if t is not None)
+        pairs = zip(slopes, tangents[3:], strict=True)
+        total: Any = sum(s * t for s, t in pairs if s is not None and t is not None)
         return total
 
     @staticmethod
@@ -87,19 +92,19 @@ class _Tail(torch.autograd.Function):
             t.reshape(len(t), *(1,) * (ndim - t.ndim), *t.shape[1:]) if first else t
             for t, first in zip(tensors, mapped, strict=True)
         ]
-        return _Tail.apply(*given[:3], *aligned), 0
+        return TailProbability.apply(*given[:3], *aligned), 0
 
 
-def _slopes_of_poisson(n: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor]:
+def _slopes_of_poisson(n: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor | None]:
     """Derivative of :func:`gamma_tail` by the rate."""
     slope = torch.where(n > 0, log_poisson(n - 1, rate).exp(), 0.0)
-    return [-slope if upper else slope]
+    return [None, -slope if upper else slope]
 
 
 _STEP = 1e-4
 
 
-def _slopes_of_negative_binomial(n: Tensor, shape: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor]:
+def _slopes_of_negative_binomial(n: Tensor, shape: Tensor, rate: Tensor, *, upper: bool) -> list[Tensor | None]:
     """Derivatives of :func:`beta_tail` by the shape and the mean."""
     # Counts that are weighted by the rate of which they were drawn are negative binomial again.
     by_rate = torch.where(n > 0, log_negative_binomial(n - 1, shape + 1, rate * (1 + 1 / shape)).exp(), 0.0)
@@ -109,7 +114,7 @@ def _slopes_of_negative_binomial(n: Tensor, shape: Tensor, rate: Tensor, *, uppe
         for sign in (1, -1):
             end = beta_tail(wide[0], wide[1] * (1 + sign * steps * _STEP), wide[2], upper=upper)
             total = total + sign * coefficient * end
-    return [as_before(total / (12 * _STEP * wide[1]), shape), -by_rate if upper else by_rate]
+    return [None, as_before(total / (12 * _STEP * wide[1]), shape), -by_rate if upper else by_rate]
 
 
 def _poisson(n: Array, rate: Array, *, upper: bool) -> Array:

@@ -87,7 +87,9 @@ class SplineWarp(ElementwiseWarp):
     def forward(self, y: Tensor) -> Tensor:
         t = self._relative(y)
         inner = self._inner(t)
-        return self._piece(self._passed(inner)).value(inner) + self._outer_slope(t <= self.knots[..., 0, :]) * (t - inner)
+        return self._piece(self._passed(inner)).value(inner) + self._outer_slope(t <= self.knots[..., 0, :]) * (
+            t - inner
+        )
 
     def inverse(self, w: Tensor) -> Tensor:
         inner = w.clamp(-REACH, REACH)

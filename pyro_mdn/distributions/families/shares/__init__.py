@@ -1,0 +1,1 @@
+"""Families of shares: numbers between two ends."""
