@@ -20,6 +20,7 @@ Methods whose package is not installed are left out; figures of theirs that are 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import warnings
@@ -203,11 +204,14 @@ def failure_times(name, train, test):
     import pandas as pd
 
     x, lower, upper = train
-    frame = pd.DataFrame({"x": x, "lower": np.maximum(lower, 0.0), "upper": upper})
+    frame = pd.DataFrame({"x": x, "lower": np.maximum(lower, 1e-9), "upper": upper})  # 0 has no gradient there
     fitter = getattr(lifelines, name)()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fitter.fit_interval_censoring(frame, "lower", "upper", ancillary=True)
+        try:
+            fitter.fit_interval_censoring(frame, "lower", "upper", ancillary=True)
+        except lifelines.exceptions.ConvergenceError:
+            return math.inf
     x, lower, upper = test
     place, scale = (
         params.get("x", 0.0) * x + params["Intercept"]
@@ -256,7 +260,7 @@ def network_score(settings, train, test, seed, smoke):
 
 
 def run(job):
-    """Excess of each method."""
+    """Excess of each method whose fit converged."""
     name, seed, rows, methods, smoke = job
     warnings.simplefilter("ignore", CollapseWarning)
     torch.set_num_threads(1)
@@ -269,7 +273,8 @@ def run(job):
         "regression": lambda: kind.regression(train, test),
         "NGBoost": lambda: boosted(kind, train, test, seed),
     }
-    return {"kind": name, "seed": seed, **{method: float(score[method]()) - truth for method in methods}}
+    excess = {method: float(score[method]()) - truth for method in methods}
+    return {"kind": name, "seed": seed, **{method: value for method, value in excess.items() if math.isfinite(value)}}
 
 
 def installed(kind, methods):
@@ -315,8 +320,8 @@ def main():
     with ProcessPoolExecutor(args.jobs) as pool:
         for row in tqdm(pool.map(run, jobs), total=len(jobs), desc="fits"):
             stored.setdefault((row["kind"], row["seed"]), {}).update(row)
-    results = [stored[key] for key in sorted(stored, key=lambda key: (list(KINDS).index(key[0]), key[1]))]
-    args.out.write_text(json.dumps({"rows": results}, indent=1) + "\n")
+            results = [stored[key] for key in sorted(stored, key=lambda key: (list(KINDS).index(key[0]), key[1]))]
+            args.out.write_text(json.dumps({"rows": results}, indent=1) + "\n")
     print(table(results))
 
 
