@@ -134,8 +134,9 @@ class _MixtureLogDensity(torch.autograd.Function):
         grad_value = -grad_locs.sum(1) if needed[2] else None
         if ctx.normalize:
             weight = logits_gradient(weight.sum_to_size(log_weights.shape), log_weights.to(weight.dtype))
-        gradients = zip([weight, grad_locs, grad_value, *grads], arguments, _EVENT_DIMS[: ctx.count], strict=True)
-        return None, None, *[None if g is None else _as_argument(g, a, n) for g, a, n in gradients]
+        gradients = [weight, grad_locs, grad_value, *grads]
+        places = zip(needed, gradients, arguments, _EVENT_DIMS[: ctx.count], strict=True)
+        return None, None, *[_as_argument(g, a, n) if needs and g is not None else None for needs, g, a, n in places]
 
 
 # The next three functions take channel-first tensors.
@@ -223,6 +224,9 @@ def _channels(*arguments: Tensor) -> list[Tensor]:
 
 def _as_argument(gradient: Tensor, argument: Tensor, event_dim: int) -> Tensor:
     """Bring a channel-first gradient to the shape of its argument, summing over broadcast dimensions."""
+    whole = channels_last(gradient, event_dim)
+    if whole.shape == argument.shape:
+        return whole
     batch, event = argument.shape[: argument.ndim - event_dim], argument.shape[argument.ndim - event_dim :]
     shape = (*reversed(event), *(1,) * (gradient.ndim - argument.ndim), *batch)
     if gradient.shape != shape:  # sums over a view in another order of dimensions take many times as long
