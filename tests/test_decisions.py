@@ -146,7 +146,8 @@ def test_partial_moments_are_integrals_of_the_distribution_function(name, family
         torch.tensor([0.05, 0.5, 0.9], dtype=torch.float64)[:, None, None].expand(3, 3, 2)
     ).requires_grad_()
     below, above = decisions.expected_below(mixture, c), decisions.expected_above(mixture, c)
-    assert_close(above - below, (mixture.mean - c).detach() + 0 * above, rtol=1e-4, atol=5e-5)
+    atol = 5e-5 if name == "quantile" else 1e-5  # quadrature of tails behind a spline is coarser
+    assert_close(above - below, (mixture.mean - c).detach() + 0 * above, rtol=1e-4, atol=atol)
     assert_close(torch.autograd.grad(below.sum(), c)[0], mixture.cdf(c).detach(), rtol=1e-5, atol=1e-6)
     above = decisions.expected_above(mixture, c)
     assert_close(torch.autograd.grad(above.sum(), c)[0], -mixture.sf(c).detach(), rtol=1e-5, atol=1e-6)
