@@ -183,7 +183,7 @@ def joined(several: Sequence[Parameters], dim: int) -> Parameters:
 
 def _joined_components(several: Sequence[Components], shapes: Sequence[torch.Size], dim: int) -> Components:
     """Concatenate components; of tensors that broadcast over the batch, only the dimension to join is expanded."""
-    event_dims = [event_dim for _, event_dim in several[0].stored()]
+    event_dims = [event_dim for _, event_dim in several[0].stored]
     columns = zip(*(components.tensors() for components in several), strict=True)
     return several[0].with_tensors([_joined(c, n, shapes, dim) for c, n in zip(columns, event_dims, strict=True)])
 
@@ -197,7 +197,7 @@ def _joined(tensors: Sequence[Tensor], event_dim: int, shapes: Sequence[torch.Si
 
 
 def _structure(components: Components) -> str:
-    sizes = [tuple(tensor.shape[tensor.ndim - event_dim :]) for tensor, event_dim in components.stored()]
+    sizes = [tuple(tensor.shape[tensor.ndim - event_dim :]) for tensor, event_dim in components.stored]
     return f"{components.describe()} of {sizes}"
 
 

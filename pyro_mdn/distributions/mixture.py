@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pyro_mdn.distributions import algebra, density, indexing, precision, quantiles, transport
 from pyro_mdn.distributions.families.components import Components, not_closed
 from pyro_mdn.distributions.parameters import Origin, broadcast, check_shapes
-from pyro_mdn.support.checks import all_finite, bounds, is_known, is_recorded, is_traced
+from pyro_mdn.support.checks import all_finite, bounds, is_known, is_recorded
 from pyro_mdn.tensors.channels import normalize_logits
 
 __all__ = ["Mixture"]
@@ -56,7 +56,7 @@ class Mixture(dist.MixtureSameFamily):
     def __init__(self, logits: Tensor, components: Components, *, validate_args: bool | None = None) -> None:
         components = check_shapes(logits, components)
         self._set(normalize_logits(logits), components, validate_args)
-        if bool(self._validate_args) and is_known(logits, *components.tensors()):
+        if self._validate_args:
             self._validate()
 
     def _set(self, logits: Tensor, components: Components, validate_args: bool | None) -> None:
@@ -93,11 +93,14 @@ class Mixture(dist.MixtureSameFamily):
 
     @classmethod
     def deferred(cls, origin: Origin) -> Self:
-        """Build a mixture that computes its parameters on first use; see :meth:`origin_for` for its density."""
+        """Build a mixture that computes its parameters on first use; see :meth:`origin_for` for its density.
+
+        Nothing may trace the tensors of the origin.
+        """
         new = cls.__new__(cls)
         new._origin = origin
         new._initialize(origin.batch_shape, torch.Size((origin.dim,)), None)
-        if new._validate_args and not is_traced() and not origin.is_moderate():
+        if new._validate_args and not origin.is_moderate():
             new._validate()
         return new
 

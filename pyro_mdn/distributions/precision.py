@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -42,18 +42,30 @@ def in_widest_precision(function: Callable[Arguments, Result]) -> Callable[Argum
 
     @wraps(function)
     def computed(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        call: Any = function
+        if args and not kwargs and _is_plain(args):
+            return call(*args)
         given: dict[str, Any] = dict(zip(names[: len(args)], args, strict=False)) | kwargs
         mixture = given.get(names[0])
         if len(args) > len(names) or mixture is None:
             return function(*args, **kwargs)  # Python raises the error
         given = {name: _as_data(value, name, mixture) if name in _DATA else value for name, value in given.items()}
-        wide = _widest(mixture.dtype, given.values())
-        call: Any = function
-        if wide == mixture.dtype:
+        own: torch.dtype = mixture.dtype
+        wide = _widest(own, given.values())
+        if wide == own:
             return call(**given)
-        return _converted(call(**{name: _converted(value, wide) for name, value in given.items()}), mixture.dtype)
+        return _converted(call(**{name: _converted(value, wide) for name, value in given.items()}), own)
 
     return computed
+
+
+def _is_plain(arguments: Sequence[Any]) -> bool:
+    """Check for a mixture and tensors of its precision, at least single: the call of nearly every training step."""
+    own: torch.dtype = arguments[0].dtype
+    for argument in arguments[1:]:  # a generator would take longer than all of this
+        if type(argument) is not Tensor or argument.dtype != own:
+            return False
+    return own.itemsize >= 4
 
 
 def _as_data(value: Any, name: str, mixture: Any) -> Any:

@@ -81,7 +81,7 @@ class Layout(NamedTuple):
     @property
     def sizes(self) -> list[int]:
         """Numbers of channels of the log-weights, of the locations and of each block."""
-        return [self.n_components, self.n_components * self.dim, *(width * groups for width, groups in self.blocks)]
+        return [self.n_components, self.n_components * self.dim, *[width * groups for width, groups in self.blocks]]
 
     def split(self, channels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """View log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``."""

@@ -3,7 +3,7 @@ r"""Batches of objects whose parameters are tensors, such as covariances and the
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -34,16 +34,16 @@ class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
     @property
     def batch_shape(self) -> torch.Size:
         """Shape of the batch, with the component axis as its last dimension."""
-        return broadcast_shapes(*[t.shape[: t.ndim - event_dim] for t, event_dim in self.stored()])
+        return broadcast_shapes(*[t.shape[: t.ndim - event_dim] for t, event_dim in self.stored])
 
     @property
     def like(self) -> Tensor:
         """Stored tensor that new ones take their dtype and device from."""
-        return next(self.stored())[0]
+        return self.stored[0][0]
 
     def tensors(self) -> list[Tensor]:
         """Return the stored tensors, including those of nested batches."""
-        return [tensor for tensor, _ in self.stored()]
+        return [tensor for tensor, _ in self.stored]
 
     def map(self, function: Callable[[Tensor, int], Tensor]) -> Self:
         """Apply ``function(tensor, event_dim)`` to each stored tensor; it may reshape only the batch dimensions."""
@@ -72,17 +72,26 @@ class TensorBatch(ABC):  # noqa: B024 (its subclasses have abstract methods)
         rest = iter(tensors)
         return self.map(lambda t, n: next(rest))
 
-    def stored(self) -> Iterator[tuple[Tensor, int]]:
-        """Iterate over the stored tensors, each with its number of dimensions after the component axis."""
+    @property
+    def stored(self) -> list[tuple[Tensor, int]]:
+        """Stored tensors, each with its number of dimensions after the component axis."""
+        kept = self.__dict__.get("_stored")  # a density of few points asks several times, and takes ten times as long
+        if kept is None:
+            object.__setattr__(self, "_stored", kept := self._look_up())
+        return kept
+
+    def _look_up(self) -> list[tuple[Tensor, int]]:
+        found: list[tuple[Tensor, int]] = []
         for f in self.__dataclass_fields__.values():  # ``fields`` takes as long as a density of few points
             value, event_dim = getattr(self, f.name), f.metadata.get("event_dim")
             if event_dim is not None:
-                yield value, event_dim
+                found.append((value, event_dim))
             elif isinstance(value, TensorBatch):
-                yield from value.stored()
+                found.extend(value.stored)
             elif isinstance(value, tuple):
                 for part in value:
-                    yield from part.stored()
+                    found.extend(part.stored)
+        return found
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.base import Whitening
-from pyro_mdn.support.checks import is_traced
+from pyro_mdn.support.checks import is_recorded
 from pyro_mdn.tensors.mixture_density import Kernel
 
 __all__ = ["EllipticalKernel", "NormalKernel", "RadialLaw", "WrappedNormalKernel"]
@@ -31,7 +31,7 @@ class NormalKernel(Kernel):
         return -0.5 * whitened.square().sum(0) - half_log_det
 
     def forward(self, log_weights: Tensor, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        if is_traced(log_weights, residual, *factors):
+        if is_recorded():
             whitened, half_log_det, kept = self.whitening.whiten(residual, *factors)
             return log_weights - 0.5 * whitened.square().sum(0) - half_log_det, [whitened, *kept]
         whitened, half_log_det, kept = self.whitening.whiten(residual, *factors, scratch=True)
@@ -209,8 +209,8 @@ class EllipticalKernel(Kernel):
 
     def forward(self, log_weights: Tensor, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         shaping, parameters = self._apart(factors)
-        dim, scratch = len(residual), not is_traced(log_weights, residual, *factors)
-        whitened, half_log_det, kept = self.whitening.whiten(residual, *shaping, scratch=scratch)
+        dim = len(residual)
+        whitened, half_log_det, kept = self.whitening.whiten(residual, *shaping, scratch=not is_recorded())
         square = whitened.square().sum(0)
         joint = log_weights - half_log_det + self.radial.log_density(square, dim, *parameters)
         radial, *slopes = self.radial.derivatives(square, dim, *parameters)
