@@ -4,6 +4,7 @@ Both packages are loaded into one process and take turns there, so that memory a
 for both. Times are those of the processor, with one thread, gradients included: above 1, this build is quicker. Cases:
 
 - loss: ``network.loss`` of a batch.
+- head: the same from the features on, without the layers before.
 - asked: ``network(x).log_prob(y)``, with validation as Pyro has it.
 - built: a ``GaussianMixture`` of tensors that require gradients, and its density.
 - fit: two epochs of ``fit`` on 4000 rows (not unless named).
@@ -31,7 +32,7 @@ from log_prob import wines
 from timing import machine
 from tqdm import tqdm
 
-CASES = ["loss", "asked", "built", "fit"]
+CASES = ["loss", "head", "asked", "built", "fit"]
 SIZES = [(256, 5, 1), (256, 5, 2), (256, 10, 8), (1024, 10, 4), (2048, 10, 8)]  # rows, components, outputs
 OWN = Path(__file__).parent.parent
 
@@ -79,6 +80,10 @@ def case_of(package, name, noise, rows, k, d, trained):
         return lambda: package.fit(network, x, y, max_epochs=2, progress=False)
     if name == "loss":
         return lambda: torch.autograd.grad(network.loss(x, y).mean(), weights)
+    if name == "head":
+        features = network.features(x).detach().requires_grad_()
+        leaves = [*network.head.parameters(), features]
+        return lambda: torch.autograd.grad(-network.head.log_prob(features, y).mean(), leaves)
     if name == "asked":
         return lambda: torch.autograd.grad(-network(x).log_prob(y).mean(), weights)
     mixture = network(x)
@@ -132,7 +137,7 @@ def table(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path, help="folder of the other build")
-    parser.add_argument("--cases", nargs="+", default=CASES[:3], choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=CASES[:-1], choices=CASES)
     parser.add_argument("--noise", nargs="+", default=["diagonal", "full"])
     parser.add_argument("--weights", nargs="+", default=["trained", "random"], choices=["trained", "random"])
     parser.add_argument("--sizes", nargs="+", default=SIZES, type=lambda text: tuple(map(int, text.split(","))))
