@@ -6,34 +6,50 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyro_mdn import Diagonal, Full, Isotropic, LowRank, MixtureHead
+from pyro_mdn import Diagonal, Full, Isotropic, LowRank, Mixture, MixtureHead, Normal, StudentT
 from pyro_mdn.distributions.families.family import layout_of
-from pyro_mdn.distributions.families.normal import Normal
 from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels, layer_log_density
 
 K, D, H, N = 3, 4, 5, 7
 NOISE = [Full(min_scale=1e-2), LowRank(2), Diagonal(), Isotropic()]
 NOISE += [Full(tied=True), LowRank(2, tied=True), Diagonal(tied=True), Isotropic(tied=True)]
-every_noise = pytest.mark.parametrize("noise", NOISE, ids=repr)
+HOMOSCEDASTIC = [Diagonal(homoscedastic=True), Full(homoscedastic=True), Diagonal(tied=True, homoscedastic=True)]
+FAMILIES = [Normal(noise) for noise in NOISE + HOMOSCEDASTIC]
+FAMILIES += [StudentT(Diagonal()), StudentT(Full()), StudentT(Diagonal(homoscedastic=True)), StudentT(Full(), df=4)]
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=repr)
 
 
-def arguments(noise, n=N):
-    """Settings of the kernel; weight, bias, features and values."""
+def arguments(family, n=N):
+    """Settings of the kernel; weight, bias, features, values and channels that do not depend on features, if any."""
     torch.manual_seed(0)
-    layout = layout_of(Normal(noise), D, K)
+    layout = layout_of(family, D, K)
     tensors = [torch.randn(sum(layout.sizes), H), torch.randn(sum(layout.sizes)), torch.randn(n, H), torch.randn(n, D)]
-    return (Normal(noise).kernel, layout), [t.double().requires_grad_() for t in tensors]
+    own = sum(width * groups for width, groups, is_own in layout.blocks if is_own)
+    tensors += [torch.randn(own)] * (own > 0)
+    return (family.kernel, layout), [t.double().requires_grad_() for t in tensors]
 
 
-def of_layer(kernel, layout, weight, bias, features, value):
-    return layer_log_density(kernel, layout, bias, weight, features, value)
+def of_layer(kernel, layout, weight, bias, features, value, *own):
+    return layer_log_density(kernel, layout, bias, weight, features, value, *own)
 
 
-def of_channels(kernel, layout, weight, bias, features, value):
-    return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value)
+def of_channels(kernel, layout, weight, bias, features, value, *own):
+    return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value, *own)
 
 
 either_way = pytest.mark.parametrize("density_of", [of_layer, of_channels])
+
+
+@every_family
+@either_way
+def test_density_of_the_mixture(family, density_of):
+    settings, tensors = arguments(family)
+    logits, locs, blocks = settings[1].split(layer_channels(tensors[1], tensors[0], tensors[2]), *tensors[4:])
+    components = family.build(locs.permute(2, 1, 0), [b.permute(2, 1, 0) for b in blocks], torch.ones(D).double())
+    expected = Mixture(logits.T, components).log_prob(tensors[3])
+    gradients = [torch.autograd.grad(f.exp().sum(), tensors) for f in (density_of(*settings, *tensors), expected)]
+    assert_close(density_of(*settings, *tensors), expected)
+    assert_close(*gradients)
 
 
 @pytest.mark.parametrize("rows", [H - 2, H + 20])
@@ -55,29 +71,29 @@ def test_channels_are_those_of_a_linear_layer(rows):
     assert_close(bias.grad, torch.full((rows,), float(N)))
 
 
-@every_noise
+@every_family
 @either_way
-def test_a_graph_that_is_kept_gives_the_same_again(noise, density_of):
-    settings, tensors = arguments(noise)
+def test_a_graph_that_is_kept_gives_the_same_again(family, density_of):
+    settings, tensors = arguments(family)
     loss = density_of(*settings, *tensors).square().sum()
     first, second = (torch.autograd.grad(loss, tensors, retain_graph=True) for _ in range(2))
     assert_close(second, first, rtol=0, atol=0)
     assert_close(torch.autograd.grad(loss, tensors, create_graph=True), first, rtol=1e-8, atol=1e-9)
 
 
-@every_noise
-def test_the_layer_gives_the_density_of_its_channels(noise):
-    settings, tensors = arguments(noise)
+@every_family
+def test_the_layer_gives_the_density_of_its_channels(family):
+    settings, tensors = arguments(family)
     results = [
         [d := f(*settings, *tensors), *torch.autograd.grad(d.square().sum(), tensors)] for f in (of_layer, of_channels)
     ]
     assert_close(*results)
 
 
-@every_noise
+@every_family
 @either_way
-def test_second_derivatives(noise, density_of):
-    settings, tensors = arguments(noise, n=4)
+def test_second_derivatives(family, density_of):
+    settings, tensors = arguments(family, n=4)
 
     def density(*tensors):
         return density_of(*settings, *tensors)
@@ -86,10 +102,10 @@ def test_second_derivatives(noise, density_of):
     assert torch.autograd.gradgradcheck(density, tensors, fast_mode=True)
 
 
-@every_noise
+@every_family
 @either_way
-def test_batched_gradients(noise, density_of):
-    settings, tensors = arguments(noise)
+def test_batched_gradients(family, density_of):
+    settings, tensors = arguments(family)
     density = density_of(*settings, *tensors)
     cotangents = torch.eye(N, dtype=torch.float64)
     apart = [torch.autograd.grad(density, tensors, c, retain_graph=True) for c in cotangents]
@@ -105,25 +121,25 @@ def test_batched_gradients_of_channels(rows):
     assert_close(torch.autograd.functional.jacobian(layer_channels, tensors, vectorize=True), expected)
 
 
-@pytest.mark.parametrize("wanted", range(4), ids=["weight", "bias", "features", "value"])
+@pytest.mark.parametrize("wanted", range(5), ids=["weight", "bias", "features", "value", "own"])
 @either_way
 def test_only_what_is_wanted_is_differentiated(wanted, density_of):
-    settings, tensors = arguments(Full())
+    settings, tensors = arguments(StudentT(Full()))
     (expected,) = torch.autograd.grad(density_of(*settings, *tensors).sum(), tensors[wanted])
     alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
     density_of(*settings, *alone).sum().backward()
-    assert [t.grad is not None for t in alone] == [i == wanted for i in range(4)]
+    assert [t.grad is not None for t in alone] == [i == wanted for i in range(5)]
     assert_close(alone[wanted].grad, expected)
 
 
-@every_noise
+@every_family
 @pytest.mark.parametrize("of", ["channels", "layer"])
-def test_compiled_as_one_graph(noise, of):
-    settings, tensors = arguments(noise)
+def test_compiled_as_one_graph(family, of):
+    settings, tensors = arguments(family)
     function = of_layer
     if of == "channels":
-        weight, bias, features, value = tensors
-        tensors = [(weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()]
+        weight, bias, features, value, *own = tensors
+        tensors = [(weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach(), *own]
         function = channel_log_density
     torch.compiler.reset()
     compiled = torch.compile(lambda *t: function(*settings, *t), backend="aot_eager", fullgraph=True)
@@ -135,9 +151,9 @@ def test_compiled_as_one_graph(noise, of):
     assert_close(*results, rtol=1e-6, atol=1e-10)
 
 
-@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=repr)
-def test_second_derivatives_of_compiled_densities_are_refused(noise):
-    settings, (weight, bias, features, value) = arguments(noise)
+@pytest.mark.parametrize("family", [Normal(Diagonal()), Normal(Full())], ids=repr)
+def test_second_derivatives_of_compiled_densities_are_refused(family):
+    settings, (weight, bias, features, value) = arguments(family)
     channels, value = (weight @ features.T + bias.unsqueeze(-1)).detach().requires_grad_(), value.detach()
     torch.compiler.reset()
     compiled = torch.compile(lambda c: channel_log_density(*settings, c, value), backend="aot_eager")
@@ -145,20 +161,20 @@ def test_second_derivatives_of_compiled_densities_are_refused(noise):
         torch.autograd.grad(compiled(channels).sum(), channels, create_graph=True)[0].sum().backward()
 
 
-@pytest.mark.parametrize("noise", [Diagonal(), Full()], ids=repr)
+@pytest.mark.parametrize("family", [Normal(Diagonal()), Normal(Full()), StudentT(Full())], ids=repr)
 @pytest.mark.parametrize("compiled", [False, True])
 @either_way
-def test_transforms(noise, compiled, density_of):
-    settings, (weight, bias, *rows) = arguments(noise)
-    rows = [t.detach() for t in rows]
+def test_transforms(family, compiled, density_of):
+    settings, (weight, bias, *rest) = arguments(family)
+    rows, own = [t.detach() for t in rest[:2]], rest[2:]
 
     def density(x, y):
-        return density_of(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0)).squeeze(0)
+        return density_of(*settings, weight, bias, x.unsqueeze(0), y.unsqueeze(0), *own).squeeze(0)
 
     mapped = torch.vmap(density)
     torch.compiler.reset()
     mapped = torch.compile(mapped, backend="aot_eager", fullgraph=True) if compiled else mapped
-    assert_close(mapped(*rows), density_of(*settings, weight, bias, *rows))
+    assert_close(mapped(*rows), density_of(*settings, weight, bias, *rows, *own))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (0,)])

@@ -242,7 +242,7 @@ def of_channels(name, *tensors):
     kernel, widths = KERNELS[name]
     logits, locs, value, *factors = tensors
     parts = logits.T, *(t.permute(2, 1, 0).flatten(0, 1) for t in (locs, *factors))
-    layout = Layout(logits.shape[-1], locs.shape[-1], tuple((width, logits.shape[-1]) for width in widths))
+    layout = Layout(logits.shape[-1], locs.shape[-1], tuple((width, logits.shape[-1], False) for width in widths))
     return channel_log_density(kernel, layout, torch.cat(parts), value)
 
 
@@ -288,37 +288,43 @@ def test_no_gradient_is_a_subnormal_number(name, path):
 @pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("raw")])
 @pytest.mark.parametrize("batch", [(5,), (2, 3), ()])
 @pytest.mark.parametrize("groups", [K, 1])
-def test_channels_of_a_layer(name, batch, groups):
+@pytest.mark.parametrize("shared", ["none", "last", "all", "all, of the batch"])
+def test_channels_of_a_layer(name, batch, groups, shared):
     kernel, widths = KERNELS[name]
     torch.manual_seed(0)
-    layout = Layout(K, D, tuple((width, groups) for width in widths))
-    drawn = torch.randn(sum(layout.sizes), *batch, dtype=torch.float64, requires_grad=True)
-    value = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
+    first = {"none": len(widths), "last": len(widths) - 1}.get(shared, 0)
+    layout = Layout(K, D, tuple((width, groups, i >= first) for i, width in enumerate(widths)))
+    own_batch = batch if "batch" in shared else ()
+    shapes = [(sum(layout.sizes), *batch), (*batch, D), (groups * sum(widths[first:]), *own_batch)]
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    tensors = tensors[:2] if shared == "none" else tensors
 
-    def together(drawn, value):
-        return channel_log_density(kernel, layout, drawn, value)
+    def together(*tensors):
+        return channel_log_density(kernel, layout, *tensors)
 
-    def apart(drawn, value):
-        logits, locs, *raw = drawn.split([K, K * D, *(width * groups for width in widths)])
+    def apart(drawn, value, *own):
+        logits, locs, *raw = drawn.split([K, K * D, *(width * groups for width in widths[:first])])
         logits, locs = channels.channels_last(logits, 1), channels.channels_last(locs.reshape(D, K, *batch), 2)
+        for tensor in own:
+            tensor = tensor.reshape(*tensor.shape, *(1,) * (len(batch) + 1 - tensor.ndim)).expand(-1, *batch)
+            raw += tensor.split([width * groups for width in widths[first:]])
         shaped = [part.reshape(width, groups, *batch) for part, width in zip(raw, widths, strict=True)]
         factors = [channels.channels_last(part, 2) for part in shaped]
         return mixture_density.mixture_log_density(kernel, logits, locs, value, *factors)
 
     results = [
-        [density := f(drawn, value), *torch.autograd.grad(density.square().sum(), (drawn, value))]
-        for f in (together, apart)
+        [density := f(*tensors), *torch.autograd.grad(density.square().sum(), tensors)] for f in (together, apart)
     ]
     assert_close(*results, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(together, (drawn, value), fast_mode=True)
-    assert torch.autograd.gradgradcheck(together, (drawn, value), fast_mode=True)
+    assert torch.autograd.gradcheck(together, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(together, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith("raw")])
 def test_strides_of_channels_do_not_matter(name):
     kernel, widths = KERNELS[name]
     torch.manual_seed(0)
-    layout = Layout(K, D, tuple((width, K) for width in widths))
+    layout = Layout(K, D, tuple((width, K, False) for width in widths))
     drawn, value = torch.randn(3, 2, sum(layout.sizes)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
     results = []
     for leaf in (drawn, drawn.contiguous()):
@@ -498,7 +504,7 @@ def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
         kernel, (width,) = KERNELS[name]
         drawn = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
         drawn[K * (1 + D) : K * (1 + 2 * D)] = raw
-        layout = Layout(K, D, ((width, K),))
+        layout = Layout(K, D, ((width, K, False),))
         density = channel_log_density(kernel, layout, drawn.requires_grad_(), torch.ones(1000, D))
         (gradient,) = torch.autograd.grad(density.sum(), drawn)
         assert density.isfinite().all(), name

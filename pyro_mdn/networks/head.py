@@ -116,7 +116,7 @@ class MixtureHead(nn.Module):
         self.sizes = [n_components, n_components * dim_out, widths[False]]
         self.linear = nn.Linear(in_features, sum(self.sizes))
         self.raw_noise = nn.Parameter(torch.empty(widths[True])) if widths[True] else None
-        self.has_quick_density = self.raw_noise is None and self.family.kernel is not None
+        self.has_quick_density = self.family.kernel is not None
         single = single_at_least(torch.get_default_dtype())
         tensors = self.transform.identity(dim_out, common_unit=self.noise.common_unit)
         self._names_of_units = tuple(tensors)
@@ -174,15 +174,17 @@ class MixtureHead(nn.Module):
         """Mixture with ``batch_shape`` ``features.shape[:-1]``, in the units of y."""
         if not self.has_quick_density:
             return self.mixture(self.raw(features), self.units)
-        # Clones, because the mixture stays as it is when the units change.
+        # Clones, because the mixture stays as it is when the head changes.
         units = self.units_of({name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()})
-        predicted = self._predicted(features, units)
-        if is_traced(predicted.channels):
+        own = tuple(tensor.clone() for tensor in self._own())
+        predicted = ChannelParameters(self.family, self.layout, self.channels(features), units, own)
+        if is_traced(predicted.channels, *own):
             return predicted.mixture()
         return (mixture_class(self.family) if units.is_affine else Mixture).deferred(predicted)
 
-    def _predicted(self, features: Tensor, units: Units) -> ChannelParameters:
-        return ChannelParameters(self.family, self.layout, self.channels(features), units)
+    def _own(self) -> tuple[Tensor, ...]:
+        """Channels ``(C',)`` of the blocks that do not depend on the features, if there are some."""
+        return () if self.raw_noise is None else (accumulated(self.raw_noise),)
 
     def log_prob(self, features: Tensor, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
@@ -195,13 +197,11 @@ class MixtureHead(nn.Module):
         expected = (*features.shape[:-1], self.dim_out)
         if not y.dtype.is_floating_point or y.shape[-len(expected) :] != expected:
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
-        if self.raw_noise is not None:
-            return self.log_density(self.raw(features), y, self.units)
+        settings, own = (self.family, self.layout), self._own()
         if features.ndim == 2 and _is_affine(linear := self.linear):
             self._require_width(features)
-            layer = linear.bias, linear.weight, features
-            return LayerParameters(self.family, self.layout, *layer, self.units).log_prob(y)
-        return self._predicted(features, self.units).log_prob(y)
+            return LayerParameters(*settings, linear.bias, linear.weight, features, self.units, own).log_prob(y)
+        return ChannelParameters(*settings, self.channels(features), self.units, own).log_prob(y)
 
     def log_density(self, raw: Raw, y: TargetsOrTensor, units: Units) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` under :meth:`mixture` of the same arguments, without that."""
@@ -247,8 +247,8 @@ class MixtureHead(nn.Module):
             channels: What the layer gives.
             raw_noise: Channels ``(C', *batch)`` (broadcast) of the blocks that do not depend on the features, if any.
         """
-        own = None if raw_noise is None else accumulated(raw_noise)
-        return raw_from_channels(self.family, self.layout, accumulated(channels), own)
+        own = () if raw_noise is None else (accumulated(raw_noise),)
+        return raw_from_channels(self.layout, accumulated(channels), *own)
 
     @torch.no_grad()
     def initialize_(self, y: TargetsOrTensor, *, warp: Mapping[str, Tensor] | None = None) -> None:

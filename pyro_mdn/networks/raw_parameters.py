@@ -2,7 +2,6 @@ r"""Raw outputs of a head, and the mixture that they describe in the units of y.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -116,16 +115,18 @@ class ChannelParameters(NamedTuple):
     """The same in one tensor of channels, from which densities are quickest.
 
     Attributes:
-        family: Family of the components that has a kernel, and no homoscedastic blocks.
+        family: Family of the components that has a kernel.
         layout: Positions of the parameters among the channels.
-        channels: K logits, D·K locations and the blocks of the family, ``(C, *batch)``.
+        channels: K logits, D·K locations and the blocks of the family that depend on the inputs, ``(C, *batch)``.
         units: Map to the units of y.
+        own: The tensor of its other blocks, ``(C',)``, if there are some.
     """
 
     family: Family
     layout: Layout
     channels: Tensor
     units: Units
+    own: tuple[Tensor, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -154,7 +155,8 @@ class ChannelParameters(NamedTuple):
             return self._raw().log_prob(y, name)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, name)
-        density = channel_log_density(kernel, self.layout, self.channels, self.units.placed(y).to(self.dtype))
+        points = self.units.placed(y).to(self.dtype)
+        density = channel_log_density(kernel, self.layout, self.channels, points, *self.own)
         return density - self.units.log_volume(y)
 
     def mixture(self, *, validate_args: bool | None = None) -> Mixture:
@@ -169,13 +171,13 @@ class ChannelParameters(NamedTuple):
     def is_moderate(self) -> bool:
         """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
         # In one tensor: to look at a number is to wait for the device.
-        extremes = [end for tensor in (*self.units.tensors(), self.channels) for end in bounds(tensor)]
+        extremes = [end for tensor in (*self.units.tensors(), self.channels, *self.own) for end in bounds(tensor)]
         least, *others = torch.stack(extremes).tolist()
         limit = torch.finfo(self.dtype).max ** 0.5
         return least * limit > 1 and all(abs(end) < limit for end in others)
 
     def _raw(self) -> RawParameters:
-        return RawParameters(self.family, raw_from_channels(self.family, self.layout, self.channels), self.units)
+        return RawParameters(self.family, raw_from_channels(self.layout, self.channels, *self.own), self.units)
 
 
 def _require_inside(units: Units, y: TargetsOrTensor, name: str) -> None:
@@ -187,12 +189,13 @@ class LayerParameters(NamedTuple):
     """The same in the linear layer that gives the channels, for a single density, which is quicker still.
 
     Attributes:
-        family: Family of the components, without homoscedastic blocks.
+        family: Family of the components.
         layout: Positions of the parameters among the channels.
         bias: Bias of the layer, ``(C,)``.
         weight: Weight of the layer, ``(C, H)``.
         features: What it is applied to, ``(N, H)``.
         units: Map to the units of y.
+        own: The tensor of the blocks that do not depend on the inputs, ``(C',)``, if there are some.
     """
 
     family: Family
@@ -201,6 +204,7 @@ class LayerParameters(NamedTuple):
     weight: Tensor
     features: Tensor
     units: Units
+    own: tuple[Tensor, ...] = ()
 
     def log_prob(self, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, N, D)`` in nats and the units of y, without building the mixture."""
@@ -208,16 +212,17 @@ class LayerParameters(NamedTuple):
         kernel = _kernel_for(self.family, self.units, self.features.shape[:-1], y) if self._is_uniform() else None
         if kernel is None:
             channels = accumulated(layer_channels(*layer))
-            return ChannelParameters(self.family, self.layout, channels, self.units).log_prob(y)
+            return ChannelParameters(self.family, self.layout, channels, self.units, self.own).log_prob(y)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, "y")
-        density = layer_log_density(kernel, self.layout, *layer, self.units.placed(y).to(self.features.dtype))
+        points = self.units.placed(y).to(self.features.dtype)
+        density = layer_log_density(kernel, self.layout, *layer, points, *self.own)
         return density - self.units.log_volume(y)
 
     def _is_uniform(self) -> bool:
         """Whether the layer computes in the precision of its features, which is that of densities."""
         dtype = self.features.dtype
-        same = self.bias.dtype == self.weight.dtype == dtype == single_at_least(dtype)
+        same = all(t.dtype == dtype for t in (self.bias, self.weight, *self.own)) and dtype == single_at_least(dtype)
         return same and not torch.is_autocast_enabled(self.features.device.type)
 
 
@@ -241,27 +246,7 @@ def mixture_class(family: Family) -> type[Mixture]:
     return GaussianMixture if isinstance(family, Normal) else Mixture
 
 
-def raw_from_channels(family: Family, layout: Layout, channels: Tensor, own: Tensor | None = None) -> Raw:
-    """Raw parameters as views of channels ``(C, *batch)``.
-
-    Args:
-        family: Family of the components.
-        layout: Positions of the parameters among the channels.
-        channels: K logits, D·K locations and the blocks that depend on the inputs.
-        own: Channels ``(C', *batch)`` (broadcast) of the blocks that do not, if any; missing dimensions of the batch
-            are added.
-    """
-    logits, locs, predicted = layout.split(channels)
-    own = channels.new_empty(0) if own is None else own
-    blocks, fixed = iter(predicted), iter(_blocks_of(own, family, layout, channels.ndim))
-    every = [next(fixed if block.homoscedastic else blocks) for block in family.blocks(layout.dim)]
-    return channels_last(logits, 1), channels_last(locs, 2), *(channels_last(block, 2) for block in every)
-
-
-def _blocks_of(own: Tensor, family: Family, layout: Layout, ndim: int) -> Sequence[Tensor]:
-    """Homoscedastic blocks ``(width, groups, *batch)`` of a tensor of all their channels."""
-    homoscedastic = [block for block in family.blocks(layout.dim) if block.homoscedastic]
-    shapes = [(block.width, 1 if block.tied else layout.n_components) for block in homoscedastic]
-    own = own.reshape(*own.shape, *(1,) * (ndim - own.ndim))
-    parts = own.split_with_sizes([width * groups for width, groups in shapes])
-    return [part.reshape(*shape, *own.shape[1:]) for part, shape in zip(parts, shapes, strict=True)]
+def raw_from_channels(layout: Layout, channels: Tensor, *own: Tensor) -> Raw:
+    """Raw parameters as views of channels ``(C, *batch)`` and of the tensor of the blocks that are not among them."""
+    logits, locs, blocks = layout.split(channels, *own)
+    return channels_last(logits, 1), channels_last(locs, 2), *(channels_last(block, 2) for block in blocks)

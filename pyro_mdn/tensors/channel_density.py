@@ -31,7 +31,7 @@ from pyro_mdn.tensors.numerics import negligible
 __all__ = ["channel_log_density", "layer_channels", "layer_log_density"]
 
 
-def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor) -> Tensor:
+def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
     """Compute the log-density of a mixture from the channels of a layer, shape ``(*batch,)``.
 
     Args:
@@ -39,16 +39,17 @@ def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value:
         layout: Positions of the parameters among the channels.
         channels: Log-weights, locations and the blocks of the family, channel-first, ``(C, *batch)``.
         value: Points y, ``(*batch, D)``.
+        own: The tensor of the blocks that do not depend on the inputs, ``(C', *batch)``, if there are some.
     """
     if torch.compiler.is_compiling() and not transforms_active():
-        return _compilable(kernel, layout, channels, value)
-    if is_traced(channels, value):
-        return _by_autograd(kernel, layout, channels, value)
-    return _ChannelLogDensity.apply(kernel, layout, channels, value)
+        return _compilable(kernel, layout, channels, value, *own)
+    if is_traced(channels, value, *own):
+        return _by_autograd(kernel, layout, channels, value, *own)
+    return _ChannelLogDensity.apply(kernel, layout, channels, value, *own)
 
 
 def layer_log_density(
-    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor, *own: Tensor
 ) -> Tensor:
     """Compute the log-density of a mixture whose channels a linear layer gives, shape ``(N,)``.
 
@@ -59,10 +60,11 @@ def layer_log_density(
         weight: Weight of the layer, ``(C, H)``.
         features: What the layer is applied to, ``(N, H)``; all three of the same dtype.
         value: Points y, ``(N, D)``.
+        own: The tensor of the blocks that do not depend on the inputs, ``(C',)``, if there are some.
     """
-    if torch.compiler.is_compiling() or is_traced(bias, weight, features, value):
-        return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value)
-    return _LayerLogDensity.apply(kernel, layout, bias, weight, features, value)
+    if torch.compiler.is_compiling() or is_traced(bias, weight, features, value, *own):
+        return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value, *own)
+    return _LayerLogDensity.apply(kernel, layout, bias, weight, features, value, *own)
 
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
@@ -73,49 +75,47 @@ def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     return torch.addmm(bias, weight, features.T)
 
 
-def _by_autograd(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor) -> Tensor:
-    logits, locs, factors = layout.split(channels)
+def _by_autograd(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
+    logits, locs, factors = layout.split(channels, *own)
     arguments = channels_last(logits, 1), channels_last(locs, 2), value, *(channels_last(f, 2) for f in factors)
     return density_by_autograd(kernel, True, *arguments)
 
 
-def _compilable(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor) -> Tensor:
+def _compilable(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
     # A compiler does not fuse the bands of a triangle, because their lengths differ.
-    banded = any(width > layout.dim for width, _ in layout.blocks)
-    if banded or value.requires_grad:
-        return _by_autograd(kernel, layout, channels, value)
+    banded = any(width > layout.dim for width, _, _ in layout.blocks)
+    if banded or own or value.requires_grad:
+        return _by_autograd(kernel, layout, channels, value, *own)
     return _LogDensityWithGradient.apply(kernel, layout, channels, value)
 
 
 def _layer_by_autograd(
-    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor, *own: Tensor
 ) -> Tensor:
-    return _by_autograd(kernel, layout, layer_channels(bias, weight, features), value)
+    return _by_autograd(kernel, layout, layer_channels(bias, weight, features), value, *own)
 
 
 class _LayerLogDensity(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, layout: Layout, *arguments: Tensor) -> Tensor:
         ctx.settings = kernel, layout
-        ctx.save_for_backward(bias, weight, features, value)
-        log_density, ctx.once = _layer_forward(kernel, layout, bias, weight, features, value)
+        ctx.save_for_backward(*arguments)
+        log_density, ctx.once = _layer_forward(kernel, layout, *arguments)
         return log_density
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        bias, weight, features, value = ctx.saved_tensors
+        _, weight, features, _, *own = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if is_gradient_traced(grad):
-            again = _layer_by_autograd, ctx.settings, (bias, weight, features, value)
+            again = _layer_by_autograd, ctx.settings, ctx.saved_tensors
             return None, None, *differentiable_gradients(*again, needed, grad)
         kernel, layout = ctx.settings
         # Gradients take the memory of the channels, which another backward pass then has to compute anew.
-        gradient, saved = ctx.once or _layer_forward(kernel, layout, bias, weight, features, value)[1]
+        gradient, saved = ctx.once or _layer_forward(kernel, layout, *ctx.saved_tensors)[1]
         ctx.once = None
-        grad_locs = _write_gradients(kernel, layout, grad, saved, gradient)
+        grad_locs, grad_own = _write_gradients(kernel, layout, grad, saved, gradient, *own)
         return (
             None,
             None,
@@ -123,53 +123,73 @@ class _LayerLogDensity(torch.autograd.Function):
             gradient @ features if needed[1] else None,
             gradient.T @ weight if needed[2] else None,
             channels_last(-grad_locs.sum(1), 1) if needed[3] else None,
+            *grad_own,
         )
 
 
 def _layer_forward(
-    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor
+    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor, *own: Tensor
 ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
     """Compute the log-density; and the channels, with what :func:`_write_gradients` takes beside them."""
     channels = layer_channels(bias, weight, features)
-    logits, locs, factors = layout.split(channels)
+    logits, locs, factors = layout.split(channels, *own)
     log_density, sums, kept = density_forward(kernel, True, logits, locs, _points(value), *factors)
     return log_density, (channels, [*sums, *kept])
 
 
 class _ChannelLogDensity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
         ctx.settings = kernel, layout
-        logits, locs, factors = layout.split(channels)
+        logits, locs, factors = layout.split(channels, *own)
         log_density, sums, kept = density_forward(kernel, True, logits, locs, _points(value), *factors)
-        ctx.save_for_backward(channels, value, *sums, *kept)
+        ctx.save_for_backward(channels, value, *own, *sums, *kept)
+        ctx.count = 2 + len(own)
         return log_density
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
-        channels, value, *saved = ctx.saved_tensors
+        arguments, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         if is_gradient_traced(grad):
-            again = _by_autograd, ctx.settings, (channels, value)
+            again = _by_autograd, ctx.settings, arguments
             return None, None, *differentiable_gradients(*again, ctx.needs_input_grad[2:], grad)
+        channels, _, *own = arguments
         gradient = channels.new_empty(channels.shape)
-        kernel, layout = ctx.settings
-        grad_locs = _write_gradients(kernel, layout, grad, saved, gradient)
+        grad_locs, grad_own = _write_gradients(*ctx.settings, grad, saved, gradient, *own)
         grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[3] else None
-        return None, None, gradient, grad_value
+        return None, None, gradient, grad_value, *grad_own
 
 
-def _write_gradients(kernel: Kernel, layout: Layout, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor) -> Tensor:
-    """Write the gradient with respect to the channels, also in their place; return that with respect to locations."""
+def _write_gradients(
+    kernel: Kernel, layout: Layout, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor, *own: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Write the gradient with respect to the channels, also in their place.
+
+    Returns:
+        The gradient with respect to the locations, and that with respect to the tensor of the other blocks, if there is
+        one.
+    """
     for_logits, for_locs, for_factors = layout.split(gradient)
-    whole = bool(for_factors) and for_factors[0].shape[1] == layout.n_components
-    out = (for_locs, for_factors[0]) if whole else None
+    first = layout.blocks[:1]
+    out = (for_locs, for_factors[0]) if first and first[0][1:] == (layout.n_components, False) else None
     weight, log_weights, grad_locs, *grad_factors = density_backward(kernel, grad, *saved, out=out)
     logits_gradient(weight, log_weights, out=for_logits)
-    for place, found in zip([for_locs, *for_factors], [grad_locs, *grad_factors], strict=True):
-        if found is not place:
+    places, others = iter([for_locs, *for_factors]), []
+    for is_own, found in zip([False, *(block[2] for block in layout.blocks)], [grad_locs, *grad_factors], strict=True):
+        if is_own:
+            others.append(found)
+        elif found is not (place := next(places)):
             place.copy_(found.sum_to_size(place.shape))
-    return grad_locs
+    return grad_locs, [_joined(others, layout, tensor) for tensor in own]
+
+
+def _joined(gradients: list[Tensor], layout: Layout, own: Tensor) -> Tensor:
+    """Join gradients with respect to blocks of one tensor, summed over what was broadcast."""
+    added = gradients[0].ndim - 1 - own.ndim
+    sizes = [(width, groups, *own.shape[1:], *(1,) * added) for width, groups, is_own in layout.blocks if is_own]
+    summed = [g.sum_to_size(size).reshape(-1, *own.shape[1:]) for g, size in zip(gradients, sizes, strict=True)]
+    return torch.cat(summed)
 
 
 class _LogDensityWithGradient(torch.autograd.Function):

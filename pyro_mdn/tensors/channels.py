@@ -66,26 +66,44 @@ def normalize_logits(logits: Tensor) -> Tensor:
 class Layout(NamedTuple):
     """Positions of the parameters of a mixture among the channels ``(C, *batch)`` of a linear layer.
 
-    First come K log-weights, then D·K locations, then the blocks of the family.
+    First come K log-weights, then D·K locations, then the blocks of the family that depend on the inputs. The others
+    are in a tensor of their own, ``(C', *batch)`` (broadcast); missing dimensions of the batch are added.
 
     Attributes:
         n_components: Number of components K.
         dim: Number of outputs D.
-        blocks: Width and number of groups of each block: K groups, or 1 if the components share the block.
+        blocks: Width of each block, its number of groups (K, or 1 if the components share the block), and whether it is
+            in the other tensor.
     """
 
     n_components: int
     dim: int
-    blocks: tuple[tuple[int, int], ...]
+    blocks: tuple[tuple[int, int, bool], ...]
 
     @property
     def sizes(self) -> list[int]:
-        """Numbers of channels of the log-weights, of the locations and of each block."""
-        return [self.n_components, self.n_components * self.dim, *[width * groups for width, groups in self.blocks]]
+        """Numbers of channels of the log-weights, of the locations and of each block that depends on the inputs."""
+        widths = [width * groups for width, groups, is_own in self.blocks if not is_own]
+        return [self.n_components, self.n_components * self.dim, *widths]
 
-    def split(self, channels: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """View log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``."""
+    def split(self, channels: Tensor, *own: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """View log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``.
+
+        Args:
+            channels: The channels.
+            own: The other tensor; without it, there are only the blocks that depend on the inputs.
+        """
         batch = channels.shape[1:]
-        logits, locs, *blocks = channels.split_with_sizes(self.sizes)
-        shaped = [block.view(*shape, *batch) for block, shape in zip(blocks, self.blocks, strict=True)]
-        return logits, locs.view(self.dim, self.n_components, *batch), shaped
+        logits, locs, *parts = channels.split_with_sizes(self.sizes)
+        blocks = self._shaped(parts, batch, is_own=False)
+        if own:
+            (rest,) = own
+            rest = rest.reshape(*rest.shape, *(1,) * (channels.ndim - rest.ndim))
+            parts = rest.split_with_sizes([width * groups for width, groups, is_own in self.blocks if is_own])
+            predicted, others = iter(blocks), iter(self._shaped(parts, rest.shape[1:], is_own=True))
+            blocks = [next(others if is_own else predicted) for _, _, is_own in self.blocks]
+        return logits, locs.view(self.dim, self.n_components, *batch), blocks
+
+    def _shaped(self, parts: Sequence[Tensor], batch: torch.Size, *, is_own: bool) -> list[Tensor]:
+        shapes = [(width, groups) for width, groups, own in self.blocks if own == is_own]
+        return [part.reshape(*shape, *batch) for part, shape in zip(parts, shapes, strict=True)]

@@ -138,9 +138,9 @@ class Family(Specification, ABC):
 
 
 def layout_of(family: Family, dim: int, n_components: int) -> Layout:
-    """Return the layout of the channels that depend on the inputs."""
-    predicted = [block for block in family.blocks(dim) if not block.homoscedastic]
-    return Layout(n_components, dim, tuple((b.width, 1 if b.tied else n_components) for b in predicted))
+    """Return the layout of the channels; homoscedastic blocks are in a tensor of their own, if they have channels."""
+    blocks = [(b.width, 1 if b.tied else n_components, b.homoscedastic and b.width > 0) for b in family.blocks(dim)]
+    return Layout(n_components, dim, tuple(blocks))
 
 
 def is_uncorrelated(noise: NoiseModel) -> bool:

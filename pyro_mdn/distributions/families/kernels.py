@@ -179,8 +179,8 @@ class RadialLaw(ABC):
         r"""Compute :math:`g` with its constants, for parameters :math:`\theta` that broadcast with ``square``."""
 
     @abstractmethod
-    def derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        r"""Compute :math:`-2 \, \partial g / \partial q`, and the derivatives of g with respect to the parameters."""
+    def with_derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        r"""Compute g, :math:`-2 \, \partial g / \partial q`, and the derivatives of g by the parameters."""
 
 
 @dataclass(frozen=True)
@@ -211,10 +211,9 @@ class EllipticalKernel(Kernel):
         shaping, parameters = self._apart(factors)
         dim = len(residual)
         whitened, half_log_det, kept = self.whitening.whiten(residual, *shaping, scratch=not is_recorded())
-        square = whitened.square().sum(0)
-        joint = log_weights - half_log_det + self.radial.log_density(square, dim, *parameters)
-        radial, *slopes = self.radial.derivatives(square, dim, *parameters)
-        return joint, [radial, *slopes, whitened, *kept]
+        square = _product(whitened, whitened)
+        log_density, radial, *slopes = self.radial.with_derivatives(square, dim, *parameters)
+        return log_weights - half_log_det + log_density, [radial, *slopes, whitened, *kept]
 
     def backward(self, weight: Tensor, *kept: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
         radial, slopes, rest = kept[0], kept[1 : 1 + self.parameters], kept[1 + self.parameters :]

@@ -157,9 +157,10 @@ class RawStudentTRadial(RadialLaw):
     def log_density(self, square: Tensor, dim: int, *parameters: Tensor) -> Tensor:
         return _RADIAL.log_density(square, dim, positive(parameters[0], self.min_df))
 
-    def derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        radial, slope = _RADIAL.derivatives(square, dim, positive(parameters[0], self.min_df))
-        return radial, slope * parameters[0].sigmoid()
+    def with_derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        (raw,) = parameters
+        log_density, radial, slope = _RADIAL.with_derivatives(square, dim, positive(raw, self.min_df))
+        return log_density, radial, slope * raw.sigmoid()
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ class KnownStudentTRadial(RadialLaw):
     def log_density(self, square: Tensor, dim: int, *parameters: Tensor) -> Tensor:
         return _RADIAL.log_density(square, dim, square.new_tensor(self.df))
 
-    def derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
-        return ((self.df + dim) / (self.df + square),)
+    def with_derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return self.log_density(square, dim), (self.df + dim) / (self.df + square)
 
 
 _RADIAL = StudentTRadial()

@@ -3,6 +3,7 @@ r"""Student-t law: its density at a distance in any number of dimensions, and al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,11 +30,14 @@ class StudentTRadial(RadialLaw):
         (df,) = parameters
         return _log_normalizer(df, dim) - 0.5 * (df + dim) * torch.log1p(square / df)
 
-    def derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def with_derivatives(self, square: Tensor, dim: int, *parameters: Tensor) -> tuple[Tensor, ...]:
         (df,) = parameters
-        radial = (df + dim) / (df + square)
-        slope = 0.5 * (radial * square / df - torch.log1p(square / df))
-        return radial, slope + _normalizer_slope(df, dim)
+        ratio, count = square / df, df + dim
+        log = ratio.log1p()
+        log_density = torch.addcmul(_log_normalizer(df, dim), count, log, value=-0.5)
+        radial = count / (df + square)
+        slope = torch.addcmul(_normalizer_slope(df, dim) - 0.5 * log, radial, ratio, value=0.5)
+        return log_density, radial, slope
 
 
 _RADIAL = StudentTRadial()
@@ -47,24 +51,35 @@ _SHIFT = 12
 _SERIES = (-1 / 8, 1 / 192, -1 / 640, 17 / 14336, -31 / 18432)
 """Coefficients of :math:`\\log(\\Gamma(x + 1/2) / \\Gamma(x)) - \\tfrac12 \\log x` in odd powers of 1/x."""
 
+_SERIES_SLOPE = [(2 * i + 1) * coefficient for i, coefficient in enumerate(_SERIES)]
+"""Coefficients of minus its derivative, in even powers."""
+
 
 def _log_normalizer(df: Tensor, dim: int) -> Tensor:
     r"""Compute the log of :math:`\Gamma((\nu + D) / 2) / \Gamma(\nu / 2) \, (\pi \nu)^{-D/2}` without cancellation."""
-    half = 0.5 * df
-    first = 0.5 * (dim % 2)
-    total = -0.5 * dim * math.log(2 * math.pi) * torch.ones_like(half)
-    for i in range(dim // 2):
-        total = total + torch.log1p((first + i) / half)
-    if dim % 2 == 0:
+    half, odd = 0.5 * df, dim % 2
+    factors = half.unsqueeze(-1)
+    total = torch.full_like(half, -0.5 * dim * math.log(2 * math.pi))
+    if dim > 1:
+        total = total + torch.log1p(_numbers(df, 0.5 * odd, dim // 2) / factors).sum(-1)
+    if not odd:
         return total
-    total = total - torch.log1p(0.5 / (half.unsqueeze(-1) + _steps(half))).sum(-1)
-    shifted = half + _SHIFT
-    total = total + 0.5 * torch.log1p(_SHIFT / half)
-    return total + sum(c / shifted ** (2 * i + 1) for i, c in enumerate(_SERIES))
+    total = total - torch.log1p(0.5 / (factors + _numbers(df, 0.0, _SHIFT))).sum(-1)
+    return total + 0.5 * torch.log1p(_SHIFT / half) + _power_series(half + _SHIFT, 1, _SERIES)
 
 
-def _steps(like: Tensor) -> Tensor:
-    return torch.arange(_SHIFT, dtype=like.dtype, device=like.device)
+def _numbers(like: Tensor, first: float, count: int) -> Tensor:
+    """List ``count`` numbers from ``first`` on, each by one more than the one before."""
+    return torch.arange(count, dtype=like.dtype, device=like.device) + first
+
+
+def _power_series(value: Tensor, first: int, coefficients: Sequence[float]) -> Tensor:
+    """Sum coefficients times negative powers ``first``, ``first + 2``, and so on, of values."""
+    square = value.square().reciprocal()
+    total = torch.full_like(value, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * square + coefficient
+    return total / value if first == 1 else total * square
 
 
 def _relation(df: Tensor) -> Tensor:
@@ -74,17 +89,17 @@ def _relation(df: Tensor) -> Tensor:
 
 def _normalizer_slope(df: Tensor, dim: int) -> Tensor:
     """Compute the derivative of :func:`_log_normalizer` with respect to the degrees of freedom."""
-    half = 0.5 * df
-    first = 0.5 * (dim % 2)
+    half, odd = 0.5 * df, dim % 2
+    factors = half.unsqueeze(-1)
     total = torch.zeros_like(half)
-    for i in range(dim // 2):
-        total = total - (first + i) / (half * (half + first + i))
-    if dim % 2:
-        steps = half.unsqueeze(-1) + _steps(half)
-        total = total + (0.5 / (steps * (steps + 0.5))).sum(-1)
+    if dim > 1:
+        steps = _numbers(df, 0.5 * odd, dim // 2)
+        total = total - (steps / (factors * (factors + steps))).sum(-1)
+    if odd:
+        steps = factors + _numbers(df, 0.0, _SHIFT)
         shifted = half + _SHIFT
-        total = total - 0.5 * _SHIFT / (half * shifted)
-        total = total - sum((2 * i + 1) * c / shifted ** (2 * i + 2) for i, c in enumerate(_SERIES))
+        total = total + (0.5 / (steps * (steps + 0.5))).sum(-1) - 0.5 * _SHIFT / (half * shifted)
+        total = total - _power_series(shifted, 2, _SERIES_SLOPE)
     return 0.5 * total
 
 
