@@ -497,6 +497,7 @@ def test_densities_around_the_circle(family):
         ),
         (lambda: plots.plot_directions(mixture[:1].expand((8,))), r"N up to 7, got \(8,\)"),
         (lambda: plots.plot_directions(mixture, output=2), "output: expected one of 2, got 2"),
+        (lambda: plots.plot_directions(mixture, output="a"), "output: expected one of 2, got 'a'"),
         (lambda: plots.plot_directions(mixture, y[:2]), r"y: expected shape \(3, 2\)"),
         (lambda: plots.plot_directions(mixture, labels=["a"]), "labels: expected 3, got 1"),
         (lambda: plots.plot_directions(mixture, y + 10), "y: expected numbers between -3.14159 and 3.14159, got"),
@@ -600,6 +601,10 @@ def test_bad_input():
         (lambda: plots.plot_conditional_density(mixture, torch.zeros(ROWS, 2)), "x: expected values of one input"),
         (lambda: plots.plot_components(mixture.expand((2, ROWS)), x), "mixture: expected batch shape"),
         (lambda: plots.plot_components(mixture, x, output=2), "output: expected one of 2, got 2"),
+        (lambda: plots.plot_components(mixture, x, output="a"), "output: expected one of 2, got 'a'"),
+        (lambda: plots.plot_predictive_intervals(mixture, x, output=None), "output: expected one of 2, got None"),
+        (lambda: plots.plot_observed_vs_sampled(x, y, y, output="a"), "output: expected one of 2, got 'a'"),
+        (lambda: plots.plot_conditional_density(single, output=np.int64(0)), "mixture, output: expected one mixture"),
         (
             lambda: plots.plot_components(mixture, []),
             "mixture: expected batch shape",

@@ -2,7 +2,9 @@
 
 import ast
 import copy
+import math
 import pickle
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -333,6 +335,24 @@ def test_what_torch_and_its_compiler_add_to_a_module():
     assert (added | {"_compiled_call_impl"}) - plain <= torch_compat.OF_COMPILERS
     assert torch_compat.is_compiler_wrapper(type(torch.compile(linear, backend="eager")))
     assert not torch_compat.is_compiler_wrapper(nn.Linear)
+
+
+def test_compilers_do_not_warn_of_what_is_kept():
+    calls, root = [], torch_compat.cached(math.sqrt)
+
+    @torch_compat.cached
+    def doubled(number):
+        """Twice a number."""
+        calls.append(number)
+        return 2 * number
+
+    assert (doubled(3), doubled(3), calls) == (6, 6, [3])
+    assert doubled.__doc__ == "Twice a number."
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled = torch.compile(lambda x: x * root(4.0), backend="aot_eager", fullgraph=True)
+        assert compiled(torch.ones(1)) == 2
 
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(2, 2), lambda: nn.MultiheadAttention(2, 1)])

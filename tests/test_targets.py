@@ -664,8 +664,7 @@ def test_what_cannot_be_targets(make, message):
 def test_where_intervals_cannot_go():
     network, x = MixtureDensityNetwork(1, 1, 2, 8, seed=0), torch.randn(20, 1)
     targets = Targets.censored(x, right=x > 0.5)
-    count = int((x > 0.5).sum())
-    with pytest.raises(ValueError, match=f"y: expected exact targets for the CRPS, got {count} intervals"):
+    with pytest.raises(ValueError, match="y: expected exact targets for the CRPS, got intervals; log_prob"):
         ContinuousRankedProbability(network)(x, targets)
     exact = ContinuousRankedProbability(network)(x, Targets.exact(x))
     assert_close(exact, ContinuousRankedProbability(network)(x, x))
@@ -673,7 +672,7 @@ def test_where_intervals_cannot_go():
         network.loss(x, targets[1:])
     with pytest.raises(ValueError, match="compile: expected exact and complete targets"):
         fit(network, x, targets, compile=True, **QUICK)
-    message = f"expected exact targets for an operation without a likelihood, got {count} intervals"
+    message = "expected exact targets for an operation without a likelihood, got intervals"
     mixture = network(x)
     for refuses in (
         lambda: scores.crps(mixture, targets),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -709,3 +710,16 @@ def test_a_transform_of_torch_gives_the_same_distribution():
     base = torch.distributions.Normal(mixture.components.base.locs[0], mixture.components.base.covariance.stddev()[0])
     y = mixture.sample((10,))
     assert_close(mixture.log_prob(y), TransformedDistribution(base, [ExpTransform()]).log_prob(y)[..., 0])
+
+
+TRANSFORMED = [{"target_transform": "log"}, {"target_transform": "angle"}, {"input_transform": "log"}]
+
+
+@pytest.mark.parametrize("settings", TRANSFORMED, ids=str)
+def test_compilers_do_not_warn_of_transforms(settings):
+    network = MixtureDensityNetwork(1, 1, seed=0, **settings)
+    x, y = torch.rand(8, 1) + 0.1, torch.rand(8, 1) + 0.1
+    torch.compiler.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Dynamo")
+        assert_close(torch.compile(network.loss, backend="aot_eager")(x, y), network.loss(x, y))

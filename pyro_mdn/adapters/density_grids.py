@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.units.circular.circles import Circle
 from pyro_mdn.distributions.units.circular.wrapped import WrappedComponents
 from pyro_mdn.support.arrays import Array, as_array, columns_of, in_columns, to_numpy
+from pyro_mdn.support.checks import shown
 
 __all__ = [
     "ELEMENTS",
@@ -29,6 +31,7 @@ __all__ = [
     "one_input",
     "pooled",
     "regions",
+    "require_output",
     "targets_of",
 ]
 
@@ -44,6 +47,12 @@ ELEMENTS = 2**24
 """Numbers in the largest tensor at a time, unless a single point of the grid needs more."""
 
 
+def require_output(output: Any, dim: int) -> None:
+    """Raise a ``ValueError`` unless ``output`` is the index of one of ``dim`` outputs."""
+    if not isinstance(output, Integral) or not 0 <= int(output) < dim:
+        raise ValueError(f"output: expected one of {dim}, got {shown(output)}")
+
+
 def along(mixture: Mixture, x: Any, output: int) -> tuple[Array, str, Mixture, Array]:
     """Sort mixtures by x: values of x, its label, the (averaged) mixtures of one output, and the order."""
     values, label = one_input(x)
@@ -53,8 +62,7 @@ def along(mixture: Mixture, x: Any, output: int) -> tuple[Array, str, Mixture, A
         raise ValueError(f"mixture: expected {expected}, got {tuple(mixture.batch_shape)}")
     if len(np.unique(values)) < 2:
         raise ValueError(f"x: expected two different values at least, got {len(np.unique(values))}")
-    if not 0 <= output < mixture.dim:
-        raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
+    require_output(output, mixture.dim)
     order = np.argsort(values, kind="stable")
     return values[order], label, mixture.marginal(output)[torch.from_numpy(order)], order
 

@@ -3,7 +3,6 @@ r"""Inputs of networks: their conversion to tensors, and what they go through be
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.support.arrays import as_tensor, require_columns, require_finite
 from pyro_mdn.support.checks import is_known, require_range
+from pyro_mdn.support.torch_compat import cached
 
 if TYPE_CHECKING:
     from pyro_mdn.networks.network import MixtureDensityNetwork
@@ -65,7 +65,7 @@ def transform_for(
     return transform
 
 
-@lru_cache
+@cached
 def buffers_of(transform: TargetTransform) -> dict[str, str]:
     """Names of the buffers of a network that hold the tensors of a transform of its inputs, by those of the tensors."""
     return {name: f"x_{name}" for name in ("shift", "scale", *transform.start(1))}

@@ -10,7 +10,8 @@ wrapped, so that compilers know them and no call costs more.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ __all__ = [
     "TorchDispatchMode",
     "adam",
     "assert_async",
+    "cached",
     "foreach_lerp_",
     "foreach_mul_",
     "foreach_norm",
@@ -54,6 +56,9 @@ __all__ = [
     "tree_leaves",
     "validates_by_default",
 ]
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 # Transforms, traces and modes
 
@@ -216,6 +221,21 @@ def reset_of(module: nn.Module) -> Callable[[], Any] | None:
     That of ``nn.MultiheadAttention`` and ``nn.Transformer`` is private, unlike ``reset_parameters`` of all others.
     """
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+
+
+def cached(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let a function keep its results, which compiled code computes anew: a compiler warns of caches that it passes by.
+
+    >>> cached(math.sqrt)(4.0)
+    2.0
+    """
+    keeping: Callable[Arguments, Result] = lru_cache(function)  # pyright: ignore[reportAssignmentType]
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else keeping(*args, **kwargs)
+
+    return call
 
 
 # Distributions

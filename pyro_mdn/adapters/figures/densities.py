@@ -82,7 +82,7 @@ def _plot_joint_density(
     names: Sequence[str] | None,
     ax: Axes | None,
 ) -> Axes:
-    if mixture.batch_shape or isinstance(output, int) or len(output) != 2:
+    if mixture.batch_shape or not isinstance(output, Sequence) or len(output) != 2:
         expected = "one mixture, of batch shape (), and two outputs; or x"
         raise ValueError(f"mixture, output: expected {expected}, got {tuple(mixture.batch_shape)} and {output}")
     pair, masses = check_dims(output, mixture.dim), decreasing(masses)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_mdn.adapters.density_grids import pooled, targets_of
+from pyro_mdn.adapters.density_grids import pooled, require_output, targets_of
 from pyro_mdn.adapters.figures.axes import COLORS, STYLES, percent, pyplot
 from pyro_mdn.adapters.xarray_labels import names_of
 from pyro_mdn.distributions.mixture import Mixture
@@ -97,8 +97,7 @@ def _angle_of(mixture: Mixture, output: int) -> tuple[Mixture, CircularMarginals
     if len(mixture.batch_shape) > 1 or not 1 <= mixture.batch_shape.numel() <= len(COLORS):
         shape = tuple(mixture.batch_shape)
         raise ValueError(f"mixture: expected batch shape () or (N,), N up to {len(COLORS)}, got {shape}")
-    if not 0 <= output < mixture.dim:
-        raise ValueError(f"output: expected one of {mixture.dim}, got {output}")
+    require_output(output, mixture.dim)
     single = mixture.marginal(output).univariate()
     if not isinstance(single, CircularMarginals):
         raise ValueError(f"output: expected an angle, as target_transform='angle' makes one, got output {output}")

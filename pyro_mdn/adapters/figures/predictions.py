@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pyro_mdn import uncertainty
-from pyro_mdn.adapters.density_grids import along, bands, grid_of, lines, one_input, regions, targets_of
+from pyro_mdn.adapters.density_grids import along, bands, grid_of, lines, one_input, regions, require_output, targets_of
 from pyro_mdn.adapters.figures.axes import COLORS, axes_of, decreasing, legend_above, percent, pyplot, scatter, shades
 from pyro_mdn.adapters.xarray_labels import names_of
 from pyro_mdn.distributions.mixture import Mixture
@@ -111,9 +111,9 @@ def plot_observed_vs_sampled(
     """
     values, label = one_input(x)
     rows = [targets_of(part, len(values)) for part in (y, sampled)]
-    if not len(values) or rows[0].shape != rows[1].shape or not 0 <= output < rows[0].shape[1]:
-        shapes = f"{rows[0].shape} and {rows[1].shape}"
-        raise ValueError(f"y, sampled: expected one shape, not empty, with an output {output}, got {shapes}")
+    if not len(values) or rows[0].shape != rows[1].shape:
+        raise ValueError(f"y, sampled: expected one shape, not empty, got {rows[0].shape} and {rows[1].shape}")
+    require_output(output, rows[0].shape[1])
     if ax is None:
         ax = pyplot().subplots(1, 2, sharex=True, sharey=True)[1]
     axes = list(np.ravel(np.asarray(ax)))

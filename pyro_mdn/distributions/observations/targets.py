@@ -260,9 +260,9 @@ class Targets:
             name: Name of the argument, for the message.
             user: What needs exact targets.
         """
-        if count := int((self.kinds() == INTERVAL).sum()):
+        if bool((self.kinds() == INTERVAL).any()):
             takes = "log_prob, network.loss, fit, scores.log_score and scores.pit take these"
-            raise ValueError(f"{name}: expected exact targets for {user}, got {count} intervals; {takes}")
+            raise ValueError(f"{name}: expected exact targets for {user}, got intervals; {takes}")
         return self.exact_points()
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,7 @@ from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import Warp
 from pyro_mdn.support.checks import shown
+from pyro_mdn.support.torch_compat import cached
 
 __all__ = ["Chain", "CompoundTransform", "PerOutput", "as_transform"]
 
@@ -152,7 +152,7 @@ class PerOutput(CompoundTransform, by_name=False):
         return SideBySide(tuple(part.warp(self._of_part(tensors, i)) for i, part in enumerate(self.transforms)))
 
 
-@lru_cache
+@cached
 def _circles_of(transforms: tuple[TargetTransform, ...]) -> Circles | None:
     """Circles of outputs with one transform each; heads ask for them in each call."""
     every = [part.circles(1) for part in transforms]

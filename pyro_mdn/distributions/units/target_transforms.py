@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,6 +25,7 @@ from pyro_mdn.distributions.units.warps import (
 )
 from pyro_mdn.support.checks import require_numbers
 from pyro_mdn.support.registry import Specification
+from pyro_mdn.support.torch_compat import cached
 from pyro_mdn.tensors.numerics import location_and_scale
 
 __all__ = [
@@ -112,7 +112,7 @@ class TargetTransform(Specification):
         return None
 
 
-@lru_cache
+@cached
 def _takes_any_number(transform: TargetTransform) -> bool:
     """Look for an end of the support; each training step on targets on a grid asks."""
     return bool(transform.inside(torch.tensor([[-1e30], [1e30]], device="cpu")).all())
@@ -160,7 +160,7 @@ class Identity(Standardize):
         return UnscaledUnits(tensors["shift"], tensors["scale"])
 
 
-@lru_cache
+@cached
 def _names(transform: TargetTransform) -> tuple[str, ...]:
     """Names of the tensors of the warp; heads ask for them in each call."""
     return tuple(transform.start(1))

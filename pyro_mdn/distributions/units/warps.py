@@ -6,7 +6,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from typing import Self
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
+from pyro_mdn.support.torch_compat import cached
 from pyro_mdn.tensors.tensor_batch import TensorBatch, stored
 
 __all__ = [
@@ -137,7 +137,7 @@ class ElementwiseWarp(Warp):
         return y.clamp(*_next_inside(self.interval, y.dtype))
 
 
-@lru_cache
+@cached
 def _next_inside(interval: tuple[float, float], dtype: torch.dtype) -> tuple[float, float]:
     """Find the smallest and the largest number of a precision inside of an interval."""
     low, high = torch.tensor(interval, dtype=dtype, device="cpu").unbind()

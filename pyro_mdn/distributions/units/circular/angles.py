@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from pyro_mdn.distributions.units.units import StandardUnits, Units
 from pyro_mdn.distributions.units.warped_units import WarpedUnits
 from pyro_mdn.distributions.units.warps import IdentityWarp, Warp
 from pyro_mdn.support.checks import require_numbers
+from pyro_mdn.support.torch_compat import cached
 
 if TYPE_CHECKING:
     from pyro_mdn.distributions.families.components import Components
@@ -111,7 +111,7 @@ class Angle(TargetTransform):
         return circle
 
 
-@lru_cache
+@cached
 def _circles(period: float, low: float | None, dim: int) -> Circles:
     """Circles of outputs that are all angles; heads ask for them in each call."""
     return Circles((Circle(period, -0.5 * period if low is None else low),) * dim)
