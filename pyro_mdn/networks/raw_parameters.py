@@ -16,7 +16,6 @@ from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.units import Units
-from pyro_mdn.support.checks import bounds
 from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels, layer_log_density
 from pyro_mdn.tensors.channels import Layout, channels_last
 from pyro_mdn.tensors.mixture_density import Kernel, mixture_log_density
@@ -170,11 +169,12 @@ class ChannelParameters(NamedTuple):
 
     def is_moderate(self) -> bool:
         """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
-        # In one tensor: to look at a number is to wait for the device.
-        extremes = [end for tensor in (*self.units.tensors(), self.channels, *self.own) for end in bounds(tensor)]
-        least, *others = torch.stack(extremes).tolist()
+        scale, *others = self.units.tensors()
+        # No channel is greater than their norm. In one tensor: to look at a number is to wait for the device.
+        size = torch.linalg.vector_norm(self.channels.detach())
+        looked_at = torch.cat([tensor.detach().reshape(-1) for tensor in (scale, *others, *self.own, size)]).tolist()
         limit = torch.finfo(self.dtype).max ** 0.5
-        return least * limit > 1 and all(abs(end) < limit for end in others)
+        return min(looked_at[: scale.numel()]) * limit > 1 and all(abs(number) < limit for number in looked_at)
 
     def _raw(self) -> RawParameters:
         return RawParameters(self.family, raw_from_channels(self.layout, self.channels, *self.own), self.units)
