@@ -262,7 +262,7 @@ def test_bad_arguments_are_refused():
         (lambda: d_calibration(mixture, y, bins=1), "bins: expected 2 at least"),
         (lambda: d_calibration(mixture, torch.full((20, 1), math.nan)), "y: expected an observed entry in each column"),
         (lambda: d_calibration(mixture[:3], y), "y: expected|mixture, y: expected|shape"),
-        (lambda: coverage_table(mixture, y), "y: expected exact targets .* got .* intervals; .*scores.pit take these"),
+        (lambda: coverage_table(mixture, y), "y: expected exact targets .* got intervals; .*scores.pit take these"),
         (lambda: scores.crps(mixture, y), "y: expected exact targets .* scores.pit take these"),
     ]
     for call, message in cases:

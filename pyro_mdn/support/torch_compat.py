@@ -226,8 +226,8 @@ def reset_of(module: nn.Module) -> Callable[[], Any] | None:
 def cached(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Let a function keep its results, which compiled code computes anew: a compiler warns of caches that it passes by.
 
-    >>> cached(math.sqrt)(4.0)
-    2.0
+    >>> cached(int)("7")
+    7
     """
     keeping: Callable[Arguments, Result] = lru_cache(function)  # pyright: ignore[reportAssignmentType]
 

@@ -106,4 +106,4 @@ class Layout(NamedTuple):
 
     def _shaped(self, parts: Sequence[Tensor], batch: torch.Size, *, is_own: bool) -> list[Tensor]:
         shapes = [(width, groups) for width, groups, own in self.blocks if own == is_own]
-        return [part.reshape(*shape, *batch) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.view(*shape, *batch) for part, shape in zip(parts, shapes, strict=True)]
