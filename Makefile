@@ -41,6 +41,7 @@ quality: install
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/missing.py
 	$(BIN)/python benchmarks/known_truth.py
+	$(BIN)/python benchmarks/few_rows.py
 
 speed: install
 	$(BIN)/python benchmarks/posterior.py

@@ -14,7 +14,7 @@ BENCHMARKS = ROOT / "benchmarks"
 THREADS = ["--threads", "1"]
 JOBS = ["--jobs", "1"]
 COMMANDS = dict.fromkeys(
-    ("uci", "ablation", "missing", "diabetes", "survival", "counts", "known_truth", "angles"), JOBS
+    ("uci", "ablation", "missing", "diabetes", "survival", "counts", "known_truth", "angles", "few_rows"), JOBS
 )
 COMMANDS |= dict.fromkeys(("log_prob", "channels", "kinds", "train_step", "sampling", "posterior"), THREADS)
 COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": [], "against": [str(ROOT)]}
@@ -36,6 +36,7 @@ ELSEWHERE = {
     "uci": ("summary", "docs/quality.md"),
     "ablation": ("nll", "docs/training.md"),
     "missing": (None, "docs/training.md"),
+    "few_rows": ("nll", "docs/training.md"),
     "posterior": ("ratios", "docs/uncertainty.md"),
     "diabetes": ("summary", "docs/sklearn.md"),
     "survival": ("summary", "docs/quality.md"),

@@ -176,7 +176,7 @@ class MixtureHead(nn.Module):
             return self.mixture(self.raw(features), self.units)
         # Clones, because the mixture stays as it is when the head changes.
         units = self.units_of({name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()})
-        own = tuple(tensor.clone() for tensor in self._own())
+        own = tuple([tensor.clone() for tensor in self._own()])
         predicted = ChannelParameters(self.family, self.layout, self.channels(features), units, own)
         if is_traced(predicted.channels, *own):
             return predicted.mixture()
@@ -184,7 +184,10 @@ class MixtureHead(nn.Module):
 
     def _own(self) -> tuple[Tensor, ...]:
         """Channels ``(C',)`` of the blocks that do not depend on the features, if there are some."""
-        return () if self.raw_noise is None else (accumulated(self.raw_noise),)
+        if not [block for block in self.layout.blocks if block[2]]:  # parameters are looked up in several places
+            return ()
+        assert self.raw_noise is not None
+        return (accumulated(self.raw_noise),)
 
     def log_prob(self, features: Tensor, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.

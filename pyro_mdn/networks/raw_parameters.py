@@ -170,14 +170,21 @@ class ChannelParameters(NamedTuple):
     def is_moderate(self) -> bool:
         """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
         scale, *others = self.units.tensors()
-        # No channel is greater than their norm. In one tensor: to look at a number is to wait for the device.
-        size = torch.linalg.vector_norm(self.channels.detach())
-        looked_at = torch.cat([tensor.detach().reshape(-1) for tensor in (scale, *others, *self.own, size)]).tolist()
+        size = torch.linalg.vector_norm(self.channels.detach())  # no channel is greater
+        seen = _numbers_of(scale, *others, *self.own, size)
         limit = torch.finfo(self.dtype).max ** 0.5
-        return min(looked_at[: scale.numel()]) * limit > 1 and all(abs(number) < limit for number in looked_at)
+        return min(seen[: scale.numel()]) * limit > 1 and all(abs(number) < limit for number in seen)
 
     def _raw(self) -> RawParameters:
         return RawParameters(self.family, raw_from_channels(self.layout, self.channels, *self.own), self.units)
+
+
+def _numbers_of(*tensors: Tensor) -> list[float]:
+    """List the numbers of small tensors; on a GPU from one tensor, because to look at a number is to wait for it."""
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    if not flat[0].is_cpu:
+        return torch.cat(flat).tolist()
+    return [number for tensor in flat for number in tensor.tolist()]
 
 
 def _require_inside(units: Units, y: TargetsOrTensor, name: str) -> None:
@@ -222,7 +229,8 @@ class LayerParameters(NamedTuple):
     def _is_uniform(self) -> bool:
         """Whether the layer computes in the precision of its features, which is that of densities."""
         dtype = self.features.dtype
-        same = all(t.dtype == dtype for t in (self.bias, self.weight, *self.own)) and dtype == single_at_least(dtype)
+        same = self.bias.dtype == self.weight.dtype == dtype == single_at_least(dtype)
+        same = same and (not self.own or self.own[0].dtype == dtype)
         return same and not torch.is_autocast_enabled(self.features.device.type)
 
 

@@ -175,20 +175,22 @@ def _write_gradients(
     out = (for_locs, for_factors[0]) if first and first[0][1:] == (layout.n_components, False) else None
     weight, log_weights, grad_locs, *grad_factors = density_backward(kernel, grad, *saved, out=out)
     logits_gradient(weight, log_weights, out=for_logits)
-    places, others = iter([for_locs, *for_factors]), []
-    for is_own, found in zip([False, *(block[2] for block in layout.blocks)], [grad_locs, *grad_factors], strict=True):
-        if is_own:
-            others.append(found)
-        elif found is not (place := next(places)):
+    predicted = grad_factors
+    if own:
+        predicted = [found for found, block in zip(grad_factors, layout.blocks, strict=True) if not block[2]]
+    for place, found in zip([for_locs, *for_factors], [grad_locs, *predicted], strict=True):
+        if found is not place:
             place.copy_(found.sum_to_size(place.shape))
-    return grad_locs, [_joined(others, layout, tensor) for tensor in own]
+    return grad_locs, [_joined(grad_factors, layout, tensor) for tensor in own]
 
 
-def _joined(gradients: list[Tensor], layout: Layout, own: Tensor) -> Tensor:
-    """Join gradients with respect to blocks of one tensor, summed over what was broadcast."""
-    added = gradients[0].ndim - 1 - own.ndim
-    sizes = [(width, groups, *own.shape[1:], *(1,) * added) for width, groups, is_own in layout.blocks if is_own]
-    summed = [g.sum_to_size(size).reshape(-1, *own.shape[1:]) for g, size in zip(gradients, sizes, strict=True)]
+def _joined(gradients: Sequence[Tensor], layout: Layout, own: Tensor) -> Tensor:
+    """Join the gradients with respect to blocks of the tensor ``own``, summed over what was broadcast."""
+    summed = []
+    for gradient, (width, groups, is_own) in zip(gradients, layout.blocks, strict=True):
+        if is_own:
+            size = width, groups, *own.shape[1:], *(1,) * (gradient.ndim - 1 - own.ndim)
+            summed.append(gradient.sum_to_size(size).reshape(-1, *own.shape[1:]))
     return torch.cat(summed)
 
 

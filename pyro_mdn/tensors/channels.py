@@ -93,17 +93,13 @@ class Layout(NamedTuple):
             channels: The channels.
             own: The other tensor; without it, there are only the blocks that depend on the inputs.
         """
-        batch = channels.shape[1:]
         logits, locs, *parts = channels.split_with_sizes(self.sizes)
-        blocks = self._shaped(parts, batch, is_own=False)
+        blocks = self.blocks if own else [block for block in self.blocks if not block[2]]
         if own:
             (rest,) = own
             rest = rest.reshape(*rest.shape, *(1,) * (channels.ndim - rest.ndim))
-            parts = rest.split_with_sizes([width * groups for width, groups, is_own in self.blocks if is_own])
-            predicted, others = iter(blocks), iter(self._shaped(parts, rest.shape[1:], is_own=True))
-            blocks = [next(others if is_own else predicted) for _, _, is_own in self.blocks]
-        return logits, locs.view(self.dim, self.n_components, *batch), blocks
-
-    def _shaped(self, parts: Sequence[Tensor], batch: torch.Size, *, is_own: bool) -> list[Tensor]:
-        shapes = [(width, groups) for width, groups, own in self.blocks if own == is_own]
-        return [part.view(*shape, *batch) for part, shape in zip(parts, shapes, strict=True)]
+            others = rest.split_with_sizes([width * groups for width, groups, is_own in blocks if is_own])
+            predicted, others = iter(parts), iter(others)
+            parts = [next(others if is_own else predicted) for _, _, is_own in blocks]
+        shaped = [part.view(w, groups, *part.shape[1:]) for part, (w, groups, _) in zip(parts, blocks, strict=True)]
+        return logits, locs.view(self.dim, self.n_components, *channels.shape[1:]), shaped
