@@ -230,7 +230,8 @@ class LayerParameters(NamedTuple):
         """Whether the layer computes in the precision of its features, which is that of densities."""
         dtype = self.features.dtype
         same = self.bias.dtype == self.weight.dtype == dtype == single_at_least(dtype)
-        same = same and (not self.own or self.own[0].dtype == dtype)
+        for tensor in self.own:
+            same = same and tensor.dtype == dtype
         return same and not torch.is_autocast_enabled(self.features.device.type)
 
 
