@@ -24,7 +24,7 @@ def arguments(family, n=N):
     torch.manual_seed(0)
     layout = layout_of(family, D, K)
     tensors = [torch.randn(sum(layout.sizes), H), torch.randn(sum(layout.sizes)), torch.randn(n, H), torch.randn(n, D)]
-    own = sum(width * groups for width, groups, is_own in layout.blocks if is_own)
+    own = sum(block.width * block.groups for block in layout.blocks if block.is_own)
     tensors += [torch.randn(own)] * (own > 0)
     return (family.kernel, layout), [t.double().requires_grad_() for t in tensors]
 
@@ -178,10 +178,32 @@ def test_transforms(family, compiled, density_of):
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (6,), (2, 3), (0,)])
-def test_batches_of_any_shape(batch):
-    head = MixtureHead(H, D, K, noise=Full()).double()
+@pytest.mark.parametrize("family", [Normal(Full()), StudentT(Full()), Normal(Diagonal(homoscedastic=True))], ids=repr)
+def test_batches_of_any_shape(family, batch):
+    head = MixtureHead(H, D, K, family=family).double()
     features, y = torch.randn(*batch, H).double(), torch.randn(*batch, D).double()
-    assert_close(head.log_prob(features, y), head(features).log_prob(y))
+    mixture = head(features)
+    rebuilt = Mixture(mixture.logits, mixture.components)
+    assert_close(head.log_prob(features, y), rebuilt.log_prob(y))
+    assert_close(head(features).log_prob(y), rebuilt.log_prob(y))
+
+
+@pytest.mark.parametrize("family", [StudentT(Diagonal()), Normal(Full(homoscedastic=True))], ids=repr)
+def test_a_mixture_stays_as_it_is_when_the_head_changes(family):
+    head = MixtureHead(H, D, K, family=family)
+    features, y = torch.randn(6, H), torch.randn(6, D)
+    expected, asked, built = head.log_prob(features, y).detach(), head(features), head(features)
+    with torch.no_grad():
+        head.raw_noise.add_(1.0)
+    assert_close(asked.log_prob(y), expected)
+    assert_close(Mixture(built.logits, built.components).log_prob(y), expected)
+    assert not torch.allclose(head.log_prob(features, y), expected)
+    asked, built = head(features), head(features)
+    densities = head.log_prob(features, y), asked.log_prob(y), Mixture(built.logits, built.components).log_prob(y)
+    first, *others = [torch.autograd.grad(d.sum(), head.raw_noise)[0] for d in densities]
+    assert first.abs().sum() > 0
+    for other in others:
+        assert_close(other, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -31,7 +31,7 @@ from pyro_mdn.distributions.families.student_t import KnownStudentTRadial, RawSt
 from pyro_mdn.distributions.families.student_t_law import StudentTLaw, StudentTRadial
 from pyro_mdn.tensors import channels, mixture_density, numerics, packed_triangles
 from pyro_mdn.tensors.channel_density import channel_log_density
-from pyro_mdn.tensors.channels import Layout
+from pyro_mdn.tensors.channels import BlockLayout, Layout
 from pyro_mdn.tensors.univariate import UnivariateMixture
 
 K, D, R = 3, 4, 2
@@ -71,7 +71,8 @@ CALLS = {
     normal_cdf: lambda: (draw(5),),
     normal_log_cdf: lambda: (3 * draw(5),),
 }
-ELSEWHERE = {"Layout", "channels_first", "channels_last", "with_channels", "constant", "negligible", "positive"}
+ELSEWHERE = {"BlockLayout", "Layout", "channels_first", "channels_last", "with_channels"}
+ELSEWHERE |= {"constant", "negligible", "positive"}
 ELSEWHERE |= {"single_at_least", "in_double", "as_before"}  # of dtypes: there is nothing to differentiate
 
 # Each with the channels of its factors, for D outputs.
@@ -242,7 +243,9 @@ def of_channels(name, *tensors):
     kernel, widths = KERNELS[name]
     logits, locs, value, *factors = tensors
     parts = logits.T, *(t.permute(2, 1, 0).flatten(0, 1) for t in (locs, *factors))
-    layout = Layout(logits.shape[-1], locs.shape[-1], tuple((width, logits.shape[-1], False) for width in widths))
+    layout = Layout(
+        logits.shape[-1], locs.shape[-1], tuple(BlockLayout(width, logits.shape[-1], is_own=False) for width in widths)
+    )
     return channel_log_density(kernel, layout, torch.cat(parts), value)
 
 
@@ -293,7 +296,7 @@ def test_channels_of_a_layer(name, batch, groups, shared):
     kernel, widths = KERNELS[name]
     torch.manual_seed(0)
     first = {"none": len(widths), "last": len(widths) - 1}.get(shared, 0)
-    layout = Layout(K, D, tuple((width, groups, i >= first) for i, width in enumerate(widths)))
+    layout = Layout(K, D, tuple(BlockLayout(width, groups, is_own=i >= first) for i, width in enumerate(widths)))
     own_batch = batch if "batch" in shared else ()
     shapes = [(sum(layout.sizes), *batch), (*batch, D), (groups * sum(widths[first:]), *own_batch)]
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -324,7 +327,7 @@ def test_channels_of_a_layer(name, batch, groups, shared):
 def test_strides_of_channels_do_not_matter(name):
     kernel, widths = KERNELS[name]
     torch.manual_seed(0)
-    layout = Layout(K, D, tuple((width, K, False) for width in widths))
+    layout = Layout(K, D, tuple(BlockLayout(width, K, is_own=False) for width in widths))
     drawn, value = torch.randn(3, 2, sum(layout.sizes)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
     results = []
     for leaf in (drawn, drawn.contiguous()):
@@ -504,7 +507,7 @@ def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
         kernel, (width,) = KERNELS[name]
         drawn = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
         drawn[K * (1 + D) : K * (1 + 2 * D)] = raw
-        layout = Layout(K, D, ((width, K, False),))
+        layout = Layout(K, D, (BlockLayout(width, K, is_own=False),))
         density = channel_log_density(kernel, layout, drawn.requires_grad_(), torch.ones(1000, D))
         (gradient,) = torch.autograd.grad(density.sum(), drawn)
         assert density.isfinite().all(), name

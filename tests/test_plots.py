@@ -568,7 +568,7 @@ def test_names_of_outputs():
     assert plots.plot_components(mixture, x).get_ylabel() == "y0: mean ± std of components"
     assert plots.plot_uncertainty_split(draws, x).get_ylabel() == "standard deviation of y0"
     single = make_mixture(Diagonal(), (), dim=2)
-    ax = plots.plot_conditional_density(single, output=(0, -1), output_names=["a", "b"])
+    ax = plots.plot_conditional_density(single, output=np.array([0, -1]), output_names=["a", "b"])
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("a", "b")
     assert legend(plots.plot_pit(pd.DataFrame(scores.pit(mixture, y), columns=["a", "b"])))[1:] == ["a", "b"]
 
@@ -605,6 +605,7 @@ def test_bad_input():
         (lambda: plots.plot_predictive_intervals(mixture, x, output=None), "output: expected one of 2, got None"),
         (lambda: plots.plot_observed_vs_sampled(x, y, y, output="a"), "output: expected one of 2, got 'a'"),
         (lambda: plots.plot_conditional_density(single, output=np.int64(0)), "mixture, output: expected one mixture"),
+        (lambda: plots.plot_conditional_density(single, output="ab"), "mixture, output: expected one mixture"),
         (
             lambda: plots.plot_components(mixture, []),
             "mixture: expected batch shape",

@@ -184,7 +184,7 @@ class MixtureHead(nn.Module):
 
     def _own(self) -> tuple[Tensor, ...]:
         """Channels ``(C',)`` of the blocks that do not depend on the features, if there are some."""
-        if not [block for block in self.layout.blocks if block[2]]:  # parameters are looked up in several places
+        if not self.layout.has_own:  # quicker than to look for a parameter
             return ()
         assert self.raw_noise is not None
         return (accumulated(self.raw_noise),)

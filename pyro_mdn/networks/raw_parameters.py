@@ -170,8 +170,8 @@ class ChannelParameters(NamedTuple):
     def is_moderate(self) -> bool:
         """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
         scale, *others = self.units.tensors()
-        size = torch.linalg.vector_norm(self.channels.detach())  # no channel is greater
-        seen = _numbers_of(scale, *others, *self.own, size)
+        sizes = [torch.linalg.vector_norm(tensor.detach()) for tensor in (self.channels, *self.own)]  # none is greater
+        seen = _numbers_of(scale, *others, *sizes)
         limit = torch.finfo(self.dtype).max ** 0.5
         return min(seen[: scale.numel()]) * limit > 1 and all(abs(number) < limit for number in seen)
 

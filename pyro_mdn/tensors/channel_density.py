@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_mdn.support.checks import is_recorded, is_traced
 from pyro_mdn.support.torch_compat import transforms_active
-from pyro_mdn.tensors.channels import Layout, channels_first, channels_last
+from pyro_mdn.tensors.channels import BlockLayout, Layout, channels_first, channels_last
 from pyro_mdn.tensors.mixture_density import (
     Kernel,
     density_backward,
@@ -83,7 +83,7 @@ def _by_autograd(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor
 
 def _compilable(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
     # A compiler does not fuse the bands of a triangle, because their lengths differ.
-    banded = any(width > layout.dim for width, _, _ in layout.blocks)
+    banded = any(block.width > layout.dim for block in layout.blocks)
     if banded or own or value.requires_grad:
         return _by_autograd(kernel, layout, channels, value, *own)
     return _LogDensityWithGradient.apply(kernel, layout, channels, value)
@@ -115,7 +115,7 @@ class _LayerLogDensity(torch.autograd.Function):
         # Gradients take the memory of the channels, which another backward pass then has to compute anew.
         gradient, saved = ctx.once or _layer_forward(kernel, layout, *ctx.saved_tensors)[1]
         ctx.once = None
-        grad_locs, grad_own = _write_gradients(kernel, layout, grad, saved, gradient, *own)
+        grad_locs, others = _write_gradients(kernel, layout, grad, saved, gradient)
         return (
             None,
             None,
@@ -123,7 +123,7 @@ class _LayerLogDensity(torch.autograd.Function):
             gradient @ features if needed[1] else None,
             gradient.T @ weight if needed[2] else None,
             channels_last(-grad_locs.sum(1), 1) if needed[3] else None,
-            *grad_own,
+            *[_joined(others, tensor) if needed[4] else None for tensor in own],
         )
 
 
@@ -156,41 +156,41 @@ class _ChannelLogDensity(torch.autograd.Function):
             return None, None, *differentiable_gradients(*again, ctx.needs_input_grad[2:], grad)
         channels, _, *own = arguments
         gradient = channels.new_empty(channels.shape)
-        grad_locs, grad_own = _write_gradients(*ctx.settings, grad, saved, gradient, *own)
-        grad_value = channels_last(-grad_locs.sum(1), 1) if ctx.needs_input_grad[3] else None
-        return None, None, gradient, grad_value, *grad_own
+        needed, (kernel, layout) = ctx.needs_input_grad[2:], ctx.settings
+        grad_locs, others = _write_gradients(kernel, layout, grad, saved, gradient)
+        grad_value = channels_last(-grad_locs.sum(1), 1) if needed[1] else None
+        return None, None, gradient, grad_value, *[_joined(others, tensor) if needed[2] else None for tensor in own]
 
 
 def _write_gradients(
-    kernel: Kernel, layout: Layout, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor, *own: Tensor
-) -> tuple[Tensor, list[Tensor]]:
+    kernel: Kernel, layout: Layout, grad: Tensor, saved: Sequence[Tensor], gradient: Tensor
+) -> tuple[Tensor, list[tuple[BlockLayout, Tensor]]]:
     """Write the gradient with respect to the channels, also in their place.
 
     Returns:
-        The gradient with respect to the locations, and that with respect to the tensor of the other blocks, if there is
-        one.
+        The gradient with respect to the locations; and those with respect to blocks that are not among the channels.
     """
     for_logits, for_locs, for_factors = layout.split(gradient)
     first = layout.blocks[:1]
-    out = (for_locs, for_factors[0]) if first and first[0][1:] == (layout.n_components, False) else None
+    whole = bool(first) and first[0].groups == layout.n_components and not first[0].is_own
+    out = (for_locs, for_factors[0]) if whole else None
     weight, log_weights, grad_locs, *grad_factors = density_backward(kernel, grad, *saved, out=out)
     logits_gradient(weight, log_weights, out=for_logits)
-    predicted = grad_factors
-    if own:
-        predicted = [found for found, block in zip(grad_factors, layout.blocks, strict=True) if not block[2]]
-    for place, found in zip([for_locs, *for_factors], [grad_locs, *predicted], strict=True):
-        if found is not place:
-            place.copy_(found.sum_to_size(place.shape))
-    return grad_locs, [_joined(grad_factors, layout, tensor) for tensor in own]
+    found = list(zip(layout.blocks, grad_factors, strict=True))
+    predicted = [factor for block, factor in found if not block.is_own]
+    for place, value in zip([for_locs, *for_factors], [grad_locs, *predicted], strict=True):
+        if value is not place:
+            place.copy_(value.sum_to_size(place.shape))
+    return grad_locs, [pair for pair in found if pair[0].is_own]
 
 
-def _joined(gradients: Sequence[Tensor], layout: Layout, own: Tensor) -> Tensor:
+def _joined(found: Sequence[tuple[BlockLayout, Tensor]], own: Tensor) -> Tensor:
     """Join the gradients with respect to blocks of the tensor ``own``, summed over what was broadcast."""
+    batch = own.shape[1:]
     summed = []
-    for gradient, (width, groups, is_own) in zip(gradients, layout.blocks, strict=True):
-        if is_own:
-            size = width, groups, *own.shape[1:], *(1,) * (gradient.ndim - 1 - own.ndim)
-            summed.append(gradient.sum_to_size(size).reshape(-1, *own.shape[1:]))
+    for block, gradient in found:
+        size = block.width, block.groups, *batch, *(1,) * (gradient.ndim - 1 - own.ndim)
+        summed.append(gradient.sum_to_size(size).reshape(-1, *batch))
     return torch.cat(summed)
 
 

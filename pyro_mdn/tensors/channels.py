@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "BlockLayout",
     "Layout",
     "cat_channels",
     "channels_first",
@@ -63,6 +64,20 @@ def normalize_logits(logits: Tensor) -> Tensor:
     return channels_last(channels_first(logits, 1).log_softmax(0), 1)
 
 
+class BlockLayout(NamedTuple):
+    """Place of one block of a family.
+
+    Attributes:
+        width: Number of channels of each group.
+        groups: Number of groups: K, or 1 if the components share the block.
+        is_own: Whether it is in a tensor of its own, because it does not depend on the inputs.
+    """
+
+    width: int
+    groups: int
+    is_own: bool
+
+
 class Layout(NamedTuple):
     """Positions of the parameters of a mixture among the channels ``(C, *batch)`` of a linear layer.
 
@@ -72,13 +87,17 @@ class Layout(NamedTuple):
     Attributes:
         n_components: Number of components K.
         dim: Number of outputs D.
-        blocks: Width of each block, its number of groups (K, or 1 if the components share the block), and whether it is
-            in the other tensor.
+        blocks: Places of the blocks.
     """
 
     n_components: int
     dim: int
-    blocks: tuple[tuple[int, int, bool], ...]
+    blocks: tuple[BlockLayout, ...]
+
+    @property
+    def has_own(self) -> bool:
+        """Whether there is a tensor of blocks that do not depend on the inputs."""
+        return bool([block for block in self.blocks if block.is_own])
 
     @property
     def sizes(self) -> list[int]:
@@ -94,7 +113,7 @@ class Layout(NamedTuple):
             own: The other tensor; without it, there are only the blocks that depend on the inputs.
         """
         logits, locs, *parts = channels.split_with_sizes(self.sizes)
-        blocks = self.blocks if own else [block for block in self.blocks if not block[2]]
+        blocks = self.blocks if own else [block for block in self.blocks if not block.is_own]
         if own:
             (rest,) = own
             rest = rest.reshape(*rest.shape, *(1,) * (channels.ndim - rest.ndim))

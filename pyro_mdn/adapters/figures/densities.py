@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pyro_mdn.adapters.density_grids import PIXELS, along, cell_density, grid_of, in_parts, targets_of
@@ -82,7 +83,7 @@ def _plot_joint_density(
     names: Sequence[str] | None,
     ax: Axes | None,
 ) -> Axes:
-    if mixture.batch_shape or not isinstance(output, Sequence) or len(output) != 2:
+    if mixture.batch_shape or np.shape(output) != (2,):
         expected = "one mixture, of batch shape (), and two outputs; or x"
         raise ValueError(f"mixture, output: expected {expected}, got {tuple(mixture.batch_shape)} and {output}")
     pair, masses = check_dims(output, mixture.dim), decreasing(masses)

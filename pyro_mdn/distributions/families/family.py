@@ -16,7 +16,7 @@ from pyro_mdn.distributions.units.compound_transforms import PerOutput, as_trans
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
 from pyro_mdn.support.checks import shown
 from pyro_mdn.support.registry import Specification
-from pyro_mdn.tensors.channels import Layout
+from pyro_mdn.tensors.channels import BlockLayout, Layout
 from pyro_mdn.tensors.mixture_density import Kernel
 
 __all__ = ["Block", "Family", "is_uncorrelated", "layout_of", "require_uncorrelated"]
@@ -139,8 +139,12 @@ class Family(Specification, ABC):
 
 def layout_of(family: Family, dim: int, n_components: int) -> Layout:
     """Return the layout of the channels; homoscedastic blocks are in a tensor of their own, if they have channels."""
-    blocks = [(b.width, 1 if b.tied else n_components, b.homoscedastic and b.width > 0) for b in family.blocks(dim)]
-    return Layout(n_components, dim, tuple(blocks))
+
+    def place(block: Block) -> BlockLayout:
+        groups = 1 if block.tied else n_components
+        return BlockLayout(block.width, groups, is_own=block.homoscedastic and block.width > 0)
+
+    return Layout(n_components, dim, tuple(map(place, family.blocks(dim))))
 
 
 def is_uncorrelated(noise: NoiseModel) -> bool:
