@@ -62,7 +62,7 @@ def layer_log_density(
         value: Points y, ``(N, D)``.
         own: The tensor of the blocks that do not depend on the inputs, ``(C',)``, if there are some.
     """
-    if torch.compiler.is_compiling() or is_traced(bias, weight, features, value, *own):
+    if is_traced(bias, weight, features, value, *own):
         return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value, *own)
     return _LayerLogDensity.apply(kernel, layout, bias, weight, features, value, *own)
 
