@@ -206,6 +206,63 @@ def test_a_mixture_stays_as_it_is_when_the_head_changes(family):
         assert_close(other, first)
 
 
+FAMILIES = [Normal(Diagonal()), Normal(Full()), StudentT(Diagonal()), Normal(Diagonal(homoscedastic=True))]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=repr)
+@pytest.mark.parametrize("what", ["weight", "bias", "features"])
+def test_a_mixture_stays_as_it_is_when_its_layer_is_written_to(family, what):
+    head = MixtureHead(H, D, K, family=family)
+    features, y = torch.randn(6, H), torch.randn(6, D)
+    partly = y.clone()
+    partly[0, 0] = torch.nan
+    expected, partial = head(features).log_prob(y).detach(), head(features).log_prob(partly).detach()
+    first, second, third = head(features), head(features), head(features)
+    changed = features if what == "features" else getattr(head.linear, what)
+    with torch.no_grad():
+        changed.add_(1.0)
+    densities = first.log_prob(y), Mixture(second.logits, second.components).log_prob(y), third.log_prob(partly)
+    for density, right in zip(densities, (expected, expected, partial), strict=True):
+        assert_close(density, right)
+        with pytest.raises(RuntimeError, match="build the mixture anew"):
+            density.sum().backward()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=repr)
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_mixture_stays_as_it_is_after_a_backward_pass(family, kept):
+    head = MixtureHead(H, D, K, family=family).double()
+    features, y = torch.randn(6, H).double().requires_grad_(), torch.randn(6, D).double()
+    wanted = [*head.parameters(), features]
+    expected = Mixture(head(features).logits, head(features).components).log_prob(y)
+    gradients = torch.autograd.grad(expected.sum(), wanted)
+    mixture = head(features)
+    density = mixture.log_prob(y)
+    if not kept:
+        del mixture
+    for _ in range(2):  # the second pass computes anew what the first may have written over
+        assert_close(torch.autograd.grad(density.sum(), wanted, retain_graph=True), gradients)
+    again = torch.autograd.grad(density.sum(), wanted, create_graph=True)
+    assert_close(again, gradients)
+    assert again[0].requires_grad
+    if kept:
+        assert_close(mixture.log_prob(y), expected)
+        assert_close(torch.autograd.grad(mixture.log_prob(y).sum(), wanted), gradients)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_features_of_inference_mode_under_frozen_weights(frozen):
+    head = MixtureHead(H, D, K).requires_grad_(not frozen)
+    with torch.inference_mode():
+        features, y = torch.randn(6, H), torch.randn(6, D)
+        expected = head(features).log_prob(y)
+    if frozen:
+        assert_close(head(features).log_prob(y), expected)
+    else:
+        with pytest.raises(RuntimeError, match="[Ii]nference tensors"):
+            head(features).log_prob(y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_precision(dtype, autocast):

@@ -243,8 +243,8 @@ def of_channels(name, *tensors):
     kernel, widths = KERNELS[name]
     logits, locs, value, *factors = tensors
     parts = logits.T, *(t.permute(2, 1, 0).flatten(0, 1) for t in (locs, *factors))
-    layout = Layout(
-        logits.shape[-1], locs.shape[-1], tuple(BlockLayout(width, logits.shape[-1], is_own=False) for width in widths)
+    layout = Layout.of(
+        logits.shape[-1], locs.shape[-1], [BlockLayout(width, logits.shape[-1], is_own=False) for width in widths]
     )
     return channel_log_density(kernel, layout, torch.cat(parts), value)
 
@@ -296,7 +296,7 @@ def test_channels_of_a_layer(name, batch, groups, shared):
     kernel, widths = KERNELS[name]
     torch.manual_seed(0)
     first = {"none": len(widths), "last": len(widths) - 1}.get(shared, 0)
-    layout = Layout(K, D, tuple(BlockLayout(width, groups, is_own=i >= first) for i, width in enumerate(widths)))
+    layout = Layout.of(K, D, [BlockLayout(width, groups, is_own=i >= first) for i, width in enumerate(widths)])
     own_batch = batch if "batch" in shared else ()
     shapes = [(sum(layout.sizes), *batch), (*batch, D), (groups * sum(widths[first:]), *own_batch)]
     tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
@@ -327,7 +327,7 @@ def test_channels_of_a_layer(name, batch, groups, shared):
 def test_strides_of_channels_do_not_matter(name):
     kernel, widths = KERNELS[name]
     torch.manual_seed(0)
-    layout = Layout(K, D, tuple(BlockLayout(width, K, is_own=False) for width in widths))
+    layout = Layout.of(K, D, [BlockLayout(width, K, is_own=False) for width in widths])
     drawn, value = torch.randn(3, 2, sum(layout.sizes)).double().movedim(-1, 0), torch.randn(3, 2, D).double()
     results = []
     for leaf in (drawn, drawn.contiguous()):
@@ -507,7 +507,7 @@ def test_densities_and_gradients_are_finite_whatever_the_channels(raw):
         kernel, (width,) = KERNELS[name]
         drawn = torch.zeros(K * (1 + D + width), 1000)  # enough for pairs of logarithms
         drawn[K * (1 + D) : K * (1 + 2 * D)] = raw
-        layout = Layout(K, D, (BlockLayout(width, K, is_own=False),))
+        layout = Layout.of(K, D, [BlockLayout(width, K, is_own=False)])
         density = channel_log_density(kernel, layout, drawn.requires_grad_(), torch.ones(1000, D))
         (gradient,) = torch.autograd.grad(density.sum(), drawn)
         assert density.isfinite().all(), name

@@ -19,6 +19,7 @@ from pyro_mdn.distributions.units.target_transforms import Standardize, TargetTr
 from pyro_mdn.distributions.units.units import Units
 from pyro_mdn.networks.raw_parameters import (
     ChannelParameters,
+    KeptParameters,
     LayerParameters,
     Raw,
     RawParameters,
@@ -177,10 +178,12 @@ class MixtureHead(nn.Module):
         # Clones, because the mixture stays as it is when the head changes.
         units = self.units_of({name: None if b is None else b.clone() for name, b in getattr(self, _BUFFERS).items()})
         own = tuple([tensor.clone() for tensor in self._own()])
+        kind = mixture_class(self.family) if units.is_affine else Mixture
+        layer = self._layer(features, units, own)
+        if layer and layer.is_differentiated() and layer.is_uniform() and not is_traced(*layer.tensors()):
+            return kind.deferred(KeptParameters(layer))
         predicted = ChannelParameters(self.family, self.layout, self.channels(features), units, own)
-        if is_traced(predicted.channels, *own):
-            return predicted.mixture()
-        return (mixture_class(self.family) if units.is_affine else Mixture).deferred(predicted)
+        return predicted.mixture() if is_traced(predicted.channels, *own) else kind.deferred(predicted)
 
     def _own(self) -> tuple[Tensor, ...]:
         """Channels ``(C',)`` of the blocks that do not depend on the features, if there are some."""
@@ -188,6 +191,13 @@ class MixtureHead(nn.Module):
             return ()
         assert self.raw_noise is not None
         return (accumulated(self.raw_noise),)
+
+    def _layer(self, features: Tensor, units: Units, own: tuple[Tensor, ...]) -> LayerParameters | None:
+        """Parameters through the linear layer, if that and the features are plain."""
+        if features.ndim != 2 or not _is_affine(linear := self.linear):
+            return None
+        self._require_width(features)
+        return LayerParameters(self.family, self.layout, linear.bias, linear.weight, features, units, own)
 
     def log_prob(self, features: Tensor, y: TargetsOrTensor) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` given the features, in nats and the units of y.
@@ -200,11 +210,10 @@ class MixtureHead(nn.Module):
         expected = (*features.shape[:-1], self.dim_out)
         if not y.dtype.is_floating_point or y.shape[-len(expected) :] != expected:
             raise ValueError(f"y: expected floating point of shape {expected}, got {y.dtype} of shape {tuple(y.shape)}")
-        settings, own = (self.family, self.layout), self._own()
-        if features.ndim == 2 and _is_affine(linear := self.linear):
-            self._require_width(features)
-            return LayerParameters(*settings, linear.bias, linear.weight, features, self.units, own).log_prob(y)
-        return ChannelParameters(*settings, self.channels(features), self.units, own).log_prob(y)
+        own, units = self._own(), self.units
+        if layer := self._layer(features, units, own):
+            return layer.log_prob(y)
+        return ChannelParameters(self.family, self.layout, self.channels(features), units, own).log_prob(y)
 
     def log_density(self, raw: Raw, y: TargetsOrTensor, units: Units) -> Tensor:
         """Log-density of y ``(*sample, *batch, D)`` under :meth:`mixture` of the same arguments, without that."""

@@ -16,13 +16,14 @@ from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.units import Units
-from pyro_mdn.tensors.channel_density import channel_log_density, layer_channels, layer_log_density
+from pyro_mdn.tensors.channel_density import GivenChannels, channel_log_density, layer_channels, layer_log_density
 from pyro_mdn.tensors.channels import Layout, channels_last
 from pyro_mdn.tensors.mixture_density import Kernel, mixture_log_density
-from pyro_mdn.tensors.numerics import log_sum_exp, single_at_least
+from pyro_mdn.tensors.numerics import log_sum_exp, moderate, single_at_least
 
 __all__ = [
     "ChannelParameters",
+    "KeptParameters",
     "LayerParameters",
     "Raw",
     "RawParameters",
@@ -171,9 +172,9 @@ class ChannelParameters(NamedTuple):
         """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
         scale, *others = self.units.tensors()
         sizes = [torch.linalg.vector_norm(tensor.detach()) for tensor in (self.channels, *self.own)]  # none is greater
-        seen = _numbers_of(scale, *others, *sizes)
-        limit = torch.finfo(self.dtype).max ** 0.5
-        return min(seen[: scale.numel()]) * limit > 1 and all(abs(number) < limit for number in seen)
+        seen, limit = _numbers_of(scale, *others, *sizes), moderate(self.dtype)
+        least = 1 / limit
+        return all(least < unit for unit in seen[: scale.numel()]) and all(-limit < n < limit for n in seen)
 
     def _raw(self) -> RawParameters:
         return RawParameters(self.family, raw_from_channels(self.layout, self.channels, *self.own), self.units)
@@ -181,10 +182,12 @@ class ChannelParameters(NamedTuple):
 
 def _numbers_of(*tensors: Tensor) -> list[float]:
     """List the numbers of small tensors; on a GPU from one tensor, because to look at a number is to wait for it."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    if not flat[0].is_cpu:
-        return torch.cat(flat).tolist()
-    return [number for tensor in flat for number in tensor.tolist()]
+    if not tensors[0].is_cpu:
+        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).tolist()
+    numbers = []
+    for tensor in tensors:
+        numbers += tensor.tolist() if tensor.ndim == 1 else tensor.reshape(-1).tolist()
+    return numbers
 
 
 def _require_inside(units: Units, y: TargetsOrTensor, name: str) -> None:
@@ -213,26 +216,105 @@ class LayerParameters(NamedTuple):
     units: Units
     own: tuple[Tensor, ...] = ()
 
-    def log_prob(self, y: TargetsOrTensor) -> Tensor:
-        """Log-density of y ``(*sample, N, D)`` in nats and the units of y, without building the mixture."""
+    def log_prob(self, y: TargetsOrTensor, name: str = "y", given: GivenChannels | None = None) -> Tensor:
+        """Log-density of y ``(*sample, N, D)`` in nats and the units of y, without building the mixture.
+
+        Args:
+            y: The targets.
+            name: What to call them in errors.
+            given: What the layer gave before, if that is known.
+        """
         layer = self.bias, self.weight, self.features
-        kernel = _kernel_for(self.family, self.units, self.features.shape[:-1], y) if self._is_uniform() else None
+        uniform = given is not None or self.is_uniform()
+        kernel = _kernel_for(self.family, self.units, self.features.shape[:-1], y) if uniform else None
         if kernel is None:
-            channels = accumulated(layer_channels(*layer))
-            return ChannelParameters(self.family, self.layout, channels, self.units, self.own).log_prob(y)
+            return self.with_channels(accumulated(layer_channels(*layer))).log_prob(y, name)
         assert isinstance(y, Tensor)
-        _require_inside(self.units, y, "y")
+        _require_inside(self.units, y, name)
         points = self.units.placed(y).to(self.features.dtype)
-        density = layer_log_density(kernel, self.layout, *layer, points, *self.own)
+        density = layer_log_density(kernel, self.layout, *layer, points, *self.own, given=given)
         return density - self.units.log_volume(y)
 
-    def _is_uniform(self) -> bool:
+    def with_channels(self, channels: Tensor) -> ChannelParameters:
+        """The same, of channels that the layer gives."""
+        return ChannelParameters(self.family, self.layout, channels, self.units, self.own)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that channels are computed from."""
+        return [self.bias, self.weight, self.features, *self.own]
+
+    def is_differentiated(self) -> bool:
+        """Whether channels have a graph."""
+        needed = self.bias.requires_grad or self.weight.requires_grad or self.features.requires_grad
+        return needed and torch.is_grad_enabled()
+
+    def is_uniform(self) -> bool:
         """Whether the layer computes in the precision of its features, which is that of densities."""
         dtype = self.features.dtype
-        same = self.bias.dtype == self.weight.dtype == dtype == single_at_least(dtype)
+        same = self.bias.dtype == self.weight.dtype == dtype and dtype.itemsize >= 4
         for tensor in self.own:
             same = same and tensor.dtype == dtype
         return same and not torch.is_autocast_enabled(self.features.device.type)
+
+
+class KeptParameters:
+    """The same for a mixture, which stays as it is when the layer changes.
+
+    Channels are computed at once, without a graph: a density has one through the layer, and so do parameters.
+
+    Args:
+        layer: The layer, uniform.
+    """
+
+    def __init__(self, layer: LayerParameters) -> None:
+        self._layer = layer
+        self._versions = self._found_versions()
+        channels = layer_channels(layer.bias.detach(), layer.weight.detach(), layer.features.detach())
+        self._given = GivenChannels(channels)
+        self._known = layer.with_channels(channels)
+        self.dim, self.batch_shape = layer.layout.dim, channels.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters."""
+        return self._known.dtype
+
+    @property
+    def has_pathwise_draws(self) -> bool:
+        """Whether draws can be differentiated with respect to the parameters."""
+        return self._known.has_pathwise_draws
+
+    def is_moderate(self) -> bool:
+        """Whether all numbers are so far from the limits of their precision that every parameter is within them."""
+        return self._known.is_moderate()
+
+    def log_prob(self, y: TargetsOrTensor, name: str = "y") -> Tensor:
+        """Log-density of y ``(*sample, N, D)`` in nats and the units of y, without building the mixture."""
+        if self._found_versions() == self._versions:
+            return self._layer.log_prob(y, name, self._given)
+        return self._with_graph().log_prob(y, name)
+
+    def parameters(self) -> tuple[Tensor, Components]:
+        """Normalised log-weights and components in the units of y."""
+        return self._with_graph().parameters()
+
+    def _found_versions(self) -> list[int]:
+        """How often each tensor of the layer was written to."""
+        return [tensor._version for tensor in (self._layer.bias, self._layer.weight, self._layer.features)]
+
+    def _with_graph(self) -> ChannelParameters:
+        """Channels with a graph, through which no gradient can go any more after the layer has changed."""
+        layer = self._layer
+        if self._found_versions() == self._versions:
+            return layer.with_channels(layer_channels(layer.bias, layer.weight, layer.features))
+        channels = self._given.channels.detach().requires_grad_()
+        channels.register_hook(_refuse_gradient)
+        return layer.with_channels(channels)
+
+
+def _refuse_gradient(_: Tensor) -> None:
+    expected = "expected the weights and features of the mixture as they were, to compute gradients"
+    raise RuntimeError(f"{expected}; an operation changed them in place: build the mixture anew")
 
 
 def _kernel_for(family: Family, units: Units, batch_shape: torch.Size, y: TargetsOrTensor) -> Kernel | None:

@@ -334,7 +334,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     >>> is_plain(layer, nn.Linear)
     False
     """
-    return type(module) in (kind, PyroModule[kind]) and "forward" not in module.__dict__ and not is_hooked(module)
+    known = type(module) is kind or type(module) is PyroModule[kind]
+    return known and "forward" not in module.__dict__ and not is_hooked(module)
 
 
 def is_inherited(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:

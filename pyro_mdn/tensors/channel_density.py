@@ -7,7 +7,10 @@ place of the channels, because the system clears each fresh buffer of megabytes,
 covariances and 2048 rows, and little with fewer.
 """
 
+from __future__ import annotations
+
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +31,7 @@ from pyro_mdn.tensors.mixture_density import (
 )
 from pyro_mdn.tensors.numerics import negligible
 
-__all__ = ["channel_log_density", "layer_channels", "layer_log_density"]
+__all__ = ["GivenChannels", "channel_log_density", "layer_channels", "layer_log_density"]
 
 
 def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
@@ -49,7 +52,14 @@ def channel_log_density(kernel: Kernel, layout: Layout, channels: Tensor, value:
 
 
 def layer_log_density(
-    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor, *own: Tensor
+    kernel: Kernel,
+    layout: Layout,
+    bias: Tensor,
+    weight: Tensor,
+    features: Tensor,
+    value: Tensor,
+    *own: Tensor,
+    given: GivenChannels | None = None,
 ) -> Tensor:
     """Compute the log-density of a mixture whose channels a linear layer gives, shape ``(N,)``.
 
@@ -61,10 +71,11 @@ def layer_log_density(
         features: What the layer is applied to, ``(N, H)``; all three of the same dtype.
         value: Points y, ``(N, D)``.
         own: The tensor of the blocks that do not depend on the inputs, ``(C',)``, if there are some.
+        given: What the layer gave before, if that is known.
     """
     if is_traced(bias, weight, features, value, *own):
         return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value, *own)
-    return _LayerLogDensity.apply(kernel, layout, bias, weight, features, value, *own)
+    return _LayerLogDensity.apply(kernel, layout, given, bias, weight, features, value, *own)
 
 
 def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
@@ -73,6 +84,17 @@ def layer_channels(bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
     if is_recorded():  # the operation that torch.jit records for a product cannot broadcast its first argument
         bias = bias.expand(-1, features.shape[0])  # ``len`` would be recorded as a constant
     return torch.addmm(bias, weight, features.T)
+
+
+class GivenChannels:
+    """Channels that a layer gave, computed without a graph, whose memory is free for others once this object is gone.
+
+    Attributes:
+        channels: The channels, ``(C, N)``.
+    """
+
+    def __init__(self, channels: Tensor) -> None:
+        self.channels = channels
 
 
 def _by_autograd(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
@@ -97,26 +119,30 @@ def _layer_by_autograd(
 
 class _LayerLogDensity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, layout: Layout, *arguments: Tensor) -> Tensor:
+    def forward(ctx: Any, kernel: Kernel, layout: Layout, given: GivenChannels | None, *arguments: Tensor) -> Tensor:
         ctx.settings = kernel, layout
+        ctx.given = None if given is None else weakref.ref(given)
         ctx.save_for_backward(*arguments)
-        log_density, ctx.once = _layer_forward(kernel, layout, *arguments)
+        log_density, ctx.once = _layer_forward(kernel, layout, *arguments, given=given)
         return log_density
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         _, weight, features, _, *own = ctx.saved_tensors
-        needed = ctx.needs_input_grad[2:]
+        needed = ctx.needs_input_grad[3:]
         if is_gradient_traced(grad):
             again = _layer_by_autograd, ctx.settings, ctx.saved_tensors
-            return None, None, *differentiable_gradients(*again, needed, grad)
+            return None, None, None, *differentiable_gradients(*again, needed, grad)
         kernel, layout = ctx.settings
-        # Gradients take the memory of the channels, which another backward pass then has to compute anew.
         gradient, saved = ctx.once or _layer_forward(kernel, layout, *ctx.saved_tensors)[1]
+        if ctx.once and ctx.given and ctx.given():  # somebody else has the channels
+            gradient = torch.empty_like(gradient)
+        # Gradients take the memory of the channels, which another backward pass then has to compute anew.
         ctx.once = None
         grad_locs, others = _write_gradients(kernel, layout, grad, saved, gradient)
         return (
+            None,
             None,
             None,
             gradient.sum(1) if needed[0] else None,
@@ -128,10 +154,17 @@ class _LayerLogDensity(torch.autograd.Function):
 
 
 def _layer_forward(
-    kernel: Kernel, layout: Layout, bias: Tensor, weight: Tensor, features: Tensor, value: Tensor, *own: Tensor
+    kernel: Kernel,
+    layout: Layout,
+    bias: Tensor,
+    weight: Tensor,
+    features: Tensor,
+    value: Tensor,
+    *own: Tensor,
+    given: GivenChannels | None = None,
 ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
     """Compute the log-density; and the channels, with what :func:`_write_gradients` takes beside them."""
-    channels = layer_channels(bias, weight, features)
+    channels = layer_channels(bias, weight, features) if given is None else given.channels
     logits, locs, factors = layout.split(channels, *own)
     log_density, sums, kept = density_forward(kernel, True, logits, locs, _points(value), *factors)
     return log_density, (channels, [*sums, *kept])
@@ -171,8 +204,7 @@ def _write_gradients(
         The gradient with respect to the locations; and those with respect to blocks that are not among the channels.
     """
     for_logits, for_locs, for_factors = layout.split(gradient)
-    first = layout.blocks[:1]
-    whole = bool(first) and first[0].groups == layout.n_components and not first[0].is_own
+    whole = layout.blocks[:1] == layout.predicted[:1] != () and layout.blocks[0].groups == layout.n_components
     out = (for_locs, for_factors[0]) if whole else None
     weight, log_weights, grad_locs, *grad_factors = density_backward(kernel, grad, *saved, out=out)
     logits_gradient(weight, log_weights, out=for_logits)
@@ -214,7 +246,7 @@ class _LogDensityWithGradient(torch.autograd.Function):
         grad_locs, *grad_factors = kernel.backward(weight, *kept)
         parts = [g.sum_to_size(f.shape).flatten(0, 1) for g, f in zip(grad_factors, factors, strict=True)]
         ctx.save_for_backward(torch.cat([weight - prior, grad_locs.flatten(0, 1), *parts]))
-        return total.log() + top + kernel.constant(len(locs))
+        return total.log() + top + kernel.constant(locs.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

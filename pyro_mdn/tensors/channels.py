@@ -6,7 +6,7 @@ Elementwise work then streams over a contiguous batch, and sums over components 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -88,22 +88,28 @@ class Layout(NamedTuple):
         n_components: Number of components K.
         dim: Number of outputs D.
         blocks: Places of the blocks.
+        predicted: Places of those that depend on the inputs.
+        sizes: Numbers of channels of the log-weights, of the locations and of each block that depends on the inputs.
     """
 
     n_components: int
     dim: int
     blocks: tuple[BlockLayout, ...]
+    predicted: tuple[BlockLayout, ...]
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, n_components: int, dim: int, blocks: Iterable[BlockLayout]) -> Layout:
+        """Lay out blocks."""
+        blocks = tuple(blocks)
+        predicted = tuple([block for block in blocks if not block.is_own])
+        widths = [width * groups for width, groups, _ in predicted]
+        return cls(n_components, dim, blocks, predicted, (n_components, n_components * dim, *widths))
 
     @property
     def has_own(self) -> bool:
         """Whether there is a tensor of blocks that do not depend on the inputs."""
-        return bool([block for block in self.blocks if block.is_own])
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of channels of the log-weights, of the locations and of each block that depends on the inputs."""
-        widths = [width * groups for width, groups, is_own in self.blocks if not is_own]
-        return [self.n_components, self.n_components * self.dim, *widths]
+        return len(self.predicted) < len(self.blocks)
 
     def split(self, channels: Tensor, *own: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """View log-weights ``(K, *batch)``, locations ``(D, K, *batch)`` and blocks ``(width, groups, *batch)``.
@@ -113,12 +119,13 @@ class Layout(NamedTuple):
             own: The other tensor; without it, there are only the blocks that depend on the inputs.
         """
         logits, locs, *parts = channels.split_with_sizes(self.sizes)
-        blocks = self.blocks if own else [block for block in self.blocks if not block.is_own]
+        batch, blocks = channels.shape[1:], self.predicted
+        locs = locs.view(self.dim, self.n_components, *batch)
         if own:
-            (rest,) = own
+            (rest,), blocks = own, self.blocks
             rest = rest.reshape(*rest.shape, *(1,) * (channels.ndim - rest.ndim))
             others = rest.split_with_sizes([width * groups for width, groups, is_own in blocks if is_own])
-            predicted, others = iter(parts), iter(others)
-            parts = [next(others if is_own else predicted) for _, _, is_own in blocks]
+            sources = {False: iter(parts), True: iter(others)}
+            parts = [next(sources[is_own]) for _, _, is_own in blocks]
         shaped = [part.view(w, groups, *part.shape[1:]) for part, (w, groups, _) in zip(parts, blocks, strict=True)]
-        return logits, locs.view(self.dim, self.n_components, *channels.shape[1:]), shaped
+        return logits, locs, shaped

@@ -108,7 +108,7 @@ def density_by_autograd(kernel: Kernel, normalize: bool, *arguments: Tensor) -> 
     logits, locs, value, *factors = _channels(*arguments)
     log_weights = logits - log_sum_exp(logits) if normalize else logits
     joint = log_weights + kernel.log_density(locs - value, *factors)
-    return log_sum_exp(joint) + kernel.constant(len(value))
+    return log_sum_exp(joint) + kernel.constant(value.shape[0])
 
 
 _EVENT_DIMS = (1, 2, 1, 2, 2, 2, 2)  # of logits, locations, values and factors
@@ -157,7 +157,7 @@ def density_forward(
     share, top = joint.softmax(0), joint.amax(0)
     others = share.amax(0).log_().nan_to_num_()  # minus what the other terms add; NaN where all terms are -inf
     log_density = top.sub_(others)
-    if left_out := kernel.constant(len(locs)):
+    if left_out := kernel.constant(locs.shape[0]):
         log_density.add_(constant(left_out, top.dtype))
     torch.threshold_(share, negligible(share.dtype), 0.0)
     return log_density, (log_weights, share), kept

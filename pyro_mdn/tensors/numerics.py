@@ -16,6 +16,7 @@ __all__ = [
     "in_double",
     "location_and_scale",
     "log_sum_exp",
+    "moderate",
     "negligible",
     "norm",
     "positive",
@@ -30,7 +31,7 @@ def sum_logs(factors: Tensor) -> Tensor:
 
     If all products of two factors are in range, it takes the logarithms of the products, which are half as many.
     """
-    half = len(factors) // 2
+    half = factors.shape[0] // 2
     # For small tensors, checking the range costs as much as the logarithms. On GPUs and under tracing we cannot branch
     # on values.
     if half > 1 and factors.numel() > 8192 and factors.is_cpu and not is_traced(factors):
@@ -38,8 +39,14 @@ def sum_logs(factors: Tensor) -> Tensor:
         (low, high), limits = bounds(pairs), torch.finfo(pairs.dtype)
         if limits.tiny <= low.item() and high.item() <= limits.max:
             logs = pairs.log_().sum(0)
-            return logs if len(factors) == 2 * half else logs + factors[-1].log()
-    return factors[0].log() if len(factors) == 1 else factors.log().sum(0)
+            return logs if factors.shape[0] == 2 * half else logs + factors[-1].log()
+    return factors[0].log() if factors.shape[0] == 1 else factors.log().sum(0)
+
+
+@functools.cache
+def moderate(dtype: torch.dtype) -> float:
+    """Return the number whose square is the largest one; numbers below it and above its reciprocal leave some room."""
+    return torch.finfo(dtype).max ** 0.5
 
 
 @functools.cache

@@ -33,8 +33,8 @@ def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Multiply a triangle, diagonal ``(D, ...)`` and bands ``(D(D-1)/2, ...)``, by a vector ``(D, ...)``."""
     product, traced = diagonal * vector, is_traced(diagonal, lower, vector)
     if _is_launched(vector):
-        return product.add_((_square(lower, len(vector)) * vector).sum(1))
-    for i, band in enumerate(_bands(lower, len(vector)), start=1):
+        return product.add_((_square(lower, vector.shape[0]) * vector).sum(1))
+    for i, band in enumerate(_bands(lower, vector.shape[0]), start=1):
         if traced:
             product = product + pad(band * vector[:-i], (0, 0) * (vector.ndim - 1) + (i, 0))
         else:
@@ -45,8 +45,8 @@ def tril_matvec(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
 def tril_add_transposed_(target: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Add the product of the transpose of ``lower``, without the diagonal, and a vector ``(D, ...)`` to ``target``."""
     if _is_launched(vector):
-        return target.add_((_square(lower, len(vector)) * vector.unsqueeze(1)).sum(0))
-    for i, band in enumerate(_bands(lower, len(vector)), start=1):
+        return target.add_((_square(lower, vector.shape[0]) * vector.unsqueeze(1)).sum(0))
+    for i, band in enumerate(_bands(lower, vector.shape[0]), start=1):
         target[:-i].addcmul_(band, vector[i:])
     return target
 
@@ -54,16 +54,16 @@ def tril_add_transposed_(target: Tensor, lower: Tensor, vector: Tensor) -> Tenso
 def tril_outer(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """Write the entries below the diagonal of the outer product of two vectors ``(D, ...)``, packed, into ``out``."""
     if _is_launched(left):
-        rows, columns = _entries(len(left), left.device)
+        rows, columns = _entries(left.shape[0], left.device)
         return torch.mul(left[rows], right[columns], out=out)
-    for i, band in enumerate(_bands(out, len(left)), start=1):
+    for i, band in enumerate(_bands(out, left.shape[0]), start=1):
         torch.mul(left[i:], right[:-i], out=band)
     return out
 
 
 def tril_solve(diagonal: Tensor, lower: Tensor, vector: Tensor) -> Tensor:
     """Solve a triangular system by forward substitution: the inverse of :func:`tril_matvec`."""
-    bands = [band.unbind() for band in _bands(lower, len(vector))]
+    bands = [band.unbind() for band in _bands(lower, vector.shape[0])]
     solution: list[Tensor] = []
     for i, (pivot, rest) in enumerate(zip(diagonal, vector, strict=True)):
         for j, known in enumerate(solution):
@@ -80,7 +80,7 @@ def tril_block(lower: Tensor, dim: int, start: int, stop: int) -> Tensor:
 
 def tril_below(lower: Tensor, dim: int, vector: Tensor) -> Tensor:
     """Multiply the block of rows n to D and columns 0 to n by a vector ``(n, ...)``; the result is ``(D-n, ...)``."""
-    n = len(vector)
+    n = vector.shape[0]
     entries = lower[[tril_position(i, j, dim) for i in range(n, dim) for j in range(n)]]
     return (entries.unflatten(0, (dim - n, n)) * vector).sum(1)
 
@@ -119,7 +119,7 @@ def _bands(lower: Tensor, dim: int) -> Sequence[Tensor]:
 
 def _is_launched(vector: Tensor) -> bool:
     """Check whether launching a kernel for each band would take longer than working on a square."""
-    return vector.is_cuda and len(vector) > 8 and not is_traced(vector)
+    return vector.is_cuda and vector.shape[0] > 8 and not is_traced(vector)
 
 
 def _square(lower: Tensor, dim: int) -> Tensor:

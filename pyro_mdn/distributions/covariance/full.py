@@ -41,7 +41,7 @@ class FullWhitening(Whitening):
     ) -> tuple[Tensor, ...]:
         _, diagonal, lower = kept
         grad_residual, packed = self.packed_pull_back(weight, radial, whitened, *kept)
-        return grad_residual, *packed.split_with_sizes([len(diagonal), len(lower)])
+        return grad_residual, *packed.split_with_sizes([diagonal.shape[0], lower.shape[0]])
 
     def packed_pull_back(
         self,
@@ -57,8 +57,8 @@ class FullWhitening(Whitening):
         slope = whitened * -radial
         grad_residual = torch.mul(slope, diagonal, out=for_residual)
         if packed is None:
-            packed = slope.new_empty(len(diagonal) + len(lower), *slope.shape[1:])
-        grad_diagonal, grad_lower = packed.split_with_sizes([len(diagonal), len(lower)])
+            packed = slope.new_empty(diagonal.shape[0] + lower.shape[0], *slope.shape[1:])
+        grad_diagonal, grad_lower = packed.split_with_sizes([diagonal.shape[0], lower.shape[0]])
         # Before gradients are written: ``lower`` may be a view of raw channels, which ``out`` may overwrite.
         packed_triangles.tril_add_transposed_(grad_residual, lower, slope)
         torch.mul(slope, residual, out=grad_diagonal).addcdiv_(weight, diagonal)
@@ -75,7 +75,7 @@ class RawFullWhitening(Whitening):
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
-        raw_diagonal, lower = raw.split_with_sizes([len(residual), len(raw) - len(residual)])
+        raw_diagonal, lower = raw.split_with_sizes([residual.shape[0], raw.shape[0] - residual.shape[0]])
         diagonal = positive(raw_diagonal, self.min_scale).reciprocal_()
         whitened, half_log_det, kept = _FULL.whiten(residual, diagonal, lower)
         return whitened, half_log_det, [*kept, raw_diagonal]
@@ -92,7 +92,7 @@ class RawFullWhitening(Whitening):
         # Before gradients are written, because ``out`` may overwrite the raw channels.
         slope = raw_diagonal.sigmoid().mul_(diagonal).mul_(diagonal).neg_()
         grad_residual, packed = _FULL.packed_pull_back(weight, radial, whitened, residual, diagonal, lower, out=out)
-        packed[: len(diagonal)].mul_(slope)
+        packed[: diagonal.shape[0]].mul_(slope)
         return grad_residual, packed
 
     def column(self, output: int, *kept: Tensor) -> Tensor:

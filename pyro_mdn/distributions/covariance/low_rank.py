@@ -56,7 +56,9 @@ class LowRankWhitening(Whitening):
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         grad_residual, packed = self.packed_pull_back(weight, radial, whitened, *kept)
-        return grad_residual, *packed.split_with_sizes([len(grad_residual), len(packed) - len(grad_residual)])
+        return grad_residual, *packed.split_with_sizes(
+            [grad_residual.shape[0], packed.shape[0] - grad_residual.shape[0]]
+        )
 
     def packed_pull_back(
         self,
@@ -69,7 +71,7 @@ class LowRankWhitening(Whitening):
         """Compute the gradients of :meth:`pull_back`, those of σ and F in one tensor."""
         scale, *rest = kept
         for_residual, packed = out or (None, None)
-        dim, rank = len(scale), len(whitened) - len(scale)
+        dim, rank = scale.shape[0], whitened.shape[0] - scale.shape[0]
         columns, entries = [direction[:dim] for direction in rest[:rank]], rest[rank:]
         capacitance = [entries[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(rank)]
         pulled, *loadings = whitened.split_with_sizes([dim, *[1] * rank])  # diag(σ) Σ⁻¹ r, and the rows of -Fᵀ Σ⁻¹ r
@@ -97,10 +99,10 @@ class LowRankWhitening(Whitening):
         r"""Compute D whitened residuals, one for each output, :math:`u - B (C^\top + I)^{-1} Q^\top u`."""
         directions, capacitance = _orthonormal(scale, factor)
         whitened, coefficients = _remainder(residual / scale, directions)
-        whitened = whitened[: len(scale)]
+        whitened = whitened[: scale.shape[0]]
         weights = _solve_transposed(capacitance, coefficients, shift=1.0)
         for direction, weight in zip(directions, weights, strict=True):
-            whitened = torch.addcmul(whitened, direction[: len(scale)], weight)
+            whitened = torch.addcmul(whitened, direction[: scale.shape[0]], weight)
         return whitened
 
 
@@ -112,7 +114,7 @@ class RawLowRankWhitening(Whitening):
 
     def whiten(self, residual: Tensor, *factors: Tensor, scratch: bool = False) -> tuple[Tensor, Tensor, list[Tensor]]:
         (raw,) = factors
-        raw_scale, factor = raw.split_with_sizes([len(residual), len(raw) - len(residual)])
+        raw_scale, factor = raw.split_with_sizes([residual.shape[0], raw.shape[0] - residual.shape[0]])
         whitened, half_log_det, kept = _LOW_RANK.whiten(residual, positive(raw_scale, self.min_scale), factor)
         return whitened, half_log_det, [raw_scale, *kept]
 
@@ -127,7 +129,7 @@ class RawLowRankWhitening(Whitening):
         raw_scale, *rest = kept
         slope = raw_scale.sigmoid()  # now, because ``out`` may overwrite the raw channels
         grad_residual, packed = _LOW_RANK.packed_pull_back(weight, radial, whitened, *rest, out=out)
-        packed[: len(slope)].mul_(slope)
+        packed[: slope.shape[0]].mul_(slope)
         return grad_residual, packed
 
 

@@ -144,7 +144,7 @@ def layout_of(family: Family, dim: int, n_components: int) -> Layout:
         groups = 1 if block.tied else n_components
         return BlockLayout(block.width, groups, is_own=block.homoscedastic and block.width > 0)
 
-    return Layout(n_components, dim, tuple(map(place, family.blocks(dim))))
+    return Layout.of(n_components, dim, map(place, family.blocks(dim)))
 
 
 def is_uncorrelated(noise: NoiseModel) -> bool:

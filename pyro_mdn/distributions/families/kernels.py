@@ -205,11 +205,11 @@ class EllipticalKernel(Kernel):
     def log_density(self, residual: Tensor, *factors: Tensor) -> Tensor:
         shaping, parameters = self._apart(factors)
         whitened, half_log_det, _ = self.whitening.whiten(residual, *shaping)
-        return self.radial.log_density(whitened.square().sum(0), len(residual), *parameters) - half_log_det
+        return self.radial.log_density(whitened.square().sum(0), residual.shape[0], *parameters) - half_log_det
 
     def forward(self, log_weights: Tensor, residual: Tensor, *factors: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         shaping, parameters = self._apart(factors)
-        dim = len(residual)
+        dim = residual.shape[0]
         whitened, half_log_det, kept = self.whitening.whiten(residual, *shaping, scratch=not is_recorded())
         square = _product(whitened, whitened)
         log_density, radial, *slopes = self.radial.with_derivatives(square, dim, *parameters)
