@@ -259,7 +259,7 @@ def test_features_of_inference_mode_under_frozen_weights(frozen):
     if frozen:
         assert_close(head(features).log_prob(y), expected)
     else:
-        with pytest.raises(RuntimeError, match="[Ii]nference tensors"):
+        with pytest.raises(RuntimeError, match=r"[Ii]nference tensors"):
             head(features).log_prob(y)
 
 
