@@ -26,6 +26,7 @@ from pyro_mdn.training.schedules import (
     INPUT_NOISE,
     LEARNING_RATE,
     TARGET_NOISE,
+    Smoothing,
     blur_inputs,
     blur_targets,
     default_input_noise,
@@ -52,7 +53,9 @@ class LightningSettings(NoiseSchedule, Optimization):
 
     def resolved(self, units: Units) -> LightningSettings:
         """Put numbers in place of the defaults that do not depend on the data, for these units of the inputs."""
-        defaults = {"input_noise": default_input_noise(units), "target_noise": TARGET_NOISE}
+        usual = Smoothing()
+        defaults = {"input_noise": default_input_noise(units), "target_noise": usual.noise}
+        defaults |= {"final_noise": usual.final_noise, "fading": usual.fading}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
 
@@ -87,6 +90,8 @@ class LightningObjective(LightningModule):
             that are left as they are (:class:`pyro_mdn.Identity`).
         target_noise: Standard deviation of the noise on y at the start, in standardised units.
         final_noise: Share of the noise that is left at the end of the schedule.
+        fading: Power by which noise fades.
+        first_weight_decay: Weight decay at the start, from where it fades as the noise does; by default it does not.
         optimization: A whole :class:`pyro_mdn.Optimization`, in place of ``lr`` and ``weight_decay``.
         noise_schedule: A whole :class:`pyro_mdn.NoiseSchedule`, in place of the settings of noise.
         **further: Fields of these two groups that have no keyword above.
@@ -120,6 +125,8 @@ class LightningObjective(LightningModule):
     input_noise: float
     target_noise: float
     final_noise: float
+    fading: float
+    first_weight_decay: float | None
 
     def __init__(
         self,
@@ -130,6 +137,8 @@ class LightningObjective(LightningModule):
         input_noise: float = INPUT_NOISE,
         target_noise: float = TARGET_NOISE,
         final_noise: float = FINAL_NOISE,
+        fading: float = 3.0,
+        first_weight_decay: float | None = None,
         optimization: Optimization | None = None,
         noise_schedule: NoiseSchedule | None = None,
         **further: Any,
@@ -143,7 +152,7 @@ class LightningObjective(LightningModule):
         self.save_hyperparameters(asdict(settings))
         for name, value in asdict(settings).items():  # attributes, which the Tuner of Lightning may change
             setattr(self, name, value)
-        self.objective, self.steps = objective, 1
+        self.objective, self.steps, self.last_weight_decay = objective, 1, 0.0
         self.noise = torch.zeros(())
         self.generator: torch.Generator | None = None
         self.means = nn.ModuleDict({name: _Mean() for name in ("loss", "validation_loss")})
@@ -191,6 +200,15 @@ class LightningObjective(LightningModule):
         seed = int(torch.randint(2**62, (), device="cpu")) + self.global_rank
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let weight decay fade, if there is a first one."""
+        if self.first_weight_decay is None:
+            return
+        fade = fading(self.trainer.global_step, self.steps, 0.0, self.fading)
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        matrices, _ = optimizer.param_groups
+        matrices["weight_decay"] = self.last_weight_decay + fade * (self.first_weight_decay - self.last_weight_decay)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the mean loss of a noisy batch, scaled so that the mean over processes is the mean over all rows.
 
@@ -199,7 +217,7 @@ class LightningObjective(LightningModule):
         rows = _as_rows(batch)
         if self.trainer.global_step == 0:
             _warn_if_unscaled(self.network, rows)
-        fade = fading(self.trainer.global_step, self.steps, self.final_noise)
+        fade = fading(self.trainer.global_step, self.steps, self.final_noise, self.fading)
         x = blur_inputs(rows.x, self.network.input_units, self.noise, fade, self.generator)
         size = fade * self.target_noise
         y = blur_targets(rows.y, self.network.head.units, size, generator=self.generator)
@@ -231,6 +249,7 @@ class LightningObjective(LightningModule):
             raise ValueError(f"Trainer: expected max_epochs or max_steps for the schedule, got {steps} steps")
         self.steps = steps = int(steps)
         decay = self._decay_for_data() if self.weight_decay is None else self.weight_decay
+        self.last_weight_decay = decay
         optimizer = adamw(self.objective, self.lr, decay)
         schedule = LambdaLR(optimizer, lambda step: warmup_cosine(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

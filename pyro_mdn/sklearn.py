@@ -95,8 +95,9 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         weight_decay: Decoupled weight decay of the weight matrices.
         input_noise: Standard deviation of the noise on X at the start, in standardised units.
         target_noise: Standard deviation of the noise on y at the start, in standardised units.
-        validation: Fraction of the rows that is held out for early stopping; 0 for none.
+        validation: Fraction of the rows that is held out for early stopping; 0 for none. By default that of ``fit``.
         patience: Epochs without improvement of the validation loss before training stops.
+        few_rows: Whether smoothing starts strong and fades fast; by default it does for fewer than 1000 rows.
         optimization: A whole :class:`pyro_mdn.Optimization`, in place of its fields above. This and the next three
             groups also have settings without a keyword of their own here, such as gradient clipping.
         training_loop: A whole :class:`pyro_mdn.TrainingLoop`.
@@ -147,8 +148,9 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         weight_decay: float | None = None,
         input_noise: float | None = None,
         target_noise: float | None = None,
-        validation: float = 0.1,
+        validation: float | None = None,
         patience: int | None = None,
+        few_rows: bool | None = None,
         optimization: Optimization | None = None,
         training_loop: TrainingLoop | None = None,
         noise_schedule: NoiseSchedule | None = None,
@@ -175,6 +177,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self.target_noise = target_noise
         self.validation = validation
         self.patience = patience
+        self.few_rows = few_rows
         self.optimization = optimization
         self.training_loop = training_loop
         self.noise_schedule = noise_schedule
@@ -217,6 +220,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             (rows - shifts[0]).to(dtype),
             np.ma.masked_invalid(outputs.numpy()) if masked else outputs,
             sample_weight=weight,
+            few_rows=self.few_rows,
             device=self.device,
             seed=seed,
             progress=bool(self.verbose),
@@ -325,8 +329,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         """Construct the network or ensemble of these settings, or raise a ``ValueError`` that names a setting."""
         if not is_count(self.ensemble_size):
             raise ValueError(f"ensemble_size: expected a positive integer, got {shown(self.ensemble_size)}")
-        fractions = [self.validation, getattr(self.early_stopping, "validation", None) or 0.0]
-        if others := [fraction for fraction in fractions if not isinstance(fraction, Real)]:
+        fractions = [self.validation, getattr(self.early_stopping, "validation", None)]
+        if others := [fraction for fraction in fractions if fraction is not None and not isinstance(fraction, Real)]:
             raise ValueError(f"validation: expected a fraction in [0, 1), got {shown(others[0])}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype: expected one of {sorted(_DTYPES)}, got {shown(self.dtype)}")

@@ -108,14 +108,16 @@ def test_learns_two_branches():
     assert module.optimizers().param_groups[0]["lr"] == 0.0  # the end of the schedule
 
 
-def test_takes_the_steps_of_fit():
-    """The same optimiser, schedule and default decay: without noise, the same loss after each step."""
+@pytest.mark.parametrize("schedule", [{}, {"first_weight_decay": 2.0, "fading": 8.0}])
+def test_takes_the_steps_of_fit(schedule):
+    """The same optimiser, schedules and default decay: without noise, the same loss after each step."""
     x, y = fork(100)
     weight = torch.rand(100)
     settings = {"validation": 0, "max_epochs": 40, "batch_size": 100, "initialize": False, "progress": False}
-    expected = fit(network(x, y), x, y, sample_weight=weight, **settings, **NO_NOISE)
+    settings["few_rows"] = False
+    expected = fit(network(x, y), x, y, sample_weight=weight, **settings, **schedule, **NO_NOISE)
     losses = Losses()
-    module = LightningObjective(NegativeLogLikelihood(network(x, y)), **NO_NOISE)
+    module = LightningObjective(NegativeLogLikelihood(network(x, y)), **schedule, **NO_NOISE)
     trainer(losses, max_epochs=40).fit(module, loader(x, y, weight / weight.mean()))
     assert_close(losses.epochs, [row["loss"] for row in expected.history], rtol=1e-4, atol=1e-4)
     assert losses.epochs[-1] < losses.epochs[0] - 0.1
@@ -237,7 +239,7 @@ def test_checkpoint_gives_the_network_again(objective, tmp_path):
     # Plain numbers and tensors: nothing in the file needs to be executed.
     settings = torch.load(path, weights_only=True)["hyper_parameters"]
     noise = {"input_noise": INPUT_NOISE, "target_noise": TARGET_NOISE, "final_noise": FINAL_NOISE}
-    assert settings == {"lr": 1e-3, "weight_decay": 0.1, **noise}
+    assert settings == {"lr": 1e-3, "weight_decay": 0.1, "first_weight_decay": None, "fading": 3.0, **noise}
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -35,7 +35,7 @@ from pyro_mdn import (
 from pyro_mdn.support import tensor_files
 from pyro_mdn.support.fingerprint import FORMS, described
 
-SETTINGS = {"max_epochs": 6, "batch_size": 32, "checkpoint_every": 2, "seed": 0, "progress": False}
+SETTINGS = {"max_epochs": 6, "batch_size": 32, "few_rows": False, "checkpoint_every": 2, "seed": 0, "progress": False}
 
 
 def data(n=120):
@@ -282,6 +282,7 @@ def test_files_of_before_noise_models_had_floats(name):
 def resume_old(path, noise):
     x = torch.arange(-8.0, 8.0).unsqueeze(-1) / 8
     settings = {"max_epochs": 2, "batch_size": 16, "validation": 0, "target_noise": 0.0, "checkpoint_every": 1}
+    settings["few_rows"] = False  # as it always was then
     trained = MixtureDensityNetwork(1, 1, 1, [2], noise=noise)
     return fit(trained, x, x**2, checkpoint=path, resume=True, seed=0, progress=False, **settings)
 
@@ -332,7 +333,7 @@ def test_files_of_before_packages(name):
 @pytest.mark.parametrize("name", ["network", "ensemble", "guide"])
 def test_runs_of_before_packages_go_on(tmp_path, name):
     path = Path(shutil.copy(FLAT / f"{name}.checkpoint", tmp_path))
-    settings = {"max_epochs": 3, "batch_size": 6, "validation": 0, "seed": 0, "progress": False}
+    settings = {"max_epochs": 3, "batch_size": 6, "validation": 0, "few_rows": False, "seed": 0, "progress": False}
     model = DeepEnsemble([flat_network(0), flat_network(1)]) if name == "ensemble" else flat_network()
     if name == "guide":
         bayesianize(model, prior_scale=1.0)

@@ -135,6 +135,7 @@ def test_a_group_checks_its_values(make, message):
 
 def loop_settings(**settings):
     numbers = {"max_epochs": 3, "patience": 2, "weight_decay": 0.0, "input_noise": 0.0, "target_noise": 0.0}
+    numbers["final_noise"] = 0.03
     return LoopSettings(**{**numbers, **settings})
 
 
@@ -157,7 +158,7 @@ def test_checkpoints_name_the_settings_that_they_always_named():
     assert changed.in_checkpoints() == {**first, "autocast": "torch.bfloat16", "evaluation_rows": 7}
 
 
-@pytest.mark.parametrize("name", ["evaluation_rows", "rows_to_start"])
+@pytest.mark.parametrize("name", ["evaluation_rows", "rows_to_start", "fading", "first_weight_decay"])
 def test_later_settings_tell_runs_apart(tmp_path, name):
     settings = {"max_epochs": 2, "seed": 0, "progress": False, "checkpoint": tmp_path / "run"}
     fit(network(), *data(), **settings, **{name: 7})

@@ -43,8 +43,10 @@ from pyro_mdn.support.process_state import unvalidated
 from pyro_mdn.training.fit import warn_if_compiling_is_slow
 from pyro_mdn.training.loop import copied
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW
+from pyro_mdn.training.schedules import default_smoothing, warmup_cosine
 
-QUICK = {"max_epochs": 3, "progress": False, "seed": 0}
+SILENT = {"progress": False, "seed": 0}
+QUICK = {"max_epochs": 3, "few_rows": False, **SILENT}
 
 
 def fork(n=300):
@@ -459,7 +461,7 @@ def test_a_loss_that_is_not_finite_is_named_and_good_weights_are_kept():
 
     x, y = fork()
     trained = network(backbone=Failing())
-    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 3, batch 8 of 9"):
+    with pytest.raises(FloatingPointError, match=r"loss is nan in epoch 4, batch 5 of 7"):
         fit(trained, x, y, seed=0, progress=False)
     Failing.calls = 0
     assert all(p.isfinite().all() for p in trained.parameters())
@@ -587,7 +589,7 @@ def test_constant_targets_train_to_the_floor():
 def test_refit_trains_on_all_rows_up_to_the_best_epoch():
     x, y = fork()
     searched, again = network(), network()
-    found = fit(searched, x, y, patience=2, max_epochs=20, seed=0, progress=False)
+    found = fit(searched, x, y, patience=2, max_epochs=20, seed=0, progress=False, refit=False)
     result = fit(again, x, y, patience=2, max_epochs=20, seed=0, progress=False, refit=True)
     assert result.history == found.history
     assert len(result.refit_history) == result.best_epoch
@@ -596,6 +598,128 @@ def test_refit_trains_on_all_rows_up_to_the_best_epoch():
     assert torch.equal(again.x_shift, x.double().mean(0).float())
     assert not torch.equal(searched.x_shift, again.x_shift)
     assert not states_equal(searched, again)
+
+
+class Watched(NegativeLogLikelihood):
+    """Keeps the batches that it is called with, in training and in validation."""
+
+    def __init__(self, network):
+        super().__init__(network)
+        self.seen = {True: [], False: []}
+
+    def forward(self, x, y):
+        self.seen[self.training].append((x, y))
+        return super().forward(x, y)
+
+
+FEW = {"max_epochs": 2, "batch_size": 10_000, "seed": 0, "progress": False}
+
+
+@pytest.mark.parametrize(
+    ("rows", "given"), [(900, {}), (1100, {"few_rows": True}), (1100, {}), (900, {"few_rows": False})], ids=str
+)
+def test_few_rows_have_much_noise_a_third_held_out_and_a_refit(rows, given):
+    x, y = fork(rows)
+    few = given.get("few_rows", rows < 1000)
+    trained = network()
+    objective = Watched(trained)
+    result = fit(trained, x, y, objective=objective, **FEW, **given)
+    held_out = round(rows / (3 if few else 10))
+    steps = objective.seen[True]
+    assert [len(seen) for seen, _ in steps[:2]] == [rows - held_out] * 2
+    assert sum(len(seen) for seen, _ in steps[2:]) == few * result.best_epoch * rows
+    assert {len(seen) for seen, _ in objective.seen[False]} == {2, held_out}  # 2 to see whether it can be called
+    assert len(result.refit_history) == few * result.best_epoch
+    noise = 0.3 if few else 0.1
+    assert_close(steps[0][0].std(), x.std() * math.sqrt(1 + noise**2), rtol=0.025, atol=0)
+    assert_close(steps[0][1].std(), y.std() * math.sqrt(1 + noise**2), rtol=0.025, atol=0)
+
+
+@pytest.mark.parametrize("given", [{"validation": 0.25}, {"refit": False}, {"validation": 0}], ids=str)
+def test_what_was_asked_for_goes_before_the_defaults_for_few_rows(given):
+    x, y = fork(60)
+    trained = network()
+    objective = Watched(trained)
+    result = fit(trained, x, y, objective=objective, **FEW, **given)
+    held_out = round(60 * given.get("validation", 1 / 3))
+    assert {len(seen) for seen, _ in objective.seen[True]} == {60 - held_out}
+    assert not result.refit_history
+
+
+def test_an_ensemble_of_few_rows_holds_out_a_tenth_for_each_member():
+    x, y = fork(60)
+    ensemble = DeepEnsemble(network(), 2)
+    objective = Watched(ensemble)
+    fit(ensemble, x, y, objective=objective, **FEW)
+    assert {seen.shape[:2] for seen, _ in objective.seen[True]} == {(2, 54)}
+
+
+def test_few_sequences_of_many_steps_are_no_few_rows():
+    x, y = torch.randn(60, 20, 1), torch.randn(60, 20, 1)
+    assert not fit(network(), x, y, **FEW).refit_history
+    assert fit(network(), x, y.masked_fill(torch.rand(60, 20, 1) < 0.5, math.nan), **FEW).refit_history
+
+
+@pytest.mark.parametrize("make", ["elbo", "guide"])
+def test_a_prior_regularises_few_rows(make):
+    latent = bayesianize(network(), layers="head")
+    if make == "guide":
+        result = fit(latent, *fork(60), guide=AutoNormal, **FEW)
+    else:
+        result = fit(latent, *fork(60), objective=NegativeElbo(latent, AutoNormal(latent.model), 60), **FEW)
+    assert not result.refit_history
+
+
+class Constant(nn.Module):
+    """Objective that does not depend on the weights, so that only weight decay changes them."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, y):
+        return 0.0 * self.network.loss(x, y)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "first_weight_decay": 3.0}], ids=str
+)
+@pytest.mark.parametrize("members", [1, 2])
+def test_weight_decay_fades_to_the_last_one(given, members):
+    x, y = fork(50)
+    trained = network() if members == 1 else DeepEnsemble(network(), members)
+    parameters = trained.state_dict()
+    weights, biases = ([n for n, p in trained.named_parameters() if n.endswith(e)] for e in ("weight", "bias"))
+    before = {name: tensor.clone() for name, tensor in parameters.items()}
+    settings = {"validation": 0, "initialize": False, "batch_size": 50, "max_epochs": 10, "lr": 0.1, "fading": 2.0}
+    fit(trained, x, y, objective=Constant(trained), **settings, **SILENT, **given)
+    last, kept = given.get("weight_decay", 20 / 50), 1.0
+    first = given.get("first_weight_decay", last if given else default_smoothing(50).first_weight_decay)
+    average = 1.0
+    for step in range(10):
+        kept *= 1 - 0.1 * warmup_cosine(step, 10) * (last + (first - last) * (1 - step / 10) ** 2)
+        average += max(0.01, 9 / (10 + step)) * (kept - average)
+    assert weights
+    assert biases
+    for name in weights:
+        assert_close(trained.state_dict()[name], average * before[name], rtol=1e-4, atol=1e-6)
+    for name in biases:
+        assert_close(trained.state_dict()[name], before[name])
+
+
+def test_few_rows_of_a_noisy_function_are_not_overfitted():
+    """100 rows: better than the defaults for many rows by more than .3 nats, and than the marginal distribution."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(2100, 3, generator=generator)
+    y = (2 * x[:, :1]).sin() + 0.3 * torch.randn(2100, 1, generator=generator)
+    losses = {}
+    for few in (None, False):
+        trained = MixtureDensityNetwork(3, 1, seed=0)
+        fit(trained, x[:100], y[:100], few_rows=few, seed=0, progress=False)
+        losses[few] = trained.loss(x[100:], y[100:]).mean().item()
+    marginal = -torch.distributions.Normal(y[:100].mean(), y[:100].std()).log_prob(y[100:]).mean()
+    assert losses[None] < losses[False] - 0.3
+    assert losses[None] < marginal - 0.3
 
 
 def test_callbacks_see_every_epoch_and_can_stop():
@@ -632,7 +756,7 @@ def test_bad_batches_are_skipped_and_counted(caplog):
     Sometimes.calls = 0
     x, y = fork()
     trained = network(backbone=Sometimes(1, 16))
-    result = fit(trained, x, y, skip_bad_batches=True, max_epochs=10, seed=0, progress=False)
+    result = fit(trained, x, y, skip_bad_batches=True, validation=0.1, max_epochs=10, seed=0, progress=False)
     assert result.skipped_batches == 9 * 10 // 5
     assert caplog.text.count("loss is nan in epoch") == result.skipped_batches
     assert all(p.isfinite().all() for p in trained.parameters())
@@ -752,7 +876,7 @@ from pyro_mdn.training.batches.in_memory import InMemory
 from pyro_mdn.training.loop import Loop
 from pyro_mdn.training.settings import LoopSettings
 network, rows = MixtureDensityNetwork(1, 1), Rows(torch.randn(8, 1), torch.randn(8, 1))
-numbers = dict.fromkeys(["weight_decay", "input_noise", "target_noise"], 0.0)
+numbers = dict.fromkeys(["weight_decay", "input_noise", "target_noise", "final_noise"], 0.0)
 settings = LoopSettings(max_epochs=1, patience=1, compile=True, **numbers)
 units = network.input_units, network.head.units
 Loop(NegativeLogLikelihood(network), InMemory(rows), None, units, settings)

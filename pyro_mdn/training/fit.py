@@ -7,7 +7,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,15 @@ from pyro_mdn.training.checkpoint import Checkpoint, CheckpointedTraining
 from pyro_mdn.training.loop import Loop, copied
 from pyro_mdn.training.objectives import NegativeElbo, NegativeLogLikelihood
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import STEPS, TARGET_NOISE, blur, default_input_noise, default_weight_decay
+from pyro_mdn.training.schedules import (
+    STEPS,
+    VALIDATION,
+    Smoothing,
+    blur,
+    default_input_noise,
+    default_smoothing,
+    default_weight_decay,
+)
 from pyro_mdn.training.settings import FitArguments, LoopSettings
 from pyro_mdn.training.trainee import CollapseWarning, Trainee, put_back_if_refused, require_trainable, trainee_of
 
@@ -83,6 +92,9 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             has the guide.
         sample_weight: Weights of the rows, ``(N,)``; only their ratios matter. Rows of weight 0 are left out, as are
             rows without a target. Scalers and starting components count all other rows equally.
+        few_rows: Whether smoothing starts strong and fades fast, as is right for few rows: this sets the defaults of
+            ``input_noise``, ``target_noise``, ``final_noise``, ``fading``, ``first_weight_decay``, ``validation`` and
+            ``refit``. By default it does for fewer than 1000 rows with a target (steps of sequences count as rows).
         device: Device to train on; the network is moved there and stays.
         callbacks: Functions that are called after every epoch with the :class:`FitResult` so far, with the generators
             and settings of the process as the caller has them. Training stops when a callback returns True. During a
@@ -124,13 +136,14 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
     modules = [part for part in (network, given.objective, given.guide) if isinstance(part, nn.Module)]
     with _isolated(seed):
         with put_back_if_refused(modules, given.device):
-            batches, held_out = trainee.prepare(x, y, given.sample_weight, given.held_out, given.batch_size)
+            validation = VALIDATION if given.held_out is None and _has_prior(given.objective) else given.held_out
+            batches, held_out = trainee.prepare(x, y, given.sample_weight, validation, given.batch_size)
             _require_fitting(given, batches, held_out)
             if given.reinitialize:
                 with seeded(seed):  # of its own: everything else is drawn as for a network just built
                     trainee.draw_anew_()
             rows = batches.head(given.rows_to_start)
-            plan = _planned(given, trainee, batches, rows, seed)
+            plan = _planned(given, trainee, batches, held_out, rows, seed)
             losses = plan.set_up(rows)
             if checkpoint.path is not None:
                 checkpoint.require(plan.describe(batches, held_out), plan.describe_modules)
@@ -145,7 +158,8 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             warn_if_compiling_is_slow(loop.steps)
         training = CheckpointedTraining(checkpoint, given.callbacks, progress=given.progress)
         try:
-            result = training.refit(loop, start, plan.again(losses)) if given.refit else training.run(loop)
+            refit = plan.settings.refit
+            result = training.refit(loop, start, plan.again(losses)) if refit else training.run(loop)
         finally:
             for module in (plan.objective, *modules):
                 module.eval()
@@ -221,7 +235,9 @@ class _Plan:
         return begin
 
 
-def _planned(given: FitArguments, trainee: Trainee, batches: Batches, rows: Rows, seed: int) -> _Plan:
+def _planned(
+    given: FitArguments, trainee: Trainee, batches: Batches, held_out: Rows | Streamed | None, rows: Rows, seed: int
+) -> _Plan:
     """Plan a training: its objective, and the settings that depend on the data."""
     max_epochs = given.max_epochs or max(100, math.ceil(STEPS / len(batches)))
     initialize, guide, objective = given.starts_anew, given.guide, given.objective
@@ -234,26 +250,43 @@ def _planned(given: FitArguments, trainee: Trainee, batches: Batches, rows: Rows
         objective = NegativeElbo(trainee.network, guide, batches.num_rows, **counts)
     cell = trainee.cell(rows) * (given.target_noise != 0)
     objective = trainee.objective(objective, cell if bool(cell.any()) else None)
-    targets = batches.num_rows * rows.targets_per_row()
-    settings = _resolved(given, objective, max_epochs, targets, trainee.network.input_units)
+    counts = [part * rows.targets_per_row() for part in (batches.num_rows, _rows_split_off(given, held_out))]
+    smoothing = default_smoothing(sum(counts), given.few_rows)
+    if not _may_refit(batches, held_out) or given.validation is not None:
+        smoothing = replace(smoothing, refit=False)
+    settings = _resolved(given, objective, max_epochs, counts[0], smoothing, trainee.network.input_units)
     return _Plan(trainee, objective, guide, settings, seed, cell, "anew" if given.reinitialize else initialize)
 
 
-def _has_prior(objective: nn.Module) -> bool:
+def _has_prior(objective: nn.Module | None) -> bool:
     """Check whether the prior in an ELBO regularises, so that noise and weight decay need not."""
-    return any(isinstance(part, NegativeElbo) for part in objective.modules())
+    return objective is not None and any(isinstance(part, NegativeElbo) for part in objective.modules())
 
 
-def _resolved(given: FitArguments, objective: nn.Module, max_epochs: int, targets: float, units: Units) -> LoopSettings:
+def _rows_split_off(given: FitArguments, held_out: Any) -> int:
+    """Count held-out rows that were among those given to train on."""
+    if held_out is None or not (given.validation is None or isinstance(given.validation, Real)):
+        return 0
+    return len(held_out) if isinstance(held_out, Rows) else held_out.num_rows
+
+
+def _resolved(
+    given: FitArguments, objective: nn.Module, max_epochs: int, targets: float, smoothing: Smoothing, units: Units
+) -> LoopSettings:
     """Put numbers in place of the defaults that depend on the data."""
     regularized = not _has_prior(objective)
+    smoothing = smoothing if regularized else Smoothing()
     return LoopSettings.resolved(
         given,
         max_epochs=max_epochs,
         patience=math.ceil(max_epochs / 4),
         weight_decay=regularized * default_weight_decay(targets),
-        input_noise=regularized * default_input_noise(units),
-        target_noise=regularized * TARGET_NOISE,
+        first_weight_decay=smoothing.first_weight_decay if given.weight_decay is None else None,
+        input_noise=regularized * default_input_noise(units, smoothing.noise),
+        target_noise=regularized * smoothing.noise,
+        final_noise=smoothing.final_noise,
+        fading=smoothing.fading,
+        refit=smoothing.refit,
     )
 
 
@@ -289,10 +322,14 @@ def _seed(given: int | None, checkpoint: Checkpoint) -> int:
 
 def _require_fitting(given: FitArguments, batches: Batches, held_out: Any) -> None:
     """Raise a ``ValueError`` if the data do not allow a refit or compilation that was asked for."""
-    if given.refit and not (type(batches) is InMemory and isinstance(held_out, Rows)):
+    if given.refit and not _may_refit(batches, held_out):
         raise ValueError("refit: expected one network, and arrays with some rows held out")
     if given.compile and isinstance(batches, InMemory) and not is_complete(batches.rows.y):
         raise ValueError("compile: expected exact and complete targets, got missing ones or intervals")
+
+
+def _may_refit(batches: Batches, held_out: Any) -> bool:
+    return type(batches) is InMemory and isinstance(held_out, Rows)
 
 
 def _warn_of_missing_targets(batches: Batches) -> None:

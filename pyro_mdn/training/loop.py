@@ -183,7 +183,7 @@ class Loop:
     def _step(self, batch: Rows) -> Tensor:
         """Change the weights by one step; return the sum of the losses and the sum of their weights."""
         step, self.step = self.step, self.step + 1
-        fade = fading(step, self.steps, self.settings.final_noise)
+        fade = fading(step, self.steps, self.settings.final_noise, self.settings.fading)
         x = blur_inputs(batch.x, self.input_units, self.input_noise, fade)
         y = blur_targets(batch.y, self.units, fade * self.settings.target_noise, least=self.least_noise)
         self.optimizer.zero_grad()
@@ -200,11 +200,16 @@ class Loop:
         if not self._sound(norm):
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
         self._clip(gradients, norm)
+        self.optimizer.weight_decay = self._weight_decay(step)
         self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
         if step % _STEPS_TO_FLUSH == 0:
             self.optimizer.flush()
         self.average.update(step)
         return numbers[:2]
+
+    def _weight_decay(self, step: int) -> float:
+        first, last = self.settings.first_weight_decay, self.settings.weight_decay
+        return last if first is None else last + (first - last) * fading(step, self.steps, 0.0, self.settings.fading)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Compute the joint norm of the gradients, or one norm for each model that is trained side by side."""

@@ -3,6 +3,7 @@ r"""Schedules over the steps of a training: warm-up and cosine of the learning r
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,10 +16,12 @@ from pyro_mdn.distributions.units.units import Units
 T = TypeVar("T", bound=TargetsOrTensor)
 
 __all__ = [
+    "Smoothing",
     "blur",
     "blur_inputs",
     "blur_targets",
     "default_input_noise",
+    "default_smoothing",
     "default_weight_decay",
     "fading",
     "warmup_cosine",
@@ -30,6 +33,50 @@ INPUT_NOISE = 0.1
 TARGET_NOISE = 0.1
 FINAL_NOISE = 0.03
 STEPS = 9000
+
+
+VALIDATION = 0.1
+FEW_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Defaults of ``fit`` that decide how smooth a density becomes.
+
+    Attributes:
+        noise: Standard deviation of the noise at the start, in standardised units.
+        final_noise: Share of the noise that is left at the end.
+        fading: Power of the schedule by which noise and weight decay fade.
+        first_weight_decay: Weight decay at the start, if it fades.
+        validation: Fraction of the rows that is held out for one network.
+        refit: Whether one network is trained on all rows in the end.
+    """
+
+    noise: float = INPUT_NOISE
+    final_noise: float = FINAL_NOISE
+    fading: float = 3.0
+    first_weight_decay: float | None = None
+    validation: float = VALIDATION
+    refit: bool = False
+
+
+def default_smoothing(rows: float, few: bool | None = None) -> Smoothing:
+    """Choose defaults for a number of rows with targets.
+
+    With few rows, training starts where the density is very smooth and goes from there to a sharp one, so that early
+    stopping can choose from all degrees of smoothness. More rows are held out, or this choice would be chance.
+
+    Args:
+        rows: Number of rows.
+        few: Whether these are few; by default if there are fewer than 1000.
+
+    >>> default_smoothing(200).noise, default_smoothing(2000).noise
+    (0.3, 0.1)
+    """
+    if not (rows < FEW_ROWS if few is None else few):
+        return Smoothing()
+    decay = min(1.0, 200 / max(1.0, rows))
+    return Smoothing(0.3, final_noise=0.001, fading=8.0, first_weight_decay=decay, validation=1 / 3, refit=True)
 
 
 def default_weight_decay(rows: float) -> float:
@@ -52,13 +99,13 @@ def warmup_cosine(step: int, steps: int) -> float:
     return min((step + 1) / warmup, cosine)
 
 
-def fading(step: int, steps: int, end: float) -> float:
-    """Compute the factor on the regularising noise, which falls from 1 to ``end`` by a cubic.
+def fading(step: int, steps: int, end: float, power: float = 3.0) -> float:
+    """Compute the factor on the regularising noise, which falls from 1 to ``end``, by a cubic or another power.
 
     >>> fading(0, 100, 0.1), fading(100, 100, 0.1)
     (1.0, 0.1)
     """
-    return end + (1 - end) * (1 - min(step, steps) / steps) ** 3
+    return end + (1 - end) * (1 - min(step, steps) / steps) ** power
 
 
 def blur(value: T, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> T:
@@ -91,9 +138,9 @@ def blur_inputs(
     return units.from_line(blur(units.to_line(x), scale, factor, generator))
 
 
-def default_input_noise(units: Units) -> float:
+def default_input_noise(units: Units, noise: float = INPUT_NOISE) -> float:
     """Standard deviation of the noise on inputs in standardised units, if these say what is small."""
-    return 0.0 if units.is_unscaled else INPUT_NOISE
+    return 0.0 if units.is_unscaled else noise
 
 
 def blur_targets(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from pyro_mdn.support.checks import require_counts, require_numbers, shown
 from pyro_mdn.support.process_state import require_seed
 from pyro_mdn.support.settings import Group, names_of
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import FINAL_NOISE, LEARNING_RATE
+from pyro_mdn.training.schedules import LEARNING_RATE, default_smoothing
 
 __all__ = [
     "Checkpointing",
@@ -56,6 +57,9 @@ class Optimization(Group):
         weight_decay: Decoupled weight decay of the weight matrices; biases do not decay. By default 20 over the number
             of training rows, 0.5 at most, because a prior on the weights matters less the more data there are. The
             steps of a sequence count as rows, unless their target is missing.
+        first_weight_decay: Weight decay at the start of training, from where it fades to ``weight_decay`` as the noise
+            does. By default 200 over the number of rows, 1 at most, for fewer than 1000 rows if ``weight_decay`` is
+            left to its default too. Otherwise there is none: weight decay is the same in all steps.
 
     >>> Optimization(lr=0.0)
     Traceback (most recent call last):
@@ -64,10 +68,11 @@ class Optimization(Group):
 
     lr: float = LEARNING_RATE
     weight_decay: float | None = None
+    first_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         require_numbers(lr=self.lr)
-        require_numbers(least=0.0, weight_decay=self.weight_decay)
+        require_numbers(least=0.0, weight_decay=self.weight_decay, first_weight_decay=self.first_weight_decay)
         super().__post_init__()
 
 
@@ -112,24 +117,29 @@ class NoiseSchedule(Group):
     stopping also finds how much smoothing the data need.
 
     Args:
-        input_noise: Standard deviation of the noise on x at the start, in standardised units. By default 0.1, but 0 for
-            variational inference, where the prior regularises, and for inputs that are left as they are
-            (:class:`pyro_mdn.Identity`). Integers get none.
+        input_noise: Standard deviation of the noise on x at the start, in standardised units. By default 0.1, and 0.3
+            for fewer than 1000 rows, but 0 for variational inference, where the prior regularises, and for inputs that
+            are left as they are (:class:`pyro_mdn.Identity`). Integers get none.
         target_noise: Standard deviation of the noise on y at the start, in standardised units; the default is that of
             ``input_noise``. Unless this is 0, targets on a grid, such as counts or rounded numbers (each value in five
             rows or more), stand for the cells around them, because a density could grow there without bound. The
             default objective takes the mean density over a cell. Other objectives get dequantisation by normal noise of
             a sixth of the spacing, which does not fade and which held-out targets have too.
-        final_noise: Share of the noise that is left at the end of the schedule.
+        final_noise: Share of the noise that is left at the end of the schedule. By default 0.03, and 0.001 for fewer
+            than 1000 rows.
+        fading: Power by which noise fades: of the part that is not to be left, :math:`(1 - t)^p` is there after a share
+            t of the steps. By default 3, and 8 for fewer than 1000 rows.
     """
 
     input_noise: float | None = None
     target_noise: float | None = None
-    final_noise: float = FINAL_NOISE
+    final_noise: float | None = None
+    fading: float | None = None
 
     def __post_init__(self) -> None:
         require_numbers(least=0.0, input_noise=self.input_noise, target_noise=self.target_noise)
         require_numbers(least=0.0, final_noise=self.final_noise)
+        require_numbers(fading=self.fading)
         super().__post_init__()
 
 
@@ -139,17 +149,18 @@ class EarlyStopping(Group):
 
     Args:
         validation: Rows to hold out: a fraction of the rows, a pair ``(x, y)``, a triple ``(x, y, weight)`` or a
-            loader. With 0 no rows are held out, and training does not stop early. By default 0.1, but 0 for a loader or
-            a guide.
+            loader. With 0 no rows are held out, and training does not stop early. By default 0.1, and for one network
+            a third of fewer than 1000 rows, but 0 for a loader or a guide.
         patience: Epochs without improvement of the validation loss before training stops. By default a quarter of
             ``max_epochs``.
         refit: Once the best epoch is known, start again and train on all rows, those held out included, up to that
-            epoch.
+            epoch. By default, this is done for one network and arrays of fewer than 1000 rows, if ``validation`` is
+            left to its default too.
     """
 
     validation: float | Sequence[Any] | DataLoader | None = field(default=None, metadata=_ELSEWHERE, repr=False)
     patience: int | None = None
-    refit: bool = field(default=False, metadata=_ELSEWHERE)
+    refit: bool | None = field(default=None, metadata=_ELSEWHERE)
 
     def __post_init__(self) -> None:
         require_counts(patience=self.patience)
@@ -230,9 +241,11 @@ class LoopSettings(Initialization, EarlyStopping, NoiseSchedule, TrainingLoop, O
     weight_decay: float = field()
     input_noise: float = field()
     target_noise: float = field()
+    final_noise: float = field()
+    fading: float = 3.0
 
     @classmethod
-    def resolved(cls, settings: Group, **defaults: float) -> LoopSettings:
+    def resolved(cls, settings: Group, **defaults: float | None) -> LoopSettings:
         """Take settings of the same names, and these defaults in place of ``None``."""
         values = {name: getattr(settings, name) for name in names_of(cls)}
         known: dict[str, Any] = {n: defaults.get(n) if value is None else value for n, value in values.items()}
@@ -262,6 +275,7 @@ class FitArguments(
     objective: nn.Module | None = None
     guide: Callable[..., Any] | None = None
     sample_weight: Any = None
+    few_rows: bool | None = None
     device: torch.device | str | None = None
     callbacks: Sequence[Callable[[FitResult], object]] = ()
     seed: int | None = None
@@ -281,15 +295,21 @@ class FitArguments(
         if strangers := [callback for callback in callbacks if not callable(callback)]:
             raise ValueError(f"callbacks: expected functions of a FitResult, got {type(strangers[0]).__name__}")
         object.__setattr__(self, "callbacks", callbacks)
+        if not (self.few_rows is None or isinstance(self.few_rows, bool | np.bool_)):
+            raise ValueError(f"few_rows: expected True, False or None, got {shown(self.few_rows)}")
         if self.reinitialize and self.guide is not None:
             raise ValueError("reinitialize: expected False beside a guide: build a new network, and bayesianize that")
 
     @property
     def held_out(self) -> Any:
-        """What ``validation`` says, or its default."""
+        """What ``validation`` says, or its default; ``None`` leaves it to the number of rows."""
         if self.validation is not None:
             return self.validation
-        return 0.0 if self.guide is not None or isinstance(self.x, DataLoader) else 0.1
+        if self.guide is not None or isinstance(self.x, DataLoader):
+            return 0.0
+        if self.few_rows is None and not isinstance(self.network, DeepEnsemble):
+            return None
+        return default_smoothing(0, bool(self.few_rows) and not isinstance(self.network, DeepEnsemble)).validation
 
     @property
     def starts_anew(self) -> bool:

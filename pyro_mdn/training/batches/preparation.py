@@ -16,6 +16,7 @@ from pyro_mdn.training.batches.in_memory import InMemory, default_batch_size
 from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches, shared
 from pyro_mdn.training.batches.missing_targets import gaps_given
 from pyro_mdn.training.batches.streams import Streamed
+from pyro_mdn.training.schedules import default_smoothing
 
 __all__ = ["Batches", "held_out_count", "prepare", "prepare_members"]
 
@@ -25,7 +26,7 @@ Batches = InMemory | Streamed
 def prepare(
     network: MixtureDensityNetwork, x: Any, y: Any, weight: Any, validation: Any, batch_size: int | None
 ) -> tuple[Batches, Rows | Streamed | None]:
-    """Prepare batches to train a network on, and rows or batches that are held out.
+    """Prepare batches to train a network on, and rows or batches that are held out, by default for the number of rows.
 
     Raises:
         ValueError: If the data are not usable or the validation leaves nothing.
@@ -46,6 +47,8 @@ def prepare(
     gaps = gaps_given(rows, y)
     rows = rows.informative()
     held_out = _given(network, validation)
+    if validation is None:
+        validation = default_smoothing(len(rows) * rows.targets_per_row()).validation
     if held_out is None and (n := held_out_count(validation, len(rows))):
         order = torch.randperm(len(rows), device=rows.x.device)
         rows, held_out = rows[order[n:]], rows[order[:n]]
@@ -68,6 +71,8 @@ def _prepare_stream(
     if not hasattr(data, "__len__"):
         raise ValueError(f"x: expected a data set of known length, got {type(data).__name__}")
     size = len(data)  # pyright: ignore[reportArgumentType]  (it has one, as was just seen)
+    if validation is None:
+        validation = default_smoothing(size).validation
     if held_out is None and (n := held_out_count(validation, size)):
         data, rest = random_split(data, [size - n, n])
         held_out = Streamed(network, DataLoader(rest, default_batch_size(n)))
