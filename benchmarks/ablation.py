@@ -23,7 +23,7 @@ from tqdm import tqdm
 from uci import HERE, SETS, load, parse_splits
 
 from pyro_mdn import CollapseWarning, MixtureDensityNetwork, NegativeLogLikelihood, fit, scores
-from pyro_mdn.training.schedules import STEPS
+from pyro_mdn.training.schedules import STEPS, default_smoothing, default_weight_decay
 
 sys.path.append(str(HERE.parent / "examples"))
 from inverse_sine import simulate
@@ -31,10 +31,12 @@ from inverse_sine import simulate
 NAMES = [*SETS, "inverse sine"]
 VARIANTS = {
     "defaults": {},
+    "few rows like many": {"few_rows": False},
+    "many rows like few": {"few_rows": True},
     "no noise": {"input_noise": 0.0, "target_noise": 0.0},
     "no noise on x": {"input_noise": 0.0},
     "no noise on y": {"target_noise": 0.0},
-    "noise on x three times": {"input_noise": 0.3},
+    "noise on x three times": {"noise on x": 3.0},
     "noise that does not fade": {"final_noise": 1.0},
     "no weight decay": {"weight_decay": 0.0},
     "ten times the decay": {"decay": 10.0},
@@ -45,6 +47,7 @@ VARIANTS = {
     "no early stopping": {"validation": 0.0},
     "no clipping": {"max_grad_norm": 1e12},
     "refit": {"refit": True},
+    "no refit": {"refit": False},
     "noise on grids, not cells": {"cells": False},
 }
 
@@ -64,8 +67,14 @@ def data(name, split):
 def settings_for(variant, rows):
     """Arguments of fit; those that are relative to the defaults become absolute."""
     settings = dict(VARIANTS[variant])
+    smoothing = default_smoothing(rows)
+    rows = round((1 - smoothing.validation) * rows)  # that are left for training
+    if noise := settings.pop("noise on x", None):
+        settings["input_noise"] = noise * smoothing.noise
     if decay := settings.pop("decay", None):
-        settings["weight_decay"] = decay * 20 / rows
+        settings["weight_decay"] = decay * default_weight_decay(rows)
+        if smoothing.first_weight_decay is not None:
+            settings["first_weight_decay"] = decay * smoothing.first_weight_decay
     if share := settings.pop("steps", None):
         batches = -(-rows // min(256, max(32, rows // 64)))
         settings["max_epochs"] = round(share * max(100, -(-STEPS // batches)))
@@ -77,7 +86,7 @@ def run(job):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", CollapseWarning)
     (x, y), (held_x, held_y) = data(name, split)
-    settings = settings_for(variant, round(0.9 * len(x))) | ({"max_epochs": 2} if smoke else {})
+    settings = settings_for(variant, len(x)) | ({"max_epochs": 2} if smoke else {})
     torch.manual_seed(split)
     network = MixtureDensityNetwork(x.shape[1], 1)
     with torch.no_grad():

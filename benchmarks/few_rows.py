@@ -1,7 +1,7 @@
 """How good are networks that were trained on a hundred rows? Held-out NLL of the defaults, and beside other methods.
 
 Simulated: three inputs, of which the first one matters, y = sin(2 x) plus noise of .3. Ten data sets of 100 rows, 2000
-held-out rows each. With fewer than 1000 rows, ``fit`` starts with more noise and weight decay, which fade fast, holds
+held-out rows each. With fewer than 2000 rows, ``fit`` starts with more noise and weight decay, which fade fast, holds
 out more rows, and trains on all of them in the end; ``few_rows=False`` trains as on many rows. Ensembles have ten
 networks. Beside them: the normal distribution of all targets, whatever x is; a Gaussian process (scikit-learn) with a
 length scale for each input; and the distribution that the targets were drawn from.

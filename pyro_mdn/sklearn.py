@@ -97,7 +97,7 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
         target_noise: Standard deviation of the noise on y at the start, in standardised units.
         validation: Fraction of the rows that is held out for early stopping; 0 for none. By default that of ``fit``.
         patience: Epochs without improvement of the validation loss before training stops.
-        few_rows: Whether smoothing starts strong and fades fast; by default it does for fewer than 1000 rows.
+        few_rows: Whether smoothing starts strong and fades fast; by default it does for fewer than 2000 rows.
         optimization: A whole :class:`pyro_mdn.Optimization`, in place of its fields above. This and the next three
             groups also have settings without a keyword of their own here, such as gradient clipping.
         training_loop: A whole :class:`pyro_mdn.TrainingLoop`.

@@ -616,11 +616,11 @@ FEW = {"max_epochs": 2, "batch_size": 10_000, "seed": 0, "progress": False}
 
 
 @pytest.mark.parametrize(
-    ("rows", "given"), [(900, {}), (1100, {"few_rows": True}), (1100, {}), (900, {"few_rows": False})], ids=str
+    ("rows", "given"), [(1900, {}), (2100, {"few_rows": True}), (2100, {}), (1900, {"few_rows": False})], ids=str
 )
 def test_few_rows_have_much_noise_a_third_held_out_and_a_refit(rows, given):
     x, y = fork(rows)
-    few = given.get("few_rows", rows < 1000)
+    few = given.get("few_rows", rows < 2000)
     trained = network()
     objective = Watched(trained)
     result = fit(trained, x, y, objective=objective, **FEW, **given)
@@ -655,9 +655,9 @@ def test_an_ensemble_of_few_rows_holds_out_a_tenth_for_each_member():
 
 
 def test_few_sequences_of_many_steps_are_no_few_rows():
-    x, y = torch.randn(60, 20, 1), torch.randn(60, 20, 1)
+    x, y = torch.randn(60, 40, 1), torch.randn(60, 40, 1)
     assert not fit(network(), x, y, **FEW).refit_history
-    assert fit(network(), x, y.masked_fill(torch.rand(60, 20, 1) < 0.5, math.nan), **FEW).refit_history
+    assert fit(network(), x, y.masked_fill(torch.rand(60, 40, 1) < 0.5, math.nan), **FEW).refit_history
 
 
 @pytest.mark.parametrize("make", ["elbo", "guide"])

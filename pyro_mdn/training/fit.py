@@ -94,7 +94,7 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             rows without a target. Scalers and starting components count all other rows equally.
         few_rows: Whether smoothing starts strong and fades fast, as is right for few rows: this sets the defaults of
             ``input_noise``, ``target_noise``, ``final_noise``, ``fading``, ``first_weight_decay``, ``validation`` and
-            ``refit``. By default it does for fewer than 1000 rows with a target (steps of sequences count as rows).
+            ``refit``. By default it does for fewer than 2000 rows with a target (steps of sequences count as rows).
         device: Device to train on; the network is moved there and stays.
         callbacks: Functions that are called after every epoch with the :class:`FitResult` so far, with the generators
             and settings of the process as the caller has them. Training stops when a callback returns True. During a

@@ -36,7 +36,7 @@ STEPS = 9000
 
 
 VALIDATION = 0.1
-FEW_ROWS = 1000
+FEW_ROWS = 2000
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def default_smoothing(rows: float, few: bool | None = None) -> Smoothing:
 
     Args:
         rows: Number of rows.
-        few: Whether these are few; by default if there are fewer than 1000.
+        few: Whether these are few; by default if there are fewer than 2000.
 
-    >>> default_smoothing(200).noise, default_smoothing(2000).noise
+    >>> default_smoothing(200).noise, default_smoothing(20_000).noise
     (0.3, 0.1)
     """
     if not (rows < FEW_ROWS if few is None else few):

@@ -58,7 +58,7 @@ class Optimization(Group):
             of training rows, 0.5 at most, because a prior on the weights matters less the more data there are. The
             steps of a sequence count as rows, unless their target is missing.
         first_weight_decay: Weight decay at the start of training, from where it fades to ``weight_decay`` as the noise
-            does. By default 200 over the number of rows, 1 at most, for fewer than 1000 rows if ``weight_decay`` is
+            does. By default 200 over the number of rows, 1 at most, for fewer than 2000 rows if ``weight_decay`` is
             left to its default too. Otherwise there is none: weight decay is the same in all steps.
 
     >>> Optimization(lr=0.0)
@@ -118,7 +118,7 @@ class NoiseSchedule(Group):
 
     Args:
         input_noise: Standard deviation of the noise on x at the start, in standardised units. By default 0.1, and 0.3
-            for fewer than 1000 rows, but 0 for variational inference, where the prior regularises, and for inputs that
+            for fewer than 2000 rows, but 0 for variational inference, where the prior regularises, and for inputs that
             are left as they are (:class:`pyro_mdn.Identity`). Integers get none.
         target_noise: Standard deviation of the noise on y at the start, in standardised units; the default is that of
             ``input_noise``. Unless this is 0, targets on a grid, such as counts or rounded numbers (each value in five
@@ -126,9 +126,9 @@ class NoiseSchedule(Group):
             default objective takes the mean density over a cell. Other objectives get dequantisation by normal noise of
             a sixth of the spacing, which does not fade and which held-out targets have too.
         final_noise: Share of the noise that is left at the end of the schedule. By default 0.03, and 0.001 for fewer
-            than 1000 rows.
+            than 2000 rows.
         fading: Power by which noise fades: of the part that is not to be left, :math:`(1 - t)^p` is there after a share
-            t of the steps. By default 3, and 8 for fewer than 1000 rows.
+            t of the steps. By default 3, and 8 for fewer than 2000 rows.
     """
 
     input_noise: float | None = None
@@ -150,11 +150,11 @@ class EarlyStopping(Group):
     Args:
         validation: Rows to hold out: a fraction of the rows, a pair ``(x, y)``, a triple ``(x, y, weight)`` or a
             loader. With 0 no rows are held out, and training does not stop early. By default 0.1, and for one network
-            a third of fewer than 1000 rows, but 0 for a loader or a guide.
+            a third of fewer than 2000 rows, but 0 for a loader or a guide.
         patience: Epochs without improvement of the validation loss before training stops. By default a quarter of
             ``max_epochs``.
         refit: Once the best epoch is known, start again and train on all rows, those held out included, up to that
-            epoch. By default, this is done for one network and arrays of fewer than 1000 rows, if ``validation`` is
+            epoch. By default, this is done for one network and arrays of fewer than 2000 rows, if ``validation`` is
             left to its default too.
     """
 
