@@ -34,7 +34,7 @@ def main():
     x, visits, x_test, visits_test = load()
     if args.smoke:
         x, visits = x[:300], visits[:300]
-    settings = {"seed": 0, "progress": False} | ({"max_epochs": 2} if args.smoke else {})
+    settings = {"seed": 0, "progress": False} | ({"max_epochs": 2, "few_rows": False} if args.smoke else {})
     families = {"negative binomial": "negative_binomial", "zero-inflated": ZeroInflated("negative_binomial")}
     families["Poisson"] = "poisson"
     mixtures = {}

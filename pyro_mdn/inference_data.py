@@ -228,4 +228,6 @@ def _predictions(predictions: Any, source: Source, num_samples: int | None, labe
 def _versions() -> dict[str, str]:
     names = {"pyro_mdn": "pyro-mdn", "pyro": "pyro-ppl", "torch": "torch", "arviz": "arviz"}
     own = {"inference_library": "pyro_mdn", "inference_library_version": version("pyro-mdn")}
-    return own | {f"{name}_version": version(package) for name, package in names.items() if name != "pyro_mdn"}
+    return own | {
+        "_".join((name, "version")): version(package) for name, package in names.items() if name != "pyro_mdn"
+    }

@@ -86,10 +86,8 @@ class MDNRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator):
             default, X is standardised.
         rank: Rank, only for ``noise="low_rank"``; by default 2, but 1 for a single output.
         noise_scale: Standard deviation in the units of y, only for ``noise="fixed"``, which needs it.
-        ensemble_size: Number of networks. From 2 on, they are a :class:`DeepEnsemble`, whose average density is the
-            prediction.
-        max_epochs: Largest number of passes over the training rows; for this and the following arguments see
-            :func:`pyro_mdn.fit`.
+        ensemble_size: Number of networks; from 2 on, the average density of a :class:`DeepEnsemble` is the prediction.
+        max_epochs: Largest number of passes over the rows; for this and the next arguments see :func:`pyro_mdn.fit`.
         batch_size: Largest number of rows per step.
         lr: Largest learning rate.
         weight_decay: Decoupled weight decay of the weight matrices.

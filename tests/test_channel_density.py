@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from pyro_mdn import Diagonal, Full, Isotropic, LowRank, Mixture, MixtureHead, Normal, StudentT
@@ -226,6 +227,42 @@ def test_a_mixture_stays_as_it_is_when_its_layer_is_written_to(family, what):
         assert_close(density, right)
         with pytest.raises(RuntimeError, match="build the mixture anew"):
             density.sum().backward()
+
+
+@pytest.mark.parametrize("ask", ["density", "parameters"])
+def test_a_mixture_stays_as_it_is_when_the_head_is_converted_or_changed_behind_autograd(ask):
+    features, y = torch.randn(6, H), torch.randn(6, D)
+    for change in (nn.Module.double, lambda head: head.linear.weight.data.add_(1.0)):
+        head = MixtureHead(H, D, K, noise=Full())
+        mixture, expected = head(features), head(features).log_prob(y).detach()
+        change(head)
+        density = mixture.log_prob(y) if ask == "density" else Mixture(mixture.logits, mixture.components).log_prob(y)
+        assert_close(density, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=repr)
+def test_built_parameters_have_the_gradients_of_the_layer(family):
+    head, y = MixtureHead(H, D, K, family=family).double(), torch.randn(6, D).double()
+    weights = {name: p.detach() for name, p in head.named_parameters()}
+
+    def density(features, weights):
+        mixture = torch.func.functional_call(head, weights, (features,))
+        return Mixture(mixture.logits, mixture.components).log_prob(y)
+
+    features = torch.randn(6, H).double()
+    leaves = [features.requires_grad_(), *(w.requires_grad_() for w in weights.values())]
+
+    def of_leaves(features, *values):
+        return density(features, dict(zip(weights, values, strict=True)))
+
+    assert torch.autograd.gradcheck(of_leaves, leaves)
+    assert torch.autograd.gradgradcheck(of_leaves, leaves)
+
+
+def test_built_parameters_under_transforms():
+    head, features, y = MixtureHead(H, D, K), torch.randn(6, H), torch.randn(6, D)
+    mixture, other = head(features), head(features)
+    assert_close(torch.vmap(lambda shift: mixture.affine(shift, torch.ones(D)).mean)(y), y.unsqueeze(1) + other.mean)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=repr)

@@ -254,7 +254,7 @@ def test_callbacks_have_the_process_as_the_caller_left_it():
         thread.join(10)
         draws.append(torch.rand(3))
 
-    quick = {"max_epochs": 3, "seed": 0, "progress": False}
+    quick = {"max_epochs": 3, "few_rows": False, "seed": 0, "progress": False}
     alone, trained = (MixtureDensityNetwork(1, 1, 2, 8, seed=0) for _ in range(2))
     fit(alone, LINE, LINE**2, **quick)
     state = Distribution._validate_args, [*pyro.get_param_store()]

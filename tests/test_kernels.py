@@ -73,7 +73,7 @@ CALLS = {
 }
 ELSEWHERE = {"BlockLayout", "Layout", "channels_first", "channels_last", "with_channels"}
 ELSEWHERE |= {"constant", "negligible", "positive"}
-ELSEWHERE |= {"single_at_least", "in_double", "as_before"}  # of dtypes: there is nothing to differentiate
+ELSEWHERE |= {"single_at_least", "in_double", "as_before", "moderate"}  # of dtypes: there is nothing to differentiate
 
 # Each with the channels of its factors, for D outputs.
 WHITENINGS = {

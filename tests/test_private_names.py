@@ -203,6 +203,13 @@ def test_traces_and_forward_mode_are_seen():
     assert getattr(forward_ad, torch_compat.FORWARD_LEVEL) < 0
 
 
+def test_versions_count_what_is_written():
+    tensor = torch.ones(2)
+    before = torch_compat.version_of(tensor)
+    tensor.add_(1.0)
+    assert torch_compat.version_of(tensor) == torch_compat.version_of(tensor.detach()) > before
+
+
 def test_dispatch_sees_what_operations_make():
     class Look(torch_compat.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

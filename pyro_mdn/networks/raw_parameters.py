@@ -16,6 +16,7 @@ from pyro_mdn.distributions.gaussian.mixture import GaussianMixture
 from pyro_mdn.distributions.mixture import Mixture
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.units import Units
+from pyro_mdn.support.torch_compat import version_of
 from pyro_mdn.tensors.channel_density import GivenChannels, channel_log_density, layer_channels, layer_log_density
 from pyro_mdn.tensors.channels import Layout, channels_last
 from pyro_mdn.tensors.mixture_density import Kernel, mixture_log_density
@@ -298,15 +299,16 @@ class KeptParameters:
         """Normalised log-weights and components in the units of y."""
         return self._with_graph().parameters()
 
-    def _found_versions(self) -> list[int]:
-        """How often each tensor of the layer was written to."""
-        return [tensor._version for tensor in (self._layer.bias, self._layer.weight, self._layer.features)]
+    def _found_versions(self) -> list[tuple[int, int]]:
+        """Where each tensor of the layer is, and how often it was written to."""
+        layer = self._layer
+        return [(tensor.data_ptr(), version_of(tensor)) for tensor in (layer.bias, layer.weight, layer.features)]
 
     def _with_graph(self) -> ChannelParameters:
         """Channels with a graph, through which no gradient can go any more after the layer has changed."""
         layer = self._layer
         if self._found_versions() == self._versions:
-            return layer.with_channels(layer_channels(layer.bias, layer.weight, layer.features))
+            return layer.with_channels(self._given.recorded(layer.bias, layer.weight, layer.features))
         channels = self._given.channels.detach().requires_grad_()
         channels.register_hook(_refuse_gradient)
         return layer.with_channels(channels)

@@ -9,6 +9,7 @@ wrapped, so that compilers know them and no call costs more.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Set
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -55,6 +56,7 @@ __all__ = [
     "transient_buffers",
     "tree_leaves",
     "validates_by_default",
+    "version_of",
 ]
 
 Arguments = ParamSpec("Arguments")
@@ -89,6 +91,9 @@ FORWARD_LEVEL = "_current_level"
 The public functions enter and leave a level, but do not say whether there is one. Densities ask by ``getattr``, which
 costs them no call.
 """
+
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+"""Count how often a tensor was written to, as autograd does. Documented only in notes on autograd."""
 
 TorchDispatchMode = _python_dispatch.TorchDispatchMode
 """See each operation with the tensors that it makes. Documented only in notes for extensions."""

@@ -96,6 +96,28 @@ class GivenChannels:
     def __init__(self, channels: Tensor) -> None:
         self.channels = channels
 
+    def recorded(self, bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
+        """Return the channels with a graph to the layer that gave them."""
+        return _Recorded.apply(self.channels, bias, weight, features)
+
+
+class _Recorded(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(channels: Tensor, bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
+        return channels.clone()  # whoever is given them may write to them
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, _, weight, features = inputs
+        ctx.save_for_backward(weight, features)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (weight, features) = grad_outputs, ctx.saved_tensors
+        return None, *_layer_gradients(gradient, weight, features, ctx.needs_input_grad[1:])
+
 
 def _by_autograd(kernel: Kernel, layout: Layout, channels: Tensor, value: Tensor, *own: Tensor) -> Tensor:
     logits, locs, factors = layout.split(channels, *own)
@@ -145,9 +167,7 @@ class _LayerLogDensity(torch.autograd.Function):
             None,
             None,
             None,
-            gradient.sum(1) if needed[0] else None,
-            gradient @ features if needed[1] else None,
-            _features_gradient(gradient, weight) if needed[2] else None,
+            *_layer_gradients(gradient, weight, features, needed),
             channels_last(-grad_locs.sum(1), 1) if needed[3] else None,
             *[_joined(others, tensor) if needed[4] else None for tensor in own],
         )
@@ -170,15 +190,18 @@ def _layer_forward(
     return log_density, (channels, [*sums, *kept])
 
 
-def _features_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """Multiply the transpose of the gradient of the channels, ``(C, N)``, by a weight ``(C, H)``.
-
-    A product with a transposed left side takes a third longer on some processors, which is more than it takes to
-    transpose a result that is smaller.
-    """
-    if weight.shape[0] > weight.shape[1]:
-        return (weight.T @ gradient).T.contiguous()
-    return gradient.T @ weight
+def _layer_gradients(
+    gradient: Tensor, weight: Tensor, features: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients of bias, weight and features that are needed from that of the channels, ``(C, N)``."""
+    for_features = None
+    if needed[2] and weight.shape[0] > weight.shape[1]:
+        # A product with a transposed left side takes a third longer on some processors, which is more than it takes to
+        # transpose a result that is smaller.
+        for_features = (weight.T @ gradient).T.contiguous()
+    elif needed[2]:
+        for_features = gradient.T @ weight
+    return gradient.sum(1) if needed[0] else None, gradient @ features if needed[1] else None, for_features
 
 
 class _ChannelLogDensity(torch.autograd.Function):
