@@ -259,6 +259,25 @@ def test_built_parameters_have_the_gradients_of_the_layer(family):
     assert torch.autograd.gradgradcheck(of_leaves, leaves)
 
 
+def test_built_parameters_stay_after_the_mixture_is_gone():
+    head, features, y = MixtureHead(H, D, K), torch.randn(6, H), torch.randn(6, D)
+    mixture = head(features)
+    density, logits, locs = mixture.log_prob(y), mixture.logits, mixture.locs
+    expected = logits.detach().clone(), locs.detach().clone()
+    del mixture
+    density.sum().backward()
+    assert_close((logits.detach(), locs.detach()), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_density_under_autocast_is_that_of_the_mixture(missing):
+    head, features, y = MixtureHead(H, D, K), torch.randn(6, H), torch.randn(6, D)
+    y = y.masked_fill(torch.rand(6, D) < 0.3, torch.nan) if missing else y
+    expected, mixture = head(features).log_prob(y), head(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(mixture.log_prob(y), expected)
+
+
 def test_built_parameters_under_transforms():
     head, features, y = MixtureHead(H, D, K), torch.randn(6, H), torch.randn(6, D)
     mixture, other = head(features), head(features)

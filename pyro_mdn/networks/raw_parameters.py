@@ -229,7 +229,8 @@ class LayerParameters(NamedTuple):
         uniform = given is not None or self.is_uniform()
         kernel = _kernel_for(self.family, self.units, self.features.shape[:-1], y) if uniform else None
         if kernel is None:
-            return self.with_channels(accumulated(layer_channels(*layer))).log_prob(y, name)
+            channels = accumulated(layer_channels(*layer)) if given is None else given.recorded(*layer)
+            return self.with_channels(channels).log_prob(y, name)
         assert isinstance(y, Tensor)
         _require_inside(self.units, y, name)
         points = self.units.placed(y).to(self.features.dtype)
@@ -309,7 +310,7 @@ class KeptParameters:
         layer = self._layer
         if self._found_versions() == self._versions:
             return layer.with_channels(self._given.recorded(layer.bias, layer.weight, layer.features))
-        channels = self._given.channels.detach().requires_grad_()
+        channels = self._given.channels.clone().requires_grad_()
         channels.register_hook(_refuse_gradient)
         return layer.with_channels(channels)
 

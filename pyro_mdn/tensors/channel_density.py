@@ -74,7 +74,9 @@ def layer_log_density(
         given: What the layer gave before, if that is known.
     """
     if is_traced(bias, weight, features, value, *own):
-        return channel_log_density(kernel, layout, layer_channels(bias, weight, features), value, *own)
+        layer = bias, weight, features
+        channels = layer_channels(*layer) if given is None else given.recorded(*layer)
+        return channel_log_density(kernel, layout, channels, value, *own)
     return _LayerLogDensity.apply(kernel, layout, given, bias, weight, features, value, *own)
 
 
@@ -106,7 +108,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(channels: Tensor, bias: Tensor, weight: Tensor, features: Tensor) -> Tensor:
-        return channels.clone()  # whoever is given them may write to them
+        return channels.clone()  # because a gradient may take the memory
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
