@@ -139,7 +139,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--splits", type=parse_splits, default=range(20), help="0-4, say")
     parser.add_argument("--members", type=int, default=10, help="networks to an ensemble")
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS, help="keep the results of others")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "uci.json")
     parser.add_argument("--smoke", action="store_true", help="a run of seconds, without meaning")
@@ -150,6 +150,8 @@ def main():
     jobs = [(name, split, args.members, settings) for name in args.sets for split in args.splits]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = list(tqdm(pool.map(run, jobs), total=len(jobs), desc="splits"))
+    if args.out.exists():  # sets that were not run stay as they are
+        rows += [row for row in json.loads(args.out.read_text())["splits"] if row["set"] not in args.sets]
     summary = summarize(rows)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     about = {"machine": platform.machine(), **versions, "members": args.members, "splits": len(args.splits)}
