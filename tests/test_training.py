@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.masked import masked_tensor
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pyro_mdn
 from pyro_mdn import (
@@ -600,6 +600,19 @@ def test_refit_trains_on_all_rows_up_to_the_best_epoch():
     assert not states_equal(searched, again)
 
 
+class Pairs(Dataset):
+    """Data set of arrays, which ``fit`` does not know as such."""
+
+    def __init__(self, *arrays):
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.arrays[0])
+
+    def __getitem__(self, row):
+        return tuple(array[row] for array in self.arrays)
+
+
 class Watched(NegativeLogLikelihood):
     """Keeps the batches that it is called with, in training and in validation."""
 
@@ -652,6 +665,14 @@ def test_an_ensemble_of_few_rows_holds_out_a_tenth_for_each_member():
     objective = Watched(ensemble)
     fit(ensemble, x, y, objective=objective, **FEW)
     assert {seen.shape[:2] for seen, _ in objective.seen[True]} == {(2, 54)}
+
+
+def test_a_data_set_of_few_rows_holds_out_a_tenth():
+    trained = network()
+    objective = Watched(trained)
+    result = fit(trained, Pairs(*fork(60)), objective=objective, **FEW)
+    assert {len(seen) for seen, _ in objective.seen[True]} == {54}
+    assert not result.refit_history
 
 
 def test_few_sequences_of_many_steps_are_no_few_rows():

@@ -16,7 +16,7 @@ from pyro_mdn.training.batches.in_memory import InMemory, default_batch_size
 from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches, shared
 from pyro_mdn.training.batches.missing_targets import gaps_given
 from pyro_mdn.training.batches.streams import Streamed
-from pyro_mdn.training.schedules import default_smoothing
+from pyro_mdn.training.schedules import VALIDATION, default_smoothing
 
 __all__ = ["Batches", "held_out_count", "prepare", "prepare_members"]
 
@@ -72,7 +72,7 @@ def _prepare_stream(
         raise ValueError(f"x: expected a data set of known length, got {type(data).__name__}")
     size = len(data)  # pyright: ignore[reportArgumentType]  (it has one, as was just seen)
     if validation is None:
-        validation = default_smoothing(size).validation
+        validation = VALIDATION  # no more, because there is no second training on all rows
     if held_out is None and (n := held_out_count(validation, size)):
         data, rest = random_split(data, [size - n, n])
         held_out = Streamed(network, DataLoader(rest, default_batch_size(n)))
