@@ -22,6 +22,7 @@ from pyro_mdn.support.process_state import own_store, require_owned
 from pyro_mdn.support.settings import collected, given_settings
 from pyro_mdn.training.optimizer import adamw
 from pyro_mdn.training.schedules import (
+    FADING,
     FINAL_NOISE,
     INPUT_NOISE,
     LEARNING_RATE,
@@ -33,6 +34,7 @@ from pyro_mdn.training.schedules import (
     default_weight_decay,
     fading,
     warmup_cosine,
+    weight_decay_at,
 )
 from pyro_mdn.training.settings import NoiseSchedule, Optimization
 
@@ -69,9 +71,10 @@ class LightningObjective(LightningModule):
     part of a Lightning checkpoint. Each process draws its own noise.
 
     Gradient clipping, early stopping, averaged weights and checkpoints are settings and callbacks of the ``Trainer``;
-    ``gradient_clip_val=1.0`` is the default of ``fit``. Targets on a grid are not dequantised here. Pyro's parameter
-    store stays as it was. With ``precision="bf16-true"`` weights are in bfloat16; scalers, targets and densities stay
-    in single precision.
+    ``gradient_clip_val=1.0`` is the default of ``fit``. Defaults are those of ``fit`` for many rows; there is no
+    ``few_rows`` here, because nothing is held out or trained on again. Targets on a grid are not dequantised. Pyro's
+    parameter store stays as it was. With ``precision="bf16-true"`` weights are in bfloat16; scalers, targets and
+    densities stay in single precision.
 
     A Lightning checkpoint has the settings and all tensors, but not the network as an object: give one to
     ``LightningObjective.load_from_checkpoint(path, objective=...)``.
@@ -137,7 +140,7 @@ class LightningObjective(LightningModule):
         input_noise: float = INPUT_NOISE,
         target_noise: float = TARGET_NOISE,
         final_noise: float = FINAL_NOISE,
-        fading: float = 3.0,
+        fading: float = FADING,
         first_weight_decay: float | None = None,
         optimization: Optimization | None = None,
         noise_schedule: NoiseSchedule | None = None,
@@ -204,10 +207,10 @@ class LightningObjective(LightningModule):
         """Let weight decay fade, if there is a first one."""
         if self.first_weight_decay is None:
             return
-        fade = fading(self.trainer.global_step, self.steps, 0.0, self.fading)
+        decay = self.first_weight_decay, self.last_weight_decay
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         matrices, _ = optimizer.param_groups
-        matrices["weight_decay"] = self.last_weight_decay + fade * (self.first_weight_decay - self.last_weight_decay)
+        matrices["weight_decay"] = weight_decay_at(self.trainer.global_step, self.steps, *decay, self.fading)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute the mean loss of a noisy batch, scaled so that the mean over processes is the mean over all rows.

@@ -141,9 +141,13 @@ class Rows:
         shape = *self.x.shape[: self.leading], *losses.shape[self.leading :]
         return self.totals(losses.new_zeros(()).expand(shape))[1] / len(self)
 
+    def targets(self) -> int:
+        """Count rows, or steps of sequences, with an observed target."""
+        return int(_observed(self.y).sum())
+
     def targets_per_row(self) -> float:
-        """Average the number of observed entries over the rows."""
-        return _observed(self.y).sum().item() / math.prod(self.y.shape[: self.leading])
+        """Average the number of rows, or steps of sequences, with an observed target over the rows."""
+        return self.targets() / math.prod(self.y.shape[: self.leading])
 
     def digest(self) -> str:
         """Compute a checksum of the contents."""

@@ -147,7 +147,7 @@ class _LayerLogDensity(torch.autograd.Function):
         ctx.settings = kernel, layout
         ctx.given = None if given is None else weakref.ref(given)
         ctx.save_for_backward(*arguments)
-        log_density, ctx.once = _layer_forward(kernel, layout, *arguments, given=given)
+        log_density, ctx.once = _layer_forward(kernel, layout, given, *arguments)
         return log_density
 
     @staticmethod
@@ -159,7 +159,7 @@ class _LayerLogDensity(torch.autograd.Function):
             again = _layer_by_autograd, ctx.settings, ctx.saved_tensors
             return None, None, None, *differentiable_gradients(*again, needed, grad)
         kernel, layout = ctx.settings
-        gradient, saved = ctx.once or _layer_forward(kernel, layout, *ctx.saved_tensors)[1]
+        gradient, saved = ctx.once or _layer_forward(kernel, layout, None, *ctx.saved_tensors)[1]
         if ctx.once and ctx.given and ctx.given():  # somebody else has the channels
             gradient = torch.empty_like(gradient)
         # Gradients take the memory of the channels, which another backward pass then has to compute anew.
@@ -176,16 +176,10 @@ class _LayerLogDensity(torch.autograd.Function):
 
 
 def _layer_forward(
-    kernel: Kernel,
-    layout: Layout,
-    bias: Tensor,
-    weight: Tensor,
-    features: Tensor,
-    value: Tensor,
-    *own: Tensor,
-    given: GivenChannels | None = None,
+    kernel: Kernel, layout: Layout, given: GivenChannels | None, *arguments: Tensor
 ) -> tuple[Tensor, tuple[Tensor, list[Tensor]]]:
     """Compute the log-density; and the channels, with what :func:`_write_gradients` takes beside them."""
+    bias, weight, features, value, *own = arguments
     channels = layer_channels(bias, weight, features) if given is None else given.channels
     logits, locs, factors = layout.split(channels, *own)
     log_density, sums, kept = density_forward(kernel, True, logits, locs, _points(value), *factors)

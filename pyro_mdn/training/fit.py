@@ -96,9 +96,10 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
             ``input_noise``, ``target_noise``, ``final_noise``, ``fading``, ``first_weight_decay``, ``validation`` and
             ``refit``. By default it does for fewer than 2000 rows with a target (steps of sequences count as rows).
         device: Device to train on; the network is moved there and stays.
-        callbacks: Functions that are called after every epoch with the :class:`FitResult` so far, with the generators
-            and settings of the process as the caller has them. Training stops when a callback returns True. During a
-            callback the network has its current weights, not the averaged weights that the history is about.
+        callbacks: Functions that are called after every epoch, also of a refit, with the :class:`FitResult` so far, and
+            with the generators and settings of the process as the caller has them. Training stops when a callback
+            returns True. During a callback the network has its current weights, not the averaged weights that the
+            history is about.
         seed: Seed of split, starting components, batches and noise; by default it is drawn from torch's generator.
             Apart from that the generators stay as they were. The seed does not decide the first weights of the hidden
             layers: ``MixtureDensityNetwork(..., seed=)`` does, or ``reinitialize``.
@@ -250,11 +251,11 @@ def _planned(
         objective = NegativeElbo(trainee.network, guide, batches.num_rows, **counts)
     cell = trainee.cell(rows) * (given.target_noise != 0)
     objective = trainee.objective(objective, cell if bool(cell.any()) else None)
-    counts = [part * rows.targets_per_row() for part in (batches.num_rows, _rows_split_off(given, held_out))]
-    smoothing = default_smoothing(sum(counts), given.few_rows)
+    targets = batches.num_rows * rows.targets_per_row()
+    smoothing = default_smoothing(_targets_in_all(given, batches, held_out, targets), given.few_rows)
     if not _may_refit(batches, held_out) or given.validation is not None:
         smoothing = replace(smoothing, refit=False)
-    settings = _resolved(given, objective, max_epochs, counts[0], smoothing, trainee.network.input_units)
+    settings = _resolved(given, objective, max_epochs, targets, smoothing, trainee.network.input_units)
     return _Plan(trainee, objective, guide, settings, seed, cell, "anew" if given.reinitialize else initialize)
 
 
@@ -263,11 +264,12 @@ def _has_prior(objective: nn.Module | None) -> bool:
     return objective is not None and any(isinstance(part, NegativeElbo) for part in objective.modules())
 
 
-def _rows_split_off(given: FitArguments, held_out: Any) -> int:
-    """Count held-out rows that were among those given to train on."""
-    if held_out is None or not (given.validation is None or isinstance(given.validation, Real)):
-        return 0
-    return len(held_out) if isinstance(held_out, Rows) else held_out.num_rows
+def _targets_in_all(given: FitArguments, batches: Batches, held_out: Any, trained: float) -> float:
+    """Count the targets of all rows, also of those split off, as the split did; those of a stream are estimated."""
+    if not isinstance(batches, InMemory):
+        return trained
+    apart = type(batches) is InMemory and (given.validation is None or isinstance(given.validation, Real))
+    return batches.rows.targets() + (held_out.targets() if apart and held_out is not None else 0)
 
 
 def _resolved(

@@ -23,7 +23,7 @@ from pyro_mdn.training.batches.preparation import Batches
 from pyro_mdn.training.batches.streams import Streamed
 from pyro_mdn.training.optimizer import AveragedWeights, FusedAdamW, clip_, joint_norm
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import blur_inputs, blur_targets, fading, warmup_cosine
+from pyro_mdn.training.schedules import blur_inputs, blur_targets, fading, warmup_cosine, weight_decay_at
 from pyro_mdn.training.settings import LoopSettings
 
 __all__ = ["Loop", "copied"]
@@ -200,16 +200,13 @@ class Loop:
         if not self._sound(norm):
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
         self._clip(gradients, norm)
-        self.optimizer.weight_decay = self._weight_decay(step)
+        decay = self.settings.first_weight_decay, self.settings.weight_decay
+        self.optimizer.weight_decay = weight_decay_at(step, self.steps, *decay, self.settings.fading)
         self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
         if step % _STEPS_TO_FLUSH == 0:
             self.optimizer.flush()
         self.average.update(step)
         return numbers[:2]
-
-    def _weight_decay(self, step: int) -> float:
-        first, last = self.settings.first_weight_decay, self.settings.weight_decay
-        return last if first is None else last + (first - last) * fading(step, self.steps, 0.0, self.settings.fading)
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Compute the joint norm of the gradients, or one norm for each model that is trained side by side."""

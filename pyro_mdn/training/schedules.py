@@ -25,6 +25,7 @@ __all__ = [
     "default_weight_decay",
     "fading",
     "warmup_cosine",
+    "weight_decay_at",
 ]
 
 # The defaults of fit, chosen on held-out parts of training rows and on simulated data: benchmarks/ablation.py.
@@ -35,6 +36,7 @@ FINAL_NOISE = 0.03
 STEPS = 9000
 
 
+FADING = 3.0
 VALIDATION = 0.1
 FEW_ROWS = 2000
 
@@ -54,7 +56,7 @@ class Smoothing:
 
     noise: float = INPUT_NOISE
     final_noise: float = FINAL_NOISE
-    fading: float = 3.0
+    fading: float = FADING
     first_weight_decay: float | None = None
     validation: float = VALIDATION
     refit: bool = False
@@ -99,13 +101,22 @@ def warmup_cosine(step: int, steps: int) -> float:
     return min((step + 1) / warmup, cosine)
 
 
-def fading(step: int, steps: int, end: float, power: float = 3.0) -> float:
+def fading(step: int, steps: int, end: float, power: float = FADING) -> float:
     """Compute the factor on the regularising noise, which falls from 1 to ``end``, by a cubic or another power.
 
     >>> fading(0, 100, 0.1), fading(100, 100, 0.1)
     (1.0, 0.1)
     """
     return end + (1 - end) * (1 - min(step, steps) / steps) ** power
+
+
+def weight_decay_at(step: int, steps: int, first: float | None, last: float, power: float) -> float:
+    """Compute the weight decay of a step, which fades from the first to the last one, if there is a first.
+
+    >>> [weight_decay_at(step, 100, 1.0, 0.5, 2.0) for step in (0, 50, 100)]
+    [1.0, 0.625, 0.5]
+    """
+    return last if first is None else last + (first - last) * fading(step, steps, 0.0, power)
 
 
 def blur(value: T, scale: Tensor, factor: float = 1.0, generator: torch.Generator | None = None) -> T:

@@ -24,7 +24,7 @@ from pyro_mdn.support.checks import require_counts, require_numbers, shown
 from pyro_mdn.support.process_state import require_seed
 from pyro_mdn.support.settings import Group, names_of
 from pyro_mdn.training.result import FitResult
-from pyro_mdn.training.schedules import LEARNING_RATE, default_smoothing
+from pyro_mdn.training.schedules import FADING, LEARNING_RATE, VALIDATION, default_smoothing
 
 __all__ = [
     "Checkpointing",
@@ -242,7 +242,7 @@ class LoopSettings(Initialization, EarlyStopping, NoiseSchedule, TrainingLoop, O
     input_noise: float = field()
     target_noise: float = field()
     final_noise: float = field()
-    fading: float = 3.0
+    fading: float = FADING
 
     @classmethod
     def resolved(cls, settings: Group, **defaults: float | None) -> LoopSettings:
@@ -307,9 +307,9 @@ class FitArguments(
             return self.validation
         if self.guide is not None or isinstance(self.x, DataLoader):
             return 0.0
-        if self.few_rows is None and not isinstance(self.network, DeepEnsemble):
-            return None
-        return default_smoothing(0, bool(self.few_rows) and not isinstance(self.network, DeepEnsemble)).validation
+        if isinstance(self.network, DeepEnsemble):
+            return VALIDATION
+        return None if self.few_rows is None else default_smoothing(0, self.few_rows).validation
 
     @property
     def starts_anew(self) -> bool:

@@ -48,7 +48,7 @@ def prepare(
     rows = rows.informative()
     held_out = _given(network, validation)
     if validation is None:
-        validation = default_smoothing(len(rows) * rows.targets_per_row()).validation
+        validation = default_smoothing(rows.targets()).validation
     if held_out is None and (n := held_out_count(validation, len(rows))):
         order = torch.randperm(len(rows), device=rows.x.device)
         rows, held_out = rows[order[n:]], rows[order[:n]]
