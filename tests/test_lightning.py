@@ -7,6 +7,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from cases import Recording
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pyro.infer import Trace_ELBO
@@ -79,18 +80,6 @@ class Losses(Callback):
 
     def on_train_epoch_end(self, trainer, module):
         self.epochs.append(trainer.callback_metrics["loss"].item())
-
-
-class Recording(NegativeLogLikelihood):
-    """Keeps what it is called with, in training and in validation."""
-
-    def __init__(self, network):
-        super().__init__(network)
-        self.seen = {True: [], False: []}
-
-    def forward(self, x, y):
-        self.seen[self.training].append((x, y))
-        return super().forward(x, y)
 
 
 def test_learns_two_branches():

@@ -12,6 +12,7 @@ import pandas as pd
 import pyro
 import pytest
 import torch
+from cases import Recording
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
@@ -613,18 +614,6 @@ class Pairs(Dataset):
         return tuple(array[row] for array in self.arrays)
 
 
-class Watched(NegativeLogLikelihood):
-    """Keeps the batches that it is called with, in training and in validation."""
-
-    def __init__(self, network):
-        super().__init__(network)
-        self.seen = {True: [], False: []}
-
-    def forward(self, x, y):
-        self.seen[self.training].append((x, y))
-        return super().forward(x, y)
-
-
 FEW = {"max_epochs": 2, "batch_size": 10_000, "seed": 0, "progress": False}
 
 
@@ -635,7 +624,7 @@ def test_few_rows_have_much_noise_a_third_held_out_and_a_refit(rows, given):
     x, y = fork(rows)
     few = given.get("few_rows", rows < 2000)
     trained = network()
-    objective = Watched(trained)
+    objective = Recording(trained)
     result = fit(trained, x, y, objective=objective, **FEW, **given)
     held_out = round(rows / (3 if few else 10))
     steps = objective.seen[True]
@@ -657,7 +646,7 @@ def test_whether_rows_are_few_is_decided_once_by_all_of_them(seed):
         part = x[:, :length], y[:, :length]
         assert (int((~part[1].isnan()).sum()) < 2000) == few
         trained = network()
-        objective = Watched(trained)
+        objective = Recording(trained)
         result = fit(trained, *part, objective=objective, **{**FEW, "seed": seed})
         assert len(objective.seen[True][0][0]) == (67 if few else 90)
         assert bool(result.refit_history) == few
@@ -667,7 +656,7 @@ def test_whether_rows_are_few_is_decided_once_by_all_of_them(seed):
 def test_what_was_asked_for_goes_before_the_defaults_for_few_rows(given):
     x, y = fork(60)
     trained = network()
-    objective = Watched(trained)
+    objective = Recording(trained)
     result = fit(trained, x, y, objective=objective, **FEW, **given)
     held_out = round(60 * given.get("validation", 1 / 3))
     assert {len(seen) for seen, _ in objective.seen[True]} == {60 - held_out}
@@ -677,14 +666,14 @@ def test_what_was_asked_for_goes_before_the_defaults_for_few_rows(given):
 def test_an_ensemble_of_few_rows_holds_out_a_tenth_for_each_member():
     x, y = fork(60)
     ensemble = DeepEnsemble(network(), 2)
-    objective = Watched(ensemble)
+    objective = Recording(ensemble)
     fit(ensemble, x, y, objective=objective, **FEW)
     assert {seen.shape[:2] for seen, _ in objective.seen[True]} == {(2, 54)}
 
 
 def test_a_data_set_of_few_rows_holds_out_a_tenth():
     trained = network()
-    objective = Watched(trained)
+    objective = Recording(trained)
     result = fit(trained, Pairs(*fork(60)), objective=objective, **FEW)
     assert {len(seen) for seen, _ in objective.seen[True]} == {54}
     assert not result.refit_history
