@@ -59,7 +59,7 @@ def network(x, y, seed, settings):
 def ensemble(x, y, seed, settings):
     """The same of the average of ten."""
     model = MixtureDensityNetwork(2, 1, seed=seed, target_transform="angle")
-    return of_angles(DeepEnsemble(model, 2 if settings else 10), x, y, seed, settings)
+    return of_angles(DeepEnsemble(model, 2 if settings else 10, seed=seed), x, y, seed, settings)
 
 
 def of_angles(predictor, x, y, seed, settings):

@@ -96,7 +96,7 @@ def split(name: str, fold: int, folds: int, smoke: bool) -> tuple[Rows, Rows]:
 def network(family: Any, train: Rows, test: Rows, seed: int, smoke: bool, members: int = 1) -> Prediction:
     """Train a mixture density network, or an ensemble of networks."""
     model = MixtureDensityNetwork(train.x.shape[1], 1, family=family, seed=seed)
-    model = model if members == 1 else DeepEnsemble(model, 2 if smoke else members)
+    model = model if members == 1 else DeepEnsemble(model, 2 if smoke else members, seed=seed)
     fit(model, train.x, train.y[:, None], seed=seed, progress=False, **({"max_epochs": 2} if smoke else {}))
     log_prob, rps = [], []
     for rows in (test[i : i + 50] for i in range(0, len(test.y), 50)):  # a wide one makes the scores of all slow

@@ -48,7 +48,7 @@ def draw(seed, rows):
 def network(members, settings, seed, train, test, smoke):
     """Mean NLL of a network or an ensemble over the held-out rows, in nats."""
     network = MixtureDensityNetwork(INPUTS, 1, seed=seed)
-    model = network if members == 1 else DeepEnsemble(network, members)
+    model = network if members == 1 else DeepEnsemble(network, members, seed=seed)
     fit(model, *train, seed=seed, progress=False, **settings, **({"max_epochs": 2} if smoke else {}))
     x, y = map(torch.from_numpy, test)
     return -model.predict(x).mixture.log_prob(y).mean().item()

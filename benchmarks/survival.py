@@ -122,7 +122,7 @@ def split(name, repeat, fold, folds):
 def network(train, x, seed, smoke, members=1):
     """A mixture density network of positive times, or the average density of several."""
     model = MixtureDensityNetwork(x.shape[1], 1, target_transform="log", seed=seed)
-    model = model if members == 1 else DeepEnsemble(model, members)
+    model = model if members == 1 else DeepEnsemble(model, members, seed=seed)
     targets = Targets.censored(train.time[:, None], right=~train.event[:, None])
     fit(model, train.x, targets, seed=seed, progress=False, **({"max_epochs": 2} if smoke else {}))
     mixture = model.predict(x, chunk_size=len(x)).mixture.double()

@@ -711,6 +711,13 @@ def test_grids_of_targets_are_found():
     assert grid_spacing(rare).tolist() == [0.0, 1.0]
 
 
+def test_gross_outliers_make_no_grid_of_other_targets():
+    torch.manual_seed(0)
+    y = torch.stack([torch.randn(500), torch.arange(500.0) % 7], 1)
+    y[:10] = 1e8
+    assert grid_spacing(y).tolist() == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("reverse", [lambda t: t.numpy()[::-1], lambda t: pd.DataFrame(t.numpy())[::-1]])
 def test_arrays_of_any_strides(reverse):
     x, y = data(50)

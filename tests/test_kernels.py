@@ -57,6 +57,7 @@ CALLS = {
     relative_log_density: lambda: (draw(5, 3, 4), draw(5, 3)),
     channels.split_channels: lambda: (draw(5, 3, 4), [1, 3]),
     numerics.sum_logs: lambda: (draw(5, 3, 4),),
+    numerics.winsorized: lambda: (draw(5, 3),),
     channels.sum_outputs: lambda: (draw(5, 3, 4),),
     packed_triangles.pack_tril: lambda: (draw(5, 3, 4, 4),),
     packed_triangles.tril_add_transposed_: lambda: (draw(4, 3, 5), draw(6, 3, 5), draw(4, 3, 5)),
@@ -565,3 +566,36 @@ def test_angles_are_sums_over_images(name, dtype):
             torch.autograd.grad(got.sum(), given), torch.autograd.grad(expected.sum(), tensors), strict=True
         ):
             assert_close(a.double(), b, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gross_outliers_do_not_decide_location_and_scale(dtype):
+    """Each column: outliers on one side, on both, among NaN, a mode that is not rare, and two values."""
+    torch.manual_seed(0)
+    clean = torch.randn(1000, 5, dtype=torch.float64)
+    clean[:150, 3] += 1e4
+    clean[:, 4] = torch.arange(1000) < 30
+    rows = clean.clone()
+    rows[:10, 0] = 1e4
+    rows[:10, 1] = 1e30 * clean[:10, 1]
+    rows[:10, 2], rows[10:20, 2] = -1e4, math.nan
+    near = numerics.winsorized(rows.to(dtype))
+    assert near.dtype == dtype
+    assert_close(near[20:], rows[20:].to(dtype), rtol=0, atol=0)
+    assert_close(near[:, 3:], rows[:, 3:].to(dtype), rtol=0, atol=0)
+    assert bool(near[10:20, 2].isnan().all())
+    widths = clean.quantile(0.9, 0) - clean.quantile(0.1, 0)
+    assert_close(near[:10, 0].double(), (10 * widths[0]).expand(10), rtol=0.05, atol=0.05)
+    location, scale = numerics.location_and_scale(rows.to(dtype))
+    assert bool((location[[0, 2]].abs() < 0.4).all())
+    assert bool((scale[[0, 2]] < 3.0).all())
+    assert_close(location[3:], clean[:, 3:].mean(0), rtol=1e-6, atol=1e-6)
+    assert_close(scale[3:], clean[:, 3:].std(0, unbiased=False), rtol=1e-6, atol=1e-6)
+    assert bool((((rows.to(dtype) - location) / scale).nan_to_num().to(dtype).square() < math.inf).all())
+
+
+def test_rounding_is_no_distance_between_deciles():
+    column = 0.1 + 1e-17 * torch.randn(1000, 1, dtype=torch.float64)
+    column = torch.where(torch.arange(1000)[:, None] < 500, column, column.nextafter(torch.ones(())))
+    column[::50] = 1.0
+    assert_close(numerics.winsorized(column), column, rtol=0, atol=0)

@@ -14,7 +14,7 @@ from torch.nn.functional import one_hot
 
 from pyro_mdn.support.pyro_compat import latent_parameters
 from pyro_mdn.support.torch_compat import reset_of
-from pyro_mdn.tensors.numerics import location_and_scale
+from pyro_mdn.tensors.numerics import location_and_scale, winsorized
 
 __all__ = ["FirstLinear", "clusters", "draw_anew_", "filled", "hidden_layers"]
 
@@ -117,7 +117,8 @@ def clusters(
         return weights, shift + scale * centers, scale * spread
 
     rows = y[torch.randperm(len(y), device="cpu")[:max_rows]]
-    distinct = rows.unique(dim=0)
+    near = winsorized(rows)  # of gross outliers, each end is one cluster at most
+    distinct = near.unique(dim=0)
     if len(distinct) <= n_components:
         extra = torch.randint(len(distinct), (n_components - len(distinct),), device="cpu")
         centers = torch.cat([distinct, distinct[extra]])
@@ -125,9 +126,11 @@ def clusters(
         rng = np.random.default_rng(int(torch.randint(2**31, (), device="cpu")))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "One of the clusters is empty")
-            centers = torch.from_numpy(kmeans2(rows.numpy(), n_components, minit="++", rng=rng)[0])
-    member = one_hot(torch.cdist(rows, centers).argmin(-1), n_components).to(rows)
+            centers = torch.from_numpy(kmeans2(near.numpy(), n_components, minit="++", rng=rng)[0])
+    nearest = torch.cdist(near, centers).argmin(-1)
+    member = one_hot(nearest, n_components).to(rows)
     # One pseudo-observation from the whole of the data keeps empty and single-point clusters alive.
     count = member.sum(0) + 1
-    spread = member.T @ rows.square() - 2 * centers * (member.T @ rows) + centers.square() * (count - 1)[:, None] + 1
+    centers = centers + member.T @ (rows - near) / (count - 1).clamp(min=1)[:, None]
+    spread = member.T @ (rows - centers[nearest]).square() + 1
     return (count / count.sum()).log(), centers, (spread / count[:, None]).sqrt()

@@ -117,8 +117,8 @@ def fit(network: MixtureDensityNetwork | DeepEnsemble, x: Any, y: Any = None, **
         CollapseWarning: If components died: they explain less than a thousandth of the rows each.
         UserWarning: If the checkpoint does not tell whether some part is the same; the warning names the part.
         UserWarning: If there are fewer than 10 000 steps to compile for.
-        TargetHint: If all targets are small counts, or positive and skewed, or positive or zero, or within (0, 1), and
-            neither a family nor a target transform was chosen for them. Nothing is changed.
+        TargetHint: If all targets are small counts, or positive and skewed, or positive or zero, or within (0, 1), or
+            some lie far from all others, and neither a family nor a target transform was chosen. Nothing is changed.
         MissingTargetsWarning: If so few entries of an output are NaN, less than one in twenty, that an operation may
             have made them by accident. Padding of sequences does not count, nor do targets that came with a mask, of
             ``numpy.ma`` or ``torch.masked`` (as batches of a loader may, of the latter). ``FitResult.unobserved`` has

@@ -120,7 +120,15 @@ def _takes_any_number(transform: TargetTransform) -> bool:
 
 @dataclass(frozen=True)
 class Standardize(TargetTransform):
-    """Subtract the mean and divide by the standard deviation of each output, the default."""
+    """Subtract the mean and divide by the standard deviation of each output, the default.
+
+    Gross outliers count as if they were nearer: as ten times the distance between the lowest and the highest decile
+    away from the median (winsorised; Tukey, 1962). Otherwise they would decide the unit of all other targets.
+
+    >>> y = torch.cat([torch.arange(100.0), torch.tensor([1e6])]).unsqueeze(-1)
+    >>> (y.std().item() > 9e4, Standardize().fit(y, common_unit=False)["scale"].item() < 100)
+    (True, True)
+    """
 
     def warp(self, tensors: Mapping[str, Any]) -> Warp:
         return IdentityWarp()

@@ -1,16 +1,17 @@
-r"""Kinds of targets that another target transform or family suits better than the default."""
+r"""Kinds of targets that another target transform or family suits better than the default, and gross outliers."""
 
 from __future__ import annotations
 
 import warnings
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel
 from pyro_mdn.distributions.families.family import is_uncorrelated
 from pyro_mdn.networks.head import MixtureHead
-from pyro_mdn.tensors.numerics import in_double
+from pyro_mdn.tensors.numerics import in_double, winsorized
 
 __all__ = ["TargetHint", "hints", "warn_of_kinds"]
 
@@ -67,9 +68,26 @@ def hints(y: Tensor, head: MixtureHead) -> list[str]:
     """
     if not getattr(head, "has_defaults", True):  # pickled heads of before have none
         return []
-    columns = in_double(y.detach()).reshape(-1, y.shape[-1]).unbind(-1)
-    kinds = [_kind(column[~column.isnan()]) for column in columns]
-    return [_hint(kind, kinds, head.noise) for kind in dict.fromkeys(kinds) if kind is not None]
+    columns = [column[~column.isnan()] for column in in_double(y.detach()).reshape(-1, y.shape[-1]).unbind(-1)]
+    kinds = [_kind(column) for column in columns]
+    of_kinds = [_hint(kind, kinds, head.noise) for kind in dict.fromkeys(kinds) if kind is not None]
+    others = [(i, column) for i, (column, kind) in enumerate(zip(columns, kinds, strict=True)) if kind is None]
+    return of_kinds + [_of_outliers(*other, len(columns)) for other in others if _outliers(other[1]).any()]
+
+
+def _outliers(values: Tensor) -> Tensor:
+    """Check which values are gross outliers; among few, none is."""
+    if len(values) < _FEWEST:
+        return values.new_zeros(values.shape, dtype=torch.bool)
+    return (values != winsorized(values.cpu()).to(values)) & values.isfinite()
+
+
+def _of_outliers(number: int, values: Tensor, outputs: int) -> str:
+    """Advise on the gross outliers among the values of an output."""
+    far = values[_outliers(values)]
+    where = f" of column {number}" if outputs > 1 else ""
+    text = f"y: {len(far)} of {len(values)} targets{where} lie far from all others, such as {far[0]:.6g}"
+    return f'{text}: correct them if they are faults, or else try family="student_t" and compare held-out scores'
 
 
 def _hint(kind: _Kind, kinds: list[_Kind | None], noise: NoiseModel) -> str:

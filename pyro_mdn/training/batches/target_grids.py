@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_mdn.distributions.observations.targets import EXACT, Targets, TargetsOrTensor
 from pyro_mdn.distributions.units.target_transforms import TargetTransform
+from pyro_mdn.tensors.numerics import winsorized
 
 __all__ = ["grid_spacing", "kept_inside", "points_in_cells"]
 
@@ -21,16 +22,22 @@ def grid_spacing(y: Tensor, rows_per_value: int = 5) -> Tensor:
     """
     spacing = y.new_zeros(y.shape[-1])
     for i, column in enumerate(y.reshape(-1, y.shape[-1]).unbind(-1)):
-        values, counts = _apart(*column[~column.isnan()].unique(return_counts=True))
+        column = column[~column.isnan()]
+        values, counts = column.unique(return_counts=True)
+        values, counts = _apart(values, counts, _rounding(column))
         often = counts >= rows_per_value
         if often.sum() > 1 and 2 * counts[often].sum() > counts.sum():
             spacing[i] = values[often].diff().min()
     return spacing
 
 
-def _apart(values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _rounding(column: Tensor) -> Tensor | float:
+    """Bound the difference that rounding makes between equal values, gross outliers apart."""
+    return 16 * torch.finfo(column.dtype).eps * winsorized(column).abs().amax() if len(column) else 0.0
+
+
+def _apart(values: Tensor, counts: Tensor, rounding: Tensor | float) -> tuple[Tensor, Tensor]:
     """Merge sorted values that differ by rounding alone, and add up how often each occurs."""
-    rounding = 16 * torch.finfo(values.dtype).eps * values.abs().amax() if len(values) else 0.0
     new = torch.cat([values.new_ones(min(1, len(values)), dtype=torch.bool), values.diff() > rounding])
     totals = counts.new_zeros(int(new.sum())).index_add(0, new.cumsum(0) - 1, counts)
     return values[new], totals
