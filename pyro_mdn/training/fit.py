@@ -278,12 +278,14 @@ def _resolved(
     """Put numbers in place of the defaults that depend on the data."""
     regularized = not _has_prior(objective)
     smoothing = smoothing if regularized else Smoothing()
+    weight_decay = regularized * default_weight_decay(targets)
+    first = None if smoothing.first_weight_decay is None else max(smoothing.first_weight_decay, weight_decay)
     return LoopSettings.resolved(
         given,
         max_epochs=max_epochs,
         patience=math.ceil(max_epochs / 4),
-        weight_decay=regularized * default_weight_decay(targets),
-        first_weight_decay=smoothing.first_weight_decay if given.weight_decay is None else None,
+        weight_decay=weight_decay,
+        first_weight_decay=first if given.weight_decay is None else None,
         input_noise=regularized * default_input_noise(units, smoothing.noise),
         target_noise=regularized * smoothing.noise,
         final_noise=smoothing.final_noise,

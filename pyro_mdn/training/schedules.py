@@ -77,7 +77,7 @@ def default_smoothing(rows: float, few: bool | None = None) -> Smoothing:
     """
     if not (rows < FEW_ROWS if few is None else few):
         return Smoothing()
-    decay = min(1.0, 200 / max(1.0, rows))
+    decay = min(1.0, (200 / max(1.0, rows)) ** 2)
     return Smoothing(0.3, final_noise=0.001, fading=8.0, first_weight_decay=decay, validation=1 / 3, refit=True)
 
 

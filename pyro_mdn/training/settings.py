@@ -58,8 +58,8 @@ class Optimization(Group):
             of training rows, 0.5 at most, because a prior on the weights matters less the more data there are. The
             steps of a sequence count as rows, unless their target is missing.
         first_weight_decay: Weight decay at the start of training, from where it fades to ``weight_decay`` as the noise
-            does. By default 200 over the number of rows, 1 at most, for fewer than 2000 rows if ``weight_decay`` is
-            left to its default too. Otherwise there is none: weight decay is the same in all steps.
+            does. By default (200 / rows)², but 1 at most and ``weight_decay`` at least, for fewer than 2000 rows if
+            ``weight_decay`` is left to its default too. Otherwise weight decay is the same in all steps.
 
     >>> Optimization(lr=0.0)
     Traceback (most recent call last):
