@@ -1267,6 +1267,23 @@ def test_hints_for_shares_keep_them_below_1():
     assert hinted(np.where(shares > 0.95, 1.0, shares)[:, None]) == []
 
 
+def test_hints_name_gross_outliers():
+    """One message for each column that has some and is of no other kind."""
+    _, others = kinds()
+    clean = others["normal"]
+    far = np.where(np.arange(len(clean)) % 20 == 7, 12345.0, clean)
+    (message,) = hinted(far[:, None])
+    found = re.match(r"y: (\d+) of (\d+) targets lie far from all others, such as 12345: ", message)
+    count, rows = map(int, found.groups())  # of the rows that are not held out
+    assert count < 20 < rows
+    assert abs(count / rows - 0.05) < 0.04
+    assert 'family="student_t"' in message
+    assert hinted(far[:, None], family="student_t") == []
+    messages = hinted(np.stack([clean, far, -far], 1))
+    assert [re.search("of column ([0-9])", message).group(1) for message in messages] == ["1", "2"]
+    assert hinted(far[:40, None]) == []  # too few to tell
+
+
 def test_whoever_has_chosen_is_left_alone():
     for y in kinds()[0].values():
         y = y[:, None].astype(float)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyro_mdn.distributions.covariance.noise_models import Diagonal, NoiseModel
@@ -72,22 +71,19 @@ def hints(y: Tensor, head: MixtureHead) -> list[str]:
     kinds = [_kind(column) for column in columns]
     of_kinds = [_hint(kind, kinds, head.noise) for kind in dict.fromkeys(kinds) if kind is not None]
     others = [(i, column) for i, (column, kind) in enumerate(zip(columns, kinds, strict=True)) if kind is None]
-    return of_kinds + [_of_outliers(*other, len(columns)) for other in others if _outliers(other[1]).any()]
+    return of_kinds + [hint for i, column in others for hint in _of_outliers(column, i if len(columns) > 1 else None)]
 
 
-def _outliers(values: Tensor) -> Tensor:
-    """Check which values are gross outliers; among few, none is."""
+def _of_outliers(values: Tensor, number: int | None) -> list[str]:
+    """Advise on the gross outliers among the values of an output, or of the output of a number, if there are some."""
     if len(values) < _FEWEST:
-        return values.new_zeros(values.shape, dtype=torch.bool)
-    return (values != winsorized(values.cpu()).to(values)) & values.isfinite()
-
-
-def _of_outliers(number: int, values: Tensor, outputs: int) -> str:
-    """Advise on the gross outliers among the values of an output."""
-    far = values[_outliers(values)]
-    where = f" of column {number}" if outputs > 1 else ""
+        return []
+    far = values[values != winsorized(values)]
+    if len(far) == 0:
+        return []
+    where = "" if number is None else f" of column {number}"
     text = f"y: {len(far)} of {len(values)} targets{where} lie far from all others, such as {far[0]:.6g}"
-    return f'{text}: correct them if they are faults, or else try family="student_t" and compare held-out scores'
+    return [f'{text}: correct them if they are faults, or else try family="student_t" and compare held-out scores']
 
 
 def _hint(kind: _Kind, kinds: list[_Kind | None], noise: NoiseModel) -> str:
