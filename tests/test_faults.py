@@ -1,7 +1,7 @@
 """Data that go wrong in practice, at default settings: a finite model, or an error that says what to do.
 
-Only the epochs of hundreds of rows are fewer than by default, as the bounds hold by then, and their patience is no shorter
-for that; a handful of rows is trained to the end.
+Only the epochs of hundreds of rows are fewer than by default, as the bounds hold by then, with no shorter patience. A
+handful of rows is trained to the end.
 """
 
 import math
