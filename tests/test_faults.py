@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from pyro_mdn import Full, MixtureDensityNetwork, TargetHint, fit
+from pyro_mdn import DeepEnsemble, Full, MixtureDensityNetwork, TargetHint, fit
 
 N, EPOCHS = 300, 250
 
@@ -150,3 +150,18 @@ def test_gross_outliers_leave_the_intervals_of_other_rows_alone(kind):
     low, high = network(x).interval(0.5)
     assert abs(((low < y) & (y < high)).double().mean().item() - 0.5) < 0.05
     assert network.loss(x, y).mean() < 0.35  # the truth has 0.22
+
+
+@pytest.mark.filterwarnings("ignore:.*lie far from all others")
+def test_gross_outliers_in_one_output_or_input_leave_every_kind_of_start_alone():
+    """Networks with a unit of each output and with a common one, and the members of an ensemble."""
+    x, y = spoilt("scattered")
+    x, y = torch.cat([spoilt("inputs")[0], x], 1), torch.cat([y, y.clamp(-2, 2)], 1)
+    for noise in ("diagonal", "isotropic", "full"):
+        network = MixtureDensityNetwork(4, 2, noise=noise, seed=0)
+        ensemble = DeepEnsemble(network, 2, seed=0)
+        for model in (network, ensemble):
+            fit(model, x, y, seed=0, progress=False, max_epochs=1)
+        for trained in (network, ensemble.member(1)):
+            assert bool((trained.x_scale < 5).all()), noise
+            assert bool((trained.head.scale < 5).all()), noise
