@@ -115,10 +115,10 @@ def winsorized(rows: Tensor) -> Tensor:
     tensor([ 0.,  1.,  2.,  3.,  4.,  5.,  6.,  7.,  8.,  9., 85.])
     """
     ordered, last = rows.sort(0).values, (~rows.isnan()).sum(0, keepdim=True) - 1  # NaN come last
-    low, median, high = (ordered.gather(0, (q * last.clamp(min=0)).long())[0].double() for q in (0.1, 0.5, 0.9))
+    low, median, high = (in_double(ordered.gather(0, (q * last.clamp(min=0)).long())[0]) for q in (0.1, 0.5, 0.9))
     differ = high - low > 4 * torch.finfo(rows.dtype).eps * torch.maximum(low.abs(), high.abs())
     reach = torch.where(differ, _REACH * (high - low), math.inf)
-    return rows.double().clamp(median - reach, median + reach).to(rows.dtype)
+    return as_before(in_double(rows).clamp(median - reach, median + reach), rows)
 
 
 # A share of a sum that is too small to show in any result counts as 0. Otherwise its products with gradients become
