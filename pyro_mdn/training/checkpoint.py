@@ -19,6 +19,7 @@ from pyro_mdn.support.fingerprint import FORMS, differing, incomparable
 from pyro_mdn.training.batches.in_memory import InMemory
 from pyro_mdn.training.loop import Loop, copied
 from pyro_mdn.training.result import FitResult
+from pyro_mdn.training.schedules import epochs_of_refit
 
 __all__ = ["Checkpoint", "CheckpointedTraining"]
 
@@ -165,7 +166,7 @@ class CheckpointedTraining:
         return result
 
     def refit(self, loop: Loop, start: Mapping[str, Tensor], begin: Callable[[InMemory], Loop]) -> FitResult:
-        """Search for the best epoch by early stopping, then start again and train on all rows up to that epoch.
+        """Search for the best epoch by early stopping, then start again and train on all rows a little longer.
 
         Args:
             loop: The search.
@@ -184,7 +185,8 @@ class CheckpointedTraining:
             second = replace(self, checkpoint=self.checkpoint.second())
             again = begin(everything)
             second.checkpoint.restore(again)
-            refitted = second.run(again, epochs=result.best_epoch)
+            rows, last = (batches.num_rows, everything.num_rows), loop.settings.max_epochs
+            refitted = second.run(again, epochs=epochs_of_refit(result.best_epoch, *rows, last))
         except BaseException:
             objective.load_state_dict(best)
             raise

@@ -153,9 +153,9 @@ class EarlyStopping(Group):
             and arrays a third of fewer than 2000 rows, but 0 for a loader or a guide.
         patience: Epochs without improvement of the validation loss before training stops. By default a quarter of
             ``max_epochs``.
-        refit: Once the best epoch is known, start again and train on all rows, those held out included, up to that
-            epoch. By default, this is done for one network and arrays of fewer than 2000 rows, if ``validation`` is
-            left to its default too.
+        refit: Once the best epoch is known, start again and train on all rows, those held out included. The epochs grow
+            with the fourth root of the rows: by a tenth, where a third was held out. By default, this is done for one
+            network and arrays of fewer than 2000 rows, if ``validation`` is left to its default too.
     """
 
     validation: float | Sequence[Any] | DataLoader | None = field(default=None, metadata=_ELSEWHERE, repr=False)
