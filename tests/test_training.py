@@ -1075,7 +1075,7 @@ def test_weights_in_bfloat16_are_averaged_in_more_digits():
 def test_weights_without_a_gradient_do_not_decay():
     used, unused = torch.ones(2, 2), torch.ones(2, 2)
     used.grad = torch.zeros(2, 2)
-    FusedAdamW([used, unused], weight_decay=0.5).step(0.1)
+    FusedAdamW([used, unused]).step(0.1, weight_decay=0.5)
     assert_close(used, torch.full((2, 2), 0.95))
     assert (unused == 1).all()
 

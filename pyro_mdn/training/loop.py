@@ -74,7 +74,7 @@ class Loop:
         self.input_units, self.units = units
         self.input_noise = settings.input_noise * self.input_units.unit
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.optimizer = FusedAdamW(self.parameters, settings.weight_decay, self.matrix_dim)
+        self.optimizer = FusedAdamW(self.parameters, self.matrix_dim)
         self.average = AveragedWeights(self.parameters)
         self.best = copied(objective.state_dict())
         self.step, self.steps = 0, settings.max_epochs * len(batches)
@@ -201,8 +201,8 @@ class Loop:
             raise FloatingPointError(f"norm of the gradient is {self._shown(norm)}")
         self._clip(gradients, norm)
         decay = self.settings.first_weight_decay, self.settings.weight_decay
-        self.optimizer.weight_decay = weight_decay_at(step, self.steps, *decay, self.settings.fading)
-        self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps))
+        weight_decay = weight_decay_at(step, self.steps, *decay, self.settings.fading)
+        self.optimizer.step(self.settings.lr * warmup_cosine(step, self.steps), weight_decay)
         if step % _STEPS_TO_FLUSH == 0:
             self.optimizer.flush()
         self.average.update(step)

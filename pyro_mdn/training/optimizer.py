@@ -33,21 +33,20 @@ class FusedAdamW:
 
     Args:
         parameters: Parameters to train.
-        weight_decay: Share of the learning rate by which matrices shrink in each step.
         matrix_dim: Number of dimensions of a weight matrix.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], weight_decay: float, matrix_dim: int = 2) -> None:
-        self.parameters, self.weight_decay = list(parameters), weight_decay
+    def __init__(self, parameters: Sequence[Tensor], matrix_dim: int = 2) -> None:
+        self.parameters = list(parameters)
         self.matrices = [p for p in self.parameters if p.ndim >= matrix_dim]
         self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Change all parameters that have a gradient."""
-        if self.weight_decay and (matrices := [p for p in self.matrices if p.grad is not None]):
-            foreach_mul_(matrices, 1 - lr * self.weight_decay)
+    def step(self, lr: float, weight_decay: float) -> None:
+        """Change all parameters that have a gradient; weight matrices shrink by ``lr * weight_decay`` of themselves."""
+        if weight_decay and (matrices := [p for p in self.matrices if p.grad is not None]):
+            foreach_mul_(matrices, 1 - lr * weight_decay)
         state = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
         used = [(p, p.grad, *moments) for p, *moments in state if p.grad is not None]
         parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
