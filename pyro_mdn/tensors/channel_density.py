@@ -191,12 +191,10 @@ def _layer_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of bias, weight and features that are needed from that of the channels, ``(C, N)``."""
     for_features = None
-    if needed[2] and weight.shape[0] > weight.shape[1]:
-        # A product with a transposed left side takes a third longer on some processors, which is more than it takes to
-        # transpose a result that is smaller.
-        for_features = (weight.T @ gradient).T.contiguous()
-    elif needed[2]:
-        for_features = gradient.T @ weight
+    if needed[2]:
+        # Where channels are many, a product with a transposed left side takes a third longer on some processors.
+        many = weight.shape[0] > weight.shape[1]
+        for_features = (weight.T @ gradient).T if many else gradient.T @ weight
     return gradient.sum(1) if needed[0] else None, gradient @ features if needed[1] else None, for_features
 
 
