@@ -190,12 +190,11 @@ def _layer_gradients(
     gradient: Tensor, weight: Tensor, features: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of bias, weight and features that are needed from that of the channels, ``(C, N)``."""
-    for_features = None
-    if needed[2]:
-        # Where channels are many, a product with a transposed left side takes a third longer on some processors.
-        many = weight.shape[0] > weight.shape[1]
-        for_features = (weight.T @ gradient).T if many else gradient.T @ weight
-    return gradient.sum(1) if needed[0] else None, gradient @ features if needed[1] else None, for_features
+    return (
+        gradient.sum(1) if needed[0] else None,
+        gradient @ features if needed[1] else None,
+        gradient.T @ weight if needed[2] else None,
+    )
 
 
 class _ChannelLogDensity(torch.autograd.Function):
