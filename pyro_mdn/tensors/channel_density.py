@@ -190,11 +190,12 @@ def _layer_gradients(
     gradient: Tensor, weight: Tensor, features: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of bias, weight and features that are needed from that of the channels, ``(C, N)``."""
-    return (
-        gradient.sum(1) if needed[0] else None,
-        gradient @ features if needed[1] else None,
-        gradient.T @ weight if needed[2] else None,
-    )
+    for_features = None
+    if needed[2]:
+        # The second order is quicker, but its result has columns together, which the layer before pays for.
+        many = weight.shape[0] > 4 * weight.shape[1]
+        for_features = (weight.T @ gradient).T if many else gradient.T @ weight
+    return gradient.sum(1) if needed[0] else None, gradient @ features if needed[1] else None, for_features
 
 
 class _ChannelLogDensity(torch.autograd.Function):
