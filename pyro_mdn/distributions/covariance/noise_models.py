@@ -109,7 +109,7 @@ class _Learned(NoiseModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._hold("min_scale", _positive(self.min_scale, "min_scale"))
+        self._hold("min_scale", _as_positive(self.min_scale, "min_scale"))
 
     def _positive(self, raw: Tensor) -> Tensor:
         return positive(raw, self.min_scale)
@@ -259,7 +259,7 @@ class Fixed(NoiseModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._hold("scale", _positive(self.scale, "scale"))
+        self._hold("scale", _as_positive(self.scale, "scale"))
 
     def num_params(self, dim_out: int) -> int:
         return 0
@@ -306,7 +306,7 @@ def _flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
-def _positive(value: Any, name: str) -> float:
+def _as_positive(value: Any, name: str) -> float:
     """Convert a number of Python or NumPy, or a tensor without dimensions, to a positive ``float``."""
     number = float(plain_number(value))
     if not 0 < number < math.inf:

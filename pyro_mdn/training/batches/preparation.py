@@ -12,6 +12,7 @@ from pyro_mdn.networks.network import MixtureDensityNetwork
 from pyro_mdn.networks.rows import Rows, as_rows
 from pyro_mdn.support.arrays import names_of_columns, require_columns
 from pyro_mdn.support.checks import shown
+from pyro_mdn.training.batches.copies import copies_of, random_order
 from pyro_mdn.training.batches.in_memory import InMemory, default_batch_size
 from pyro_mdn.training.batches.members import MemberBatches, MemberRows, SharedBatches, shared
 from pyro_mdn.training.batches.missing_targets import gaps_given
@@ -50,7 +51,7 @@ def prepare(
     if validation is None:
         validation = default_smoothing(rows.targets()).validation
     if held_out is None and (n := held_out_count(validation, len(rows))):
-        order = torch.randperm(len(rows), device=rows.x.device)
+        order = random_order(copies_of(rows), len(rows), rows.x.device)
         rows, held_out = rows[order[n:]], rows[order[:n]]
     return InMemory(rows, batch_size, gaps), held_out
 
@@ -128,7 +129,8 @@ def prepare_members(
         return SharedBatches(batches, size), for_each
     rows = batches.rows
     n = held_out_count(validation, len(rows)) if fraction else 0
-    positions = torch.stack([torch.randperm(len(rows), device=rows.x.device) for _ in range(size)])
+    copies = copies_of(rows) if n else None
+    positions = torch.stack([random_order(copies, len(rows), rows.x.device) for _ in range(size)])
     if n:
         everything = MemberBatches(rows, positions[:, :n])
         positions, for_each = positions[:, n:], everything.head(n)
