@@ -42,6 +42,7 @@ quality: install
 	$(BIN)/python benchmarks/missing.py
 	$(BIN)/python benchmarks/known_truth.py
 	$(BIN)/python benchmarks/few_rows.py
+	$(BIN)/python benchmarks/kinds.py
 
 speed: install
 	$(BIN)/python benchmarks/posterior.py
@@ -50,9 +51,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/diabetes.py
 	$(BIN)/python benchmarks/survival.py
 	$(BIN)/python benchmarks/counts.py
+	$(BIN)/python benchmarks/angles.py
 	$(BIN)/python benchmarks/log_prob.py
 	$(BIN)/python benchmarks/channels.py
-	$(BIN)/python benchmarks/kinds.py
+	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/time_to_quality.py
 	$(BIN)/python benchmarks/sampling.py

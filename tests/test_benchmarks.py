@@ -14,9 +14,9 @@ BENCHMARKS = ROOT / "benchmarks"
 THREADS = ["--threads", "1"]
 JOBS = ["--jobs", "1"]
 COMMANDS = dict.fromkeys(
-    ("uci", "ablation", "missing", "diabetes", "survival", "counts", "known_truth", "angles", "few_rows"), JOBS
+    ("uci", "ablation", "missing", "diabetes", "survival", "counts", "known_truth", "angles", "few_rows", "kinds"), JOBS
 )
-COMMANDS |= dict.fromkeys(("log_prob", "channels", "kinds", "train_step", "sampling", "posterior"), THREADS)
+COMMANDS |= dict.fromkeys(("log_prob", "channels", "families", "train_step", "sampling", "posterior"), THREADS)
 COMMANDS |= {"memory": [], "scaling": [], "time_to_quality": [], "against": [str(ROOT)]}
 
 
@@ -37,6 +37,7 @@ ELSEWHERE = {
     "ablation": ("nll", "docs/training.md"),
     "missing": (None, "docs/training.md"),
     "few_rows": ("nll", "docs/training.md"),
+    "kinds": ("rows", "docs/training.md"),
     "posterior": ("ratios", "docs/uncertainty.md"),
     "diabetes": ("summary", "docs/sklearn.md"),
     "survival": ("summary", "docs/quality.md"),

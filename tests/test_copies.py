@@ -65,6 +65,7 @@ def test_copies_of_targets_of_all_kinds_are_found(kind):
 NOT_COPIED = {
     "all different": distinct(N * TIMES),
     "categories": (torch.eye(4).repeat(N, 1), torch.arange(4.0).repeat(N)[:, None]),
+    "few copies": [torch.cat([t, t[: N // 2]]) for t in distinct(N * TIMES)],
     "repeated measurements": (copied(distinct()[0])[0], torch.randn(N * TIMES, 1)),
 }
 

@@ -11,14 +11,16 @@ from pyro_mdn.networks.rows import Rows
 __all__ = ["copies_of", "random_order"]
 
 _LEAST_DISTINCT = 30  # fewer are the levels of a category rather than copies
+_MANY = 1 / 3
 _ALIKE = 0.9
 
 
 def copies_of(rows: Rows) -> Tensor | None:
-    """Number the rows so that copies have the same number ``(N,)``; ``None`` if there are no copies.
+    """Number the rows so that copies have the same number ``(N,)``; ``None`` if fewer than a third have a copy.
 
     Rows are copies if their inputs are the same, unless these are few, or one repeated row in ten has a target of its
-    own: then they are repeated measurements, or categories.
+    own: then they are repeated measurements, or categories. Where copies are few, the other rows that are held out
+    still judge, and copies may be part of what is to be predicted.
 
     >>> x = torch.arange(60.0).repeat(2)[:, None]
     >>> copies_of(Rows(x, x.sin()))[[0, 60]].tolist()
@@ -27,7 +29,7 @@ def copies_of(rows: Rows) -> Tensor | None:
     True
     """
     _, number, counts = rows.x.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
-    if not _LEAST_DISTINCT <= len(counts) < len(rows):
+    if len(counts) < _LEAST_DISTINCT or (counts[number] > 1).to(torch.float64).mean() < _MANY:
         return None
     positions = torch.arange(len(rows), device=number.device)
     first = positions.new_full(counts.shape, len(rows)).scatter_reduce(0, number, positions, "amin")[number]
