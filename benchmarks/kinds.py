@@ -14,8 +14,10 @@ import json
 import os
 import statistics
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -152,30 +154,34 @@ def drift(rng, world, n):
     return np.hstack([time[:, None], x]), norm(np.sin(2 * x[:, 0] + 4 * time) + 2 * time, 0.2 + 0.2 * time)
 
 
-def kind(law, rows=1000, copies=1, rounded=None):
+class Kind(NamedTuple):
     """Function that draws columns and distributions, number of rows, of copies of each, and spacing of targets."""
-    return law, rows, copies, rounded
+
+    law: Callable
+    rows: int = 1000
+    copies: int = 1
+    rounded: float | None = None
 
 
 KINDS = {
-    "nearly deterministic, collinear": kind(collinear),
-    "the same, targets rounded": kind(collinear, rounded=0.15),
-    "kinks": kind(kinks),
-    "heavy tails": kind(heavy_tails),
-    "100 smooth rows": kind(few, rows=100),
-    "200 rows of 50 columns": kind(wide, rows=200),
-    "30 irrelevant columns": kind(irrelevant),
-    "one-hot columns": kind(one_hot),
-    "integer columns": kind(integers),
-    "steps": kind(steps),
-    "high frequency": kind(periodic),
-    "interactions of order 3": kind(interactions),
-    "scales of four orders": kind(spread),
-    "5 % gross outliers": kind(outliers),
-    "each row five times": kind(few, copies=5),
-    "two branches": kind(gap),
-    "100 000 rows of 20 columns": kind(many, rows=100_000),
-    "drift in time": kind(drift),
+    "nearly deterministic, collinear": Kind(collinear),
+    "the same, targets rounded": Kind(collinear, rounded=0.15),
+    "kinks": Kind(kinks),
+    "heavy tails": Kind(heavy_tails),
+    "100 smooth rows": Kind(few, rows=100),
+    "200 rows of 50 columns": Kind(wide, rows=200),
+    "30 irrelevant columns": Kind(irrelevant),
+    "one-hot columns": Kind(one_hot),
+    "integer columns": Kind(integers),
+    "steps": Kind(steps),
+    "high frequency": Kind(periodic),
+    "interactions of order 3": Kind(interactions),
+    "scales of four orders": Kind(spread),
+    "5 % gross outliers": Kind(outliers),
+    "each row five times": Kind(few, copies=5),
+    "two branches": Kind(gap),
+    "100 000 rows of 20 columns": Kind(many, rows=100_000),
+    "drift in time": Kind(drift),
 }
 
 

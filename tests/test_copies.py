@@ -49,6 +49,8 @@ KINDS = {
     "intervals": lambda y: Targets.censored(y, right=torch.arange(len(y))[:, None] % 3 == 0),
     "sequences": lambda y: y[:, None].expand(-1, 4, -1),
     "double": lambda y: y.double(),
+    "half": lambda y: y.half(),
+    "bfloat16": lambda y: y.bfloat16(),
 }
 
 
@@ -58,7 +60,7 @@ def test_copies_of_targets_of_all_kinds_are_found(kind):
     x = x[:, None].expand(-1, 4, -1) if kind == "sequences" else x
     y, rows = KINDS[kind](y), torch.arange(N).repeat(TIMES)
     order = torch.randperm(N * TIMES, generator=torch.Generator().manual_seed(0))
-    number = copies_of(Rows(x[rows][order], y[rows][order]))
+    number = copies_of(Rows(x[rows][order].to(y.dtype), y[rows][order]))
     assert torch.equal(number[:, None] == number, rows[order][:, None] == rows[order])
 
 
@@ -66,7 +68,8 @@ NOT_COPIED = {
     "all different": distinct(N * TIMES),
     "categories": (torch.eye(4).repeat(N, 1), torch.arange(4.0).repeat(N)[:, None]),
     "few copies": [torch.cat([t, t[: N // 2]]) for t in distinct(N * TIMES)],
-    "repeated measurements": (copied(distinct()[0])[0], torch.randn(N * TIMES, 1)),
+    "repeated measurements": (copied(distinct()[0])[0], torch.arange(float(N * TIMES))[:, None]),
+    "repeated measurements of a yes or no": (copied(distinct()[0])[0], torch.arange(N * TIMES)[:, None] // N % 2.0),
 }
 
 

@@ -192,7 +192,7 @@ def _layer_gradients(
     """Compute the gradients of bias, weight and features that are needed from that of the channels, ``(C, N)``."""
     for_features = None
     if needed[2]:
-        # The second order is quicker, but its result has columns together, which the layer before pays for.
+        # ``weight.T @ gradient`` is the quicker product, but a gradient that is transposed slows down the layer before.
         many = weight.shape[0] > 4 * weight.shape[1]
         for_features = (weight.T @ gradient).T if many else gradient.T @ weight
     return gradient.sum(1) if needed[0] else None, gradient @ features if needed[1] else None, for_features

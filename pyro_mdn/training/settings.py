@@ -151,7 +151,7 @@ class EarlyStopping(Group):
         validation: Rows to hold out: a fraction of the rows, a pair ``(x, y)``, a triple ``(x, y, weight)`` or a
             loader. With 0 no rows are held out, and training does not stop early. By default 0.1, and for one network
             and arrays a third of fewer than 2000 rows, but 0 for a loader or a guide. Where many rows of
-            arrays are copies of others, copies are held out together.
+            arrays are copies of others, a fraction of the rows keeps copies together.
         patience: Epochs without improvement of the validation loss before training stops. By default a quarter of
             ``max_epochs``.
         refit: Once the best epoch is known, start again and train on all rows, those held out included. The epochs grow

@@ -11,8 +11,8 @@ from pyro_mdn.networks.rows import Rows
 __all__ = ["copies_of", "random_order"]
 
 _LEAST_DISTINCT = 30  # fewer are the levels of a category rather than copies
-_MANY = 1 / 3
-_ALIKE = 0.9
+_MANY = 1 / 3  # share of the rows that have a copy
+_OWN = 0.1  # share of the repeated rows that have a target of their own
 
 
 def copies_of(rows: Rows) -> Tensor | None:
@@ -28,16 +28,17 @@ def copies_of(rows: Rows) -> Tensor | None:
     >>> copies_of(Rows(x, torch.arange(120.0)[:, None])) is None
     True
     """
-    _, number, counts = rows.x.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
-    if len(counts) < _LEAST_DISTINCT or (counts[number] > 1).to(torch.float64).mean() < _MANY:
+    x = rows.x.flatten(1).cpu()  # not every device finds the rows that differ
+    _, number, counts = x.unique(dim=0, return_inverse=True, return_counts=True)
+    if len(counts) < _LEAST_DISTINCT or (counts[number] > 1).sum() < _MANY * len(rows):
         return None
-    positions = torch.arange(len(rows), device=number.device)
+    positions = torch.arange(len(rows))
     first = positions.new_full(counts.shape, len(rows)).scatter_reduce(0, number, positions, "amin")[number]
-    same = torch.ones_like(number, dtype=torch.bool)
+    own = torch.zeros(len(rows), dtype=torch.bool)
     for limit in (rows.y.lower, rows.y.upper) if isinstance(rows.y, Targets) else (rows.y,):
-        other = limit[first]
-        same &= ((limit == other) | (limit.isnan() & other.isnan())).flatten(1).all(1)
-    return number if same[positions != first].to(torch.float64).mean() >= _ALIKE else None
+        y = limit.flatten(1).cpu()
+        own |= ~y.isclose(y[first], rtol=0, atol=0, equal_nan=True).all(1)
+    return number.to(rows.x.device) if own.sum() <= _OWN * (positions != first).sum() else None
 
 
 def random_order(copies: Tensor | None, size: int, device: torch.device) -> Tensor:
